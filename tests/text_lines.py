@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 FETCHED = Path(__file__).resolve().parent.parent / "target/fetched"
 HEIGHT, WIDTH = 48, 192
-SIZES = 31, 38  # of the font; the deployed model then reads clean lines well and lines blurred with sigma 4 by chance
+SIZES = 31, 37  # of the font; the deployed model then reads clean lines well and lines blurred with sigma 4 by chance
 
 
 def read_texts(folder):
