@@ -1,4 +1,8 @@
 #![deny(unsafe_code)]
 
 pub mod error;
+pub mod exec;
+pub mod graph;
+pub mod kernels;
+pub mod ops;
 pub mod tensor;

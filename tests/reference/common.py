@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import warnings
 import zipfile
 
 import numpy as np
@@ -14,7 +15,9 @@ FIXTURES = ROOT / "tests" / "fixtures"
 SEED = 20505
 WHOLE = 512  # tensors up to this many elements are stored whole, larger ones by SAMPLES of their elements
 SAMPLES = 256
+ZERO = 1e-6  # a tensor whose largest gradient is below this part of the whole model's is taken as analytically zero
 
+warnings.filterwarnings("ignore", module="torch")
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 
@@ -31,14 +34,12 @@ def sha256(path) -> np.ndarray:
 def to_numpy(value) -> np.ndarray:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().numpy()
-    # ascontiguousarray alone would turn a scalar into a vector
-    value = np.asarray(value)
-    return np.ascontiguousarray(value).reshape(value.shape)
+    return np.asarray(value, order="C")
 
 
 def save(path: pathlib.Path, arrays: dict) -> None:
     """Writes an npz whose bytes depend on the arrays alone (entries carry no time of day)."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    with zipfile.ZipFile(path, "w") as archive:
         for key in sorted(arrays):
             entry = zipfile.ZipInfo(key + ".npy")
             entry.compress_type = zipfile.ZIP_DEFLATED
@@ -48,36 +49,62 @@ def save(path: pathlib.Path, arrays: dict) -> None:
     print(f"{shown}: {len(arrays)} arrays, {path.stat().st_size} bytes")
 
 
-def relative(a, b, scale=None) -> float:
-    """max|a - b| / max|b|, or over `scale` where given."""
-    a, b = to_numpy(a).astype(np.float64), to_numpy(b).astype(np.float64)
-    scale = float(np.abs(b).max()) if scale is None else scale
-    return float(np.abs(a - b).max() / max(scale, 1e-300))
+def runs(run):
+    """`run(convert)` (which converts networks and images) in float32 by three of PyTorch's implementations, and in float64.
 
-
-class Sampled:
-    """Collects tensors under `<kind>.<name>` if small, else `index.` / `value.` / `norm.`, each with `max.` and `drift.`.
-
-    `max` is the largest magnitude of the whole tensor in the float64 run (for a sampled tensor it cannot be seen from
-    the values), and `drift` the largest difference between the float32 and the float64 run divided by it.
+    The first float32 run is the reference; how far any of the three is from float64 tells how well defined the result is.
     """
+    singles = [run(lambda t: t.float())]
+    with torch.backends.mkldnn.flags(enabled=False):
+        singles.append(run(lambda t: t.float()))
+    singles.append(run(lambda t: t.to(torch.float32, memory_format=torch.channels_last)))
+    return singles, run(lambda t: t.double())
 
-    def __init__(self, kind: str):
-        self.kind, self.arrays, self.drift = kind, {}, {}
-        self.rng = np.random.default_rng(SEED)
 
-    def add(self, name: str, value, exact) -> None:
-        value, exact = to_numpy(value), to_numpy(exact)
-        largest = float(np.abs(exact).max())
-        self.drift[name] = relative(value, exact)
-        self.arrays[f"max.{name}"] = np.float64(largest)
-        self.arrays[f"drift.{name}"] = np.float64(self.drift[name])
+def scales(exact: dict) -> dict:
+    """What an error in each tensor is divided by: its largest magnitude, or the whole set's where it is analytically zero."""
+    largest = {name: float(np.abs(to_numpy(value)).max()) for name, value in exact.items()}
+    top = max(largest.values())
+    return {name: (value if value > ZERO * top else top) for name, value in largest.items()}
+
+
+def errors(values: dict, exact: dict) -> dict:
+    """max|a - b| / scale for each tensor."""
+    return {
+        name: float(np.abs(to_numpy(values[name]).astype(np.float64) - to_numpy(exact[name])).max() / max(scale, 1e-300))
+        for name, scale in scales(exact).items()
+    }
+
+
+def worst_errors(singles: list, exact: dict) -> dict:
+    """The same, the worst of several runs."""
+    found = [errors(values, exact) for values in singles]
+    return {name: max(f[name] for f in found) for name in exact}
+
+
+def worst(found: dict) -> str:
+    name = max(found, key=found.get)
+    return f"{found[name]:.1e} at {name}"
+
+
+def stored(kind: str, singles: list, exact: dict) -> dict:
+    """Each tensor as `<kind>.<name>` if small, else as `index.`, `value.` and `norm.`; always with `scale.` and `drift.`.
+
+    `singles` come from the float32 runs, the first of which is stored, `exact` from the float64 run; `scale` is what an
+    error is divided by (it cannot be seen from samples), `drift` the worst error of PyTorch's own float32 runs.
+    """
+    out, scale, drift = {}, scales(exact), worst_errors(singles, exact)
+    for name in exact:
+        value = to_numpy(singles[0][name]).astype(np.float32)
+        out[f"scale.{name}"], out[f"drift.{name}"] = scale[name], drift[name]
         if value.size <= WHOLE:
-            self.arrays[f"{self.kind}.{name}"] = value.astype(np.float32)
-            return
-        # the largest element is always among the samples: a scaled or misplaced tensor cannot hide
-        index = self.rng.choice(value.size, SAMPLES, replace=False)
-        index = np.unique(np.append(index, np.abs(exact).argmax()))[-SAMPLES:].astype(np.int64)
-        self.arrays[f"index.{name}"] = index
-        self.arrays[f"value.{name}"] = value.reshape(-1)[index].astype(np.float32)
-        self.arrays[f"norm.{name}"] = np.float64(np.linalg.norm(value.astype(np.float64)))
+            out[f"{kind}.{name}"] = value
+            continue
+        # the largest element is always among the samples
+        top = int(np.abs(to_numpy(exact[name])).argmax())
+        others = np.random.default_rng([SEED, *name.encode()]).choice(value.size - 1, SAMPLES - 1, replace=False)
+        index = np.sort(np.append(others + (others >= top), top)).astype(np.int64)
+        out[f"index.{name}"] = index
+        out[f"value.{name}"] = value.reshape(-1)[index]
+        out[f"norm.{name}"] = np.linalg.norm(value.astype(np.float64))
+    return out

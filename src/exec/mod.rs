@@ -1,0 +1,3 @@
+//! Execution of graphs.
+
+pub mod reference;

@@ -1,0 +1,154 @@
+//! Shapes and element types of every value, and the values of what can be computed before the run.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::error::{Error, OpError, Result};
+use crate::graph::{Dim, Graph, NodeId, Source, ValueId};
+use crate::ops::eval;
+use crate::tensor::{Meta, Tensor};
+
+/// Outputs of at most this many elements are computed at plan time when their inputs are known.
+const FOLD_LIMIT: usize = 1 << 16;
+
+/// What the graph's inputs are bound to: shape and type, and for shape-like ones the value.
+pub type Bindings = HashMap<ValueId, Meta>;
+
+/// What inference still lacks.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Inferred {
+    Complete,
+    /// Shapes depend on the values of these graph inputs: bind them with values.
+    NeedsValues(Vec<ValueId>),
+}
+
+impl Graph {
+    /// Infers all shapes for the given inputs and folds what is constant.
+    ///
+    /// Weights and states must have their `meta`. A batch dimension that the file fixes, and that the
+    /// binding changes, is changed in constant `Reshape` and `Expand` shapes too.
+    pub fn infer(&mut self, bindings: &Bindings) -> Result<Inferred> {
+        for &input in &self.inputs.clone() {
+            let meta = bindings
+                .get(&input)
+                .or(self.value(input).meta.as_ref())
+                .cloned()
+                .ok_or_else(|| Error::value(&self.value(input).name, "this input is not fed"))?;
+            if let Some(value) = &meta.value {
+                self.value_mut(input).source = Source::Constant(value.clone());
+            }
+            self.value_mut(input).meta = Some(meta);
+        }
+        let rebatch = self.rebound_batch();
+        for i in 0..self.nodes.len() {
+            let id = NodeId(i as u32);
+            if let Some((old, new)) = rebatch {
+                self.rebind_shape_operand(id, old, new);
+            }
+            match self.infer_node(id) {
+                Ok(()) => {}
+                Err(OpError::NeedsValue(index)) => {
+                    let needed = self.nodes[i].inputs.get(index).copied().flatten();
+                    let roots = needed.map(|v| self.input_ancestors(v)).unwrap_or_default();
+                    if roots.is_empty() {
+                        return Err(Error::Op {
+                            node: self.describe(id),
+                            source: OpError::NeedsValue(index),
+                        });
+                    }
+                    return Ok(Inferred::NeedsValues(roots));
+                }
+                Err(source) => return Err(Error::Op { node: self.describe(id), source }),
+            }
+        }
+        Ok(Inferred::Complete)
+    }
+
+    fn infer_node(&mut self, id: NodeId) -> std::result::Result<(), OpError> {
+        let node = self.node(id).clone();
+        let mut metas = Vec::with_capacity(node.inputs.len());
+        for v in &node.inputs {
+            metas.push(match v {
+                Some(v) => Some(self.value(*v).meta.as_ref().ok_or_else(|| {
+                    OpError::Internal(format!("the shape of '{}' is not known", self.value(*v).name))
+                })?),
+                None => None,
+            });
+        }
+        let outs = node.op.infer(&metas)?;
+        let known = metas.iter().flatten().all(|m| m.value.is_some());
+        let small = outs.iter().map(Meta::len).sum::<usize>() <= FOLD_LIMIT;
+        let fold = known && small && node.op.is_pure() && outs.iter().any(|m| m.value.is_none());
+        let outs = if fold {
+            let values: Vec<Option<&Tensor>> =
+                metas.iter().map(|m| m.and_then(|m| m.value.as_deref())).collect();
+            let tensors = eval(node.op.as_ref(), &values)?;
+            tensors.into_iter().map(|t| Meta { value: Some(Arc::new(t.clone())), ..t.meta() }).collect()
+        } else {
+            outs
+        };
+        for (i, v) in node.outputs.iter().enumerate() {
+            let Some(v) = v else { continue };
+            let meta = outs.get(i).cloned().ok_or_else(|| {
+                OpError::Unsupported(format!("output {i} (this operator computes {} outputs)", outs.len()))
+            })?;
+            if let Some(value) = &meta.value {
+                self.value_mut(*v).source = Source::Constant(value.clone());
+            }
+            self.value_mut(*v).meta = Some(meta);
+        }
+        Ok(())
+    }
+
+    /// The graph inputs that `v` is computed from.
+    fn input_ancestors(&self, v: ValueId) -> Vec<ValueId> {
+        let mut seen = vec![false; self.values.len()];
+        let mut stack = vec![v];
+        let mut roots = Vec::new();
+        while let Some(v) = stack.pop() {
+            if std::mem::replace(&mut seen[v.index()], true) {
+                continue;
+            }
+            match self.value(v).source {
+                Source::Input => roots.push(v),
+                Source::Node(n, _) => stack.extend(self.node(n).inputs.iter().flatten()),
+                _ => {}
+            }
+        }
+        roots.sort();
+        roots
+    }
+
+    /// (declared, bound) batch size where the file fixes it and the binding differs.
+    fn rebound_batch(&self) -> Option<(usize, usize)> {
+        self.inputs.iter().find_map(|&v| {
+            let value = self.value(v);
+            let declared = value.declared.as_ref()?.dims.as_ref()?;
+            let bound = value.meta.as_ref()?;
+            match (declared.first()?, bound.dims.first()?) {
+                (Dim::Fixed(old), &new) if *old != new => Some((*old, new)),
+                _ => None,
+            }
+        })
+    }
+
+    /// Changes the batch baked into a constant shape operand: where the data's first dimension is the new
+    /// batch and the constant's first entry is the old one.
+    fn rebind_shape_operand(&mut self, id: NodeId, old: usize, new: usize) {
+        let node = self.node(id);
+        if !matches!(node.op.name(), "Reshape" | "Expand") {
+            return;
+        }
+        let (Some(Some(data)), Some(Some(shape))) = (node.inputs.first(), node.inputs.get(1)) else { return };
+        let Source::Constant(constant) = &self.value(*shape).source else { return };
+        let first = self.value(*data).meta.as_ref().and_then(|m| m.dims.first().copied());
+        let Ok(mut ints) = constant.to_ints() else { return };
+        if first != Some(new) || ints.first() != Some(&(old as i64)) {
+            return;
+        }
+        ints[0] = new as i64;
+        let name = format!("{}#batch", self.value(*shape).name);
+        let rebound = self.add_constant(name, Tensor::ints(&ints));
+        self.nodes[id.index()].inputs[1] = Some(rebound);
+    }
+}

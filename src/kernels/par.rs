@@ -1,0 +1,26 @@
+//! Parallel loops whose division of work depends on the problem alone, never on the number of threads:
+//! results are the same bits on any number of threads.
+
+use rayon::prelude::*;
+
+/// Elements below which a loop is not worth a second thread.
+pub const GRAIN: usize = 1 << 14;
+
+/// Calls `f(start, piece)` for consecutive pieces of `y`, of `GRAIN` elements each, `start` counting elements.
+pub fn pieces<T: Send>(y: &mut [T], f: impl Fn(usize, &mut [T]) + Send + Sync) {
+    rows(y, 1, GRAIN, f);
+}
+
+/// As [`pieces`], with pieces that are whole rows of `row` elements, each of at least about `grain` elements.
+/// `f` is given the index of the piece's first *row*.
+pub fn rows<T: Send>(y: &mut [T], row: usize, grain: usize, f: impl Fn(usize, &mut [T]) + Send + Sync) {
+    let row = row.max(1);
+    let per = (grain / row).max(1);
+    if y.len() <= per * row {
+        if !y.is_empty() {
+            f(0, y);
+        }
+        return;
+    }
+    y.par_chunks_mut(per * row).enumerate().for_each(|(i, piece)| f(i * per, piece));
+}

@@ -1,0 +1,217 @@
+//! The operators: one file a family, with forward, shape inference and gradient side by side,
+//! and the table that says which ONNX operators (and opsets) they are.
+//!
+//! Gradient kernels, losses and optimizer updates are operators like the others; they have no row
+//! in the table because no file can name them.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use crate::error::OpError;
+use crate::graph::{GradBuilder, ValueId};
+use crate::tensor::{Meta, Tensor, View, ViewMut};
+
+pub mod binary;
+#[cfg(test)]
+pub mod cases;
+mod foreign;
+pub mod reduce;
+mod table;
+
+pub use foreign::Foreign;
+pub use table::{Row, create, table};
+
+/// Gradients with respect to a node's inputs, in input order; `None` where there is none.
+pub type Grads = SmallVec<[Option<ValueId>; 4]>;
+
+/// What a kernel call is given beside its operands.
+pub struct Cx<'a> {
+    /// At least `scratch(…)` bytes, 64-byte aligned, with arbitrary content.
+    pub scratch: &'a mut [u8],
+    /// Differs from run to run and from pass to pass; the only source of randomness.
+    pub seed: u64,
+}
+
+/// Whether normalisation and dropout behave as in training or as in evaluation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Mode {
+    pub training: bool,
+    /// In training: normalise by the batch's statistics and update the running ones
+    /// (`false`: by the running ones, left as they are).
+    pub batch_statistics: bool,
+    /// Update the running variance with the unbiased estimate (PyTorch) rather than the population's (ONNX).
+    pub unbiased_variance: bool,
+}
+
+impl Mode {
+    pub const EVAL: Mode = Mode { training: false, batch_statistics: false, unbiased_variance: true };
+    pub const TRAIN: Mode = Mode { training: true, batch_statistics: true, unbiased_variance: true };
+}
+
+/// An operator with its attributes.
+pub trait Op: Debug + Send + Sync {
+    /// ONNX's `op_type`, or a name of ours for gradients, losses and updates.
+    fn name(&self) -> &'static str;
+
+    /// Element types and shapes of all outputs the operator can have, those that only a gradient reads
+    /// included (they follow ONNX's own). A known `value` may be given where it follows from shapes alone.
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError>;
+
+    /// Computes the outputs that are `Some`; all operands have the shapes that `infer` was given and gave.
+    ///
+    /// An input is `None` when it is absent, and also when it lies in an output's buffer: see `in_place`
+    /// and `updates`.
+    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError>;
+
+    /// Emits the nodes of the vector-Jacobian product and returns the gradients of those inputs that
+    /// `g.wants` asks for.
+    fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError>;
+
+    /// Pairs (input, output) of equal size: the planner may give the output the input's buffer. The input
+    /// then arrives as `None` and the output's buffer holds its elements. At most one pair is used per call.
+    fn in_place(&self) -> &[(usize, usize)] {
+        &[]
+    }
+
+    /// Pairs (input, output): where the input is persistent state, the output *is* that state's next value,
+    /// and the input arrives as `None` in the output's buffer.
+    fn updates(&self) -> &[(usize, usize)] {
+        &[]
+    }
+
+    /// Output 0 is input 0's bytes under another shape: no kernel runs, no memory is taken.
+    fn is_view(&self) -> bool {
+        false
+    }
+
+    /// Bytes of scratch memory that `forward` needs.
+    fn scratch(&self, _inputs: &[Option<&Meta>]) -> usize {
+        0
+    }
+
+    /// Recomputing the output costs little beside keeping it.
+    fn cheap(&self) -> bool {
+        false
+    }
+
+    /// The same operator in another mode; `None` where the mode makes no difference.
+    fn in_mode(&self, _mode: Mode) -> Option<Arc<dyn Op>> {
+        None
+    }
+
+    /// The `op_type` of the file where it is not `name()`: of an operator without a kernel here.
+    fn foreign_type(&self) -> Option<String> {
+        None
+    }
+
+    /// The output depends on the inputs alone (not on `Cx::seed`), so it may be computed once at plan time.
+    fn is_pure(&self) -> bool {
+        true
+    }
+}
+
+/// The value of an attribute.
+#[derive(Debug, Clone)]
+pub enum Attr {
+    Int(i64),
+    Float(f32),
+    Str(String),
+    Ints(Vec<i64>),
+    Floats(Vec<f32>),
+    Strs(Vec<String>),
+    Tensor(Arc<Tensor>),
+    /// Of a kind that no operator of ours reads (subgraphs, sparse tensors, types); says which.
+    Other(&'static str),
+}
+
+/// A node's attributes by name.
+#[derive(Debug, Clone, Default)]
+pub struct Attrs(pub BTreeMap<String, Attr>);
+
+macro_rules! getter {
+    ($name:ident, $variant:ident, $t:ty, $what:literal) => {
+        /// `None` when absent; an error when it is of another kind.
+        pub fn $name(&self, name: &str) -> Result<Option<$t>, OpError> {
+            match self.0.get(name) {
+                None => Ok(None),
+                Some(Attr::$variant(v)) => Ok(Some(v.clone())),
+                Some(other) => Err(OpError::Attribute(format!("'{name}' is {other:?}, not {}", $what))),
+            }
+        }
+    };
+}
+
+impl Attrs {
+    getter!(int, Int, i64, "an integer");
+    getter!(float, Float, f32, "a float");
+    getter!(string, Str, String, "a string");
+    getter!(ints, Ints, Vec<i64>, "a list of integers");
+    getter!(floats, Floats, Vec<f32>, "a list of floats");
+    getter!(tensor, Tensor, Arc<Tensor>, "a tensor");
+
+    pub fn int_or(&self, name: &str, default: i64) -> Result<i64, OpError> {
+        Ok(self.int(name)?.unwrap_or(default))
+    }
+
+    pub fn float_or(&self, name: &str, default: f32) -> Result<f32, OpError> {
+        Ok(self.float(name)?.unwrap_or(default))
+    }
+
+    pub fn flag(&self, name: &str) -> Result<bool, OpError> {
+        Ok(self.int_or(name, 0)? != 0)
+    }
+}
+
+/// What an operator is constructed from: a node of the file.
+#[derive(Debug, Clone)]
+pub struct Spec<'a> {
+    /// `""` for ONNX's own.
+    pub domain: &'a str,
+    pub op_type: &'a str,
+    /// The version of the operator's domain that the model imports.
+    pub opset: i64,
+    pub attrs: &'a Attrs,
+    /// Declared operands, trailing absent ones included.
+    pub inputs: usize,
+    pub outputs: usize,
+}
+
+/// The operand at `index`, or an error that says it is missing.
+pub fn need<T: Copy>(operands: &[Option<T>], index: usize) -> Result<T, OpError> {
+    operands.get(index).copied().flatten().ok_or_else(|| OpError::Shape(format!("input {index} is missing")))
+}
+
+/// The operand at `index` if there is one.
+pub fn get<T: Copy>(operands: &[Option<T>], index: usize) -> Option<T> {
+    operands.get(index).copied().flatten()
+}
+
+/// The output to write at `index`, or an error.
+pub fn out<'a, 'b>(y: &'a mut [Option<ViewMut<'b>>], index: usize) -> Result<&'a mut ViewMut<'b>, OpError> {
+    y.get_mut(index)
+        .and_then(Option::as_mut)
+        .ok_or_else(|| OpError::Internal(format!("output {index} has no buffer")))
+}
+
+/// Runs an operator on owned tensors, outside any plan: every output it can have.
+pub fn eval(op: &dyn Op, inputs: &[Option<&Tensor>]) -> Result<Vec<Tensor>, OpError> {
+    let metas: Vec<Option<Meta>> =
+        inputs.iter().map(|t| t.map(|t| Meta { value: Some(Arc::new(t.clone())), ..t.meta() })).collect();
+    let refs: Vec<Option<&Meta>> = metas.iter().map(Option::as_ref).collect();
+    let outs = op.infer(&refs)?;
+    let mut tensors: Vec<Tensor> = outs.iter().map(|m| Tensor::zeros(m.dtype, &m.dims)).collect();
+    let mut scratch = crate::tensor::Buffer::zeroed(op.scratch(&refs));
+    let x: Vec<Option<View>> = inputs.iter().map(|t| t.map(Tensor::view)).collect();
+    if op.is_view() {
+        let source = need(&x, 0)?;
+        tensors[0].bytes_mut().copy_from_slice(source.bytes);
+        return Ok(tensors);
+    }
+    let mut y: Vec<Option<ViewMut>> = tensors.iter_mut().map(|t| Some(t.view_mut())).collect();
+    op.forward(&mut Cx { scratch: scratch.bytes_mut(), seed: 0 }, &x, &mut y)?;
+    drop(y);
+    Ok(tensors)
+}

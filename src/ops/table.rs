@@ -1,0 +1,54 @@
+//! The operator table: one row an ONNX operator, kept beside its implementation in each family's `ROWS`.
+
+use std::sync::Arc;
+
+use crate::error::OpError;
+use crate::ops::{Op, Spec};
+
+/// Makes an operator from a node of the file.
+pub type Constructor = fn(&Spec) -> Result<Arc<dyn Op>, OpError>;
+
+/// One operator of the ONNX standard (or of a contrib domain).
+pub struct Row {
+    pub domain: &'static str,
+    pub op_type: &'static str,
+    /// Opsets whose definition is implemented, inclusive.
+    pub opsets: (i64, i64),
+    pub make: Constructor,
+}
+
+/// The newest opset whose changes have been looked at.
+pub const NEWEST: i64 = 25;
+
+impl Row {
+    /// A standard operator, from opset `first` to the newest.
+    pub const fn new(op_type: &'static str, first: i64, make: Constructor) -> Row {
+        Row { domain: "", op_type, opsets: (first, NEWEST), make }
+    }
+}
+
+/// The rows of every family.
+static FAMILIES: &[&[Row]] = &[super::binary::ROWS];
+
+/// Every operator that has a kernel here.
+pub fn table() -> impl Iterator<Item = &'static Row> {
+    FAMILIES.iter().copied().flatten()
+}
+
+/// The operator of a node, or why there is none.
+pub fn create(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
+    let domain = if spec.domain == "ai.onnx" { "" } else { spec.domain };
+    let Some(row) = table().find(|r| r.domain == domain && r.op_type == spec.op_type) else {
+        let full =
+            if domain.is_empty() { spec.op_type.to_string() } else { format!("{domain}.{}", spec.op_type) };
+        return Err(OpError::Unsupported(format!("operator {full}")));
+    };
+    let (first, last) = row.opsets;
+    if domain.is_empty() && !(first..=last).contains(&spec.opset) {
+        return Err(OpError::Unsupported(format!(
+            "operator {} of opset {} (supported: {first} to {last})",
+            spec.op_type, spec.opset
+        )));
+    }
+    (row.make)(spec)
+}
