@@ -1,0 +1,477 @@
+//! One graph node per ONNX node, in an order in which they can run; constants become values.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
+use std::sync::Arc;
+
+use crate::error::{Blocker, Error, Result};
+use crate::graph::{Declared, Dim, Graph, NodeId, Source, ValueId, WeightId};
+use crate::import::attrs::{self, attrs};
+use crate::import::external::Files;
+use crate::import::proto::{EXTERNAL, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
+use crate::import::roles;
+use crate::import::weights::{
+    CONSTANT_INTS, Encoding, INITIALIZER_INTS, Location, Role, Weight, byte_size, dims_of,
+};
+use crate::ops::{Attr, Attrs, Foreign, Spec, create};
+use crate::tensor::{DType, Dims, Meta, Tensor};
+
+/// A constant tensor computed by `ConstantOfShape` may be a weight up to this many elements.
+const FILLED_LIMIT: usize = 1 << 29;
+/// Plain constants of at most this many elements are read at once, for shape inference to see.
+const EAGER_LIMIT: usize = 4096;
+
+pub(super) struct Built {
+    pub graph: Graph,
+    pub weights: Vec<Weight>,
+    pub ops: BTreeMap<String, usize>,
+    pub blockers: Vec<Blocker>,
+}
+
+pub(super) fn build(
+    model: &ModelProto,
+    proto: &GraphProto,
+    opsets: &BTreeMap<String, i64>,
+    files: &mut Files,
+) -> Result<Built> {
+    let order = order(proto, files)?;
+    let functions: HashSet<(&str, &str)> =
+        model.functions.iter().map(|f| (f.domain.as_str(), f.name.as_str())).collect();
+    // A `ConstantOfShape` is taken for a weight first; those that turn out not to be one stay nodes.
+    let mut kept = HashSet::new();
+    loop {
+        let mut b = Builder {
+            proto,
+            opsets,
+            files,
+            functions: &functions,
+            kept: &kept,
+            graph: Graph::default(),
+            names: HashMap::new(),
+            weights: Vec::new(),
+            attrs: Vec::new(),
+            ops: BTreeMap::new(),
+            filled: Vec::new(),
+            inputs: Vec::new(),
+        };
+        b.constants()?;
+        b.inputs()?;
+        for &i in &order {
+            b.node(i)?;
+        }
+        b.outputs()?;
+        roles::assign(&b.graph, &b.attrs, &mut b.weights, &b.files.files)?;
+        let before = kept.len();
+        let (filled, built) = b.finish()?;
+        for (node, weight) in filled {
+            if built.weights.get(weight.index()).is_none_or(|w| w.role == Role::Constant) {
+                kept.insert(node);
+            }
+        }
+        if kept.len() == before {
+            return Ok(built);
+        }
+    }
+}
+
+fn damaged(files: &Files, what: impl Into<String>) -> Error {
+    Error::file(&files.files[0].path, what)
+}
+
+/// How a person finds a node of the file.
+fn describe(n: &NodeProto) -> String {
+    let out = n.output.iter().find(|o| !o.is_empty()).map(String::as_str).unwrap_or("");
+    match n.name.is_empty() {
+        true => format!("{} (output '{out}')", n.op_type),
+        false => format!("{} '{}' (output '{out}')", n.op_type, n.name),
+    }
+}
+
+fn is_standard(domain: &str) -> bool {
+    matches!(domain, "" | "ai.onnx")
+}
+
+/// Names that the subgraphs of `n` take from around them.
+fn captured(n: &NodeProto) -> Vec<&str> {
+    let mut free = Vec::new();
+    let mut todo: Vec<&GraphProto> = Vec::new();
+    for a in &n.attribute {
+        todo.extend(a.g.as_deref().into_iter().chain(&a.graphs));
+    }
+    // A name defined in any of the nested graphs is not looked for outside: precise enough for an
+    // order, since ONNX forbids to define a name again that is visible from outside.
+    let mut defined: HashSet<&str> = HashSet::new();
+    while let Some(g) = todo.pop() {
+        defined.extend(g.initializer.iter().map(|t| t.name.as_str()));
+        defined.extend(g.input.iter().map(|i| i.name.as_str()));
+        for n in &g.node {
+            defined.extend(n.output.iter().map(String::as_str));
+            free.extend(n.input.iter().map(String::as_str));
+            for a in &n.attribute {
+                todo.extend(a.g.as_deref().into_iter().chain(&a.graphs));
+            }
+        }
+        free.extend(g.output.iter().map(|o| o.name.as_str()));
+    }
+    let mut seen = HashSet::new();
+    free.retain(|f| !f.is_empty() && !defined.contains(f) && seen.insert(*f));
+    free
+}
+
+/// Node indices in an order in which they can run: the file's own where that is one.
+fn order(proto: &GraphProto, files: &Files) -> Result<Vec<usize>> {
+    let mut producer: HashMap<&str, usize> = HashMap::new();
+    for (i, n) in proto.node.iter().enumerate() {
+        for o in n.output.iter().filter(|o| !o.is_empty()) {
+            if producer.insert(o, i).is_some() {
+                return Err(damaged(files, format!("two nodes produce '{o}'")));
+            }
+        }
+    }
+    let mut waiting = vec![0usize; proto.node.len()];
+    let mut readers: Vec<Vec<usize>> = vec![Vec::new(); proto.node.len()];
+    for (i, n) in proto.node.iter().enumerate() {
+        for name in n.input.iter().map(String::as_str).chain(captured(n)) {
+            if let Some(&p) = producer.get(name) {
+                readers[p].push(i);
+                waiting[i] += 1;
+            }
+        }
+    }
+    let mut ready: BinaryHeap<Reverse<usize>> =
+        waiting.iter().enumerate().filter(|(_, w)| **w == 0).map(|(i, _)| Reverse(i)).collect();
+    let mut order = Vec::with_capacity(proto.node.len());
+    while let Some(Reverse(i)) = ready.pop() {
+        order.push(i);
+        for &r in &readers[i] {
+            waiting[r] -= 1;
+            if waiting[r] == 0 {
+                ready.push(Reverse(r));
+            }
+        }
+    }
+    match waiting.iter().position(|&w| w > 0) {
+        None => Ok(order),
+        Some(i) => Err(damaged(files, format!("node {} is part of a cycle", describe(&proto.node[i])))),
+    }
+}
+
+struct Builder<'a> {
+    proto: &'a GraphProto,
+    opsets: &'a BTreeMap<String, i64>,
+    files: &'a mut Files,
+    functions: &'a HashSet<(&'a str, &'a str)>,
+    /// `ConstantOfShape` nodes that are no weights.
+    kept: &'a HashSet<usize>,
+    graph: Graph,
+    names: HashMap<&'a str, ValueId>,
+    weights: Vec<Weight>,
+    /// Of each graph node, for the roles.
+    attrs: Vec<Attrs>,
+    ops: BTreeMap<String, usize>,
+    filled: Vec<(usize, WeightId)>,
+    /// Blockers among the graph's inputs.
+    inputs: Vec<Blocker>,
+}
+
+impl<'a> Builder<'a> {
+    fn define(&mut self, name: &'a str, value: ValueId) -> Result<()> {
+        match self.names.insert(name, value) {
+            None => Ok(()),
+            Some(_) => Err(damaged(self.files, format!("'{name}' is defined twice"))),
+        }
+    }
+
+    /// A value that is there but cannot be computed with.
+    fn foreign(&mut self, name: &'a str, op_type: &str, why: String) -> Result<()> {
+        let op = Arc::new(Foreign { domain: String::new(), op_type: op_type.into(), why });
+        let made = self.graph.add_node(name, op, Vec::new(), &[Some(name)]);
+        self.attrs.push(Attrs::default());
+        for v in made.into_iter().flatten() {
+            self.define(name, v)?;
+        }
+        Ok(())
+    }
+
+    fn constants(&mut self) -> Result<()> {
+        for t in &self.proto.initializer {
+            self.tensor(&t.name, t, INITIALIZER_INTS, "Initializer")?;
+        }
+        for s in &self.proto.sparse_initializer {
+            if let Some(t) = &s.values {
+                self.foreign(&t.name, "Initializer", "a sparse tensor".into())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A constant given as a TensorProto.
+    fn tensor(&mut self, name: &'a str, t: &TensorProto, ints: &'static [u32], op_type: &str) -> Result<()> {
+        let Some(dtype) = DType::from_onnx(t.data_type) else {
+            return self.foreign(name, op_type, format!("element type {} is not supported", t.data_type));
+        };
+        let fail = |e: String| Error::value(name, e);
+        if !dtype.is_float() {
+            let tensor = attrs::tensor(self.files, t, dtype).map_err(fail)?;
+            let v = self.graph.add_constant(name, tensor);
+            return self.define(name, v);
+        }
+        let dims = dims_of(&t.dims).map_err(fail)?;
+        let size = byte_size(dtype, &dims).map_err(fail)?;
+        let location = if t.data_location == EXTERNAL {
+            let at = self.files.external(t)?;
+            Location { file: at.file, offset: at.offset, len: at.len.unwrap_or(size), encoding: Encoding::Raw }
+        } else {
+            Location::in_tensor(self.files.model(), t, dtype, ints).map_err(fail)?
+        };
+        self.weight(name, dtype, dims, location).map(|_| ())
+    }
+
+    fn weight(&mut self, name: &'a str, dtype: DType, dims: Dims, location: Location) -> Result<WeightId> {
+        let id = WeightId(self.weights.len() as u32);
+        let value = self.graph.add_value(name, Source::Weight(id));
+        self.graph.value_mut(value).meta = Some(Meta::new(dtype.working(), &dims));
+        self.define(name, value)?;
+        let w = Weight {
+            name: name.to_string(),
+            dtype,
+            dims,
+            location,
+            role: Role::Constant,
+            trainable: false,
+            why: String::new(),
+            value,
+            uses: Vec::new(),
+            merged: false,
+        };
+        // What is damaged is found now; nothing is decoded for it but half floats in varints.
+        if !matches!(w.location.encoding, Encoding::Filled { .. }) {
+            w.stored(&self.files.files)?;
+        }
+        self.weights.push(w);
+        Ok(id)
+    }
+
+    fn inputs(&mut self) -> Result<()> {
+        for i in &self.proto.input {
+            if self.names.contains_key(i.name.as_str()) {
+                continue; // an initializer, listed as older IR versions demand
+            }
+            let v = self.graph.add_value(&i.name, Source::Input);
+            self.graph.inputs.push(v);
+            self.define(&i.name, v)?;
+            let declared = declared(i);
+            if declared.is_none() {
+                self.inputs.push(Blocker {
+                    node: format!("input '{}'", i.name),
+                    op_type: "Input".into(),
+                    why: "not a tensor of a supported element type".into(),
+                });
+            }
+            self.graph.value_mut(v).declared = declared;
+        }
+        Ok(())
+    }
+
+    fn node(&mut self, index: usize) -> Result<()> {
+        let n = &self.proto.node[index];
+        let standard = is_standard(&n.domain);
+        let op_type = if standard { n.op_type.clone() } else { format!("{}.{}", n.domain, n.op_type) };
+        *self.ops.entry(op_type).or_insert(0) += 1;
+        if standard && n.op_type == "Constant" && self.constant(index)? {
+            return Ok(());
+        }
+        let attrs = attrs(self.files, n);
+        if let Ok(a) = &attrs
+            && standard
+            && n.op_type == "ConstantOfShape"
+            && self.constant_of_shape(index, a)?
+        {
+            return Ok(());
+        }
+        let mut inputs = Vec::with_capacity(n.input.len());
+        for name in &n.input {
+            inputs.push(match name.as_str() {
+                "" => None,
+                name => Some(*self.names.get(name).ok_or_else(|| {
+                    damaged(self.files, format!("node {} reads '{name}', which nothing produces", describe(n)))
+                })?),
+            });
+        }
+        let made = attrs.and_then(|a| self.operator(n, &a).map(|op| (op, a)));
+        let (op, attrs) = made.unwrap_or_else(|why| {
+            // What a subgraph takes from outside is an input like the others: the gradient may not
+            // pass by, nor may what computes it be pruned.
+            inputs.extend(captured(n).into_iter().filter_map(|c| self.names.get(c).copied()).map(Some));
+            let op = Foreign { domain: n.domain.clone(), op_type: n.op_type.clone(), why };
+            (Arc::new(op) as _, Attrs::default())
+        });
+        let names: Vec<Option<&str>> = n.output.iter().map(|o| (!o.is_empty()).then_some(o.as_str())).collect();
+        let made = self.graph.add_node(&n.name, op, inputs, &names);
+        self.attrs.push(attrs);
+        for (v, name) in made.into_iter().zip(&n.output) {
+            if let Some(v) = v {
+                self.define(name, v)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn operator(&self, n: &NodeProto, attrs: &Attrs) -> std::result::Result<Arc<dyn crate::ops::Op>, String> {
+        if self.functions.contains(&(n.domain.as_str(), n.op_type.as_str())) {
+            return Err(format!("a call of the model's own function {}", n.op_type));
+        }
+        let domain = if is_standard(&n.domain) { "" } else { n.domain.as_str() };
+        let Some(&opset) = self.opsets.get(domain) else {
+            return Err(format!("operator {}: the model imports no opset of domain '{domain}'", n.op_type));
+        };
+        let spec = Spec {
+            domain,
+            op_type: &n.op_type,
+            opset,
+            attrs,
+            inputs: n.input.len(),
+            outputs: n.output.len(),
+        };
+        create(&spec).map_err(|e| match e {
+            crate::error::OpError::Unsupported(what) => what,
+            e => e.to_string(),
+        })
+    }
+
+    /// A `Constant` node as a value; `false` where it is none that can be computed with.
+    fn constant(&mut self, index: usize) -> Result<bool> {
+        let n = &self.proto.node[index];
+        let (Some(name), Some(a)) = (
+            n.output.first().filter(|o| !o.is_empty()),
+            n.attribute.iter().find(|a| a.name == "value" || a.name.starts_with("value_")),
+        ) else {
+            return Ok(false);
+        };
+        let fail = |e: &str| Error::value(name, e);
+        let of = |index| Encoding::Filled { node: index, element: vec![0; 4] };
+        match (a.name.as_str(), attrs::kind(a)) {
+            ("value", 4) => {
+                let t = a.t.as_ref().ok_or_else(|| fail("a constant without a value"))?;
+                self.tensor(name, t, CONSTANT_INTS, "Constant")?;
+            }
+            ("value_float", 1) => {
+                let location = match &a.f {
+                    Some(f) => Location::of_chunks(
+                        self.files.model(),
+                        std::slice::from_ref(f),
+                        Encoding::AttributeFloat,
+                    )
+                    .map_err(|e| fail(&e))?,
+                    // Zero, left out by the writer: there are no bytes to overwrite.
+                    None => Location { file: 0, offset: 0, len: 0, encoding: of(index) },
+                };
+                self.weight(name, DType::F32, Dims::new(), location)?;
+            }
+            ("value_floats", 6) => {
+                let dims = Dims::from_slice(&[a.floats.len() / 4]);
+                let location = Location::of_chunks(self.files.model(), &a.floats.0, Encoding::AttributeFloats)
+                    .map_err(|e| fail(&e))?;
+                self.weight(name, DType::F32, dims, location)?;
+            }
+            ("value_int", 2) => {
+                let v = self.graph.add_constant(name, Tensor::scalar(a.i));
+                self.define(name, v)?;
+            }
+            ("value_ints", 7) => {
+                let v = self.graph.add_constant(name, Tensor::ints(&a.ints));
+                self.define(name, v)?;
+            }
+            _ => {
+                self.foreign(name, "Constant", format!("a constant given as '{}' is not supported", a.name))?;
+            }
+        }
+        Ok(true)
+    }
+
+    /// A `ConstantOfShape` as a weight, unless it was found to be none or its shape is computed.
+    fn constant_of_shape(&mut self, index: usize, attrs: &Attrs) -> Result<bool> {
+        let n = &self.proto.node[index];
+        let shape = n.input.first().and_then(|s| self.names.get(s.as_str()));
+        let (Some(name), Some(&shape)) = (n.output.first().filter(|o| !o.is_empty()), shape) else {
+            return Ok(false);
+        };
+        let Source::Constant(shape) = &self.graph.value(shape).source else { return Ok(false) };
+        let Some(dims) = shape.to_ints().ok().and_then(|d| dims_of(&d).ok()) else { return Ok(false) };
+        // The attribute as the file has it: half floats stay what they are.
+        let value = n.attribute.iter().find(|a| a.name == "value").and_then(|a| a.t.as_ref());
+        let dtype = match value {
+            None => DType::F32,
+            Some(t) => DType::from_onnx(t.data_type).unwrap_or(DType::Bool),
+        };
+        let element = match attrs.0.get("value") {
+            None => vec![0; 4],
+            Some(Attr::Tensor(t)) if t.len() == 1 => t.cast(dtype).bytes().to_vec(),
+            _ => return Ok(false),
+        };
+        let size = byte_size(dtype, &dims).unwrap_or(usize::MAX) / dtype.size();
+        if !dtype.is_float() || size > FILLED_LIMIT || self.kept.contains(&index) {
+            return Ok(false);
+        }
+        let encoding = Encoding::Filled { node: index, element };
+        let id = self.weight(name, dtype, dims, Location { file: 0, offset: 0, len: 0, encoding })?;
+        self.filled.push((index, id));
+        Ok(true)
+    }
+
+    fn outputs(&mut self) -> Result<()> {
+        for o in &self.proto.output {
+            let Some(&v) = self.names.get(o.name.as_str()) else {
+                return Err(damaged(self.files, format!("nothing produces the output '{}'", o.name)));
+            };
+            self.graph.outputs.push(v);
+        }
+        for i in self.proto.output.iter().chain(&self.proto.value_info) {
+            if let Some(&v) = self.names.get(i.name.as_str())
+                && self.graph.value(v).declared.is_none()
+            {
+                self.graph.value_mut(v).declared = declared(i);
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<(Vec<(usize, WeightId)>, Built)> {
+        for w in &self.weights {
+            if w.role == Role::Constant && w.len() <= EAGER_LIMIT {
+                let tensor = w.load(&self.files.files)?;
+                if let Some(meta) = &mut self.graph.value_mut(w.value).meta {
+                    meta.value = Some(Arc::new(tensor));
+                }
+            }
+        }
+        let mut blockers = self.inputs;
+        for (i, node) in self.graph.nodes.iter().enumerate() {
+            if let Some(op_type) = node.op.foreign_type() {
+                let why = match node.op.infer(&[]) {
+                    Err(e) => e.to_string(),
+                    Ok(_) => "no kernel".into(),
+                };
+                blockers.push(Blocker { node: self.graph.describe(NodeId(i as u32)), op_type, why });
+            }
+        }
+        let built = Built { graph: self.graph, weights: self.weights, ops: self.ops, blockers };
+        Ok((self.filled, built))
+    }
+}
+
+fn declared(i: &ValueInfoProto) -> Option<Declared> {
+    let t = i.r#type.as_ref()?.tensor_type.as_ref()?;
+    let dtype = DType::from_onnx(t.elem_type)?;
+    let dims = t.shape.as_ref().map(|s| {
+        s.dim
+            .iter()
+            .map(|d| match (d.dim_value, &d.dim_param) {
+                (Some(n), _) if n >= 0 => usize::try_from(n).map_or(Dim::Unknown, Dim::Fixed),
+                (None, Some(p)) if !p.is_empty() => Dim::Symbol(p.clone()),
+                _ => Dim::Unknown,
+            })
+            .collect()
+    });
+    Some(Declared { dtype, dims })
+}

@@ -1,0 +1,140 @@
+//! From an ONNX file to a [`Graph`] that knows where every one of its weights lies in the file.
+//!
+//! The file is mapped, not read; [`load`] makes one graph node of each ONNX node and leaves the float
+//! constants where they are, as [`Weight`]s with a byte range and a role. What cannot be executed does
+//! not fail the import: it is listed in [`Model::blockers`], all at once.
+
+mod attrs;
+mod build;
+mod external;
+mod map;
+pub mod proto;
+mod roles;
+pub mod weights;
+pub mod wire;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use prost::Message;
+
+use crate::error::{Blocker, Error, Result};
+use crate::graph::{Graph, ValueId, WeightId};
+use crate::tensor::Tensor;
+
+pub use external::SourceFile;
+pub use weights::{Encoding, Location, Role, Use, Weight};
+
+use external::Files;
+use proto::ModelProto;
+
+/// An imported model: the graph, its weights and the mapped files they lie in.
+#[derive(Debug, Clone)]
+pub struct Model {
+    pub path: PathBuf,
+    pub graph: Graph,
+    /// Every float constant, by `WeightId`.
+    pub weights: Vec<Weight>,
+    /// The model itself, then its external data files.
+    pub files: Vec<SourceFile>,
+    pub ir_version: i64,
+    /// Version by domain; `""` is ONNX's own.
+    pub opsets: BTreeMap<String, i64>,
+    /// Name and version of what wrote the file.
+    pub producer: (String, String),
+    pub domain: String,
+    pub model_version: i64,
+    pub graph_name: String,
+    pub metadata: Vec<(String, String)>,
+    /// How often each `op_type` is in the file (with its domain where that is not ONNX's own).
+    pub ops: BTreeMap<String, usize>,
+    /// What cannot be executed, node by node.
+    pub blockers: Vec<Blocker>,
+}
+
+/// Imports the ONNX file at `path`.
+///
+/// Fails when the file is damaged, when an external data file is missing or lies outside the model's
+/// folder, and when the nodes do not form a graph. Operators without a kernel do not fail it.
+pub fn load(path: impl AsRef<Path>) -> Result<Model> {
+    let path = path.as_ref();
+    let bytes = map::map(path)?;
+    let folder = match path.parent() {
+        Some(p) if p.as_os_str().is_empty() => Path::new("."),
+        Some(p) => p,
+        None => Path::new("/"),
+    };
+    let file = SourceFile { path: path.to_path_buf(), location: String::new(), bytes };
+    from_source(file, Some(folder.to_path_buf()))
+}
+
+/// Imports a model from memory; `name` is what messages call it. It can have no external data.
+pub fn from_bytes(name: &str, bytes: impl Into<Bytes>) -> Result<Model> {
+    from_source(SourceFile::in_memory(name, bytes), None)
+}
+
+fn from_source(file: SourceFile, folder: Option<PathBuf>) -> Result<Model> {
+    let path = file.path.clone();
+    let proto = ModelProto::decode(file.bytes.clone())
+        .map_err(|e| Error::file(&path, format!("is damaged, or not an ONNX model: {e}")))?;
+    let Some(graph) = &proto.graph else {
+        return Err(Error::file(&path, "has no graph: is it an ONNX model?"));
+    };
+    let mut files = Files::new(file, folder);
+    files.open_all(graph)?;
+    let mut opsets = BTreeMap::new();
+    for o in &proto.opset_import {
+        let domain = if o.domain == "ai.onnx" { "" } else { o.domain.as_str() };
+        opsets.insert(domain.to_string(), o.version);
+    }
+    if proto.opset_import.is_empty() {
+        opsets.insert(String::new(), 1);
+    }
+    let built = build::build(&proto, graph, &opsets, &mut files)?;
+    Ok(Model {
+        path,
+        graph: built.graph,
+        weights: built.weights,
+        files: files.files,
+        ir_version: proto.ir_version,
+        opsets,
+        producer: (proto.producer_name.clone(), proto.producer_version.clone()),
+        domain: proto.domain.clone(),
+        model_version: proto.model_version,
+        graph_name: graph.name.clone(),
+        metadata: proto.metadata_props.iter().map(|e| (e.key.clone(), e.value.clone())).collect(),
+        ops: built.ops,
+        blockers: built.blockers,
+    })
+}
+
+impl Model {
+    /// The version of ONNX's own operators.
+    pub fn opset(&self) -> i64 {
+        self.opsets.get("").copied().unwrap_or(1)
+    }
+
+    pub fn weight(&self, id: WeightId) -> &Weight {
+        &self.weights[id.index()]
+    }
+
+    /// The weight called `name`.
+    pub fn find_weight(&self, name: &str) -> Option<WeightId> {
+        self.weights.iter().position(|w| w.name == name).map(|i| WeightId(i as u32))
+    }
+
+    /// The values of a weight as the file has them, in their working type.
+    pub fn load_weight(&self, id: WeightId) -> Result<Tensor> {
+        self.weight(id).load(&self.files)
+    }
+
+    /// Names of the graph's outputs, in order.
+    pub fn output_names(&self) -> impl Iterator<Item = &str> {
+        let name = |v: &ValueId| self.graph.value(*v).name.as_str();
+        self.graph.outputs.iter().map(name)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

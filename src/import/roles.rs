@@ -1,0 +1,465 @@
+//! What each float constant is to the network, from the operand slots that consume it.
+//!
+//! Names are never looked at. A constant is followed through operators that only move its elements;
+//! each place where it arrives gives a role, and the strongest decides.
+
+use std::collections::HashSet;
+
+use crate::error::Result;
+use crate::graph::{Graph, NodeId, Source, ValueId, WeightId, op_type};
+use crate::import::external::SourceFile;
+use crate::import::weights::{Encoding, Role, Use, Weight};
+use crate::ops::Attrs;
+use crate::tensor::Dims;
+
+/// How far the origin of a value is followed.
+const DEPTH: usize = 16;
+
+/// Gives every weight its role, the uses it follows from, and the reason.
+pub(super) fn assign(
+    graph: &Graph,
+    attrs: &[Attrs],
+    weights: &mut [Weight],
+    files: &[SourceFile],
+) -> Result<()> {
+    let ops = graph.nodes.iter().map(|n| op_type(n.op.as_ref())).collect();
+    let r = Roles { graph, attrs, ops, consumers: graph.consumers(), dims: dims(weights) };
+    let found: Vec<Vec<(Use, bool)>> = weights.iter().map(|w| r.uses(w.value, &w.dims)).collect();
+    for (w, found) in weights.iter_mut().zip(&found) {
+        let strongest = found.iter().min_by_key(|(u, _)| strength(u.role));
+        w.role = strongest.map_or(Role::Constant, |(u, _)| u.role);
+        w.trainable = w.role.is_trainable();
+        w.uses = found.iter().map(|(u, _)| u.clone()).collect();
+        w.why = match strongest {
+            None if graph.outputs.contains(&w.value) => "an output of the model".into(),
+            None => "not used".into(),
+            Some((u, through)) => r.why(u, *through),
+        };
+        let others = found.iter().filter(|(u, _)| u.role != w.role);
+        if let Some((u, _)) = others.clone().next() {
+            w.why += &format!("; also {} in {} other place(s): {}", u.role, others.count(), r.why(u, false));
+        }
+    }
+    for i in 0..weights.len() {
+        if r.several_layers(&weights[i]) && equal_elements(&weights[i], files)? {
+            weights[i].merged = true;
+            weights[i].why += "; several layers share it, all its elements being equal";
+        }
+    }
+    Ok(())
+}
+
+fn dims(weights: &[Weight]) -> Vec<Dims> {
+    weights.iter().map(|w| w.dims.clone()).collect()
+}
+
+/// The lower the stronger.
+fn strength(role: Role) -> usize {
+    match role {
+        Role::Weight => 0,
+        Role::Embedding => 1,
+        Role::Bias => 2,
+        Role::Scale => 3,
+        Role::Shift => 4,
+        Role::RunningMean => 5,
+        Role::RunningVar => 6,
+        Role::Constant => 7,
+    }
+}
+
+/// Whether all elements have the same bits.
+fn equal_elements(w: &Weight, files: &[SourceFile]) -> Result<bool> {
+    if matches!(w.location.encoding, Encoding::Filled { .. }) {
+        return Ok(true);
+    }
+    let stored = w.stored(files)?;
+    let mut elements = stored.chunks_exact(w.dtype.size());
+    let first = elements.next();
+    Ok(elements.all(|e| Some(e) == first))
+}
+
+/// The dimensions after an operator that only moves elements, where they follow from its attributes.
+fn moved(op: &str, attrs: &Attrs, dims: &Dims, shape: Option<Vec<i64>>) -> Option<Dims> {
+    match op {
+        "Identity" | "Cast" | "CastLike" => Some(dims.clone()),
+        "Transpose" => match attrs.ints("perm").ok()? {
+            None => Some(dims.iter().rev().copied().collect()),
+            Some(p) => p.iter().map(|&a| dims.get(usize::try_from(a).ok()?).copied()).collect(),
+        },
+        "Unsqueeze" => {
+            let axes = attrs.ints("axes").ok()?.or(shape)?;
+            let rank = dims.len().checked_add(axes.len()).filter(|&r| r <= 64)?;
+            let axes: Option<HashSet<usize>> =
+                axes.iter().map(|&a| crate::tensor::axis(a, rank).ok()).collect();
+            let axes = axes?;
+            let mut rest = dims.iter().copied();
+            (0..rank).map(|i| if axes.contains(&i) { Some(1) } else { rest.next() }).collect()
+        }
+        "Squeeze" => {
+            let axes = attrs.ints("axes").ok()?.or(shape);
+            let axes: Option<HashSet<usize>> =
+                axes.map(|a| a.iter().filter_map(|&a| crate::tensor::axis(a, dims.len()).ok()).collect());
+            let stays = |i: usize, d: usize| match &axes {
+                Some(axes) => !axes.contains(&i),
+                None => d != 1,
+            };
+            Some(dims.iter().enumerate().filter(|&(i, &d)| stays(i, d)).map(|(_, &d)| d).collect())
+        }
+        "Reshape" => {
+            let shape = shape.or(attrs.ints("shape").ok()?)?;
+            let total: usize = dims.iter().product();
+            let mut out: Dims = Dims::new();
+            for (i, &s) in shape.iter().enumerate() {
+                out.push(match s {
+                    0 => *dims.get(i)?,
+                    -1 => 0,
+                    s => usize::try_from(s).ok()?,
+                });
+            }
+            if let Some(hole) = shape.iter().position(|&s| s == -1) {
+                let rest = out.iter().enumerate().filter(|&(i, _)| i != hole);
+                let known = rest.map(|(_, &d)| d).try_fold(1usize, usize::checked_mul)?;
+                out[hole] = total.checked_div(known)?;
+            }
+            Some(out)
+        }
+        _ => None,
+    }
+}
+
+fn moves_only(op: &str) -> bool {
+    matches!(
+        op,
+        "Transpose" | "Reshape" | "Unsqueeze" | "Squeeze" | "Cast" | "CastLike" | "Identity" | "Flatten"
+    )
+}
+
+/// Position, counted from the last axis, of the only axis that is longer than one.
+fn single_axis(dims: &[usize]) -> Option<usize> {
+    let mut long = dims.iter().rev().enumerate().filter(|(_, d)| **d != 1);
+    match (long.next(), long.next()) {
+        (Some((i, _)), None) => Some(i),
+        _ => None,
+    }
+}
+
+/// The features that a linear layer puts out.
+struct Features {
+    /// Counted from the last axis.
+    axis: usize,
+    count: Option<usize>,
+}
+
+struct Roles<'a> {
+    graph: &'a Graph,
+    attrs: &'a [Attrs],
+    ops: Vec<String>,
+    consumers: Vec<Vec<NodeId>>,
+    /// Of each weight.
+    dims: Vec<Dims>,
+}
+
+impl Roles<'_> {
+    fn op(&self, n: NodeId) -> &str {
+        self.ops.get(n.index()).map_or("", String::as_str)
+    }
+
+    fn input(&self, n: NodeId, slot: usize) -> Option<ValueId> {
+        self.graph.node(n).inputs.get(slot).copied().flatten()
+    }
+
+    fn producer(&self, v: ValueId) -> Option<NodeId> {
+        match self.graph.value(v).source {
+            Source::Node(n, 0) => Some(n),
+            _ => None,
+        }
+    }
+
+    fn known_ints(&self, n: NodeId, slot: usize) -> Option<Vec<i64>> {
+        match &self.graph.value(self.input(n, slot)?).source {
+            Source::Constant(t) => t.to_ints().ok(),
+            _ => None,
+        }
+    }
+
+    /// Every slot in which a constant arrives, and whether anything lies between.
+    fn uses(&self, value: ValueId, dims: &Dims) -> Vec<(Use, bool)> {
+        let len = dims.iter().product();
+        let mut out = Vec::new();
+        let mut seen = HashSet::from([value]);
+        let mut todo = vec![(value, Some(dims.clone()))];
+        while let Some((v, dims)) = todo.pop() {
+            for &n in self.consumers.get(v.index()).into_iter().flatten() {
+                let slots = self.graph.node(n).inputs.iter().enumerate().filter(|(_, i)| **i == Some(v));
+                for (slot, _) in slots {
+                    let op = self.op(n);
+                    if slot == 0 && moves_only(op) {
+                        let next = self.graph.node(n).outputs.first().copied().flatten();
+                        if let Some(next) = next.filter(|&next| seen.insert(next)) {
+                            let attrs = self.attrs.get(n.index());
+                            let dims = dims
+                                .as_ref()
+                                .zip(attrs)
+                                .and_then(|(d, a)| moved(op, a, d, self.known_ints(n, 1)));
+                            todo.push((next, dims));
+                        }
+                        continue;
+                    }
+                    let role = self.rule(n, slot, dims.as_deref(), len);
+                    let u = Use { node: n, slot, role };
+                    if !out.iter().any(|(o, _)| *o == u) {
+                        out.push((u, v != value));
+                    }
+                }
+            }
+        }
+        out.sort_by_key(|(u, _)| (u.node, u.slot));
+        out
+    }
+
+    fn why(&self, u: &Use, through: bool) -> String {
+        let through = if through { ", through operators that only move it" } else { "" };
+        format!("operand {} of {}{through}", u.slot, self.graph.describe(u.node))
+    }
+
+    /// The role of a constant of `len` elements in operand `slot` of `n`; `dims` where they are known.
+    fn rule(&self, n: NodeId, slot: usize, dims: Option<&[usize]>, len: usize) -> Role {
+        use Role::*;
+        let rank = dims.map(<[usize]>::len);
+        match (self.op(n), slot) {
+            ("Conv" | "ConvTranspose" | "DeformConv", 1) => Weight,
+            ("Conv" | "ConvTranspose", 2) | ("DeformConv", 3) => Bias,
+            ("BatchNormalization", 1) => Scale,
+            ("BatchNormalization", 2) => Shift,
+            ("BatchNormalization", 3) => RunningMean,
+            ("BatchNormalization", 4) => RunningVar,
+            ("InstanceNormalization" | "LayerNormalization" | "GroupNormalization" | "RMSNormalization", 1) => Scale,
+            ("InstanceNormalization" | "LayerNormalization" | "GroupNormalization", 2) => Shift,
+            ("Gemm", 0 | 1) => Weight,
+            ("Gemm", 2) => Bias,
+            // A vector that depends on one axis only, such as rotary frequencies, is no matrix.
+            ("MatMul", _) if rank.is_none_or(|r| r == 2) => Weight,
+            ("MatMul", _) if rank.is_some_and(|r| r > 2) && dims.is_some_and(|d| single_axis(d).is_none()) => {
+                if len > 1 { Weight } else { Constant }
+            }
+            ("Einsum", _) if rank.is_none_or(|r| r >= 2) && len > 1 => Weight,
+            ("Gather", 0) if rank == Some(2) => Embedding,
+            ("PRelu", 1) => Weight,
+            ("LSTM" | "GRU" | "RNN", 1 | 2) | ("LSTM", 7) => Weight,
+            ("LSTM" | "GRU" | "RNN", 3) => Bias,
+            ("Add", _) => self.added(n, 1 - slot.min(1), dims, len),
+            ("Mul", _) => self.multiplied(n, 1 - slot.min(1), dims, len),
+            // beta − mean·(gamma/√(var + ε)), as TensorFlow writes a normalisation out.
+            ("Sub", 0) if len > 1 => match self.input(n, 1).and_then(|v| self.behind(v)) {
+                Some(m) if self.op(m) == "Mul" && self.operands(m).any(|v| self.is_gain(v)) => Shift,
+                _ => Constant,
+            },
+            _ => Constant,
+        }
+    }
+
+    /// A constant that is added to operand `other` of `n`.
+    fn added(&self, n: NodeId, other: usize, dims: Option<&[usize]>, len: usize) -> Role {
+        let Some(p) = self.input(n, other).and_then(|v| self.behind(v)) else { return Role::Constant };
+        if let Some(f) = self.linear(p) {
+            return if fits(&f, dims, len) { Role::Bias } else { Role::Constant };
+        }
+        // After the scale of a normalisation.
+        let scaled = |m: NodeId| {
+            self.op(m) == "Mul"
+                && (0..2).any(|slot| {
+                    self.input(m, slot).and_then(|v| self.constant(v)).is_some_and(|(w, direct)| {
+                        let d = self.dims.get(w.index());
+                        let len = d.map_or(0, |d| d.iter().product());
+                        let dims = d.filter(|_| direct).map(|d| d.as_slice());
+                        self.multiplied(m, 1 - slot, dims, len) == Role::Scale
+                    }) || self.input(m, slot).is_some_and(|v| self.is_gain(v))
+                })
+        };
+        if len > 1 && scaled(p) { Role::Shift } else { Role::Constant }
+    }
+
+    /// A constant that multiplies operand `other` of `n`.
+    fn multiplied(&self, n: NodeId, other: usize, dims: Option<&[usize]>, len: usize) -> Role {
+        if len <= 1 {
+            return Role::Constant;
+        }
+        let Some(v) = self.input(n, other) else { return Role::Constant };
+        if self.is_normed(v) || self.is_inverse_root(v) {
+            return Role::Scale;
+        }
+        let Some(mut p) = self.behind(v) else { return Role::Constant };
+        if self.op(p) == "Add" {
+            // A layer's bias lies between.
+            let layer = self.operands(p).filter_map(|v| self.behind(v)).find(|&q| self.linear(q).is_some());
+            match layer {
+                Some(q) if self.operands(p).any(|v| self.constant(v).is_some()) => p = q,
+                _ => return Role::Constant,
+            }
+        }
+        match self.linear(p) {
+            Some(f) if fits(&f, dims, len) => Role::Scale,
+            _ => Role::Constant,
+        }
+    }
+
+    fn operands(&self, n: NodeId) -> impl Iterator<Item = ValueId> {
+        self.graph.node(n).inputs.iter().flatten().copied()
+    }
+
+    /// The node that computes `v`, seen through Identity and Cast.
+    fn behind(&self, v: ValueId) -> Option<NodeId> {
+        let mut n = self.producer(v)?;
+        for _ in 0..DEPTH {
+            if !matches!(self.op(n), "Identity" | "Cast") {
+                return Some(n);
+            }
+            n = self.producer(self.input(n, 0)?)?;
+        }
+        None
+    }
+
+    /// The constant that `v` is, seen through what only moves it; and whether its shape is its own.
+    fn constant(&self, mut v: ValueId) -> Option<(WeightId, bool)> {
+        let mut direct = true;
+        for _ in 0..DEPTH {
+            match self.graph.value(v).source {
+                Source::Weight(w) => return Some((w, direct)),
+                Source::Node(n, 0) if moves_only(self.op(n)) => {
+                    direct &= matches!(self.op(n), "Identity" | "Cast");
+                    v = self.input(n, 0)?;
+                }
+                _ => return None,
+            }
+        }
+        None
+    }
+
+    /// What `n` puts out, if it is a convolution or a product with a constant matrix.
+    fn linear(&self, n: NodeId) -> Option<Features> {
+        let matrix = |slot| self.input(n, slot).and_then(|v| self.constant(v));
+        let dims = |(w, direct): (WeightId, bool)| self.dims.get(w.index()).filter(|_| direct);
+        match self.op(n) {
+            "Conv" => {
+                let d = dims(matrix(1)?);
+                Some(Features {
+                    axis: self.dims.get(matrix(1)?.0.index())?.len().checked_sub(2)?,
+                    count: d.and_then(|d| d.first()).copied(),
+                })
+            }
+            "ConvTranspose" => {
+                let d = dims(matrix(1)?);
+                let group = self.attrs.get(n.index())?.int_or("group", 1).ok()?;
+                let count = d.and_then(|d| d.get(1)?.checked_mul(usize::try_from(group).ok()?));
+                Some(Features { axis: self.dims.get(matrix(1)?.0.index())?.len().checked_sub(2)?, count })
+            }
+            "MatMul" => match (matrix(1), matrix(0)) {
+                (Some(w), _) => Some(Features { axis: 0, count: dims(w).and_then(|d| d.last()).copied() }),
+                (None, Some(w)) => {
+                    let count = dims(w).and_then(|d| d.get(d.len().checked_sub(2)?)).copied();
+                    Some(Features { axis: 1, count })
+                }
+                _ => None,
+            },
+            "Gemm" => {
+                let d = dims(matrix(1)?);
+                let transposed = self.attrs.get(n.index())?.flag("transB").ok()?;
+                Some(Features { axis: 0, count: d.and_then(|d| d.get(usize::from(!transposed))).copied() })
+            }
+            _ => None,
+        }
+    }
+
+    /// 1/√…, however it is written.
+    fn is_inverse_root(&self, v: ValueId) -> bool {
+        let Some(n) = self.behind(v) else { return false };
+        match self.op(n) {
+            "Reciprocal" => self.input(n, 0).is_some_and(|v| self.is_root(v, DEPTH)),
+            "Div" => {
+                self.input(n, 0).is_some_and(|v| self.constant(v).is_some())
+                    && self.input(n, 1).is_some_and(|v| self.is_root(v, DEPTH))
+            }
+            "Pow" => self.exponent(n).is_some_and(|e| e < 0.0),
+            "SimplifiedRsqrt" | "Rsqrt" => true,
+            _ => false,
+        }
+    }
+
+    fn exponent(&self, n: NodeId) -> Option<f64> {
+        let v = self.graph.value(self.input(n, 1)?);
+        v.meta.as_ref()?.value.as_ref()?.to_f64().first().copied()
+    }
+
+    /// √…, perhaps with an ε added or bounded from below afterwards.
+    fn is_root(&self, v: ValueId, depth: usize) -> bool {
+        let Some(n) = self.behind(v) else { return false };
+        match self.op(n) {
+            "Sqrt" | "ReduceL2" => true,
+            "Add" | "Max" | "Clip" | "Expand" | "Unsqueeze" | "Reshape" if depth > 0 => {
+                self.operands(n).any(|v| self.is_root(v, depth - 1))
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether `v` has been divided by its deviation.
+    fn is_normed(&self, v: ValueId) -> bool {
+        let Some(n) = self.behind(v) else { return false };
+        match self.op(n) {
+            "Div" => {
+                self.input(n, 1).is_some_and(|v| self.is_root(v, DEPTH))
+                    && self.input(n, 0).is_some_and(|v| self.constant(v).is_none())
+            }
+            "Mul" => self.operands(n).any(|v| self.is_inverse_root(v)),
+            // Normalisations whose own scale is all ones or absent.
+            "BatchNormalization" | "InstanceNormalization" | "LayerNormalization" | "MeanVarianceNormalization"
+            | "LpNormalization" => true,
+            _ => false,
+        }
+    }
+
+    /// gamma/√(var + ε), or the inverse root alone.
+    fn is_gain(&self, v: ValueId) -> bool {
+        self.is_inverse_root(v)
+            || self.behind(v).is_some_and(|n| {
+                self.op(n) == "Mul" && self.operands(n).any(|v| self.is_inverse_root(v))
+            })
+    }
+
+    /// Whether `w` is a per-channel parameter of layers that differ in their other constants.
+    fn several_layers(&self, w: &Weight) -> bool {
+        let per_channel = |r: Role| {
+            matches!(r, Role::Bias | Role::Scale | Role::Shift | Role::RunningMean | Role::RunningVar)
+        };
+        let layer = |u: &Use| -> (usize, Vec<Option<WeightId>>) {
+            let constants = |n: NodeId, but: Option<usize>| -> Vec<Option<WeightId>> {
+                let inputs = self.graph.node(n).inputs.iter().enumerate().filter(|(i, _)| Some(*i) != but);
+                inputs.map(|(_, v)| v.and_then(|v| self.constant(v)).map(|(w, _)| w)).collect()
+            };
+            let mut out = constants(u.node, Some(u.slot));
+            if matches!(self.op(u.node), "Add" | "Mul")
+                && let Some(p) = self.input(u.node, 1 - u.slot.min(1)).and_then(|v| self.behind(v))
+            {
+                out.extend(constants(p, None));
+            }
+            (if matches!(self.op(u.node), "Add" | "Mul") { 0 } else { u.slot }, out)
+        };
+        let mut layers = w.uses.iter().filter(|u| per_channel(u.role)).map(layer);
+        match layers.next() {
+            Some(first) => layers.any(|l| l != first),
+            None => false,
+        }
+    }
+}
+
+/// Whether a constant is a vector over the features of a layer.
+fn fits(f: &Features, dims: Option<&[usize]>, len: usize) -> bool {
+    if f.count.is_some_and(|c| c != len) {
+        return false;
+    }
+    match dims {
+        Some(d) if len > 1 => single_axis(d) == Some(f.axis),
+        // One feature: only a layer known to have one.
+        _ => f.count == Some(len) && len > 0,
+    }
+}
