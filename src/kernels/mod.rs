@@ -1,3 +1,5 @@
 //! Kernels: they know slices and dimensions, nothing else. All SIMD and nearly all `unsafe` is here.
 
+pub mod isa;
+pub mod math;
 pub mod par;
