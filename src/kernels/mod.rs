@@ -2,4 +2,5 @@
 
 pub mod isa;
 pub mod math;
+pub mod norm;
 pub mod par;

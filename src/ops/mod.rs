@@ -12,8 +12,9 @@ use smallvec::SmallVec;
 
 use crate::error::OpError;
 use crate::graph::{GradBuilder, ValueId};
-use crate::tensor::{Meta, Tensor, View, ViewMut};
+use crate::tensor::{Elem, Meta, Tensor, View, ViewMut};
 
+pub mod batch_norm;
 pub mod binary;
 #[cfg(test)]
 pub mod cases;
@@ -33,6 +34,16 @@ pub struct Cx<'a> {
     pub scratch: &'a mut [u8],
     /// Differs from run to run and from pass to pass; the only source of randomness.
     pub seed: u64,
+}
+
+impl Cx<'_> {
+    /// The first `n` elements of the scratch memory.
+    pub fn room<T: Elem>(&mut self, n: usize) -> Result<&mut [T], OpError> {
+        let bytes = self.scratch.get_mut(..n * size_of::<T>());
+        bytes
+            .and_then(|b| bytemuck::try_cast_slice_mut(b).ok())
+            .ok_or_else(|| OpError::Internal(format!("no scratch memory for {n} elements")))
+    }
 }
 
 /// Whether normalisation and dropout behave as in training or as in evaluation.
@@ -99,6 +110,11 @@ pub trait Op: Debug + Send + Sync {
 
     /// The same operator in another mode; `None` where the mode makes no difference.
     fn in_mode(&self, _mode: Mode) -> Option<Arc<dyn Op>> {
+        None
+    }
+
+    /// What a person should know about how the file's operator was taken.
+    fn remark(&self) -> Option<String> {
         None
     }
 

@@ -1,0 +1,524 @@
+//! Normalisation: statistics per channel (batch) or per row (layer, instance, group), and their gradients.
+//!
+//! Sums run in lanes over short blocks and are then carried in `f64`; variances are two-pass within a
+//! block and merged exactly, so a large mean does not cost digits.
+
+use rayon::prelude::*;
+
+use crate::kernels::par::{GRAIN, rows};
+use crate::tensor::Float;
+
+const LANES: usize = 16;
+const BLOCK: usize = 1024;
+/// Channels that are swept together where a channel's elements are not contiguous.
+const COLUMNS: usize = 64;
+
+/// `Σ f(x)`.
+#[inline(always)]
+pub fn sum<T: Float>(x: &[T], f: impl Fn(T) -> T) -> f64 {
+    let mut total = 0.0;
+    for block in x.chunks(BLOCK) {
+        let mut acc = [T::zero(); LANES];
+        let (head, tail) = block.as_chunks::<LANES>();
+        for chunk in head {
+            for (a, &x) in acc.iter_mut().zip(chunk) {
+                *a += f(x);
+            }
+        }
+        for (a, &x) in acc.iter_mut().zip(tail) {
+            *a += f(x);
+        }
+        total += lanes(&acc);
+    }
+    total
+}
+
+/// `Σ f(x, y)`.
+#[inline(always)]
+pub fn sum2<T: Float>(x: &[T], y: &[T], f: impl Fn(T, T) -> T) -> f64 {
+    let mut total = 0.0;
+    for (x, y) in x.chunks(BLOCK).zip(y.chunks(BLOCK)) {
+        let mut acc = [T::zero(); LANES];
+        let ((x, x_tail), (y, y_tail)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+        for (x, y) in x.iter().zip(y) {
+            for ((a, &x), &y) in acc.iter_mut().zip(x).zip(y) {
+                *a += f(x, y);
+            }
+        }
+        for ((a, &x), &y) in acc.iter_mut().zip(x_tail).zip(y_tail) {
+            *a += f(x, y);
+        }
+        total += lanes(&acc);
+    }
+    total
+}
+
+#[inline(always)]
+fn lanes<T: Float>(acc: &[T; LANES]) -> f64 {
+    acc.iter().map(|a| a.to64()).sum()
+}
+
+/// Number, mean and sum of squared distances from the mean.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Moments {
+    pub count: f64,
+    pub mean: f64,
+    pub m2: f64,
+}
+
+impl Moments {
+    pub fn of<T: Float>(x: &[T]) -> Moments {
+        x.chunks(BLOCK).map(Moments::block).fold(Moments::default(), Moments::merge)
+    }
+
+    fn block<T: Float>(x: &[T]) -> Moments {
+        let count = x.len() as f64;
+        let mean = sum(x, |x| x) / count;
+        let m = T::of(mean);
+        let off = mean - m.to64();
+        let m2 = sum(x, |x| (x - m) * (x - m)) - count * off * off;
+        Moments { count, mean, m2: m2.max(m2 * 0.0) }
+    }
+
+    /// Of both sets together (Chan, Golub and LeVeque 1979).
+    pub fn merge(self, other: Moments) -> Moments {
+        if self.count == 0.0 {
+            return other;
+        }
+        let count = self.count + other.count;
+        let delta = other.mean - self.mean;
+        let mean = self.mean + delta * (other.count / count);
+        let m2 = self.m2 + other.m2 + delta * delta * (self.count * other.count / count);
+        Moments { count, mean, m2 }
+    }
+
+    /// The population's variance; 0 of nothing.
+    pub fn variance(self) -> f64 {
+        self.m2 / self.count.max(1.0)
+    }
+}
+
+/// A tensor as `n` × `c` channels × `s` contiguous elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Channels {
+    pub n: usize,
+    pub c: usize,
+    pub s: usize,
+}
+
+impl Channels {
+    /// Elements of one channel.
+    pub fn count(self) -> usize {
+        self.n * self.s
+    }
+
+    fn start(self, n: usize, channel: usize) -> usize {
+        (n * self.c + channel) * self.s
+    }
+
+    /// Channels that one piece of work covers.
+    fn per_piece(self) -> usize {
+        let least = if self.s == 1 { COLUMNS } else { 1 };
+        (GRAIN / self.count().max(1)).max(least)
+    }
+}
+
+/// Mean and population variance of each channel.
+pub fn channel_stats<T: Float>(x: &[T], d: Channels, mean: &mut [T], variance: &mut [T]) {
+    let per = d.per_piece();
+    mean.par_chunks_mut(per).zip(variance.par_chunks_mut(per)).enumerate().for_each(|(i, (mean, var))| {
+        let first = i * per;
+        if d.s == 1 {
+            for (k, (mean, var)) in mean.chunks_mut(COLUMNS).zip(var.chunks_mut(COLUMNS)).enumerate() {
+                column_stats(x, d, first + k * COLUMNS, mean, var);
+            }
+            return;
+        }
+        for (k, (mean, var)) in mean.iter_mut().zip(var).enumerate() {
+            let m = (0..d.n)
+                .map(|n| {
+                    let start = d.start(n, first + k);
+                    Moments::of(&x[start..start + d.s])
+                })
+                .fold(Moments::default(), Moments::merge);
+            *mean = T::of(m.mean);
+            *var = T::of(m.variance());
+        }
+    });
+}
+
+/// As `channel_stats` for at most `COLUMNS` channels from `first` on, of one element a sample.
+fn column_stats<T: Float>(x: &[T], d: Channels, first: usize, mean: &mut [T], variance: &mut [T]) {
+    let width = mean.len();
+    let over = |acc: &mut [f64; COLUMNS], f: &dyn Fn(usize, f64) -> f64| {
+        for n in 0..d.n {
+            let row = &x[n * d.c + first..][..width];
+            for (j, (a, x)) in acc.iter_mut().zip(row).enumerate() {
+                *a += f(j, x.to64());
+            }
+        }
+    };
+    let count = d.n.max(1) as f64;
+    let (mut means, mut squares) = ([0.0; COLUMNS], [0.0; COLUMNS]);
+    over(&mut means, &|_, x| x);
+    means.iter_mut().for_each(|m| *m /= count);
+    over(&mut squares, &|j, x| (x - means[j]) * (x - means[j]));
+    for j in 0..width {
+        mean[j] = T::of(means[j]);
+        variance[j] = T::of(squares[j] / count);
+    }
+}
+
+/// `y = f(x)` element by element, `y` holding `x` where that is `None`.
+#[inline(always)]
+fn map<T: Float>(x: Option<&[T]>, y: &mut [T], f: impl Fn(T) -> T) {
+    match x {
+        Some(x) => y.iter_mut().zip(x).for_each(|(y, &x)| *y = f(x)),
+        None => y.iter_mut().for_each(|y| *y = f(*y)),
+    }
+}
+
+/// `y = (x − mean)·factor + shift` per channel; `y` holds `x` where that is `None`.
+pub fn channel_affine<T: Float>(
+    x: Option<&[T]>,
+    y: &mut [T],
+    d: Channels,
+    mean: &[T],
+    factor: &[T],
+    shift: &[T],
+) {
+    if d.s == 1 {
+        rows(y, d.c, GRAIN, |row, piece| {
+            for (k, y) in piece.chunks_mut(d.c.max(1)).enumerate() {
+                if let Some(x) = x {
+                    y.copy_from_slice(&x[(row + k) * d.c..][..d.c]);
+                }
+                for (((y, &m), &a), &b) in y.iter_mut().zip(mean).zip(factor).zip(shift) {
+                    *y = (*y - m) * a + b;
+                }
+            }
+        });
+        return;
+    }
+    rows(y, d.s, GRAIN, |row, piece| {
+        for (k, y) in piece.chunks_mut(d.s.max(1)).enumerate() {
+            let row = row + k;
+            let (m, a, b) = (mean[row % d.c], factor[row % d.c], shift[row % d.c]);
+            map(x.map(|x| &x[row * d.s..][..d.s]), y, |x| (x - m) * a + b);
+        }
+    });
+}
+
+/// Where the statistics of an element are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stat {
+    /// One pair a channel (batch normalisation).
+    Channel,
+    /// One pair a row of so many elements.
+    Row(usize),
+}
+
+/// `dscale = Σ dy·(x − mean)·inv` and `dshift = Σ dy` of each channel. A channel's run of `s` elements lies
+/// within one row.
+pub fn param_grad<T: Float>(
+    x: &[T],
+    dy: &[T],
+    d: Channels,
+    stat: Stat,
+    (mean, inv): (Option<&[T]>, &[T]),
+    dscale: &mut [T],
+    dshift: &mut [T],
+) {
+    let per = d.per_piece();
+    let at = |i: usize, channel: usize| match stat {
+        Stat::Channel => channel,
+        Stat::Row(len) => i / len,
+    };
+    let mean_of = |i: usize| mean.map_or(T::zero(), |m| m[i]);
+    dscale.par_chunks_mut(per).zip(dshift.par_chunks_mut(per)).enumerate().for_each(
+        |(i, (dscale, dshift))| {
+            let first = i * per;
+            if d.s == 1 {
+                let pieces = dscale.chunks_mut(COLUMNS).zip(dshift.chunks_mut(COLUMNS)).enumerate();
+                for (k, (dscale, dshift)) in pieces {
+                    let (first, width) = (first + k * COLUMNS, dscale.len());
+                    let (mut scales, mut shifts) = ([0.0f64; COLUMNS], [0.0f64; COLUMNS]);
+                    for n in 0..d.n {
+                        let start = n * d.c + first;
+                        let (x, dy) = (&x[start..][..width], &dy[start..][..width]);
+                        match stat {
+                            Stat::Row(len) => {
+                                let (m, r) = (mean_of(start / len), inv[start / len]);
+                                for (j, (&x, &dy)) in x.iter().zip(dy).enumerate() {
+                                    scales[j] += (dy * ((x - m) * r)).to64();
+                                    shifts[j] += dy.to64();
+                                }
+                            }
+                            Stat::Channel => {
+                                for (j, (&x, &dy)) in x.iter().zip(dy).enumerate() {
+                                    scales[j] += (dy * ((x - mean_of(first + j)) * inv[first + j])).to64();
+                                    shifts[j] += dy.to64();
+                                }
+                            }
+                        }
+                    }
+                    for j in 0..width {
+                        dscale[j] = T::of(scales[j]);
+                        dshift[j] = T::of(shifts[j]);
+                    }
+                }
+                return;
+            }
+            for (k, (dscale, dshift)) in dscale.iter_mut().zip(dshift).enumerate() {
+                let (mut scale, mut shift) = (0.0, 0.0);
+                for n in 0..d.n {
+                    let start = d.start(n, first + k);
+                    let (x, dy) = (&x[start..][..d.s], &dy[start..][..d.s]);
+                    let i = at(start, first + k);
+                    let m = mean_of(i);
+                    scale += sum2(dy, x, |dy, x| dy * (x - m)) * inv[i].to64();
+                    shift += sum(dy, |dy| dy);
+                }
+                *dscale = T::of(scale);
+                *dshift = T::of(shift);
+            }
+        },
+    );
+}
+
+/// `Σ dy` of each channel.
+pub fn channel_sum<T: Float>(dy: &[T], d: Channels, out: &mut [T]) {
+    let per = d.per_piece();
+    out.par_chunks_mut(per).enumerate().for_each(|(i, out)| {
+        let first = i * per;
+        if d.s == 1 {
+            for (k, out) in out.chunks_mut(COLUMNS).enumerate() {
+                let mut acc = [0.0f64; COLUMNS];
+                for n in 0..d.n {
+                    let row = &dy[n * d.c + first + k * COLUMNS..][..out.len()];
+                    acc.iter_mut().zip(row).for_each(|(a, x)| *a += x.to64());
+                }
+                out.iter_mut().zip(acc).for_each(|(o, a)| *o = T::of(a));
+            }
+            return;
+        }
+        for (k, out) in out.iter_mut().enumerate() {
+            let rows = (0..d.n).map(|n| sum(&dy[d.start(n, first + k)..][..d.s], |x| x));
+            *out = T::of(rows.sum());
+        }
+    });
+}
+
+/// What the gradient of batch normalisation reads of each channel.
+#[derive(Clone, Copy)]
+pub struct ChannelGrad<'a, T> {
+    pub scale: &'a [T],
+    pub mean: &'a [T],
+    pub inv: &'a [T],
+    pub dscale: &'a [T],
+    pub dshift: &'a [T],
+}
+
+/// `dx = scale·inv·(dy − dshift/M − x̂·dscale/M)` with `x̂ = (x − mean)·inv`, M elements a channel.
+/// At most one of `x`, `dy` is `None`: it lies in `dx`.
+pub fn channel_input_grad<T: Float>(
+    x: Option<&[T]>,
+    dy: Option<&[T]>,
+    dx: &mut [T],
+    d: Channels,
+    g: ChannelGrad<T>,
+) {
+    let count = d.count().max(1) as f64;
+    let coefficients = |c: usize| {
+        let inv = g.inv[c].to64();
+        let k1 = T::of(g.dshift[c].to64() / count);
+        let k2 = T::of(inv * g.dscale[c].to64() / count);
+        (T::of(g.scale[c].to64() * inv), k1, k2, g.mean[c])
+    };
+    // Rows of single elements are swept per channel group to keep the coefficients out of the inner loop.
+    rows(dx, d.s, GRAIN, |row, piece| {
+        for (k, dx) in piece.chunks_mut(d.s.max(1)).enumerate() {
+            let row = row + k;
+            let (a, k1, k2, m) = coefficients(row % d.c);
+            let f = |x: T, dy: T| a * (dy - k1 - (x - m) * k2);
+            zip_map(cut(x, row * d.s, d.s), cut(dy, row * d.s, d.s), dx, f);
+        }
+    });
+}
+
+fn cut<T>(x: Option<&[T]>, start: usize, len: usize) -> Option<&[T]> {
+    x.map(|x| &x[start..start + len])
+}
+
+/// `y = f(a, b)`; the one of `a`, `b` that is `None` lies in `y`.
+#[inline(always)]
+fn zip_map<T: Float>(a: Option<&[T]>, b: Option<&[T]>, y: &mut [T], f: impl Fn(T, T) -> T) {
+    match (a, b) {
+        (Some(a), Some(b)) => y.iter_mut().zip(a).zip(b).for_each(|((y, &a), &b)| *y = f(a, b)),
+        (Some(a), None) => y.iter_mut().zip(a).for_each(|(y, &a)| *y = f(a, *y)),
+        (None, Some(b)) => y.iter_mut().zip(b).for_each(|(y, &b)| *y = f(*y, b)),
+        (None, None) => y.iter_mut().for_each(|y| *y = f(*y, *y)),
+    }
+}
+
+/// Rows of `len` elements that are normalised each by itself, then scaled and shifted: element `i` by
+/// channel `(i / span) % period`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RowNorm {
+    pub len: usize,
+    pub period: usize,
+    pub span: usize,
+    /// Subtract the mean (`false`: divide by the root of the mean square only).
+    pub center: bool,
+    pub epsilon: f64,
+}
+
+/// Scale of the elements of one run: one each, or one for all.
+#[derive(Clone, Copy)]
+enum Factor<'a, T> {
+    Each(&'a [T]),
+    All(T),
+}
+
+impl RowNorm {
+    /// The runs of a row starting at element `start` as (offset in the row, length, first channel).
+    fn runs(self, start: usize) -> impl Iterator<Item = (usize, usize, usize)> {
+        let run = if self.span == 1 { self.period.min(self.len) } else { self.span.min(self.len) }.max(1);
+        let channel = move |o: usize| ((start + o) / self.span.max(1)) % self.period.max(1);
+        (0..self.len).step_by(run).map(move |o| (o, run.min(self.len - o), channel(o)))
+    }
+
+    fn factor<'a, T: Float>(self, values: Option<&'a [T]>, channel: usize, run: usize) -> Factor<'a, T> {
+        match values {
+            None => Factor::All(T::one()),
+            Some(v) if self.span == 1 => Factor::Each(&v[channel..][..run]),
+            Some(v) => Factor::All(v[channel]),
+        }
+    }
+
+    /// The channels as `param_grad` sweeps them, of a tensor of `total` elements.
+    pub fn channels(self, total: usize) -> Channels {
+        let block = (self.period * self.span).max(1);
+        Channels { n: total / block, c: self.period, s: self.span }
+    }
+
+    /// `y = (x − mean)·inv·scale + shift`; writes each row's mean and inverse deviation too.
+    pub fn forward<T: Float>(
+        self,
+        x: Option<&[T]>,
+        scale: Option<&[T]>,
+        shift: Option<&[T]>,
+        y: &mut [T],
+        mean: &mut [T],
+        inv: &mut [T],
+    ) {
+        let len = self.len.max(1);
+        let per = (GRAIN / len).max(1);
+        let pieces = y.par_chunks_mut(per * len).zip(mean.par_chunks_mut(per)).zip(inv.par_chunks_mut(per));
+        pieces.enumerate().for_each(|(p, ((y, mean), inv))| {
+            for (k, ((y, mean), inv)) in y.chunks_mut(len).zip(mean).zip(inv).enumerate() {
+                let start = (p * per + k) * len;
+                let x = cut(x, start, len);
+                let row = x.unwrap_or(y);
+                let (m, variance) = if self.center {
+                    let m = Moments::of(row);
+                    (m.mean, m.variance())
+                } else {
+                    (0.0, sum(row, |x| x * x) / len as f64)
+                };
+                (*mean, *inv) = (T::of(m), T::of(1.0 / (variance + self.epsilon).sqrt()));
+                let (m, r) = (*mean, *inv);
+                for (o, run, channel) in self.runs(start) {
+                    let (x, y) = (cut(x, o, run), &mut y[o..o + run]);
+                    let shift = shift.map(|_| self.factor(shift, channel, run));
+                    match (self.factor(scale, channel, run), shift.unwrap_or(Factor::All(T::zero()))) {
+                        (Factor::All(a), Factor::All(b)) => map(x, y, |x| (x - m) * r * a + b),
+                        (Factor::Each(a), Factor::Each(b)) => {
+                            map(x, y, |x| (x - m) * r);
+                            y.iter_mut().zip(a).zip(b).for_each(|((y, &a), &b)| *y = *y * a + b);
+                        }
+                        (Factor::Each(a), Factor::All(b)) => {
+                            map(x, y, |x| (x - m) * r);
+                            y.iter_mut().zip(a).for_each(|(y, &a)| *y = *y * a + b);
+                        }
+                        (Factor::All(a), Factor::Each(b)) => {
+                            map(x, y, |x| (x - m) * r * a);
+                            y.iter_mut().zip(b).for_each(|(y, &b)| *y += b);
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    /// `dx = inv·(g − mean(g) − x̂·mean(g·x̂))` with `g = dy·scale` and `x̂ = (x − mean)·inv`; without the
+    /// middle term when the mean is not subtracted. At most one of `x`, `dy` is `None`: it lies in `dx`.
+    pub fn input_grad<T: Float>(
+        self,
+        x: Option<&[T]>,
+        dy: Option<&[T]>,
+        scale: Option<&[T]>,
+        (mean, inv): (Option<&[T]>, &[T]),
+        dx: &mut [T],
+    ) {
+        let len = self.len.max(1);
+        rows(dx, len, GRAIN, |first, piece| {
+            for (k, dx) in piece.chunks_mut(len).enumerate() {
+                let (row, start) = (first + k, (first + k) * len);
+                let (x, dy) = (cut(x, start, len), cut(dy, start, len));
+                let (m, r) = (mean.map_or(T::zero(), |m| m[row]), inv[row]);
+                let (mut s1, mut s2) = (0.0, 0.0);
+                {
+                    let (x, dy) = (x.unwrap_or(dx), dy.unwrap_or(dx));
+                    for (o, run, channel) in self.runs(start) {
+                        let (x, dy) = (&x[o..o + run], &dy[o..o + run]);
+                        match self.factor(scale, channel, run) {
+                            Factor::All(a) => {
+                                s1 += a.to64() * sum(dy, |dy| dy);
+                                s2 += a.to64() * sum2(dy, x, |dy, x| dy * (x - m));
+                            }
+                            Factor::Each(a) => {
+                                s1 += sum2(dy, a, |dy, a| dy * a);
+                                for ((dy, x), a) in dy.chunks(BLOCK).zip(x.chunks(BLOCK)).zip(a.chunks(BLOCK))
+                                {
+                                    s2 += sum3(dy, x, a, |dy, x, a| dy * a * (x - m));
+                                }
+                            }
+                        }
+                    }
+                }
+                let r64 = r.to64();
+                let k1 = if self.center { T::of(s1 / len as f64) } else { T::zero() };
+                let k2 = T::of(s2 * r64 * r64 / len as f64);
+                for (o, run, channel) in self.runs(start) {
+                    let (x, dy, dx) = (cut(x, o, run), cut(dy, o, run), &mut dx[o..o + run]);
+                    match self.factor(scale, channel, run) {
+                        Factor::All(a) => zip_map(x, dy, dx, |x, dy| r * (dy * a - k1 - (x - m) * k2)),
+                        Factor::Each(a) => {
+                            for (i, &a) in a.iter().enumerate() {
+                                let (x, dy) = (x.map_or(dx[i], |x| x[i]), dy.map_or(dx[i], |dy| dy[i]));
+                                dx[i] = r * (dy * a - k1 - (x - m) * k2);
+                            }
+                        }
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// `Σ f(x, y, z)` over at most a block.
+#[inline(always)]
+fn sum3<T: Float>(x: &[T], y: &[T], z: &[T], f: impl Fn(T, T, T) -> T) -> f64 {
+    let mut acc = [T::zero(); LANES];
+    let (xc, yc, zc) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>(), z.as_chunks::<LANES>());
+    for ((x, y), z) in xc.0.iter().zip(yc.0).zip(zc.0) {
+        for (((a, &x), &y), &z) in acc.iter_mut().zip(x).zip(y).zip(z) {
+            *a += f(x, y, z);
+        }
+    }
+    for (((a, &x), &y), &z) in acc.iter_mut().zip(xc.1).zip(yc.1).zip(zc.1) {
+        *a += f(x, y, z);
+    }
+    lanes(&acc)
+}
