@@ -3,6 +3,8 @@
 pub mod error;
 pub mod exec;
 pub mod graph;
+pub mod import;
 pub mod kernels;
 pub mod ops;
+pub mod plan;
 pub mod tensor;

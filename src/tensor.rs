@@ -291,6 +291,15 @@ impl Buffer {
         Buffer(vec![Line::zeroed(); bytes.div_ceil(ALIGN)])
     }
 
+    /// Extends to at least `bytes` bytes; what is new is zero.
+    pub fn grow(&mut self, bytes: usize) {
+        let lines = bytes.div_ceil(ALIGN);
+        if lines > self.0.len() {
+            self.0.reserve_exact(lines - self.0.len());
+            self.0.resize(lines, Line::zeroed());
+        }
+    }
+
     pub fn bytes(&self) -> &[u8] {
         bytemuck::cast_slice(&self.0)
     }

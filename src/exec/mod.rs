@@ -1,3 +1,11 @@
-//! Execution of graphs.
+//! Execution: sessions, persistent state, the step loop.
 
+mod carve;
 pub mod reference;
+mod run;
+mod session;
+mod store;
+
+pub use run::Profile;
+pub use session::{Options, Program, Session, Usage, bind, infer};
+pub use store::{Purpose, Store};

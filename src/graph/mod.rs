@@ -13,8 +13,8 @@ use crate::ops::Op;
 use crate::tensor::{DType, Meta, Tensor};
 
 pub use grad::{GradBuilder, Gradients, grad};
-pub use infer::Bindings;
-pub use passes::set_mode;
+pub use infer::{Bindings, Inferred};
+pub use passes::{inline, logits, set_mode};
 
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident) => {

@@ -1,5 +1,7 @@
 //! Rewrites of a graph before it is differentiated and planned.
 
+use std::collections::HashMap;
+
 use crate::error::{Error, Result};
 use crate::graph::{Graph, NodeId, Source, ValueId};
 use crate::ops::Mode;
@@ -23,4 +25,58 @@ pub fn set_mode(graph: &mut Graph, mode: Mode) -> Result<Vec<ValueId>> {
         }
     }
     Ok(updates)
+}
+
+/// Copies the nodes of `other`, whose weights must be constants, into `graph`: `bound` pairs its inputs with
+/// values here. Returns its outputs as values of `graph`, with shapes inferred.
+pub fn inline(graph: &mut Graph, other: &Graph, bound: &[(ValueId, ValueId)]) -> Result<Vec<ValueId>> {
+    let mut map: HashMap<ValueId, ValueId> = bound.iter().copied().collect();
+    for (i, v) in other.values.iter().enumerate() {
+        let id = ValueId(i as u32);
+        match &v.source {
+            Source::Constant(t) => {
+                let copy = graph.add_value(v.name.clone(), Source::Constant(t.clone()));
+                map.insert(id, copy);
+            }
+            Source::Input if !map.contains_key(&id) && other.inputs.contains(&id) => {
+                return Err(Error::value(
+                    &v.name,
+                    "this input of the loss is neither a model output nor 'target'",
+                ));
+            }
+            _ => {}
+        }
+    }
+    for (i, node) in other.nodes.iter().enumerate() {
+        let inputs: Vec<Option<ValueId>> =
+            node.inputs.iter().map(|v| v.and_then(|v| map.get(&v).copied())).collect();
+        let outputs = node.outputs.len();
+        let made = graph
+            .emit(&node.name, node.op.clone(), &inputs, outputs)
+            .map_err(|source| Error::Op { node: other.describe(NodeId(i as u32)), source })?;
+        for (theirs, ours) in node.outputs.iter().zip(made) {
+            if let Some(theirs) = theirs {
+                graph.value_mut(ours).name = other.value(*theirs).name.clone();
+                map.insert(*theirs, ours);
+            }
+        }
+    }
+    let missing = |v: &ValueId| Error::value(&other.value(*v).name, "is not computed by the graph");
+    other.outputs.iter().map(|v| map.get(v).copied().ok_or_else(|| missing(v))).collect()
+}
+
+/// The value that a classifier's output is a softmax of, and that softmax; `(output, None)` where the output
+/// is not one. Looks through Identity.
+pub fn logits(graph: &Graph, output: ValueId) -> (ValueId, Option<NodeId>) {
+    let mut v = output;
+    while let Source::Node(id, 0) = graph.value(v).source {
+        let node = graph.node(id);
+        let Some(Some(input)) = node.inputs.first() else { break };
+        match node.op.name() {
+            "Identity" => v = *input,
+            "Softmax" | "LogSoftmax" => return (*input, Some(id)),
+            _ => break,
+        }
+    }
+    (output, None)
 }

@@ -1,0 +1,96 @@
+//! The step loop: runs a plan's kernel calls in order on one arena.
+
+use std::time::{Duration, Instant};
+
+use smallvec::SmallVec;
+
+use crate::error::{Error, OpError, Result};
+use crate::exec::carve::carve;
+use crate::exec::session::Frozen;
+use crate::exec::store::Store;
+use crate::graph::Graph;
+use crate::ops::{Cx, need, out};
+use crate::plan::{Place, Plan, Step};
+use crate::tensor::{View, ViewMut};
+
+/// Time spent per kernel call of a plan, in call order.
+#[derive(Debug, Default, Clone)]
+pub struct Profile {
+    pub steps: Vec<Duration>,
+    pub runs: usize,
+}
+
+/// What a run needs beside its plan.
+pub(super) struct Memory<'a> {
+    pub arena: &'a mut [u8],
+    pub store: &'a mut Store,
+    /// By `Plan::constants` index.
+    pub constants: &'a [Frozen],
+    pub seed: u64,
+}
+
+pub(super) fn run(
+    plan: &Plan,
+    graph: &Graph,
+    memory: &mut Memory,
+    mut profile: Option<&mut Profile>,
+) -> Result<()> {
+    if let Some(p) = profile.as_deref_mut() {
+        p.steps.resize(plan.steps.len(), Duration::ZERO);
+        p.runs += 1;
+    }
+    for (i, step) in plan.steps.iter().enumerate() {
+        let start = profile.is_some().then(Instant::now);
+        call(step, memory).map_err(|source| Error::Op { node: graph.describe(step.node), source })?;
+        if let (Some(p), Some(start)) = (profile.as_deref_mut(), start) {
+            p.steps[i] += start.elapsed();
+        }
+    }
+    Ok(())
+}
+
+fn call(step: &Step, memory: &mut Memory) -> std::result::Result<(), OpError> {
+    let ranges = step.store.iter().map(|c| (memory.store.range(c.state), c.write));
+    let cuts: SmallVec<[(usize, usize, bool); 8]> = ranges.map(|(r, w)| (r.start, r.end, w)).collect();
+    let mut store = carve(memory.store.raw(), cuts.into_iter());
+    let cuts = step.arena.iter().map(|c| (c.range.start, c.range.end, c.write));
+    let mut arena = carve(memory.arena, cuts);
+    let constants = memory.constants;
+
+    let mut x: SmallVec<[Option<View>; 8]> = SmallVec::new();
+    for o in &step.x {
+        let bytes = match o.place {
+            Place::Arena(i) => arena[i].read(),
+            Place::Store(i) => store[i].read(),
+            Place::Constant(i) => constants[i].bytes(),
+            Place::None => {
+                x.push(None);
+                continue;
+            }
+        };
+        x.push(Some(View { dtype: o.dtype, dims: &o.dims, bytes }));
+    }
+    let mut y: SmallVec<[Option<ViewMut>; 4]> = SmallVec::new();
+    for o in &step.y {
+        let bytes = match o.place {
+            Place::Arena(i) => arena[i].write(),
+            Place::Store(i) => store[i].write(),
+            Place::Constant(_) | Place::None => None,
+        };
+        y.push(bytes.map(|bytes| ViewMut { dtype: o.dtype, dims: &o.dims, bytes }));
+    }
+    if step.op.is_view() {
+        out(&mut y, 0)?.bytes.copy_from_slice(need(&x, 0)?.bytes);
+        return Ok(());
+    }
+    let scratch = step.scratch.and_then(|i| arena[i].write()).unwrap_or_default();
+    step.op.forward(&mut Cx { scratch, seed: memory.seed ^ mix(step.node.0 as u64) }, &x, &mut y)
+}
+
+/// Spreads small integers over all bits (splitmix64's finaliser).
+fn mix(x: u64) -> u64 {
+    let x = x.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}

@@ -1,0 +1,413 @@
+//! A model being run and trained: its weights, its persistent state, one arena for all plans.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::error::{Error, Result};
+use crate::exec::run::{self, Memory, Profile};
+use crate::exec::store::{Purpose, Store};
+use crate::graph::{Bindings, Graph, Inferred, Source, StateId, ValueId, WeightId};
+use crate::import::{Model, Role};
+use crate::plan::{self, Constant, Location, Plan, Request};
+use crate::tensor::{Buffer, DType, Meta, Tensor, View};
+
+/// Frozen constants of at most this many elements take part in constant folding.
+const FOLDED_WEIGHT: usize = 4096;
+
+/// How a session computes.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Threads to compute with; 0: one per core. Results do not depend on it.
+    pub threads: usize,
+    /// Of every random number.
+    pub seed: u64,
+    /// Every value in memory of its own (for tests; results do not depend on it).
+    pub no_reuse: bool,
+}
+
+/// The bytes of a constant operand.
+#[derive(Debug, Clone)]
+pub(super) enum Frozen {
+    Owned(Arc<Tensor>),
+    /// A frozen weight where it lies in the mapped file.
+    Mapped(Bytes),
+}
+
+impl Frozen {
+    pub(super) fn bytes(&self) -> &[u8] {
+        match self {
+            Frozen::Owned(t) => t.bytes(),
+            Frozen::Mapped(b) => b,
+        }
+    }
+}
+
+/// A graph that was planned: what a session runs.
+#[derive(Debug)]
+pub struct Program {
+    id: usize,
+    pub graph: Graph,
+    pub plan: Plan,
+    constants: Vec<Frozen>,
+}
+
+/// Memory a session holds or maps, in bytes.
+#[derive(Debug, Clone, Copy, Default, serde::Serialize)]
+pub struct Usage {
+    pub weights: usize,
+    pub statistics: usize,
+    pub optimizer: usize,
+    pub gradients: usize,
+    pub step: usize,
+    pub arena: usize,
+    /// Frozen weights copied to the heap because they are unaligned or of another type.
+    pub frozen: usize,
+}
+
+impl Usage {
+    pub fn total(&self) -> usize {
+        self.weights
+            + self.statistics
+            + self.optimizer
+            + self.gradients
+            + self.step
+            + self.arena
+            + self.frozen
+    }
+}
+
+/// A model with the memory to run and train it.
+pub struct Session {
+    model: Arc<Model>,
+    options: Options,
+    pool: rayon::ThreadPool,
+    store: Store,
+    states: Vec<Option<StateId>>,
+    frozen: HashMap<WeightId, Frozen>,
+    arena: Buffer,
+    programs: usize,
+    profile: bool,
+    profiles: HashMap<usize, Profile>,
+}
+
+impl Session {
+    /// A session in which every weight is frozen.
+    pub fn new(model: Arc<Model>, options: Options) -> Result<Self> {
+        let threads = match options.threads {
+            0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
+            n => n,
+        };
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("retune-{i}"))
+            .build()
+            .map_err(|e| Error::Config(format!("{threads} threads cannot be started: {e}")))?;
+        Ok(Session {
+            states: vec![None; model.weights.len()],
+            model,
+            options,
+            pool,
+            store: Store::default(),
+            frozen: HashMap::new(),
+            arena: Buffer::default(),
+            programs: 0,
+            profile: false,
+            profiles: HashMap::new(),
+        })
+    }
+
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    pub fn threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    pub fn store_mut(&mut self) -> &mut Store {
+        &mut self.store
+    }
+
+    /// Makes a weight a state, initialised from the file, so that updates can change it.
+    pub fn make_mutable(&mut self, id: WeightId) -> Result<StateId> {
+        if let Some(s) = self.states[id.index()] {
+            return Ok(s);
+        }
+        let t = self.model.load_weight(id)?;
+        let weight = self.model.weight(id);
+        let purpose = match weight.role {
+            Role::RunningMean | Role::RunningVar => Purpose::Statistic,
+            _ => Purpose::Parameter,
+        };
+        let s = self.store.add(weight.name.clone(), t.meta(), purpose);
+        self.store.set(s, t.bytes());
+        self.states[id.index()] = Some(s);
+        Ok(s)
+    }
+
+    /// The state a weight lives in, if it can change.
+    pub fn state_of(&self, id: WeightId) -> Option<StateId> {
+        self.states[id.index()]
+    }
+
+    /// The present value of a weight.
+    pub fn weight(&self, id: WeightId) -> Result<Tensor> {
+        match self.states[id.index()] {
+            Some(s) => Ok(self.store.tensor(s)),
+            None => self.model.load_weight(id),
+        }
+    }
+
+    /// The weights that can change and their present values.
+    pub fn changes(&self) -> Vec<(WeightId, Tensor)> {
+        let ids = (0..self.states.len() as u32).map(WeightId);
+        ids.filter_map(|w| self.states[w.index()].map(|s| (w, self.store.tensor(s)))).collect()
+    }
+
+    /// The model's graph, with weights bound to their states (or frozen).
+    pub fn graph(&self) -> Result<Graph> {
+        let mut graph = self.model.graph.clone();
+        for (i, w) in self.model.weights.iter().enumerate() {
+            let meta = Meta::new(w.dtype.working(), &w.dims);
+            let value = graph.value_mut(w.value);
+            if let Some(s) = self.states[i] {
+                value.source = Source::State(s);
+                value.meta = Some(meta);
+            } else if w.role == Role::Constant && w.len() <= FOLDED_WEIGHT {
+                let t = Arc::new(w.load(&self.model.files)?);
+                value.meta = Some(Meta { value: Some(t.clone()), ..meta });
+                value.source = Source::Constant(t);
+            } else {
+                value.source = Source::Weight(WeightId(i as u32));
+                value.meta = Some(meta);
+            }
+        }
+        Ok(graph)
+    }
+
+    /// Plans a graph whose shapes are inferred, and makes room for it.
+    pub fn compile(&mut self, graph: Graph, mut request: Request) -> Result<Program> {
+        request.no_reuse |= self.options.no_reuse;
+        let plan = plan::plan(&graph, &request)?;
+        let mut constants = Vec::with_capacity(plan.constants.len());
+        for c in &plan.constants {
+            constants.push(match c {
+                Constant::Tensor(t) => Frozen::Owned(t.clone()),
+                Constant::Weight(w) => self.frozen(*w)?,
+            });
+        }
+        self.arena.grow(plan.arena_bytes);
+        self.programs += 1;
+        Ok(Program { id: self.programs, graph, plan, constants })
+    }
+
+    fn frozen(&mut self, id: WeightId) -> Result<Frozen> {
+        if let Some(f) = self.frozen.get(&id) {
+            return Ok(f.clone());
+        }
+        let weight = self.model.weight(id);
+        let frozen = match weight.view(&self.model.files) {
+            Some(view) => Frozen::Mapped(self.model.files[weight.location.file].bytes.slice_ref(view.bytes)),
+            None => Frozen::Owned(Arc::new(weight.load(&self.model.files)?)),
+        };
+        self.frozen.insert(id, frozen.clone());
+        Ok(frozen)
+    }
+
+    /// Runs a program. Every input that the plan reads must be fed, in its planned shape and type.
+    pub fn run(&mut self, program: &Program, feeds: &[(ValueId, View)], seed: u64) -> Result<()> {
+        for (v, meta, range) in &program.plan.inputs {
+            let name = &program.graph.value(*v).name;
+            let Some((_, view)) = feeds.iter().find(|f| f.0 == *v) else {
+                return Err(Error::value(name, "this input is not fed"));
+            };
+            if view.dtype != meta.dtype || view.dims != meta.dims.as_slice() {
+                return Err(Error::value(
+                    name,
+                    format!(
+                        "fed with {} {:?}, planned for {} {:?}",
+                        view.dtype,
+                        view.dims,
+                        meta.dtype,
+                        meta.dims.as_slice()
+                    ),
+                ));
+            }
+            self.arena.bytes_mut()[range.clone()].copy_from_slice(view.bytes);
+        }
+        let profile = self.profile.then(|| self.profiles.entry(program.id).or_default());
+        let mut memory = Memory {
+            arena: &mut self.arena.bytes_mut()[..program.plan.arena_bytes],
+            store: &mut self.store,
+            constants: &program.constants,
+            seed: self.options.seed ^ seed,
+        };
+        self.pool.install(|| run::run(&program.plan, &program.graph, &mut memory, profile))
+    }
+
+    /// A value that the program was asked for, after its run and before the next one.
+    pub fn output<'a>(&'a self, program: &'a Program, v: ValueId) -> Result<View<'a>> {
+        let Some((meta, location)) = program.plan.outputs.get(&v) else {
+            return Err(Error::value(&program.graph.value(v).name, "was not asked for"));
+        };
+        let bytes = match location {
+            Location::Arena(range) => &self.arena.bytes()[range.clone()],
+            Location::State(s) => self.store.view(*s).bytes,
+            Location::Constant(c) => program.constants[*c].bytes(),
+        };
+        Ok(View { dtype: meta.dtype, dims: &meta.dims, bytes })
+    }
+
+    /// A floating-point scalar of the last run.
+    pub fn scalar(&self, program: &Program, v: ValueId) -> Result<f64> {
+        let view = self.output(program, v)?;
+        view.to_tensor()
+            .to_f64()
+            .first()
+            .copied()
+            .ok_or_else(|| Error::value(&program.graph.value(v).name, "is empty"))
+    }
+
+    /// Runs the model once, forward, on inputs by name, and returns its outputs in order, in the types
+    /// that the file declares.
+    pub fn forward(&mut self, feeds: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
+        let graph = self.graph()?;
+        let bound = bind(&graph, feeds)?;
+        let metas: Vec<(ValueId, Meta)> = bound.iter().map(|(v, t)| (*v, t.meta())).collect();
+        let graph = infer(graph, &metas, &bound)?;
+        let request = Request { outputs: graph.outputs.clone(), ..Request::default() };
+        let program = self.compile(graph, request)?;
+        let views: Vec<(ValueId, View)> = bound.iter().map(|(v, t)| (*v, t.view())).collect();
+        self.run(&program, &views, 0)?;
+        program
+            .graph
+            .outputs
+            .iter()
+            .map(|&v| {
+                let value = program.graph.value(v);
+                let t = self.output(&program, v)?.to_tensor();
+                let declared = value.declared.as_ref().map(|d| d.dtype);
+                let t = match declared {
+                    Some(DType::F16 | DType::BF16) => t.cast(declared.unwrap_or(DType::F32)),
+                    _ => t,
+                };
+                Ok((value.name.clone(), t))
+            })
+            .collect()
+    }
+
+    /// Measures the time of every kernel call from now on.
+    pub fn set_profiling(&mut self, on: bool) {
+        self.profile = on;
+        self.profiles.clear();
+    }
+
+    /// Time per kernel call of a program, summed over its runs.
+    pub fn profile(&self, program: &Program) -> Option<&Profile> {
+        self.profiles.get(&program.id)
+    }
+
+    pub fn usage(&self) -> Usage {
+        Usage {
+            weights: self.store.bytes_for(Purpose::Parameter),
+            statistics: self.store.bytes_for(Purpose::Statistic),
+            optimizer: self.store.bytes_for(Purpose::Optimizer),
+            gradients: self.store.bytes_for(Purpose::Gradient),
+            step: self.store.bytes_for(Purpose::Step),
+            arena: self.arena.len(),
+            frozen: self
+                .frozen
+                .values()
+                .map(|f| match f {
+                    Frozen::Owned(t) => t.bytes().len(),
+                    Frozen::Mapped(_) => 0,
+                })
+                .sum(),
+        }
+    }
+}
+
+/// Pairs the graph's inputs with tensors by name; element types are converted to the working ones.
+///
+/// Fails when an input is not fed, when a name is no input, and when a shape contradicts the file
+/// (the first dimension may differ: it is rebound).
+pub fn bind(graph: &Graph, feeds: &[(String, Tensor)]) -> Result<Vec<(ValueId, Tensor)>> {
+    let names = || graph.inputs.iter().map(|v| graph.value(*v).name.clone()).collect::<Vec<_>>().join(", ");
+    for (name, _) in feeds {
+        if !graph.inputs.iter().any(|v| graph.value(*v).name == *name) {
+            return Err(Error::value(name, format!("the model has no such input; it has: {}", names())));
+        }
+    }
+    graph
+        .inputs
+        .iter()
+        .map(|&v| {
+            let value = graph.value(v);
+            let Some((_, t)) = feeds.iter().find(|f| f.0 == value.name) else {
+                return Err(Error::value(
+                    &value.name,
+                    format!("this input is not fed (inputs: {})", names()),
+                ));
+            };
+            Ok((v, fit(value, t)?))
+        })
+        .collect()
+}
+
+/// Checks a tensor against an input's declaration and converts it to the type it is computed in.
+fn fit(value: &crate::graph::Value, t: &Tensor) -> Result<Tensor> {
+    let Some(declared) = &value.declared else { return Ok(t.cast(t.dtype().working())) };
+    if let Some(dims) = &declared.dims {
+        let fits = dims.len() == t.dims().len()
+            && dims.iter().zip(t.dims()).enumerate().all(|(i, (d, n))| match d {
+                crate::graph::Dim::Fixed(want) => want == n || i == 0,
+                _ => true,
+            });
+        if !fits {
+            let want = dims.iter().map(|d| d.to_string()).collect::<Vec<_>>().join(", ");
+            return Err(Error::value(
+                &value.name,
+                format!("fed with shape {:?}, the model takes [{want}]", t.dims()),
+            ));
+        }
+    }
+    if declared.dtype.is_float() != t.dtype().is_float()
+        && !(declared.dtype.is_float() && t.dtype() == DType::U8)
+    {
+        return Err(Error::value(
+            &value.name,
+            format!("fed with {}, the model takes {}", t.dtype(), declared.dtype),
+        ));
+    }
+    Ok(t.cast(declared.dtype).cast(declared.dtype.working()))
+}
+
+/// Infers all shapes for inputs of the given shapes; those whose values decide about shapes are bound
+/// with `values`.
+pub fn infer(graph: Graph, metas: &[(ValueId, Meta)], values: &[(ValueId, Tensor)]) -> Result<Graph> {
+    let mut bindings: Bindings = metas.iter().cloned().collect();
+    loop {
+        let mut attempt = graph.clone();
+        let needed = match attempt.infer(&bindings)? {
+            Inferred::Complete => return Ok(attempt),
+            Inferred::NeedsValues(needed) => needed,
+        };
+        for v in needed {
+            let known = bindings.get(&v).is_some_and(|m| m.value.is_some());
+            let (Some((_, t)), false) = (values.iter().find(|f| f.0 == v), known) else {
+                let name = &graph.value(v).name;
+                return Err(Error::value(
+                    name,
+                    "shapes depend on its values, which are not known before the run",
+                ));
+            };
+            bindings.insert(v, Meta { value: Some(Arc::new(t.clone())), ..t.meta() });
+        }
+    }
+}
