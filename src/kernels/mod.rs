@@ -1,6 +1,6 @@
 //! Kernels: they know slices and dimensions, nothing else. All SIMD and nearly all `unsafe` is here.
 
+pub mod gemm;
 pub mod isa;
 pub mod math;
-pub mod norm;
 pub mod par;
