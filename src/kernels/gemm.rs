@@ -10,6 +10,7 @@ use std::marker::PhantomData;
 
 use rayon::prelude::*;
 
+use crate::kernels::isa::vectorize;
 use crate::kernels::par;
 use crate::tensor::Float;
 
@@ -222,7 +223,7 @@ fn vector<T: Float>(p: &Product<T>, a: &[T], b: &[T], c: &mut [T]) {
     };
     let piece = |j: usize, y: &mut [T]| {
         let n = y.len().div_ceil(step);
-        pulp::Arch::new().dispatch(
+        vectorize(
             #[inline(always)]
             || {
                 if across {

@@ -19,6 +19,7 @@ pub mod binary;
 #[cfg(test)]
 pub mod cases;
 mod foreign;
+pub mod matmul;
 pub mod reduce;
 mod table;
 

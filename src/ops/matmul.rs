@@ -1,0 +1,507 @@
+//! Matrix products: `Gemm`, `MatMul`.
+
+use std::sync::Arc;
+
+use num_traits::{WrappingAdd, WrappingMul};
+
+use crate::error::OpError;
+use crate::float_dispatch;
+use crate::graph::GradBuilder;
+use crate::kernels::gemm::{Product, many};
+use crate::kernels::par;
+use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::tensor::{DType, Dims, Elem, Float, Meta, View, ViewMut, broadcast};
+
+/// ONNX `Gemm` (opset 7): `Y = alpha · A'·B' + beta · C`, A' of (M, K), B' of (K, N), C broadcast to (M, N).
+#[derive(Debug, Clone)]
+pub struct Gemm {
+    pub alpha: f32,
+    pub beta: f32,
+    pub trans_a: bool,
+    pub trans_b: bool,
+}
+
+impl Gemm {
+    fn make(s: &Spec) -> Result<Arc<dyn Op>, OpError> {
+        Ok(Arc::new(Gemm {
+            alpha: s.attrs.float_or("alpha", 1.0)?,
+            beta: s.attrs.float_or("beta", 1.0)?,
+            trans_a: s.attrs.flag("transA")?,
+            trans_b: s.attrs.flag("transB")?,
+        }))
+    }
+
+    /// M, N, K.
+    fn extents(&self, a: &[usize], b: &[usize]) -> Result<[usize; 3], OpError> {
+        let (&[a0, a1], &[b0, b1]) = (a, b) else {
+            return Err(OpError::Shape(format!("Gemm multiplies matrices, not {a:?} by {b:?}")));
+        };
+        let (m, ka) = if self.trans_a { (a1, a0) } else { (a0, a1) };
+        let (kb, n) = if self.trans_b { (b1, b0) } else { (b0, b1) };
+        if ka != kb {
+            return Err(OpError::Shape(format!("Gemm of {a:?} by {b:?}: {ka} columns, {kb} rows")));
+        }
+        Ok([m, n, ka])
+    }
+}
+
+impl Op for Gemm {
+    fn name(&self) -> &'static str {
+        "Gemm"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let (a, b) = (need(inputs, 0)?, need(inputs, 1)?);
+        same_type(a, b)?;
+        let [m, n, _] = self.extents(&a.dims, &b.dims)?;
+        if let Some(c) = get(inputs, 2) {
+            same_type(a, c)?;
+            if c.dims.len() > 2 || broadcast(&c.dims, &[m, n])?.as_slice() != [m, n] {
+                return Err(OpError::Shape(format!("C of {:?} for a product of {m}×{n}", c.dims.as_slice())));
+            }
+        }
+        Ok(vec![Meta::new(a.dtype, &[m, n])])
+    }
+
+    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let (a, b, c) = (need(x, 0)?, need(x, 1)?, get(x, 2));
+        let [m, n, k] = self.extents(a.dims, b.dims)?;
+        let y = out(y, 0)?;
+        if !a.dtype.is_float() {
+            if self.alpha != 1.0 || (self.beta != 1.0 && c.is_some()) {
+                return Err(OpError::Unsupported("Gemm of integers with alpha or beta other than 1".into()));
+            }
+            return int_dispatch(a.dtype, &mut GemmInts { op: self, a, b, c, y, mnk: [m, n, k] });
+        }
+        float_dispatch!(a.dtype, T => {
+            let (a, b, y) = (a.get::<T>()?, b.get::<T>()?, y.get::<T>()?);
+            let c = c.filter(|_| self.beta != 0.0);
+            let beta = T::of(if c.is_some() { self.beta as f64 } else { 0.0 });
+            if let Some(c) = c {
+                spread(c.dims, c.get::<T>()?, n, y);
+            }
+            let p = Product { alpha: T::of(self.alpha as f64), beta, ..Product::dense(self.trans_a, self.trans_b, m, n, k) };
+            many(&p, 1, |_| [0, 0], a, b, y, 0);
+            Ok(())
+        })
+    }
+
+    fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
+        let (a, b, dy) = (g.x(0)?, g.x(1)?, g.dy0()?);
+        let (ta, tb) = (self.trans_a, self.trans_b);
+        let product = |trans_a, trans_b| Gemm { alpha: self.alpha, beta: 0.0, trans_a, trans_b };
+        let mut grads = Grads::from_elem(None, g.inputs());
+        if g.wants(0) {
+            // dA' = α dY·B'ᵀ   (M, K)
+            grads[0] = Some(match ta {
+                false => g.emit(product(false, !tb), &[dy, b])?,
+                true => g.emit(product(tb, true), &[b, dy])?,
+            });
+        }
+        if g.wants(1) {
+            // dB' = α A'ᵀ·dY   (K, N)
+            grads[1] = Some(match tb {
+                false => g.emit(product(!ta, false), &[a, dy])?,
+                true => g.emit(product(true, ta), &[dy, a])?,
+            });
+        }
+        if g.wants(2) {
+            // dC = β dY, summed over what was broadcast
+            grads[2] = Some(if self.beta == 1.0 { dy } else { g.emit(Scale { by: self.beta }, &[dy])? });
+        }
+        Ok(grads)
+    }
+}
+
+/// `C` of at most two dimensions, broadcast over the rows of `n` elements of `y`.
+fn spread<T: Elem>(dims: &[usize], c: &[T], n: usize, y: &mut [T]) {
+    let (rows, cols) = match *dims {
+        [rows, cols] => (rows, cols),
+        [cols] => (1, cols),
+        _ => (1, 1),
+    };
+    par::rows(y, n, par::GRAIN, |first, piece| {
+        for (i, row) in piece.chunks_exact_mut(n.max(1)).enumerate() {
+            let at = if rows == 1 { 0 } else { (first + i) * cols };
+            match cols == n {
+                true => row.copy_from_slice(&c[at..at + n]),
+                false => row.fill(c[at]),
+            }
+        }
+    });
+}
+
+/// `y = by · x`.
+#[derive(Debug)]
+struct Scale {
+    by: f32,
+}
+
+impl Op for Scale {
+    fn name(&self) -> &'static str {
+        "Scale"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let x = need(inputs, 0)?;
+        Ok(vec![Meta::new(x.dtype, &x.dims)])
+    }
+
+    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let y = out(y, 0)?;
+        float_dispatch!(y.dtype, T => {
+            let by = T::of(self.by as f64);
+            let y = y.get::<T>()?;
+            match get(x, 0) {
+                Some(x) => {
+                    let x = x.get::<T>()?;
+                    par::pieces(y, |at, y| y.iter_mut().zip(&x[at..]).for_each(|(y, x)| *y = by * *x));
+                }
+                None => par::pieces(y, |_, y| y.iter_mut().for_each(|y| *y = by * *y)),
+            }
+            Ok(())
+        })
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        Err(OpError::NotDifferentiable("second derivatives of Gemm".into()))
+    }
+
+    fn in_place(&self) -> &[(usize, usize)] {
+        &[(0, 0)]
+    }
+}
+
+/// ONNX `MatMul` (opset 1): matrices, stacks of matrices with broadcast stack dimensions, and vectors.
+#[derive(Debug)]
+pub struct MatMul;
+
+/// Operands of a stacked product after vectors have become matrices.
+#[derive(Debug)]
+struct Stacked {
+    /// Stack dimensions, then rows and columns.
+    a: Dims,
+    b: Dims,
+    stack: Dims,
+    m: usize,
+    n: usize,
+}
+
+impl Stacked {
+    fn of(a: &[usize], b: &[usize], trans_a: bool, trans_b: bool) -> Result<Self, OpError> {
+        if a.is_empty() || b.is_empty() {
+            return Err(OpError::Shape("MatMul of a scalar".into()));
+        }
+        let (mut pa, mut pb) = (Dims::from_slice(a), Dims::from_slice(b));
+        if pa.len() == 1 {
+            pa.insert(0, 1);
+        }
+        if pb.len() == 1 {
+            pb.push(1);
+        }
+        let rows_cols = |d: &[usize], t: bool| match t {
+            false => (d[d.len() - 2], d[d.len() - 1]),
+            true => (d[d.len() - 1], d[d.len() - 2]),
+        };
+        let ((m, ka), (kb, n)) = (rows_cols(&pa, trans_a), rows_cols(&pb, trans_b));
+        if ka != kb {
+            return Err(OpError::Shape(format!("MatMul of {a:?} by {b:?}: {ka} columns, {kb} rows")));
+        }
+        let stack = broadcast(&pa[..pa.len() - 2], &pb[..pb.len() - 2])?;
+        Ok(Stacked { a: pa, b: pb, stack, m, n })
+    }
+
+    /// B is one matrix for the whole stack, and A is not repeated: the stack can be taken as more rows of A.
+    fn one_b(&self) -> bool {
+        let (a, b) = (self.a.len() - 2, self.b.len() - 2);
+        let stack: usize = self.stack.iter().product();
+        self.b[..b].iter().all(|&d| d == 1) && self.a[..a].iter().product::<usize>() == stack
+    }
+
+    fn rows(&self) -> usize {
+        self.stack.iter().product::<usize>() * self.m
+    }
+}
+
+impl Op for MatMul {
+    fn name(&self) -> &'static str {
+        "MatMul"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let (a, b) = (need(inputs, 0)?, need(inputs, 1)?);
+        same_type(a, b)?;
+        let s = Stacked::of(&a.dims, &b.dims, false, false)?;
+        let mut dims = s.stack;
+        if a.dims.len() > 1 {
+            dims.push(s.m);
+        }
+        if b.dims.len() > 1 {
+            dims.push(s.n);
+        }
+        Ok(vec![Meta::new(a.dtype, &dims)])
+    }
+
+    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let (a, b) = (need(x, 0)?, need(x, 1)?);
+        stacked(a.dims, b.dims, false, false, a, b, out(y, 0)?)
+    }
+
+    fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
+        let (a, b, dy) = (g.x(0)?, g.x(1)?, g.dy0()?);
+        let (da, db) = (g.meta(a)?.dims.clone(), g.meta(b)?.dims.clone());
+        let s = Stacked::of(&da, &db, false, false)?;
+        let (k, rows) = (s.a[s.a.len() - 1], s.rows());
+        let with = |last: &[usize]| s.stack.iter().chain(last).copied().collect::<Dims>();
+        let (py, flat) = (with(&[s.m, s.n]), Dims::from_slice(&[rows, s.n]));
+        let mut grads = Grads::from_elem(None, 2);
+        if g.wants(0) {
+            // dA = dY·Bᵀ   (…, M, K), summed over A's broadcast stack dimensions by the driver
+            let op = match s.one_b() {
+                true => {
+                    let b = Dims::from_slice(&[k, s.n]);
+                    MatMulAs { a: flat.clone(), b, trans_a: false, trans_b: true, y: da }
+                }
+                false => {
+                    let y = if da.len() == 1 { with(&[k]) } else { with(&[s.m, k]) };
+                    MatMulAs { a: py.clone(), b: s.b.clone(), trans_a: false, trans_b: true, y }
+                }
+            };
+            grads[0] = Some(g.emit(op, &[dy, b])?);
+        }
+        if g.wants(1) {
+            // dB = Aᵀ·dY   (…, K, N); of one B for the whole stack: one product over all rows
+            let op = match s.one_b() {
+                true => {
+                    let a = Dims::from_slice(&[rows, k]);
+                    MatMulAs { a, b: flat, trans_a: true, trans_b: false, y: db }
+                }
+                false => {
+                    let y = if db.len() == 1 { with(&[k]) } else { with(&[k, s.n]) };
+                    MatMulAs { a: s.a.clone(), b: py, trans_a: true, trans_b: false, y }
+                }
+            };
+            grads[1] = Some(g.emit(op, &[a, dy])?);
+        }
+        Ok(grads)
+    }
+}
+
+/// A stacked product of operands seen as `a` and `b`, transposed or not, into a tensor seen as `y`.
+#[derive(Debug)]
+pub struct MatMulAs {
+    pub a: Dims,
+    pub b: Dims,
+    pub trans_a: bool,
+    pub trans_b: bool,
+    pub y: Dims,
+}
+
+impl Op for MatMulAs {
+    fn name(&self) -> &'static str {
+        "MatMulAs"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let (a, b) = (need(inputs, 0)?, need(inputs, 1)?);
+        same_type(a, b)?;
+        let s = Stacked::of(&self.a, &self.b, self.trans_a, self.trans_b)?;
+        let len = |d: &Dims| d.iter().product::<usize>();
+        if a.len() != len(&self.a) || b.len() != len(&self.b) || len(&self.y) != s.rows() * s.n {
+            return Err(OpError::Shape(format!("{self:?} of {:?} and {:?}", a.dims, b.dims)));
+        }
+        Ok(vec![Meta::new(a.dtype, &self.y)])
+    }
+
+    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        stacked(&self.a, &self.b, self.trans_a, self.trans_b, need(x, 0)?, need(x, 1)?, out(y, 0)?)
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        Err(OpError::NotDifferentiable("second derivatives of MatMul".into()))
+    }
+}
+
+fn stacked(
+    a_dims: &[usize],
+    b_dims: &[usize],
+    trans_a: bool,
+    trans_b: bool,
+    a: View,
+    b: View,
+    y: &mut ViewMut,
+) -> Result<(), OpError> {
+    let s = Stacked::of(a_dims, b_dims, trans_a, trans_b)?;
+    let k = s.a[s.a.len() - if trans_a { 2 } else { 1 }];
+    let (rank, count) = (s.stack.len(), s.stack.iter().product::<usize>());
+    // The offsets of the `i`th matrices, in elements.
+    let at = |mut i: usize| {
+        let (mut offset, mut step) = ([0, 0], [s.m * k, k * s.n]);
+        for d in (0..rank).rev() {
+            let j = i % s.stack[d];
+            i /= s.stack[d];
+            for (o, (step, dims)) in offset.iter_mut().zip(step.iter_mut().zip([&s.a, &s.b])) {
+                let missing = rank + 2 - dims.len();
+                let extent = if d < missing { 1 } else { dims[d - missing] };
+                *o += if extent == 1 { 0 } else { j * *step };
+                *step *= extent;
+            }
+        }
+        offset
+    };
+    if !a.dtype.is_float() {
+        return int_dispatch(
+            a.dtype,
+            &mut Ints { p: Product::dense(trans_a, trans_b, s.m, s.n, k), count, at: &at, a, b, y },
+        );
+    }
+    float_dispatch!(a.dtype, T => {
+        let (a, b, y) = (a.get::<T>()?, b.get::<T>()?, y.get::<T>()?);
+        if !trans_a && s.one_b() {
+            let p = Product::dense(false, trans_b, s.rows(), s.n, k);
+            many(&p, 1, |_| [0, 0], a, b, y, 0);
+        } else {
+            let p = Product::dense(trans_a, trans_b, s.m, s.n, k);
+            many(&p, count, at, a, b, y, s.m * s.n);
+        }
+        Ok(())
+    })
+}
+
+fn same_type(a: &Meta, b: &Meta) -> Result<(), OpError> {
+    match a.dtype == b.dtype {
+        true => Ok(()),
+        false => Err(OpError::Type(format!("a product of {} and {}", a.dtype, b.dtype))),
+    }
+}
+
+/// A computation over any of the integer types that ONNX multiplies matrices of.
+trait OverInts {
+    fn run<T: Elem + WrappingAdd + WrappingMul>(&mut self) -> Result<(), OpError>;
+}
+
+fn int_dispatch(dtype: DType, f: &mut impl OverInts) -> Result<(), OpError> {
+    match dtype {
+        DType::I32 => f.run::<i32>(),
+        DType::I64 => f.run::<i64>(),
+        DType::U32 => f.run::<u32>(),
+        DType::U64 => f.run::<u64>(),
+        other => Err(OpError::Type(format!("a matrix product of {other}"))),
+    }
+}
+
+struct Ints<'a, 'b> {
+    p: Product<f64>,
+    count: usize,
+    at: &'a dyn Fn(usize) -> [usize; 2],
+    a: View<'a>,
+    b: View<'a>,
+    y: &'a mut ViewMut<'b>,
+}
+
+impl OverInts for Ints<'_, '_> {
+    fn run<T: Elem + WrappingAdd + WrappingMul>(&mut self) -> Result<(), OpError> {
+        let (a, b, y) = (self.a.get::<T>()?, self.b.get::<T>()?, self.y.get::<T>()?);
+        y.fill(T::default());
+        for i in 0..self.count {
+            let [from_a, from_b] = (self.at)(i);
+            let size = self.p.m * self.p.n;
+            multiply_ints(&self.p, &a[from_a..], &b[from_b..], &mut y[i * size..(i + 1) * size]);
+        }
+        Ok(())
+    }
+}
+
+struct GemmInts<'a, 'b> {
+    op: &'a Gemm,
+    a: View<'a>,
+    b: View<'a>,
+    c: Option<View<'a>>,
+    y: &'a mut ViewMut<'b>,
+    mnk: [usize; 3],
+}
+
+impl OverInts for GemmInts<'_, '_> {
+    fn run<T: Elem + WrappingAdd + WrappingMul>(&mut self) -> Result<(), OpError> {
+        let [m, n, k] = self.mnk;
+        let y = self.y.get::<T>()?;
+        match self.c {
+            Some(c) => spread(c.dims, c.get::<T>()?, n, y),
+            None => y.fill(T::default()),
+        }
+        let p = Product::dense(self.op.trans_a, self.op.trans_b, m, n, k);
+        multiply_ints(&p, self.a.get::<T>()?, self.b.get::<T>()?, y);
+        Ok(())
+    }
+}
+
+/// `y += op(A)·op(B)`, wrapping.
+fn multiply_ints<T: Elem + WrappingAdd + WrappingMul>(p: &Product<f64>, a: &[T], b: &[T], y: &mut [T]) {
+    for (i, row) in y.chunks_exact_mut(p.n.max(1)).enumerate() {
+        for k in 0..p.k {
+            let x = if p.trans_a { a[k * p.lda + i] } else { a[i * p.lda + k] };
+            for (j, y) in row.iter_mut().enumerate() {
+                let w = if p.trans_b { b[j * p.ldb + k] } else { b[k * p.ldb + j] };
+                *y = y.wrapping_add(&x.wrapping_mul(&w));
+            }
+        }
+    }
+}
+
+pub(super) const ROWS: &[Row] =
+    &[Row::new("Gemm", 7, Gemm::make), Row::new("MatMul", 1, |_| Ok(Arc::new(MatMul)))];
+
+#[cfg(test)]
+pub(super) fn cases() -> Vec<super::cases::Case> {
+    use super::cases::Case;
+    use crate::tensor::Tensor;
+    let mut cases = vec![
+        Case::new("Gemm", 13).input(&[3, 4]).input(&[4, 5]),
+        Case::new("Gemm", 7).named("no C of 0 rows").input(&[0, 4]).input(&[4, 5]),
+        Case::new("Gemm", 9).named("K = 0").input(&[3, 0]).input(&[0, 5]).input(&[5]),
+        Case::new("Gemm", 9).named("vector C").input(&[3, 4]).input(&[4, 5]).input(&[5]),
+        Case::new("Gemm", 11).named("scalar C").input(&[3, 4]).input(&[4, 5]).input(&[]),
+        Case::new("Gemm", 11).named("row C").input(&[3, 4]).input(&[4, 5]).input(&[1, 5]),
+        Case::new("Gemm", 13).named("column C").input(&[3, 4]).input(&[4, 5]).input(&[3, 1]),
+        Case::new("Gemm", 13)
+            .named("integers")
+            .fixed(Tensor::from_slice(&[2, 3], &[1i32, 2, 3, 4, 5, 6]).unwrap())
+            .fixed(Tensor::from_slice(&[3, 1], &[1i32, 0, -1]).unwrap())
+            .forward_only(),
+        Case::new("MatMul", 13)
+            .named("integers")
+            .fixed(Tensor::from_slice(&[2, 1, 3], &[1i64, 2, 3, 4, 5, 6]).unwrap())
+            .fixed(Tensor::from_slice(&[3], &[1i64, 0, -1]).unwrap())
+            .forward_only(),
+    ];
+    for (name, ta, tb) in [("A transposed", 1, 0), ("B transposed", 0, 1), ("both transposed", 1, 1)] {
+        let (a, b) = (if ta == 1 { [4, 3] } else { [3, 4] }, if tb == 1 { [5, 4] } else { [4, 5] });
+        let case = Case::new("Gemm", 13).named(name).int("transA", ta).int("transB", tb);
+        cases.push(case.float("alpha", 0.5).float("beta", -2.0).input(&a).input(&b).input(&[3, 5]));
+    }
+    for (name, a, b) in [
+        ("matrices", &[3, 4][..], &[4, 5][..]),
+        ("vectors", &[4], &[4]),
+        ("vector by matrix", &[4], &[4, 5]),
+        ("matrix by vector", &[3, 4], &[4]),
+        ("stack by vector", &[2, 3, 4], &[4]),
+        ("vector by stack", &[4], &[2, 4, 5]),
+        ("stack by matrix", &[2, 3, 4], &[4, 5]),
+        ("matrix by stack", &[3, 4], &[2, 4, 5]),
+        ("stacks", &[2, 3, 4], &[2, 4, 5]),
+        ("broadcast stacks", &[2, 1, 3, 4], &[3, 4, 2]),
+        ("broadcast both ways", &[2, 1, 3, 4], &[1, 3, 4, 2]),
+        ("one matrix in a stack", &[2, 2, 3, 4], &[1, 1, 4, 2]),
+        ("empty stack", &[0, 3, 4], &[4, 5]),
+        ("larger", &[2, 33, 65], &[65, 70]),
+    ] {
+        cases.push(Case::new("MatMul", 13).named(name).input(a).input(b));
+    }
+    cases
+}
+
+#[cfg(test)]
+#[test]
+fn matmul_cases() {
+    cases().iter().for_each(super::cases::check);
+}
