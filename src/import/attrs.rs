@@ -82,7 +82,8 @@ pub(super) fn tensor(files: &mut Files, t: &TensorProto, dtype: DType) -> Result
         let want = super::weights::byte_size(dtype, &dims)?;
         let at = files.external(t).map_err(|e| e.to_string())?;
         let end = at.offset.saturating_add(at.len.unwrap_or(want));
-        let bytes = files.files[at.file].bytes.get(at.offset..end).ok_or("its values lie beyond their file")?;
+        let bytes =
+            files.files[at.file].bytes.get(at.offset..end).ok_or("its values lie beyond their file")?;
         from_stored(dtype, &dims, bytes)?
     } else if matches!(dtype, DType::F16 | DType::BF16) && t.raw_data.is_none() {
         // Their bits in int32_data.

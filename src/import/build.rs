@@ -220,7 +220,12 @@ impl<'a> Builder<'a> {
         let size = byte_size(dtype, &dims).map_err(fail)?;
         let location = if t.data_location == EXTERNAL {
             let at = self.files.external(t)?;
-            Location { file: at.file, offset: at.offset, len: at.len.unwrap_or(size), encoding: Encoding::Raw }
+            Location {
+                file: at.file,
+                offset: at.offset,
+                len: at.len.unwrap_or(size),
+                encoding: Encoding::Raw,
+            }
         } else {
             Location::in_tensor(self.files.model(), t, dtype, ints).map_err(fail)?
         };
@@ -294,7 +299,10 @@ impl<'a> Builder<'a> {
             inputs.push(match name.as_str() {
                 "" => None,
                 name => Some(*self.names.get(name).ok_or_else(|| {
-                    damaged(self.files, format!("node {} reads '{name}', which nothing produces", describe(n)))
+                    damaged(
+                        self.files,
+                        format!("node {} reads '{name}', which nothing produces", describe(n)),
+                    )
                 })?),
             });
         }
@@ -306,7 +314,8 @@ impl<'a> Builder<'a> {
             let op = Foreign { domain: n.domain.clone(), op_type: n.op_type.clone(), why };
             (Arc::new(op) as _, Attrs::default())
         });
-        let names: Vec<Option<&str>> = n.output.iter().map(|o| (!o.is_empty()).then_some(o.as_str())).collect();
+        let names: Vec<Option<&str>> =
+            n.output.iter().map(|o| (!o.is_empty()).then_some(o.as_str())).collect();
         let made = self.graph.add_node(&n.name, op, inputs, &names);
         self.attrs.push(attrs);
         for (v, name) in made.into_iter().zip(&n.output) {
@@ -370,8 +379,9 @@ impl<'a> Builder<'a> {
             }
             ("value_floats", 6) => {
                 let dims = Dims::from_slice(&[a.floats.len() / 4]);
-                let location = Location::of_chunks(self.files.model(), &a.floats.0, Encoding::AttributeFloats)
-                    .map_err(|e| fail(&e))?;
+                let location =
+                    Location::of_chunks(self.files.model(), &a.floats.0, Encoding::AttributeFloats)
+                        .map_err(|e| fail(&e))?;
                 self.weight(name, DType::F32, dims, location)?;
             }
             ("value_int", 2) => {

@@ -57,9 +57,10 @@ impl Files {
         let get = |key: &str| t.external_data.iter().rev().find(|e| e.key == key).map(|e| e.value.as_str());
         let number = |key: &str| match get(key) {
             None => Ok(None),
-            Some(v) => {
-                v.parse::<usize>().map(Some).map_err(|_| fail(format!("external data {key} '{v}' is not a number")))
-            }
+            Some(v) => v
+                .parse::<usize>()
+                .map(Some)
+                .map_err(|_| fail(format!("external data {key} '{v}' is not a number"))),
         };
         let location = get("location").ok_or_else(|| fail("external data without a location".into()))?;
         let offset = number("offset")?.unwrap_or(0);
@@ -86,7 +87,10 @@ impl Files {
         }
         let model = self.files[0].path.clone();
         let Some(folder) = &self.folder else {
-            return Err(Error::file(&model, format!("external data '{location}' of a model that is not in a folder")));
+            return Err(Error::file(
+                &model,
+                format!("external data '{location}' of a model that is not in a folder"),
+            ));
         };
         let path = resolve(folder, location).map_err(|what| Error::file(&model, what))?;
         let bytes = map::map(&path)?;
@@ -136,7 +140,8 @@ fn resolve(folder: &Path, location: &str) -> std::result::Result<PathBuf, String
         return refuse("is not a relative path");
     }
     let path = folder.join(relative);
-    let real = |p: &Path| p.canonicalize().map_err(|e| format!("external data '{location}': {}: {e}", p.display()));
+    let real =
+        |p: &Path| p.canonicalize().map_err(|e| format!("external data '{location}': {}: {e}", p.display()));
     if !real(&path)?.starts_with(real(folder)?) {
         return refuse("is a link that leaves the model's folder");
     }

@@ -460,7 +460,9 @@ mod tests {
 
     #[test]
     fn truncated_messages_are_errors() {
-        for bytes in [&[0x25u8, 0, 0][..], &[0x28, 0x80], &[0x22, 9, 0], &[0x4a, 0xff, 0xff, 0xff, 0xff, 0x0f]] {
+        for bytes in
+            [&[0x25u8, 0, 0][..], &[0x28, 0x80], &[0x22, 9, 0], &[0x4a, 0xff, 0xff, 0xff, 0xff, 0x0f]]
+        {
             assert!(TensorProto::decode(bytes).is_err(), "{bytes:?}");
         }
         assert!(AttributeProto::decode(&[0x12u8, 1, 0][..]).is_err());

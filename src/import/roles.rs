@@ -233,13 +233,18 @@ impl Roles<'_> {
             ("BatchNormalization", 2) => Shift,
             ("BatchNormalization", 3) => RunningMean,
             ("BatchNormalization", 4) => RunningVar,
-            ("InstanceNormalization" | "LayerNormalization" | "GroupNormalization" | "RMSNormalization", 1) => Scale,
+            (
+                "InstanceNormalization" | "LayerNormalization" | "GroupNormalization" | "RMSNormalization",
+                1,
+            ) => Scale,
             ("InstanceNormalization" | "LayerNormalization" | "GroupNormalization", 2) => Shift,
             ("Gemm", 0 | 1) => Weight,
             ("Gemm", 2) => Bias,
             // A vector that depends on one axis only, such as rotary frequencies, is no matrix.
             ("MatMul", _) if rank.is_none_or(|r| r == 2) => Weight,
-            ("MatMul", _) if rank.is_some_and(|r| r > 2) && dims.is_some_and(|d| single_axis(d).is_none()) => {
+            ("MatMul", _)
+                if rank.is_some_and(|r| r > 2) && dims.is_some_and(|d| single_axis(d).is_none()) =>
+            {
                 if len > 1 { Weight } else { Constant }
             }
             ("Einsum", _) if rank.is_none_or(|r| r >= 2) && len > 1 => Weight,
@@ -412,7 +417,10 @@ impl Roles<'_> {
             }
             "Mul" => self.operands(n).any(|v| self.is_inverse_root(v)),
             // Normalisations whose own scale is all ones or absent.
-            "BatchNormalization" | "InstanceNormalization" | "LayerNormalization" | "MeanVarianceNormalization"
+            "BatchNormalization"
+            | "InstanceNormalization"
+            | "LayerNormalization"
+            | "MeanVarianceNormalization"
             | "LpNormalization" => true,
             _ => false,
         }
@@ -421,9 +429,9 @@ impl Roles<'_> {
     /// gamma/√(var + ε), or the inverse root alone.
     fn is_gain(&self, v: ValueId) -> bool {
         self.is_inverse_root(v)
-            || self.behind(v).is_some_and(|n| {
-                self.op(n) == "Mul" && self.operands(n).any(|v| self.is_inverse_root(v))
-            })
+            || self
+                .behind(v)
+                .is_some_and(|n| self.op(n) == "Mul" && self.operands(n).any(|v| self.is_inverse_root(v)))
     }
 
     /// Whether `w` is a per-channel parameter of layers that differ in their other constants.

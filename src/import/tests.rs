@@ -20,7 +20,13 @@ pub(crate) fn model_file(name: &str) -> Option<PathBuf> {
 
 pub(crate) fn floats(name: &str, dims: &[i64], values: &[f32]) -> TensorProto {
     let raw: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-    TensorProto { name: name.into(), dims: dims.to_vec(), data_type: 1, raw_data: Some(raw.into()), ..Default::default() }
+    TensorProto {
+        name: name.into(),
+        dims: dims.to_vec(),
+        data_type: 1,
+        raw_data: Some(raw.into()),
+        ..Default::default()
+    }
 }
 
 pub(crate) fn zeros(name: &str, dims: &[i64]) -> TensorProto {
@@ -70,7 +76,10 @@ pub(crate) fn value(name: &str, dims: &[i64]) -> ValueInfoProto {
     ValueInfoProto {
         name: name.into(),
         r#type: Some(TypeProto {
-            tensor_type: Some(TensorTypeProto { elem_type: 1, shape: Some(TensorShapeProto { dim: dim.collect() }) }),
+            tensor_type: Some(TensorTypeProto {
+                elem_type: 1,
+                shape: Some(TensorShapeProto { dim: dim.collect() }),
+            }),
         }),
     }
 }
@@ -129,13 +138,19 @@ fn what_is_no_graph_is_refused_by_name() {
     let refused = |nodes: Vec<NodeProto>, init: Vec<TensorProto>| {
         import(&model(nodes, init, "y")).map(|_| ()).unwrap_err().to_string()
     };
-    let cycle = refused(vec![node("Add", &["x", "b"], &["a"]), node("Relu", &["a"], &["b"]), node("Relu", &["a"], &["y"])], vec![]);
+    let cycle = refused(
+        vec![node("Add", &["x", "b"], &["a"]), node("Relu", &["a"], &["b"]), node("Relu", &["a"], &["y"])],
+        vec![],
+    );
     assert!(cycle.contains("cycle"), "{cycle}");
     assert!(refused(vec![node("Relu", &["nowhere"], &["y"])], vec![]).contains("'nowhere'"));
     assert!(refused(vec![node("Relu", &["x"], &["z"])], vec![]).contains("output 'y'"));
     assert!(refused(vec![node("Relu", &["x"], &["y"]), node("Abs", &["x"], &["y"])], vec![]).contains("'y'"));
     assert!(refused(vec![node("Relu", &["x"], &["y"])], vec![floats("b", &[3], &[1.0])]).contains("'b'"));
-    assert!(refused(vec![node("Relu", &["x"], &["y"])], vec![zeros("b", &[1]), zeros("b", &[1])]).contains("twice"));
+    assert!(
+        refused(vec![node("Relu", &["x"], &["y"])], vec![zeros("b", &[1]), zeros("b", &[1])])
+            .contains("twice")
+    );
     assert!(from_bytes("a.txt", &b"hello, I am text"[..]).is_err());
     assert!(from_bytes("a.onnx", &b""[..]).unwrap_err().to_string().contains("a.onnx"));
 }
@@ -151,12 +166,22 @@ fn what_cannot_be_executed_is_listed_all_at_once() {
     cond.attribute.push(AttributeProto { g: Some(Box::new(body)), ..attr("then_branch", 5) });
     let mut contrib = node("Odd", &["i"], &["y"]);
     contrib.domain = "com.microsoft".into();
-    let bools = TensorProto { name: "c".into(), data_type: 9, raw_data: Some(vec![1u8].into()), ..Default::default() };
-    let strings = TensorProto { name: "s".into(), data_type: 8, dims: vec![1], strings: 1, ..Default::default() };
+    let bools = TensorProto {
+        name: "c".into(),
+        data_type: 9,
+        raw_data: Some(vec![1u8].into()),
+        ..Default::default()
+    };
+    let strings =
+        TensorProto { name: "s".into(), data_type: 8, dims: vec![1], strings: 1, ..Default::default() };
     // `h` is computed after its capturing node in the file.
-    let m = import(&model(vec![cond, contrib, node("Relu", &["x"], &["h"])], vec![bools, strings], "y")).unwrap();
+    let m =
+        import(&model(vec![cond, contrib, node("Relu", &["x"], &["h"])], vec![bools, strings], "y")).unwrap();
     let types: Vec<&str> = m.blockers.iter().map(|b| b.op_type.as_str()).collect();
-    assert!(types.contains(&"If") && types.contains(&"com.microsoft.Odd") && types.contains(&"Initializer"), "{types:?}");
+    assert!(
+        types.contains(&"If") && types.contains(&"com.microsoft.Odd") && types.contains(&"Initializer"),
+        "{types:?}"
+    );
     let relu = m.graph.nodes.iter().position(|n| m.graph.value(n.outputs[0].unwrap()).name == "h").unwrap();
     let cond = m.graph.nodes.iter().position(|n| m.graph.value(n.outputs[0].unwrap()).name == "i").unwrap();
     assert!(relu < cond);
@@ -170,7 +195,10 @@ fn constants_of_every_spelling() {
     let nodes = vec![
         constant(AttributeProto { t: Some(ramp("", &[2])), ..attr("value", 4) }, "tensor"),
         constant(AttributeProto { floats: le(&[1.0, 2.0, 3.0]), ..attr("value_floats", 6) }, "floats"),
-        constant(AttributeProto { f: Some(2.5f32.to_le_bytes().to_vec().into()), ..attr("value_float", 1) }, "float"),
+        constant(
+            AttributeProto { f: Some(2.5f32.to_le_bytes().to_vec().into()), ..attr("value_float", 1) },
+            "float",
+        ),
         constant(attr("value_float", 1), "zero"),
         constant(AttributeProto { ints: vec![4, 5], ..attr("value_ints", 7) }, "ints"),
         constant(AttributeProto { i: 6, ..attr("value_int", 2) }, "int"),
@@ -234,7 +262,8 @@ fn every_encoding_of_floats_is_read_from_its_place() {
 
 #[test]
 fn roles_follow_from_slots() {
-    let transpose = with(node("Transpose", &["wt"], &["wt_t"]), AttributeProto { ints: vec![1, 0], ..attr("perm", 7) });
+    let transpose =
+        with(node("Transpose", &["wt"], &["wt_t"]), AttributeProto { ints: vec![1, 0], ..attr("perm", 7) });
     let nodes = vec![
         node("Conv", &["x", "cw"], &["c"]),
         node("Add", &["c", "cb"], &["c1"]), // [1, 4, 1, 1]: a convolution's bias, squeezed out
@@ -351,7 +380,13 @@ fn merged_tensors_are_told_from_shared_ones() {
         node("Gemm", &["b", "w3", "shared"], &["c"]),
         node("Gemm", &["c", "w3", "shared"], &["y"]),
     ];
-    let init = vec![ramp("w1", &[3, 3]), ramp("w2", &[3, 3]), ramp("w3", &[3, 3]), zeros("zero", &[3]), zeros("shared", &[3])];
+    let init = vec![
+        ramp("w1", &[3, 3]),
+        ramp("w2", &[3, 3]),
+        ramp("w3", &[3, 3]),
+        zeros("zero", &[3]),
+        zeros("shared", &[3]),
+    ];
     let m = import(&model(nodes, init, "y")).unwrap();
     let w = |name: &str| &m.weights[m.find_weight(name).unwrap().index()];
     assert!(w("zero").merged && w("zero").uses.len() == 2);
@@ -389,7 +424,11 @@ fn external_data_is_mapped_and_its_paths_are_checked() {
             dims: vec![2],
             data_type: 1,
             data_location: EXTERNAL,
-            external_data: vec![entry("location", location), entry("offset", offset), entry("length", length)],
+            external_data: vec![
+                entry("location", location),
+                entry("offset", offset),
+                entry("length", length),
+            ],
             ..Default::default()
         }
     };
@@ -426,7 +465,10 @@ fn external_data_is_mapped_and_its_paths_are_checked() {
 fn damaged_files_are_errors() {
     let mut m = model(
         vec![
-            with(node("Constant", &[], &["k"]), AttributeProto { t: Some(ramp("", &[2])), ..attr("value", 4) }),
+            with(
+                node("Constant", &[], &["k"]),
+                AttributeProto { t: Some(ramp("", &[2])), ..attr("value", 4) },
+            ),
             with(node("ConstantOfShape", &["shape"], &["w2"]), attr("other", 2)),
             node("MatMul", &["x", "w"], &["h"]),
             node("MatMul", &["h", "w2"], &["h2"]),

@@ -177,7 +177,11 @@ impl Location {
     }
 
     /// Of values that lie in `chunks` of the model file; `packed` is what they are if there is one chunk.
-    pub fn of_chunks(model: &Bytes, chunks: &[Bytes], packed: Encoding) -> std::result::Result<Location, String> {
+    pub fn of_chunks(
+        model: &Bytes,
+        chunks: &[Bytes],
+        packed: Encoding,
+    ) -> std::result::Result<Location, String> {
         let ranges: Option<Vec<Range<usize>>> =
             chunks.iter().filter(|c| !c.is_empty()).map(|c| position(model, c)).collect();
         let ranges = ranges.ok_or("its values do not lie in the file")?;
@@ -413,11 +417,17 @@ mod tests {
             Chunks::from(out)
         };
         let of = |n: i64| TensorProto { dims: vec![n], ..Default::default() };
-        assert_eq!(ints(DType::I64, TensorProto { int64_data: varints(&[-1, 7]), ..of(2) }).unwrap(), [-1, 7]);
+        assert_eq!(
+            ints(DType::I64, TensorProto { int64_data: varints(&[-1, 7]), ..of(2) }).unwrap(),
+            [-1, 7]
+        );
         assert_eq!(ints(DType::I8, TensorProto { int32_data: varints(&[-1, 7]), ..of(2) }).unwrap(), [-1, 7]);
         assert_eq!(ints(DType::Bool, TensorProto { int32_data: varints(&[1, 0]), ..of(2) }).unwrap(), [1, 0]);
         assert_eq!(ints(DType::U32, TensorProto { uint64_data: varints(&[9]), ..of(1) }).unwrap(), [9]);
-        assert_eq!(ints(DType::I16, TensorProto { raw_data: Some(vec![0xff, 0xff].into()), ..of(1) }).unwrap(), [-1]);
+        assert_eq!(
+            ints(DType::I16, TensorProto { raw_data: Some(vec![0xff, 0xff].into()), ..of(1) }).unwrap(),
+            [-1]
+        );
         assert!(ints(DType::I64, of(1 << 60)).is_err());
         assert!(ints(DType::I64, of(3)).is_err());
         assert!(ints(DType::I64, of(-3)).is_err());

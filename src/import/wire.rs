@@ -342,8 +342,11 @@ mod tests {
         file.extend(msg(7, b""));
         let f = find_all(&file, &[7, 5, 9]).unwrap();
         assert_eq!(f.len(), 1);
-        let out =
-            apply(&file, vec![Edit { path: vec![7, 5, 9], range: f[0].payload.clone(), bytes: vec![8; 300] }]).unwrap();
+        let out = apply(
+            &file,
+            vec![Edit { path: vec![7, 5, 9], range: f[0].payload.clone(), bytes: vec![8; 300] }],
+        )
+        .unwrap();
         let want = [
             vec![0x98, 0x06, 0x01],
             msg(7, &[msg(2, b"keep"), msg(5, &msg(9, &[8; 300]))].concat()),
@@ -375,7 +378,11 @@ mod tests {
     #[test]
     fn wrong_edits_are_errors() {
         let file = msg(7, &msg(5, b"abcdef"));
-        let edit = |path: &[u32], range: Range<usize>, n: usize| Edit { path: path.to_vec(), range, bytes: vec![0; n] };
+        let edit = |path: &[u32], range: Range<usize>, n: usize| Edit {
+            path: path.to_vec(),
+            range,
+            bytes: vec![0; n],
+        };
         assert!(apply(&file, vec![edit(&[7, 4], 4..6, 9)]).is_err());
         assert!(apply(&file, vec![edit(&[7, 5], 4..99, 9)]).is_err());
         assert!(apply(&file, vec![edit(&[7, 5], 4..6, 2), edit(&[7, 5], 5..7, 2)]).is_err());

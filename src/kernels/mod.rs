@@ -3,4 +3,5 @@
 pub mod gemm;
 pub mod isa;
 pub mod math;
+pub mod norm;
 pub mod par;

@@ -367,9 +367,10 @@ pub fn close(name: &str, what: &str, a: &[f64], b: &[f64], tolerance: f64) {
 
 /// Every family's cases.
 fn all() -> Vec<Case> {
-    [super::batch_norm::cases(),
-        super::binary::cases(),
-        super::matmul::cases()].into_iter().flatten().collect()
+    [super::batch_norm::cases(), super::binary::cases(), super::matmul::cases()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 #[test]

@@ -28,9 +28,7 @@ impl Row {
 }
 
 /// The rows of every family.
-static FAMILIES: &[&[Row]] = &[super::batch_norm::ROWS,
-        super::binary::ROWS,
-        super::matmul::ROWS];
+static FAMILIES: &[&[Row]] = &[super::batch_norm::ROWS, super::binary::ROWS, super::matmul::ROWS];
 
 /// Every operator that has a kernel here.
 pub fn table() -> impl Iterator<Item = &'static Row> {
