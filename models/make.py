@@ -3,6 +3,7 @@
     python models/make.py --untrained              both networks with random weights, in seconds
     python models/make.py                          trains both, exports them, measures them
     python models/make.py --only dsnet --epochs 8
+    python models/make.py --export                 exports the state dicts in `--checkpoint` again
     python models/make.py --measure                accuracies of the files that are here
     python models/make.py --slice                  the 2,000 demo images
 
@@ -225,6 +226,17 @@ def warm_statistics(net, data):
 
 # ---------------------------------------------------------------- export and measurement
 
+def separate(graph):
+    """Undoes the exporter's merging of equal tensors (it leaves Identity nodes). The shifts of the two branches
+    that meet in a residual sum start equal, have equal gradients, and so stay equal through all of training."""
+    weights = {w.name: w for w in graph.initializer}
+    for node in [n for n in graph.node if n.op_type == "Identity" and n.input[0] in weights]:
+        copy = graph.initializer.add()
+        copy.CopyFrom(weights[node.input[0]])
+        copy.name = node.output[0]
+        graph.node.remove(node)
+
+
 def export(net, path):
     """Opset 17, BatchNormalization kept apart from Conv: PRESERVE keeps the exporter from folding it."""
     import torch
@@ -239,12 +251,15 @@ def export(net, path):
         dynamic_axes={"image": {0: "N"}, "logits": {0: "N"}},
     )
     model = onnx.load(temporary)
+    separate(model.graph)
+    onnx.save(model, temporary)
     onnx.checker.check_model(model, full_check=True)
     counts = {}
     for node in model.graph.node:
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     assert counts.get("BatchNormalization"), "the exporter folded BatchNormalization away"
-    assert {n.name for n in model.graph.initializer} <= set(net.state_dict()), "initializers renamed"
+    expected = {n for n in net.state_dict() if not n.endswith("num_batches_tracked")}
+    assert {n.name for n in model.graph.initializer} == expected, "initializers renamed or merged"
     temporary.replace(path)
     print(f"{path.name}: {path.stat().st_size:,} bytes, opset {model.opset_import[0].version}, {counts}")
 
@@ -277,6 +292,7 @@ def main():
     parser.add_argument("--data", default=HERE.parent / "target/fetched/fashion", help="folder of the four IDX files")
     parser.add_argument("--only", choices=["resnet20", "dsnet"])
     parser.add_argument("--untrained", action="store_true", help="random weights, no training")
+    parser.add_argument("--export", action="store_true", help="no training, weights from the checkpoint folder")
     parser.add_argument("--measure", action="store_true", help="only measure")
     parser.add_argument("--slice", action="store_true", help="only write the demo images")
     parser.add_argument("--epochs", type=int, help="default 8 for both")
@@ -301,7 +317,9 @@ def main():
         torch.manual_seed(args.seed)
         net = make()
         print(f"{name}: {sum(p.numel() for p in net.parameters()):,} parameters", flush=True)
-        if args.untrained:
+        if args.export:
+            net.load_state_dict(torch.load(Path(args.checkpoint) / f"{name}.pt"))
+        elif args.untrained:
             warm_statistics(net, args.data)
         else:
             # bfloat16 halves the time of full convolutions and slows depthwise ones
