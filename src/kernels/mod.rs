@@ -5,3 +5,4 @@ pub mod isa;
 pub mod math;
 pub mod norm;
 pub mod par;
+pub mod update;

@@ -1,6 +1,8 @@
 //! Parallel loops whose division of work depends on the problem alone, never on the number of threads:
 //! results are the same bits on any number of threads.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 /// Elements below which a loop is not worth a second thread.
@@ -23,4 +25,23 @@ pub fn rows<T: Send>(y: &mut [T], row: usize, grain: usize, f: impl Fn(usize, &m
         return;
     }
     y.par_chunks_mut(per * row).enumerate().for_each(|(i, piece)| f(i * per, piece));
+}
+
+/// Folds `leaf` over pieces of at most `grain` indices with `merge`, in a binary tree that depends on the range alone.
+pub fn reduce<A: Send>(
+    range: Range<usize>,
+    grain: usize,
+    leaf: &(impl Fn(Range<usize>) -> A + Sync),
+    merge: &(impl Fn(A, A) -> A + Sync),
+) -> A {
+    let grain = grain.max(1);
+    if range.len() <= grain {
+        return leaf(range);
+    }
+    let mid = range.start + (range.len() / 2).next_multiple_of(grain);
+    let (a, b) = rayon::join(
+        || reduce(range.start..mid, grain, leaf, merge),
+        || reduce(mid..range.end, grain, leaf, merge),
+    );
+    merge(a, b)
 }

@@ -22,6 +22,7 @@ mod foreign;
 pub mod matmul;
 pub mod reduce;
 mod table;
+pub mod update;
 
 pub use foreign::Foreign;
 pub use table::{Row, create, table};
