@@ -8,3 +8,4 @@ pub mod kernels;
 pub mod ops;
 pub mod plan;
 pub mod tensor;
+pub mod train;

@@ -1,0 +1,286 @@
+//! How images become a model's input: options, and the per-sample work of a batch.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, OpError, Result};
+use crate::tensor::{DType, Tensor};
+
+use super::Augment;
+use super::split::{Purpose, below, rng};
+
+/// Channels that images are read with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Channels {
+    /// As many as the model's input declares.
+    #[default]
+    Auto,
+    /// One: luma, by Rec. 709 weights.
+    Grey,
+    /// Three.
+    Rgb,
+}
+
+/// Order of an image batch's dimensions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Layout {
+    /// Whichever places a dimension of 1 or 3 where the channels are, `Nchw` if both do.
+    #[default]
+    Auto,
+    /// `[N, C, H, W]`
+    Nchw,
+    /// `[N, H, W, C]`
+    Nhwc,
+}
+
+/// How images (class folders, IDX files) are fed. A byte `p` of channel `c` becomes `(p·scale − mean[c]) / std[c]`.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+pub struct ImageOptions {
+    /// Factor on the byte values; 1/255 when not given.
+    pub scale: Option<f32>,
+    /// Subtracted after scaling: nothing, one number, or one per channel.
+    pub mean: Vec<f32>,
+    /// Divided by after that: nothing, one number, or one per channel.
+    pub std: Vec<f32>,
+    /// Height and width, where the model's input leaves them open.
+    pub resize: Option<(usize, usize)>,
+    pub channels: Channels,
+    pub layout: Layout,
+    /// Training images are shifted by up to ± this many pixels down and right, at random, edges repeated.
+    pub shift: usize,
+}
+
+impl ImageOptions {
+    /// Fails when an option is set that has no meaning for arrays, which are fed as they are.
+    pub fn check_for_arrays(&self) -> Result<()> {
+        let set = [
+            ("scale", self.scale.is_some()),
+            ("mean", !self.mean.is_empty()),
+            ("std", !self.std.is_empty()),
+            ("resize", self.resize.is_some()),
+            ("channels", self.channels != Channels::Auto),
+        ];
+        match set.iter().find(|(_, set)| *set) {
+            None => Ok(()),
+            Some((name, _)) => Err(Error::Config(format!(
+                "{name}: applies to images; the arrays of an .npz file are fed as they are"
+            ))),
+        }
+    }
+
+    /// What each byte value is fed as, `[channels, 256]` in `dtype`. An integer input gets the bytes themselves.
+    ///
+    /// Fails on options that do not fit the channels, or on values that are not finite.
+    pub fn table(&self, channels: usize, dtype: DType) -> Result<Tensor> {
+        if !dtype.is_float() {
+            if dtype == DType::Bool || dtype == DType::I8 {
+                return Err(Error::Data(format!("images cannot feed an input of type {dtype}")));
+            }
+            if self.scale.is_some() || !self.mean.is_empty() || !self.std.is_empty() {
+                return Err(Error::Config(format!(
+                    "scale, mean, std: the input is {dtype} and takes bytes as they are"
+                )));
+            }
+            let bytes: Vec<i64> = (0..channels).flat_map(|_| 0..256).collect();
+            return Tensor::ints(&bytes).cast(dtype).reshaped(&[channels, 256]).map_err(super::internal);
+        }
+        let per_channel = |name: &str, values: &[f32], default: f32| match values.len() {
+            0 => Ok(vec![default; channels]),
+            1 => Ok(vec![values[0]; channels]),
+            n if n == channels => Ok(values.to_vec()),
+            n => Err(Error::Config(format!("{name}: {n} values for images of {channels} channel(s)"))),
+        };
+        let (mean, std) = (per_channel("mean", &self.mean, 0.0)?, per_channel("std", &self.std, 1.0)?);
+        let mut values = Vec::with_capacity(channels * 256);
+        for (m, s) in mean.iter().zip(&std) {
+            for p in 0..256 {
+                // The default divides: p/255 is exact to the last bit, p·(1/255) is not.
+                let x = self.scale.map_or(p as f32 / 255.0, |f| p as f32 * f);
+                values.push((x - m) / s);
+            }
+        }
+        let table = Tensor::from_slice(&[channels, 256], &values).map_err(super::internal)?.cast(dtype);
+        if table.to_f64().iter().any(|x| !x.is_finite()) {
+            return Err(Error::Config("scale, mean, std: they make pixels that are not finite".into()));
+        }
+        Ok(table)
+    }
+}
+
+/// One sample as `outer` planes of `h`×`w` pixels of `inner` elements: channels are `outer` in NCHW, `inner` in NHWC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Planes {
+    pub outer: usize,
+    pub h: usize,
+    pub w: usize,
+    pub inner: usize,
+}
+
+impl Planes {
+    /// A row of elements that is no image.
+    pub fn flat(len: usize) -> Planes {
+        Planes { outer: 1, h: 1, w: len, inner: 1 }
+    }
+
+    /// Of a sample of three dimensions, whose layout is told from them when it is `Auto`.
+    pub fn of(dims: &[usize], layout: Layout) -> Planes {
+        let &[a, b, c] = dims else { return Planes::flat(dims.iter().product()) };
+        let channels = |n| n == 1 || n == 3;
+        match layout {
+            Layout::Nhwc => Planes { outer: 1, h: a, w: b, inner: c },
+            Layout::Auto if !channels(a) && channels(c) => Planes { outer: 1, h: a, w: b, inner: c },
+            _ => Planes { outer: a, h: b, w: c, inner: 1 },
+        }
+    }
+}
+
+/// The random shift of one sample in one epoch: pixels down and right, each uniform in `-max..=max`.
+pub(super) fn shift_of(augment: Augment, sample: usize, max: usize) -> (isize, isize) {
+    // Beyond any image: keeps the arithmetic in range.
+    let max = max.min(1 << 20) as i64;
+    let mut rng = rng(Purpose::Shift, augment.seed, augment.epoch, sample as u64);
+    let mut draw = || (below(&mut rng, 2 * max as u64 + 1) as i64 - max) as isize;
+    let down = draw();
+    (down, draw())
+}
+
+/// `dst[c, y, x] = f(c, src[c, y − down, x − right])`, coordinates clamped to the image.
+fn gather<S: Copy, D>(src: &[S], dst: &mut [D], p: Planes, shift: (isize, isize), f: impl Fn(usize, S) -> D) {
+    let from = |at: usize, by: isize, n: usize| (at as isize - by).clamp(0, n as isize - 1) as usize;
+    let row = p.w * p.inner;
+    for o in 0..p.outer {
+        for y in 0..p.h {
+            let src = &src[(o * p.h + from(y, shift.0, p.h)) * row..][..row];
+            let dst = &mut dst[(o * p.h + y) * row..][..row];
+            for x in 0..p.w {
+                let s = from(x, shift.1, p.w) * p.inner;
+                for i in 0..p.inner {
+                    dst[x * p.inner + i] = f(o * p.inner + i, src[s + i]);
+                }
+            }
+        }
+    }
+}
+
+/// Runs `$body` with `$t` an unsigned integer of `$size` bytes: moving elements only needs their size.
+macro_rules! by_size {
+    ($size:expr, $t:ident => $body:expr) => {
+        match $size {
+            1 => {
+                type $t = u8;
+                $body
+            }
+            2 => {
+                type $t = u16;
+                $body
+            }
+            4 => {
+                type $t = u32;
+                $body
+            }
+            _ => {
+                type $t = u64;
+                $body
+            }
+        }
+    };
+}
+
+fn elements<T: bytemuck::Pod>(bytes: &[u8]) -> Result<&[T]> {
+    bytemuck::try_cast_slice(bytes).map_err(|e| super::internal(OpError::Internal(e.to_string())))
+}
+
+fn elements_mut<T: bytemuck::Pod>(bytes: &mut [u8]) -> Result<&mut [T]> {
+    bytemuck::try_cast_slice_mut(bytes).map_err(|e| super::internal(OpError::Internal(e.to_string())))
+}
+
+/// One sample's bytes through `table` (`[channels, 256]`) into `dst`, shifted.
+pub(super) fn look_up(
+    src: &[u8],
+    table: &Tensor,
+    p: Planes,
+    shift: (isize, isize),
+    dst: &mut [u8],
+) -> Result<()> {
+    by_size!(table.dtype().size(), T => {
+        let table: &[T] = elements(table.bytes())?;
+        gather(src, elements_mut::<T>(dst)?, p, shift, |c, s| table[c * 256 + s as usize]);
+    });
+    Ok(())
+}
+
+/// One sample of `size`-byte elements into `dst`, shifted.
+pub(super) fn shifted(
+    src: &[u8],
+    size: usize,
+    p: Planes,
+    shift: (isize, isize),
+    dst: &mut [u8],
+) -> Result<()> {
+    by_size!(size, T => gather(elements::<T>(src)?, elements_mut::<T>(dst)?, p, shift, |_, s| s));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables() {
+        let t = ImageOptions::default().table(1, DType::F32).unwrap();
+        assert_eq!(t.get::<f32>().unwrap()[51], 51.0 / 255.0);
+        let o = ImageOptions {
+            scale: Some(1.0),
+            mean: vec![1.0, 2.0, 3.0],
+            std: vec![2.0],
+            ..Default::default()
+        };
+        let t = o.table(3, DType::F16).unwrap().to_f64();
+        assert_eq!((t[10], t[256 + 10], t[512 + 10]), (4.5, 4.0, 3.5));
+        assert!(o.table(1, DType::F32).unwrap_err().to_string().contains("mean: 3 values"));
+        assert!(o.table(3, DType::U8).is_err());
+        assert_eq!(ImageOptions::default().table(3, DType::U8).unwrap().get::<u8>().unwrap()[300], 44);
+        assert_eq!(ImageOptions::default().table(1, DType::I32).unwrap().get::<i32>().unwrap()[200], 200);
+        let zero = ImageOptions { std: vec![0.0], ..Default::default() };
+        assert!(zero.table(1, DType::F32).is_err());
+    }
+
+    #[cfg(feature = "cli")]
+    #[test]
+    fn options_are_toml_with_kebab_keys() {
+        let o: ImageOptions =
+            toml::from_str("mean = [0.5]\nresize = [28, 30]\nchannels = 'grey'\nlayout = 'nhwc'").unwrap();
+        assert_eq!((o.mean.as_slice(), o.resize), ([0.5].as_slice(), Some((28, 30))));
+        assert_eq!((o.channels, o.layout, o.shift), (Channels::Grey, Layout::Nhwc, 0));
+        assert!(toml::from_str::<ImageOptions>("shifts = 2").is_err());
+    }
+
+    #[test]
+    fn shift_repeats_edges_in_both_layouts() {
+        // 2×3 pixels, 2 channels
+        let nchw: Vec<u16> = vec![1, 2, 3, 4, 5, 6, 11, 12, 13, 14, 15, 16];
+        let p = Planes { outer: 2, h: 2, w: 3, inner: 1 };
+        let mut out = vec![0u16; 12];
+        gather(&nchw, &mut out, p, (1, -1), |_, s| s);
+        assert_eq!(out, [2, 3, 3, 2, 3, 3, 12, 13, 13, 12, 13, 13]);
+        let nhwc: Vec<u16> = vec![1, 11, 2, 12, 3, 13, 4, 14, 5, 15, 6, 16];
+        gather(&nhwc, &mut out, Planes { outer: 1, h: 2, w: 3, inner: 2 }, (1, -1), |c, s| {
+            s + 100 * c as u16
+        });
+        assert_eq!(out, [2, 112, 3, 113, 3, 113, 2, 112, 3, 113, 3, 113]);
+        gather(&nchw, &mut out, p, (-9, 9), |_, s| s);
+        assert_eq!(out, [4, 4, 4, 4, 4, 4, 14, 14, 14, 14, 14, 14]);
+    }
+
+    #[test]
+    fn shifts_cover_their_range() {
+        let all: std::collections::BTreeSet<_> =
+            (0..400).map(|i| shift_of(Augment { seed: 1, epoch: 2 }, i, 1)).collect();
+        assert_eq!(all.len(), 9);
+        let a = Augment { seed: 1, epoch: 2 };
+        assert_eq!(shift_of(a, 5, 3), shift_of(a, 5, 3));
+        shift_of(a, 5, usize::MAX);
+    }
+}

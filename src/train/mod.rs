@@ -1,0 +1,3 @@
+//! Training: data, losses, optimizers, schedules, the loop and the guard.
+
+pub mod data;
