@@ -1,8 +1,11 @@
 //! Kernels: they know slices and dimensions, nothing else. All SIMD and nearly all `unsafe` is here.
 
 pub mod gemm;
+pub mod index;
 pub mod isa;
 pub mod math;
 pub mod norm;
+pub mod pad;
 pub mod par;
+pub mod strided;
 pub mod update;

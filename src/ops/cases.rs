@@ -367,16 +367,34 @@ pub fn close(name: &str, what: &str, a: &[f64], b: &[f64], tolerance: f64) {
 
 /// Every family's cases.
 fn all() -> Vec<Case> {
-    [super::batch_norm::cases(), super::binary::cases(), super::matmul::cases()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        super::batch_norm::cases(),
+        super::binary::cases(),
+        super::expand::cases(),
+        super::fill::cases(),
+        super::gather::cases(),
+        super::join::cases(),
+        super::matmul::cases(),
+        super::pad::cases(),
+        super::scan::cases(),
+        super::scatter::cases(),
+        super::slice::cases(),
+        super::transpose::cases(),
+        super::view::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 #[test]
 fn every_case() {
+    // RETUNE_CASES=Slice,Pad checks those operators alone.
+    let only = std::env::var("RETUNE_CASES").unwrap_or_default();
     for case in all() {
-        check(&case);
+        if only.is_empty() || only.split(',').any(|o| o == case.op_type) {
+            check(&case);
+        }
     }
 }
 

@@ -16,13 +16,24 @@ use crate::tensor::{Elem, Meta, Tensor, View, ViewMut};
 
 pub mod batch_norm;
 pub mod binary;
+mod bytes;
 #[cfg(test)]
 pub mod cases;
+pub mod expand;
+pub mod fill;
 mod foreign;
+pub mod gather;
+pub mod join;
 pub mod matmul;
+pub mod pad;
 pub mod reduce;
+pub mod scan;
+pub mod scatter;
+pub mod slice;
 mod table;
+pub mod transpose;
 pub mod update;
+pub mod view;
 
 pub use foreign::Foreign;
 pub use table::{Row, create, table};

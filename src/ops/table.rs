@@ -28,7 +28,21 @@ impl Row {
 }
 
 /// The rows of every family.
-static FAMILIES: &[&[Row]] = &[super::batch_norm::ROWS, super::binary::ROWS, super::matmul::ROWS];
+static FAMILIES: &[&[Row]] = &[
+    super::batch_norm::ROWS,
+    super::binary::ROWS,
+    super::expand::ROWS,
+    super::fill::ROWS,
+    super::gather::ROWS,
+    super::join::ROWS,
+    super::matmul::ROWS,
+    super::pad::ROWS,
+    super::scan::ROWS,
+    super::scatter::ROWS,
+    super::slice::ROWS,
+    super::transpose::ROWS,
+    super::view::ROWS,
+];
 
 /// Every operator that has a kernel here.
 pub fn table() -> impl Iterator<Item = &'static Row> {

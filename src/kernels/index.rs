@@ -1,0 +1,241 @@
+//! Reading and writing by index.
+//!
+//! Indices are checked once, up front, and may count from the end. Sums over repeated indices run in the order
+//! of the indices for each destination, whatever the number of threads.
+
+use bytemuck::Pod;
+
+use crate::kernels::par::{GRAIN, rows};
+use crate::kernels::strided::{Extents, Unit, dense};
+
+/// An index operand.
+#[derive(Debug, Clone, Copy)]
+pub enum Indices<'a> {
+    I32(&'a [i32]),
+    I64(&'a [i64]),
+}
+
+impl Indices<'_> {
+    pub fn len(&self) -> usize {
+        match self {
+            Indices::I32(v) => v.len(),
+            Indices::I64(v) => v.len(),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    #[inline]
+    pub fn get(&self, i: usize) -> i64 {
+        match self {
+            Indices::I32(v) => v[i] as i64,
+            Indices::I64(v) => v[i],
+        }
+    }
+
+    /// Index `i` counted from the front of an axis of `n`; the whole operand has been checked.
+    #[inline]
+    fn at(&self, i: usize, n: usize) -> usize {
+        let k = self.get(i);
+        if k < 0 { (k + n as i64) as usize } else { k as usize }
+    }
+
+    /// The first index outside `-n..n`.
+    pub fn outside(&self, n: usize) -> Option<i64> {
+        let n = n as i64;
+        (0..self.len()).map(|i| self.get(i)).find(|k| !(-n..n).contains(k))
+    }
+}
+
+/// `y[o, m, :] = x[o, index[m], :]`, x (outer, n, block), y (outer, indices, block).
+pub fn gather<T: Unit>(x: &[T], n: usize, block: usize, index: Indices, y: &mut [T]) {
+    let m = index.len();
+    rows(y, block, GRAIN, |first, piece| {
+        if block == 1 {
+            for (r, y) in piece.iter_mut().enumerate() {
+                let (o, k) = ((first + r) / m, (first + r) % m);
+                *y = x[o * n + index.at(k, n)];
+            }
+            return;
+        }
+        for (r, y) in piece.chunks_exact_mut(block).enumerate() {
+            let (o, k) = ((first + r) / m, (first + r) % m);
+            let at = (o * n + index.at(k, n)) * block;
+            y.copy_from_slice(&x[at..at + block]);
+        }
+    });
+}
+
+/// Rows of a destination that one task owns: large, since each task reads all indices.
+const OWNED: usize = 1 << 17;
+
+/// The transpose of [`gather`]: `dx[o, index[m], :] += dy[o, m, :]`, in the order of `m`.
+pub fn scatter_add<T>(dy: &[T], n: usize, block: usize, index: Indices, dx: &mut [T])
+where
+    T: Pod + Send + Sync + std::ops::AddAssign,
+{
+    let m = index.len();
+    rows(dx, block, OWNED, |first, piece| {
+        piece.fill(T::zeroed());
+        if block == 0 || n == 0 {
+            return;
+        }
+        let count = piece.len() / block;
+        // The piece may span several outer positions.
+        for o in first / n..=(first + count - 1) / n {
+            for k in 0..m {
+                let row = o * n + index.at(k, n);
+                if row < first || row >= first + count {
+                    continue;
+                }
+                let to = &mut piece[(row - first) * block..][..block];
+                let from = &dy[(o * m + k) * block..][..block];
+                to.iter_mut().zip(from).for_each(|(t, f)| *t += *f);
+            }
+        }
+    });
+}
+
+/// How axis-wise indices walk a tensor: position `p` of the indices, of shape `dims`, is coordinate `p` of the
+/// data but for `axis`, where the index stands instead.
+pub struct AlongAxis<'a> {
+    pub data: &'a [usize],
+    pub dims: &'a [usize],
+    pub axis: usize,
+    pub index: Indices<'a>,
+}
+
+impl AlongAxis<'_> {
+    /// The data's offsets of positions `start..start + count`, in order.
+    fn visit(&self, start: usize, count: usize, mut f: impl FnMut(usize, usize)) {
+        let mut strides: Extents = dense(self.data).iter().map(|&s| s as usize).collect();
+        let along = std::mem::replace(&mut strides[self.axis], 0);
+        let n = self.data[self.axis];
+        let rank = self.dims.len();
+        let (mut at, mut offset, mut rest) = (Extents::from_elem(0, rank), 0, start);
+        for a in (0..rank).rev() {
+            at[a] = rest % self.dims[a];
+            rest /= self.dims[a];
+            offset += at[a] * strides[a];
+        }
+        for p in start..start + count {
+            f(p, offset + self.index.at(p, n) * along);
+            for a in (0..rank).rev() {
+                at[a] += 1;
+                offset += strides[a];
+                if at[a] < self.dims[a] {
+                    break;
+                }
+                offset -= strides[a] * self.dims[a];
+                at[a] = 0;
+            }
+        }
+    }
+
+    /// `y[p] = x[offset(p)]`.
+    pub fn gather<T: Unit>(&self, x: &[T], y: &mut [T]) {
+        rows(y, 1, GRAIN, |start, piece| {
+            self.visit(start, piece.len(), |p, offset| piece[p - start] = x[offset]);
+        });
+    }
+
+    /// Every offset, in order.
+    pub fn visit_all(&self, mut f: impl FnMut(usize)) {
+        self.visit(0, self.index.len(), |_, offset| f(offset));
+    }
+
+    /// `y[offset(p)] = f(y[offset(p)], updates[p])`, in the order of `p`.
+    pub fn scatter<T: Copy>(&self, updates: &[T], y: &mut [T], f: impl Fn(T, T) -> T) {
+        self.visit(0, updates.len(), |p, offset| y[offset] = f(y[offset], updates[p]));
+    }
+}
+
+/// How tuples of indices address blocks of a tensor: `index` is (batch, tuples, depth), the data
+/// (batch, `data[0]`, …, `data[depth-1]`, block).
+pub struct Tuples<'a> {
+    pub data: &'a [usize],
+    pub batch: usize,
+    pub block: usize,
+    pub index: Indices<'a>,
+    /// Tuples in all batches together.
+    pub count: usize,
+}
+
+impl Tuples<'_> {
+    /// The first index outside its axis.
+    pub fn outside(&self) -> Option<i64> {
+        let depth = self.data.len();
+        (0..self.index.len())
+            .find(|&i| {
+                let n = self.data[i % depth] as i64;
+                !(-n..n).contains(&self.index.get(i))
+            })
+            .map(|i| self.index.get(i))
+    }
+
+    /// Which block tuple `t` (of all batches) addresses.
+    fn target(&self, t: usize) -> usize {
+        let depth = self.data.len();
+        let per = (self.count / self.batch.max(1)).max(1);
+        let mut at = t / per;
+        for (d, &n) in self.data.iter().enumerate() {
+            at = at * n + self.index.at(t * depth + d, n);
+        }
+        at
+    }
+
+    /// The elements of the block that tuple `t` addresses.
+    pub fn range(&self, t: usize) -> std::ops::Range<usize> {
+        let at = self.target(t) * self.block;
+        at..at + self.block
+    }
+
+    pub fn gather<T: Unit>(&self, x: &[T], y: &mut [T]) {
+        rows(y, self.block, GRAIN, |first, piece| {
+            for (r, y) in piece.chunks_exact_mut(self.block.max(1)).enumerate() {
+                y.copy_from_slice(&x[self.range(first + r)]);
+            }
+        });
+    }
+
+    /// Every block of `updates` combined into the block its tuple addresses, in order.
+    pub fn scatter<T: Copy>(&self, updates: &[T], y: &mut [T], f: impl Fn(T, T) -> T) {
+        for (t, from) in updates.chunks_exact(self.block.max(1)).enumerate() {
+            y[self.range(t)].iter_mut().zip(from).for_each(|(y, u)| *y = f(*y, *u));
+        }
+    }
+}
+
+/// `y[o, i, b] = Σ x[o, j, b]` over `j ≤ i`, or `j ≥ i` when `reverse`; without `i` itself when `exclusive`.
+/// x and y are (outer, n, block).
+pub fn cumsum<T>(x: &[T], n: usize, block: usize, exclusive: bool, reverse: bool, y: &mut [T])
+where
+    T: Pod + Send + Sync + std::ops::Add<Output = T>,
+{
+    let row = n * block;
+    rows(y, row, GRAIN, |first, piece| {
+        for (o, y) in piece.chunks_exact_mut(row.max(1)).enumerate() {
+            let x = &x[(first + o) * row..][..row];
+            for i in 0..n {
+                let (i, before) = match reverse {
+                    false => (i, i.checked_sub(1)),
+                    true => (n - 1 - i, (i > 0).then(|| n - i)),
+                };
+                for b in 0..block {
+                    let sum = match before {
+                        None => T::zeroed(),
+                        Some(j) => y[j * block + b],
+                    };
+                    let term = match (exclusive, before) {
+                        (false, _) => x[i * block + b],
+                        (true, Some(j)) => x[j * block + b],
+                        (true, None) => T::zeroed(),
+                    };
+                    y[i * block + b] = sum + term;
+                }
+            }
+        }
+    });
+}

@@ -1,0 +1,129 @@
+//! What the operators that only move data share: element sizes instead of element types, shape-like
+//! operands, and dimensions checked against overflow.
+
+use bytemuck::Pod;
+use smallvec::SmallVec;
+
+use crate::error::OpError;
+use crate::tensor::{DType, Dims, Meta, View};
+
+/// Integers of a shape-like operand; on the stack for any usual rank.
+pub(super) type Ints = SmallVec<[i64; 8]>;
+
+/// Runs `$body` with `$t` bound to the unsigned integer of the element's size.
+macro_rules! by_size {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        match $dtype.size() {
+            1 => {
+                type $t = u8;
+                $body
+            }
+            2 => {
+                type $t = u16;
+                $body
+            }
+            4 => {
+                type $t = u32;
+                $body
+            }
+            _ => {
+                type $t = u64;
+                $body
+            }
+        }
+    };
+}
+pub(super) use by_size;
+
+/// Runs `$body` with `$t` bound to a type with arithmetic, or fails with a type error (halves, bool).
+macro_rules! numeric {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            $crate::tensor::DType::F32 => {
+                type $t = f32;
+                $body
+            }
+            $crate::tensor::DType::F64 => {
+                type $t = f64;
+                $body
+            }
+            $crate::tensor::DType::I8 => {
+                type $t = i8;
+                $body
+            }
+            $crate::tensor::DType::I16 => {
+                type $t = i16;
+                $body
+            }
+            $crate::tensor::DType::I32 => {
+                type $t = i32;
+                $body
+            }
+            $crate::tensor::DType::I64 => {
+                type $t = i64;
+                $body
+            }
+            $crate::tensor::DType::U8 => {
+                type $t = u8;
+                $body
+            }
+            $crate::tensor::DType::U16 => {
+                type $t = u16;
+                $body
+            }
+            $crate::tensor::DType::U32 => {
+                type $t = u32;
+                $body
+            }
+            $crate::tensor::DType::U64 => {
+                type $t = u64;
+                $body
+            }
+            other => Err($crate::error::OpError::Type(format!("arithmetic on {other}"))),
+        }
+    };
+}
+pub(super) use numeric;
+
+pub(super) fn units<T: Pod>(bytes: &[u8]) -> Result<&[T], OpError> {
+    bytemuck::try_cast_slice(bytes).map_err(|e| OpError::Internal(format!("view by element size: {e}")))
+}
+
+pub(super) fn units_mut<T: Pod>(bytes: &mut [u8]) -> Result<&mut [T], OpError> {
+    bytemuck::try_cast_slice_mut(bytes).map_err(|e| OpError::Internal(format!("view by element size: {e}")))
+}
+
+/// The integers of an int32 or int64 operand.
+pub(super) fn ints(v: &View) -> Result<Ints, OpError> {
+    match v.dtype {
+        DType::I64 => Ok(Ints::from_slice(v.get::<i64>()?)),
+        DType::I32 => Ok(v.get::<i32>()?.iter().map(|&x| x as i64).collect()),
+        other => Err(OpError::Type(format!("{other} where int32 or int64 is needed"))),
+    }
+}
+
+/// Element type and shape of an output whose size depends on values in the file: refused where no machine
+/// could hold it.
+pub(super) fn sized(dtype: DType, dims: &[usize]) -> Result<Meta, OpError> {
+    let bytes = dims.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d));
+    match bytes {
+        Some(n) if n <= 1 << 40 => Ok(Meta::new(dtype, dims)),
+        _ => Err(OpError::Shape(format!("a tensor of shape {dims:?} is too large"))),
+    }
+}
+
+/// Dimensions given as integers of the file.
+pub(super) fn to_dims(ints: &[i64]) -> Result<Dims, OpError> {
+    ints.iter()
+        .map(|&d| usize::try_from(d).map_err(|_| OpError::Shape(format!("negative dimension in {ints:?}"))))
+        .collect()
+}
+
+/// Two operands must be of one type.
+pub(super) fn same_type(a: DType, b: DType) -> Result<(), OpError> {
+    if a == b { Ok(()) } else { Err(OpError::Type(format!("operands of types {a} and {b}"))) }
+}
+
+pub(super) fn second_derivative<T>() -> Result<T, OpError> {
+    Err(OpError::NotDifferentiable("second derivatives are not supported".into()))
+}
