@@ -17,6 +17,7 @@ WHOLE = 512  # tensors up to this many elements are stored whole, larger ones by
 SAMPLES = 256
 ZERO = 1e-6  # a tensor whose largest gradient is below this part of the whole model's is taken as analytically zero
 
+warnings.filterwarnings("ignore", "You are using the legacy TorchScript")
 warnings.filterwarnings("ignore", module="torch")
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
@@ -49,16 +50,26 @@ def save(path: pathlib.Path, arrays: dict) -> None:
     print(f"{shown}: {len(arrays)} arrays, {path.stat().st_size} bytes")
 
 
-def runs(run):
-    """`run(convert)` (which converts networks and images) in float32 by three of PyTorch's implementations, and in float64.
+def jittered(t):
+    """Float64, with a network's parameters off by a few float32 roundings."""
+    t = t.double()
+    if isinstance(t, torch.nn.Module):
+        generator = torch.Generator().manual_seed(SEED)
+        for p in t.parameters():
+            p.data *= 1 + 2.0**-22 * (2 * torch.rand(p.shape, generator=generator, dtype=p.dtype) - 1)
+    return t
 
-    The first float32 run is the reference; how far any of the three is from float64 tells how well defined the result is.
+
+def runs(run):
+    """`run(convert)`, which converts networks and images: three runs with float32 rounding of different kinds, and the exact one.
+
+    The first is the reference; how far any of the three is from the exact one tells how well defined the result is.
     """
-    singles = [run(lambda t: t.float())]
+    rounded = [run(lambda t: t.float())]
     with torch.backends.mkldnn.flags(enabled=False):
-        singles.append(run(lambda t: t.float()))
-    singles.append(run(lambda t: t.to(torch.float32, memory_format=torch.channels_last)))
-    return singles, run(lambda t: t.double())
+        rounded.append(run(lambda t: t.float()))
+    rounded.append(run(jittered))
+    return rounded, run(lambda t: t.double())
 
 
 def scales(exact: dict) -> dict:
@@ -90,8 +101,8 @@ def worst(found: dict) -> str:
 def stored(kind: str, singles: list, exact: dict) -> dict:
     """Each tensor as `<kind>.<name>` if small, else as `index.`, `value.` and `norm.`; always with `scale.` and `drift.`.
 
-    `singles` come from the float32 runs, the first of which is stored, `exact` from the float64 run; `scale` is what an
-    error is divided by (it cannot be seen from samples), `drift` the worst error of PyTorch's own float32 runs.
+    `singles` and `exact` come from `runs`; the first of the former is stored. `scale` is what an error is divided by (it
+    cannot be seen from samples), `drift` the worst error of PyTorch's own runs.
     """
     out, scale, drift = {}, scales(exact), worst_errors(singles, exact)
     for name in exact:

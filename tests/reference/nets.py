@@ -46,7 +46,7 @@ def colour_images(count, size, seed):
     pick = rng.permutation(len(x))[:count]
     shape = torch.nn.functional.interpolate(torch.from_numpy(x[pick]), (size, size), mode="bilinear", align_corners=False).numpy()
     ink, paper = rng.random((2, count, 3, 1, 1), np.float32)
-    image = paper + (ink - paper) * shape + rng.normal(0, 0.03, (count, 3, size, size))
+    image = paper + (ink - paper) * shape + rng.normal(0, 0.1, (count, 3, size, size))
     return ((image - 0.5) / 0.28).astype(np.float32), y[pick]
 
 
@@ -180,22 +180,22 @@ def export(net, path, shape):
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def initializers(path):
-    """Every initializer by name, in float32; refuses merged ones (Identity), whose gradients have no name of their own."""
-    graph = onnx.load(str(path)).graph
-    merged = [n.output[0] for n in graph.node if n.op_type == "Identity"]
-    if merged:
-        raise SystemExit(f"{pathlib.Path(path).name}: the exporter merged equal initializers ({', '.join(merged[:3])}, …): is it untrained?")
-    return {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
-
-
 def fill(net, path):
-    """Copies the file's initializers into the twin and checks that it computes what onnxruntime computes of the file."""
-    values = initializers(path)
-    state = {name: torch.from_numpy(values[name].copy()) for name in net.state_dict() if not name.endswith("num_batches_tracked")}
+    """Copies the file's initializers into the twin.
+
+    Where the exporter merged equal ones (one initializer, its other uses behind an Identity) the twin shares the parameter
+    too: its gradient is that of the file's one tensor, the sum over its uses.
+    """
+    graph = onnx.load(str(path)).graph
+    values = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    merged = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Identity"}
+    state = {name: torch.from_numpy(values[merged.get(name, name)].copy()) for name in net.state_dict() if not name.endswith("num_batches_tracked")}
     net.load_state_dict(state, strict=False)
-    unused = set(values) - set(state)
-    assert not unused, f"initializers without a place in the twin: {unused}"
+    for name, source in merged.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(net.get_submodule(module), attribute, net.get_parameter(source))
+    twins = {name for name, _ in net.named_parameters()} | {name for name, _ in net.named_buffers() if "running" in name}
+    assert twins == set(values), f"the twin and the file differ in {twins ^ set(values)}"
     return net.eval()
 
 

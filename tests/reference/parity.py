@@ -59,7 +59,7 @@ def compare(binary, label, net, model, x, y, mode, folder):
     # written so that a NaN fails
     good = all(value <= TOLERANCE for value in result.values())
     over = [name for name, value in result.items() if not value <= TOLERANCE]
-    print(f"{title} {'ok' if good else 'FAILED'}: {len(result) - 2} gradients, worst {worst(result)} (PyTorch's own float32: {worst(drift)})"
+    print(f"{title} {'ok' if good else 'FAILED'}: {len(result) - 2} gradients, worst {worst(result)} (PyTorch's own float32 runs: {worst(drift)})"
           + (f"; {len(over)} above {TOLERANCE}: {', '.join(over[:8])}" if over else ""), flush=True)  # fmt: skip
     return good
 
