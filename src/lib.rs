@@ -2,6 +2,7 @@
 
 pub mod error;
 pub mod exec;
+pub mod export;
 pub mod graph;
 pub mod import;
 pub mod kernels;

@@ -1,0 +1,156 @@
+//! New weights into the same file.
+//!
+//! The file is copied and exactly the bytes of changed tensors are overwritten; what cannot be
+//! overwritten at equal length is spliced. Names, opset, metadata, unknown fields and all other tensors
+//! stay as they are, byte for byte. The result is first complete and synced in a folder of its own
+//! beside the destination, then renamed: on any failure nothing is left behind and nothing is damaged.
+
+mod atomic;
+mod patch;
+mod rename;
+pub mod verify;
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+use crate::graph::WeightId;
+use crate::import::Model;
+use crate::import::wire::{Edit, Segment};
+use crate::tensor::Tensor;
+
+pub use verify::{Verification, verify};
+
+/// Choices of an export.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options {
+    /// Where a changed external data file would overwrite the source's own, write it under a new name
+    /// and make the model refer to it (otherwise that is an error).
+    pub rename_data: bool,
+}
+
+/// What an export wrote.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Written {
+    /// The model, then its external data files (those that were written).
+    pub files: Vec<PathBuf>,
+    /// The weights whose stored bytes changed.
+    pub changed: Vec<WeightId>,
+}
+
+/// A finished export that is not in place yet. Dropped, it leaves nothing behind.
+pub struct Staged {
+    stage: atomic::Stage,
+    changed: Vec<WeightId>,
+}
+
+/// Prepares `model` with `changes` to become `output`.
+///
+/// Values are given in the working type and put back in the stored one; a tensor that is equal to what
+/// the file holds leaves its bytes alone. Fails when a change does not fit its weight, or when an
+/// external data file of the source would be overwritten.
+pub fn stage(model: &Model, changes: &[(WeightId, &Tensor)], output: &Path, options: Options) -> Result<Staged> {
+    let mut edits = patch::edits(model, changes)?;
+    let (folder, name) = split(output)?;
+    let mut stage = atomic::Stage::new(folder)?;
+
+    // Data files first: renaming one changes the model.
+    let sources: Vec<PathBuf> = model.files.iter().filter_map(|f| f.path.canonicalize().ok()).collect();
+    let is_source = |p: &Path| p.canonicalize().is_ok_and(|p| sources.contains(&p));
+    let mut renamed = BTreeMap::new();
+    for (i, file) in model.files.iter().enumerate().skip(1) {
+        let own = edits.by_file.remove(&i).unwrap_or_default();
+        let target = folder.join(&file.location);
+        let mut location = file.location.clone();
+        if target == output || location == *name.to_string_lossy() {
+            return Err(Error::file(output, format!("is the name of the model's external data file '{location}'")));
+        }
+        if is_source(&target) {
+            if own.is_empty() {
+                stage.refer(&location, &file.path)?;
+                continue;
+            }
+            if !options.rename_data {
+                return Err(Error::file(
+                    &target,
+                    "would be overwritten, and the source model needs it: write to another folder, or give new \
+                     names to the data files (--rename-data)",
+                ));
+            }
+            location = fresh_name(folder, name, &is_source, &renamed);
+            renamed.insert(file.location.clone(), location.clone());
+        }
+        let segments = segments(&file.path, &file.bytes, own)?;
+        stage.write(Path::new(&location), &file.bytes, &segments)?;
+    }
+    let file = &model.files[0];
+    let mut own = edits.by_file.remove(&0).unwrap_or_default();
+    if !renamed.is_empty() {
+        own.extend(rename::edits(&file.bytes, &renamed).map_err(|e| Error::file(&file.path, e.to_string()))?);
+    }
+    let segments = segments(&file.path, &file.bytes, own)?;
+    stage.write(Path::new(name), &file.bytes, &segments)?;
+    Ok(Staged { stage, changed: edits.changed })
+}
+
+/// Writes `model` with `changes` to `output`, which may be the model's own path.
+pub fn write(model: &Model, changes: &[(WeightId, &Tensor)], output: &Path, options: Options) -> Result<Written> {
+    stage(model, changes, output, options)?.commit()
+}
+
+impl Staged {
+    /// The model as it will be, with its data files beside it: to be verified before it is in place.
+    pub fn path(&self) -> PathBuf {
+        self.stage.last().unwrap_or_default()
+    }
+
+    pub fn changed(&self) -> &[WeightId] {
+        &self.changed
+    }
+
+    /// Puts everything in place: the data files, then the model.
+    pub fn commit(self) -> Result<Written> {
+        let mut files = self.stage.commit()?;
+        files.reverse();
+        Ok(Written { files, changed: self.changed })
+    }
+}
+
+fn segments(path: &Path, bytes: &[u8], edits: Vec<Edit>) -> Result<Vec<Segment>> {
+    crate::import::wire::segments(bytes, edits).map_err(|e| Error::file(path, e.to_string()))
+}
+
+fn split(output: &Path) -> Result<(&Path, &OsStr)> {
+    let name = output.file_name().ok_or_else(|| Error::file(output, "is not the name of a file"))?;
+    let folder = match output.parent() {
+        Some(p) if p.as_os_str().is_empty() => Path::new("."),
+        Some(p) => p,
+        None => Path::new("/"),
+    };
+    Ok((folder, name))
+}
+
+/// A name for a data file of `output`: after the model, and not the source's.
+fn fresh_name(
+    folder: &Path,
+    output: &OsStr,
+    is_source: &dyn Fn(&Path) -> bool,
+    taken: &BTreeMap<String, String>,
+) -> String {
+    let output = output.to_string_lossy();
+    let mut n = 0usize;
+    loop {
+        let name = match n {
+            0 => format!("{output}.data"),
+            n => format!("{output}.{n}.data"),
+        };
+        if !is_source(&folder.join(&name)) && !taken.values().any(|t| *t == name) {
+            return name;
+        }
+        n += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests;

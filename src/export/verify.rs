@@ -1,0 +1,187 @@
+//! The second opinion: the exported file, run by tract.
+
+use std::path::Path;
+
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+/// Outputs may differ by this much of the largest element before an export is refused.
+pub const TOLERANCE: f64 = 1e-3;
+
+/// What tract says of a file.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Verification {
+    /// The largest difference of any output, relative to that output's largest element.
+    Agrees { max_relative: f64 },
+    /// The output that differs most, and by how much.
+    Disagrees { output: String, max_relative: f64 },
+    /// No opinion, and why.
+    Unavailable(String),
+}
+
+/// Runs the model at `path` in tract and compares its outputs with `expected`.
+pub fn verify(path: &Path, feeds: &[(String, Tensor)], expected: &[(String, Tensor)]) -> Verification {
+    match run(path, feeds) {
+        Err(e) => Verification::Unavailable(e.to_string()),
+        Ok(got) => compare(&got, expected),
+    }
+}
+
+/// Compares outputs by name.
+pub fn compare(got: &[(String, Tensor)], expected: &[(String, Tensor)]) -> Verification {
+    let mut worst = (String::new(), 0.0f64);
+    for (name, want) in expected {
+        let Some((_, got)) = got.iter().find(|(n, _)| n == name) else {
+            return Verification::Unavailable(format!("tract gives no output '{name}'"));
+        };
+        let difference = match got.dims() == want.dims() {
+            true => relative(&got.to_f64(), &want.to_f64()),
+            false => f64::INFINITY,
+        };
+        if difference > worst.1 {
+            worst = (name.clone(), difference);
+        }
+    }
+    match worst {
+        (_, max_relative) if max_relative <= TOLERANCE => Verification::Agrees { max_relative },
+        (output, max_relative) => Verification::Disagrees { output, max_relative },
+    }
+}
+
+/// The largest difference relative to the largest finite element of `want`; not-a-number and infinities
+/// have to be the same ones.
+fn relative(got: &[f64], want: &[f64]) -> f64 {
+    let largest = want.iter().filter(|x| x.is_finite()).fold(0.0f64, |m, x| m.max(x.abs()));
+    let mut worst = 0.0f64;
+    for (g, w) in got.iter().zip(want) {
+        if g == w || (g.is_nan() && w.is_nan()) {
+            continue;
+        }
+        // Outputs that are all but zero are compared absolutely.
+        let d = (g - w).abs() / largest.max(1e-6);
+        worst = worst.max(if d.is_nan() { f64::INFINITY } else { d });
+    }
+    worst
+}
+
+/// Runs the model at `path` in tract. Feeds and outputs are by name, in the types the file declares
+/// (half floats as float32).
+///
+/// Fails when tract cannot load or run it, and when the crate is built without the feature `tract`.
+#[cfg(not(feature = "tract"))]
+pub fn run(path: &Path, _feeds: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
+    Err(crate::error::Error::file(path, "built without tract"))
+}
+
+#[cfg(feature = "tract")]
+pub use with_tract::run;
+
+#[cfg(feature = "tract")]
+mod with_tract {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::path::Path;
+
+    use tract_onnx::prelude as tract;
+    use tract_onnx::prelude::{DatumType, Framework, InferenceModelExt, IntoRunnable, TractResult};
+
+    use crate::error::{Error, Result};
+    use crate::tensor::{DType, Tensor};
+
+    /// Runs the model at `path` in tract. Feeds and outputs are by name, in the types the file declares
+    /// (half floats as float32).
+    ///
+    /// Fails when tract cannot load or run it.
+    pub fn run(path: &Path, feeds: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
+        let fail = |what: String| Error::file(path, format!("tract: {what}"));
+        match catch_unwind(AssertUnwindSafe(|| try_run(path, feeds))) {
+            Ok(Ok(outputs)) => Ok(outputs),
+            Ok(Err(e)) => Err(fail(format!("{e:#}"))),
+            Err(panic) => {
+                let what = panic
+                    .downcast_ref::<String>()
+                    .map(String::as_str)
+                    .or_else(|| panic.downcast_ref::<&str>().copied())
+                    .unwrap_or("unknown reason");
+                Err(fail(format!("panicked: {what}")))
+            }
+        }
+    }
+
+    fn try_run(path: &Path, feeds: &[(String, Tensor)]) -> TractResult<Vec<(String, Tensor)>> {
+        // What the file declares of shapes inside and of outputs may have another batch size baked in.
+        let onnx = tract_onnx::onnx().with_ignore_output_shapes(true).with_ignore_value_info(true);
+        let mut model = onnx.model_for_path(path)?;
+        let inputs: Vec<tract::OutletId> = model.input_outlets()?.to_vec();
+        let mut values = tract::TVec::new();
+        for (i, outlet) in inputs.iter().enumerate() {
+            let name = model.node(outlet.node).name.clone();
+            let Some((_, feed)) = feeds.iter().find(|(n, _)| *n == name) else {
+                return Err(tract::TractError::msg(format!("input '{name}' is not fed")));
+            };
+            let mut tensor = to_tract(feed)?;
+            // A half-typed input is fed with the float32 that we compute in.
+            if let Some(declared) = model.input_fact(i)?.datum_type.concretize() {
+                tensor = tensor.cast_to_dt(declared)?.into_owned();
+            }
+            let fact = tract::InferenceFact::dt_shape(tensor.datum_type(), tensor.shape());
+            model.set_input_fact(i, fact)?;
+            values.push(tract::IntoTValue::into_tvalue(tensor));
+        }
+        let outputs: Vec<tract::OutletId> = model.output_outlets()?.to_vec();
+        let names: Vec<String> = outputs
+            .iter()
+            .map(|o| model.outlet_label(*o).map_or_else(|| model.node(o.node).name.clone(), str::to_string))
+            .collect();
+        let runnable = model.into_optimized()?.into_runnable()?;
+        let results = runnable.run(values)?;
+        names.into_iter().zip(results.iter()).map(|(name, t)| Ok((name, from_tract(t)?))).collect()
+    }
+
+    fn to_tract(t: &Tensor) -> TractResult<tract::Tensor> {
+        let dt = match t.dtype() {
+            DType::F32 => DatumType::F32,
+            DType::F64 => DatumType::F64,
+            DType::F16 => DatumType::F16,
+            DType::I8 => DatumType::I8,
+            DType::I16 => DatumType::I16,
+            DType::I32 => DatumType::I32,
+            DType::I64 => DatumType::I64,
+            DType::U8 => DatumType::U8,
+            DType::U16 => DatumType::U16,
+            DType::U32 => DatumType::U32,
+            DType::U64 => DatumType::U64,
+            DType::Bool => DatumType::Bool,
+            DType::BF16 => return Err(tract::TractError::msg("has no bfloat16")),
+        };
+        let mut out = tract::Tensor::zero_dt(dt, t.dims())?;
+        out.as_bytes_mut().copy_from_slice(t.bytes());
+        Ok(out)
+    }
+
+    fn from_tract(t: &tract::Tensor) -> TractResult<Tensor> {
+        let dtype = match t.datum_type() {
+            DatumType::F64 => DType::F64,
+            DatumType::I8 => DType::I8,
+            DatumType::I16 => DType::I16,
+            DatumType::I32 => DType::I32,
+            DatumType::I64 => DType::I64,
+            DatumType::U8 => DType::U8,
+            DatumType::U16 => DType::U16,
+            DatumType::U32 => DType::U32,
+            DatumType::U64 => DType::U64,
+            DatumType::Bool => DType::Bool,
+            DatumType::F16 | DatumType::F32 => {
+                let t = t.cast_to_dt(DatumType::F32)?;
+                return Tensor::from_bytes(DType::F32, t.shape(), t.as_bytes())
+                    .map_err(|e| tract::TractError::msg(e.to_string()));
+            }
+            // Shapes are symbolic integers in tract.
+            _ => {
+                let t = t.cast_to_dt(DatumType::I64)?;
+                return Tensor::from_bytes(DType::I64, t.shape(), t.as_bytes())
+                    .map_err(|e| tract::TractError::msg(e.to_string()));
+            }
+        };
+        Tensor::from_bytes(dtype, t.shape(), t.as_bytes()).map_err(|e| tract::TractError::msg(e.to_string()))
+    }
+}
