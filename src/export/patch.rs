@@ -1,6 +1,6 @@
 //! Changed weights as edits of the files they lie in.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
 use prost::Message;
@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::graph::WeightId;
 use crate::import::proto::{AttributeProto, NodeProto, TensorProto};
 use crate::import::wire::{self, Edit};
-use crate::import::{Encoding, Model, Weight};
+use crate::import::{Encoding, Model, Reader, Weight};
 use crate::tensor::Tensor;
 
 pub(super) struct Edits {
@@ -23,49 +23,136 @@ const FREE_INITIALIZERS: i64 = 4;
 const TENSOR: i32 = 4;
 
 pub(super) fn edits(model: &Model, changes: &[(WeightId, &Tensor)]) -> Result<Edits> {
-    let mut out = Edits { by_file: BTreeMap::new(), changed: Vec::new() };
-    // Found once, when the first node is to be replaced.
-    let mut nodes: Option<Vec<wire::Field>> = None;
-    for &(id, new) in changes {
-        let weight = model
-            .weights
-            .get(id.index())
-            .ok_or_else(|| Error::Config(format!("the model has no weight {}", id.index())))?;
-        if out.changed.contains(&id) {
+    let mut new: BTreeMap<WeightId, Vec<u8>> = BTreeMap::new();
+    let mut seen = HashSet::new();
+    for &(id, tensor) in changes {
+        let weight = get(model, id)?;
+        if !seen.insert(id) {
             return Err(Error::value(&weight.name, "is changed twice"));
         }
         let old = weight.stored(&model.files)?;
-        let Some(bytes) = weight.restore(&old, new)? else { continue };
-        let file = weight.location.file;
-        let list = out.by_file.entry(file).or_default();
-        let malformed = |e: wire::WireError| Error::file(&model.path, e.to_string());
-        match &weight.location.encoding {
-            Encoding::Scattered(chunks) => scatter(list, chunks, &bytes),
-            Encoding::Varints { chunks, path } => {
-                let file = &model.files[file].bytes;
-                varints(list, file, chunks, path, &bytes).map_err(malformed)?;
+        if let Some(bytes) = weight.restore(&old, tensor)? {
+            new.insert(id, bytes);
+        }
+    }
+    let mut p = Patch { model, nodes: None, by_file: BTreeMap::new() };
+    let changed = new.keys().copied().collect();
+    p.splits(&mut new)?;
+    for (id, bytes) in new {
+        p.overwrite(get(model, id)?, bytes)?;
+    }
+    Ok(Edits { by_file: p.by_file, changed })
+}
+
+fn get(model: &Model, id: WeightId) -> Result<&Weight> {
+    let weight = model.weights.get(id.index());
+    weight.ok_or_else(|| Error::Config(format!("the model has no weight {}", id.index())))
+}
+
+struct Patch<'a> {
+    model: &'a Model,
+    /// Found when the first node is to be edited.
+    nodes: Option<Vec<wire::Field>>,
+    by_file: BTreeMap<usize, Vec<Edit>>,
+}
+
+impl<'a> Patch<'a> {
+    fn malformed(&self, e: wire::WireError) -> Error {
+        Error::file(&self.model.path, e.to_string())
+    }
+
+    /// The field that holds node `index`.
+    fn node(&mut self, index: usize, weight: &Weight) -> Result<wire::Field> {
+        let nodes = match self.nodes.take() {
+            Some(n) => n,
+            None => wire::find_all(&self.model.files[0].bytes, &[7, 1]).map_err(|e| self.malformed(e))?,
+        };
+        let field = nodes.get(index).cloned();
+        self.nodes = Some(nodes);
+        field.ok_or_else(|| Error::value(&weight.name, format!("node {index} is not in the file")))
+    }
+
+    fn push(&mut self, file: usize, edit: Edit) {
+        self.by_file.entry(file).or_default().push(edit);
+    }
+
+    /// Takes the split weights out of `new`. One that is no longer equal to its source is written as an
+    /// initializer of its own; the others go on sharing the source's bytes.
+    fn splits(&mut self, new: &mut BTreeMap<WeightId, Vec<u8>>) -> Result<()> {
+        let model = self.model;
+        for (i, weight) in model.weights.iter().enumerate() {
+            let Some(split) = &weight.split else { continue };
+            let own = new.remove(&WeightId(i as u32));
+            if own.is_none() && !new.contains_key(&split.source) {
+                continue;
             }
-            Encoding::Filled { node, .. } => {
-                let file = &model.files[0].bytes;
-                let nodes = match &mut nodes {
-                    Some(n) => n,
-                    none => none.insert(wire::find_all(file, &[7, 1]).map_err(malformed)?),
-                };
-                let field = nodes
-                    .get(*node)
-                    .ok_or_else(|| Error::value(&weight.name, "the node that computes it is not in the file"))?;
-                let payload = file.get(field.payload.clone()).unwrap_or_default();
-                let bytes = replacement(model.ir_version, payload, weight, bytes)?;
-                list.push(Edit { path: vec![7], range: field.whole.clone(), bytes });
+            let own = match own {
+                Some(bytes) => bytes,
+                None => weight.stored(&model.files)?.into_owned(),
+            };
+            let equal = match new.get(&split.source) {
+                Some(bytes) => *bytes == own,
+                None => *get(model, split.source)?.stored(&model.files)? == own,
+            };
+            if equal {
+                continue;
             }
-            _ => {
-                let start = weight.location.offset;
-                list.push(Edit { path: Vec::new(), range: start..start + bytes.len(), bytes });
+            match &split.reader {
+                Reader::Identity(node) => self.replace(*node, weight, own)?,
+                Reader::Operands(operands) => self.give_own(operands, weight, own)?,
             }
         }
-        out.changed.push(id);
+        Ok(())
     }
-    Ok(out)
+
+    /// A constant in place of the node that computed it.
+    fn replace(&mut self, node: usize, weight: &Weight, bytes: Vec<u8>) -> Result<()> {
+        let field = self.node(node, weight)?;
+        let payload = self.model.files[0].bytes.get(field.payload.clone()).unwrap_or_default();
+        let node = NodeProto::decode(payload).map_err(|e| Error::value(&weight.name, e.to_string()))?;
+        let bytes = constant(self.model.ir_version, node.name, weight, bytes);
+        self.push(0, Edit { path: vec![7], range: field.whole, bytes });
+        Ok(())
+    }
+
+    /// A constant before the first of the nodes that read it, and its name in their operands.
+    fn give_own(&mut self, operands: &[(usize, usize)], weight: &Weight, bytes: Vec<u8>) -> Result<()> {
+        let missing = || Error::value(&weight.name, "an operand that reads it is not in the file");
+        let file = &self.model.files[0].bytes;
+        for &(node, slot) in operands {
+            let field = self.node(node, weight)?;
+            let mut inputs = wire::fields(file, field.payload).filter(|f| !matches!(f, Ok(f) if f.number != 1));
+            let input = inputs.nth(slot).ok_or_else(missing)?.map_err(|e| self.malformed(e))?;
+            self.push(0, Edit { path: vec![7, 1, 1], range: input.payload, bytes: weight.name.clone().into_bytes() });
+        }
+        let first = operands.iter().map(|(node, _)| *node).min().ok_or_else(missing)?;
+        let at = self.node(first, weight)?.whole.start;
+        let bytes = constant(self.model.ir_version, String::new(), weight, bytes);
+        self.push(0, Edit { path: vec![7], range: at..at, bytes });
+        Ok(())
+    }
+
+    /// New bytes where the old ones lie.
+    fn overwrite(&mut self, weight: &Weight, bytes: Vec<u8>) -> Result<()> {
+        let location = &weight.location;
+        match &location.encoding {
+            Encoding::Scattered(chunks) => {
+                scatter(self.by_file.entry(location.file).or_default(), chunks, &bytes);
+            }
+            Encoding::Varints { chunks, path } => {
+                let file = &self.model.files[location.file].bytes;
+                let list = self.by_file.entry(location.file).or_default();
+                let done = varints(list, file, chunks, path, &bytes);
+                done.map_err(|e| self.malformed(e))?;
+            }
+            Encoding::Filled { node, .. } => self.replace(*node, weight, bytes)?,
+            _ => {
+                let range = location.offset..location.offset + bytes.len();
+                self.push(location.file, Edit { path: Vec::new(), range, bytes });
+            }
+        }
+        Ok(())
+    }
 }
 
 fn scatter(list: &mut Vec<Edit>, chunks: &[Range<usize>], mut bytes: &[u8]) {
@@ -101,10 +188,9 @@ fn varints(
     Ok(())
 }
 
-/// The field of the graph that stands in place of a node that computed a constant: an initializer, or in
-/// a file so old that every initializer is also an input, a `Constant` node.
-fn replacement(ir_version: i64, node: &[u8], weight: &Weight, bytes: Vec<u8>) -> Result<Vec<u8>> {
-    let node = NodeProto::decode(node).map_err(|e| Error::value(&weight.name, e.to_string()))?;
+/// A field of the graph that holds a weight: an initializer, or in a file so old that every initializer is
+/// also an input, a `Constant` node called `name`.
+fn constant(ir_version: i64, name: String, weight: &Weight, bytes: Vec<u8>) -> Vec<u8> {
     let tensor = TensorProto {
         name: weight.name.clone(),
         dims: weight.dims.iter().map(|&d| d as i64).collect(),
@@ -115,16 +201,16 @@ fn replacement(ir_version: i64, node: &[u8], weight: &Weight, bytes: Vec<u8>) ->
     let mut out = Vec::new();
     if ir_version >= FREE_INITIALIZERS {
         wire::put_field(&mut out, 5, &tensor.encode_to_vec());
-        return Ok(out);
+        return out;
     }
     let value = AttributeProto { name: "value".into(), r#type: TENSOR, t: Some(tensor), ..Default::default() };
-    let constant = NodeProto {
+    let node = NodeProto {
         op_type: "Constant".into(),
-        name: node.name,
+        name,
         output: vec![weight.name.clone()],
         attribute: vec![value],
         ..Default::default()
     };
-    wire::put_field(&mut out, 1, &constant.encode_to_vec());
-    Ok(out)
+    wire::put_field(&mut out, 1, &node.encode_to_vec());
+    out
 }

@@ -130,6 +130,43 @@ fn without_changes_the_same_bytes_and_with_one_only_its_own() {
 }
 
 #[test]
+fn a_split_weight_gets_bytes_of_its_own_only_when_it_differs() {
+    let nodes = vec![
+        node("Identity", &["zero"], &["b3"]),
+        node("Gemm", &["x", "w1", "zero"], &["a"]),
+        node("Gemm", &["a", "w2", "zero"], &["b"]),
+        node("Gemm", &["b", "w3", "b3"], &["y"]),
+    ];
+    let init = vec![ramp("w1", &[3, 3]), ramp("w2", &[3, 3]), ramp("w3", &[3, 3]), zeros("zero", &[3])];
+    for ir_version in [8, 3] {
+        let mut proto = model(nodes.clone(), init.clone(), "y");
+        proto.ir_version = ir_version;
+        let dir = tempdir().unwrap();
+        let output = dir.path().join("n.onnx");
+        let m = import(&proto).unwrap();
+        let original = proto.encode_to_vec();
+        let own = |name: &str, v: f32| (id(&m, name), Tensor::from_slice(&[3], &[v; 3]).unwrap());
+        let attempt = |changes: &[(WeightId, Tensor)]| {
+            let refs: Vec<(WeightId, &Tensor)> = changes.iter().map(|(i, t)| (*i, t)).collect();
+            write(&m, &refs, &output, Options::default()).unwrap();
+            let again = import::load(&output).unwrap();
+            let v = ["zero", "zero.2", "b3"].map(|n| values(&again, n)[0]);
+            (v, fs::read(&output).unwrap().len() as i64 - original.len() as i64)
+        };
+        // All alike: they go on sharing.
+        assert_eq!(attempt(&[own("zero", 2.0), own("zero.2", 2.0), own("b3", 2.0)]), ([2.0; 3], 0));
+        // The source alone changes: the others keep what they had.
+        assert_eq!(attempt(&[own("zero", 2.0)]).0, [2.0, 0.0, 0.0]);
+        assert_eq!(attempt(&[own("b3", 2.0)]).0, [0.0, 0.0, 2.0]);
+        assert_eq!(attempt(&[own("zero.2", 2.0)]).0, [0.0, 2.0, 0.0]);
+        assert_eq!(attempt(&[own("zero", 1.0), own("zero.2", 2.0), own("b3", 3.0)]).0, [1.0, 2.0, 3.0]);
+        let again = import::load(&output).unwrap();
+        assert!(again.weights.iter().all(|w| w.split.is_none()));
+        assert_eq!(again.ops.get("Constant").copied().unwrap_or(0), if ir_version == 3 { 2 } else { 0 });
+    }
+}
+
+#[test]
 fn a_filled_weight_of_an_old_file_becomes_a_constant_node() {
     let mut proto = model(
         vec![node("ConstantOfShape", &["shape"], &["w"]), node("MatMul", &["x", "w"], &["y"])],

@@ -11,7 +11,7 @@ use crate::import::external::Files;
 use crate::import::proto::{EXTERNAL, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
 use crate::import::roles;
 use crate::import::weights::{
-    CONSTANT_INTS, Encoding, INITIALIZER_INTS, Location, Role, Weight, byte_size, dims_of,
+    CONSTANT_INTS, Encoding, INITIALIZER_INTS, Location, Reader, Role, Split, Weight, byte_size, dims_of,
 };
 use crate::ops::{Attr, Attrs, Foreign, Spec, create};
 use crate::tensor::{DType, Dims, Meta, Tensor};
@@ -37,19 +37,19 @@ pub(super) fn build(
     let order = order(proto, files)?;
     let functions: HashSet<(&str, &str)> =
         model.functions.iter().map(|f| (f.domain.as_str(), f.name.as_str())).collect();
-    // A `ConstantOfShape` is taken for a weight first; those that turn out not to be one stay nodes.
-    let mut kept = HashSet::new();
+    let mut found = Findings::default();
     loop {
         let mut b = Builder {
             proto,
             opsets,
             files,
             functions: &functions,
-            kept: &kept,
+            found: &found,
             graph: Graph::default(),
             names: HashMap::new(),
             weights: Vec::new(),
             attrs: Vec::new(),
+            positions: Vec::new(),
             ops: BTreeMap::new(),
             filled: Vec::new(),
             inputs: Vec::new(),
@@ -60,18 +60,23 @@ pub(super) fn build(
             b.node(i)?;
         }
         b.outputs()?;
-        roles::assign(&b.graph, &b.attrs, &mut b.weights, &b.files.files)?;
-        let before = kept.len();
-        let (filled, built) = b.finish()?;
-        for (node, weight) in filled {
-            if built.weights.get(weight.index()).is_none_or(|w| w.role == Role::Constant) {
-                kept.insert(node);
-            }
-        }
-        if kept.len() == before {
-            return Ok(built);
+        let shared = roles::assign(&b.graph, &b.attrs, &mut b.weights);
+        let next = b.findings(shared);
+        let built = b.finish()?;
+        match next {
+            None => return Ok(built),
+            Some(next) => found = next,
         }
     }
+}
+
+/// What is seen only when a graph is there already; each round of building finds more, or is the last.
+#[derive(Clone, Default)]
+struct Findings {
+    /// A `ConstantOfShape` is taken for a weight first; these turned out not to be one, and stay nodes.
+    kept: HashSet<usize>,
+    /// Weights that layers share by the exporter's doing: the name of the source and of the new one.
+    splits: Vec<(String, String, Reader)>,
 }
 
 fn damaged(files: &Files, what: impl Into<String>) -> Error {
@@ -161,13 +166,14 @@ struct Builder<'a> {
     opsets: &'a BTreeMap<String, i64>,
     files: &'a mut Files,
     functions: &'a HashSet<(&'a str, &'a str)>,
-    /// `ConstantOfShape` nodes that are no weights.
-    kept: &'a HashSet<usize>,
+    found: &'a Findings,
     graph: Graph,
     names: HashMap<&'a str, ValueId>,
     weights: Vec<Weight>,
     /// Of each graph node, for the roles.
     attrs: Vec<Attrs>,
+    /// Of each graph node, its position in the file.
+    positions: Vec<Option<usize>>,
     ops: BTreeMap<String, usize>,
     filled: Vec<(usize, WeightId)>,
     /// Blockers among the graph's inputs.
@@ -187,6 +193,7 @@ impl<'a> Builder<'a> {
         let op = Arc::new(Foreign { domain: String::new(), op_type: op_type.into(), why });
         let made = self.graph.add_node(name, op, Vec::new(), &[Some(name)]);
         self.attrs.push(Attrs::default());
+        self.positions.push(None);
         for v in made.into_iter().flatten() {
             self.define(name, v)?;
         }
@@ -247,6 +254,7 @@ impl<'a> Builder<'a> {
             why: String::new(),
             value,
             uses: Vec::new(),
+            split: None,
             merged: false,
         };
         // What is damaged is found now; nothing is decoded for it but half floats in varints.
@@ -286,6 +294,12 @@ impl<'a> Builder<'a> {
         if standard && n.op_type == "Constant" && self.constant(index)? {
             return Ok(());
         }
+        let found = self.found;
+        if let Some((source, name, reader)) =
+            found.splits.iter().find(|(_, _, r)| *r == Reader::Identity(index))
+        {
+            return self.split(source, name, reader);
+        }
         let attrs = attrs(self.files, n);
         if let Ok(a) = &attrs
             && standard
@@ -295,8 +309,16 @@ impl<'a> Builder<'a> {
             return Ok(());
         }
         let mut inputs = Vec::with_capacity(n.input.len());
-        for name in &n.input {
-            inputs.push(match name.as_str() {
+        for (slot, name) in n.input.iter().enumerate() {
+            let own = found.splits.iter().find(
+                |(_, _, r)| matches!(r, Reader::Operands(at) if at.contains(&(index, slot))),
+            );
+            if let Some((source, name, reader)) = own
+                && !self.names.contains_key(name.as_str())
+            {
+                self.split(source, name, reader)?;
+            }
+            inputs.push(match own.map_or(name, |(_, own, _)| own).as_str() {
                 "" => None,
                 name => Some(*self.names.get(name).ok_or_else(|| {
                     damaged(
@@ -318,12 +340,68 @@ impl<'a> Builder<'a> {
             n.output.iter().map(|o| (!o.is_empty()).then_some(o.as_str())).collect();
         let made = self.graph.add_node(&n.name, op, inputs, &names);
         self.attrs.push(attrs);
+        self.positions.push(Some(index));
         for (v, name) in made.into_iter().zip(&n.output) {
             if let Some(v) = v {
                 self.define(name, v)?;
             }
         }
         Ok(())
+    }
+
+    /// A weight of its own for a layer that shares its bytes with others.
+    fn split(&mut self, source: &str, name: &'a str, reader: &Reader) -> Result<()> {
+        let Some(at) = self.weights.iter().position(|w| w.name == source) else {
+            return Err(damaged(self.files, format!("'{source}' is not read before '{name}'")));
+        };
+        let w = &self.weights[at];
+        let id = self.weight(name, w.dtype, w.dims.clone(), w.location.clone())?;
+        self.weights[id.index()].split = Some(Split { source: WeightId(at as u32), reader: reader.clone() });
+        Ok(())
+    }
+
+    /// What the next round has to do differently; `None` when this one was the last.
+    fn findings(&self, shared: Vec<roles::Shared>) -> Option<Findings> {
+        let mut next = self.found.clone();
+        for (node, weight) in &self.filled {
+            if self.weights.get(weight.index()).is_none_or(|w| w.role == Role::Constant) {
+                next.kept.insert(*node);
+            }
+        }
+        for s in shared {
+            let Some(source) = self.weights.get(s.weight.index()).map(|w| w.name.clone()) else { continue };
+            let at: Option<Vec<(usize, usize)>> = s
+                .edges
+                .iter()
+                .map(|(n, slot)| Some((self.positions.get(n.index()).copied().flatten()?, *slot)))
+                .collect();
+            let Some(at) = at else { continue };
+            let identity = match at.as_slice() {
+                [(n, _)] => self.proto.node.get(*n).filter(|n| n.op_type == "Identity" && is_standard(&n.domain)),
+                _ => None,
+            };
+            let (name, reader) = match (identity, at.first()) {
+                (Some(n), Some((i, _))) => {
+                    (n.output.first().cloned().unwrap_or_default(), Reader::Identity(*i))
+                }
+                _ => (self.fresh(&source, &next), Reader::Operands(at)),
+            };
+            next.splits.push((source, name, reader));
+        }
+        let more = next.kept.len() > self.found.kept.len() || next.splits.len() > self.found.splits.len();
+        more.then_some(next)
+    }
+
+    /// A tensor name that nothing in the file has.
+    fn fresh(&self, base: &str, next: &Findings) -> String {
+        let mut n = 2usize;
+        loop {
+            let name = format!("{base}.{n}");
+            if !self.names.contains_key(name.as_str()) && !next.splits.iter().any(|(_, s, _)| *s == name) {
+                return name;
+            }
+            n += 1;
+        }
     }
 
     fn operator(&self, n: &NodeProto, attrs: &Attrs) -> std::result::Result<Arc<dyn crate::ops::Op>, String> {
@@ -420,7 +498,7 @@ impl<'a> Builder<'a> {
             _ => return Ok(false),
         };
         let size = byte_size(dtype, &dims).unwrap_or(usize::MAX) / dtype.size();
-        if !dtype.is_float() || size > FILLED_LIMIT || self.kept.contains(&index) {
+        if !dtype.is_float() || size > FILLED_LIMIT || self.found.kept.contains(&index) {
             return Ok(false);
         }
         let encoding = Encoding::Filled { node: index, element };
@@ -446,13 +524,20 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn finish(mut self) -> Result<(Vec<(usize, WeightId)>, Built)> {
+    fn finish(mut self) -> Result<Built> {
         for w in &self.weights {
             if w.role == Role::Constant && w.len() <= EAGER_LIMIT {
                 let tensor = w.load(&self.files.files)?;
                 if let Some(meta) = &mut self.graph.value_mut(w.value).meta {
                     meta.value = Some(Arc::new(tensor));
                 }
+            }
+        }
+        for i in 0..self.weights.len() {
+            if let Some(split) = &self.weights[i].split {
+                let source = self.weights.get(split.source.index()).map_or("", |w| w.name.as_str());
+                let note = format!("; split from '{source}', which the exporter merged it with");
+                self.weights[i].why += &note;
             }
         }
         let mut blockers = self.inputs;
@@ -465,8 +550,7 @@ impl<'a> Builder<'a> {
                 blockers.push(Blocker { node: self.graph.describe(NodeId(i as u32)), op_type, why });
             }
         }
-        let built = Built { graph: self.graph, weights: self.weights, ops: self.ops, blockers };
-        Ok((self.filled, built))
+        Ok(Built { graph: self.graph, weights: self.weights, ops: self.ops, blockers })
     }
 }
 

@@ -24,7 +24,7 @@ use crate::graph::{Graph, ValueId, WeightId};
 use crate::tensor::Tensor;
 
 pub use external::SourceFile;
-pub use weights::{Encoding, Location, Role, Use, Weight};
+pub use weights::{Encoding, Location, Reader, Role, Split, Use, Weight};
 
 use external::Files;
 use proto::ModelProto;

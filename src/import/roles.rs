@@ -5,48 +5,60 @@
 
 use std::collections::HashSet;
 
-use crate::error::Result;
 use crate::graph::{Graph, NodeId, Source, ValueId, WeightId, op_type};
-use crate::import::external::SourceFile;
-use crate::import::weights::{Encoding, Role, Use, Weight};
+use crate::import::weights::{Role, Use, Weight};
 use crate::ops::Attrs;
 use crate::tensor::Dims;
 
 /// How far the origin of a value is followed.
 const DEPTH: usize = 16;
 
-/// Gives every weight its role, the uses it follows from, and the reason.
-pub(super) fn assign(
-    graph: &Graph,
-    attrs: &[Attrs],
-    weights: &mut [Weight],
-    files: &[SourceFile],
-) -> Result<()> {
+/// A layer that shares a constant with others by the exporter's doing, and should have its own.
+pub(super) struct Shared {
+    pub weight: WeightId,
+    /// The operand slots through which the constant reaches this layer and no other.
+    pub edges: Vec<(NodeId, usize)>,
+}
+
+/// A use, and the operand slot by which the constant leaves for it.
+struct Found {
+    one: Use,
+    via: (NodeId, usize),
+}
+
+/// Gives every weight its role, the uses it follows from, and the reason; returns what should be split.
+pub(super) fn assign(graph: &Graph, attrs: &[Attrs], weights: &mut [Weight]) -> Vec<Shared> {
     let ops = graph.nodes.iter().map(|n| op_type(n.op.as_ref())).collect();
     let r = Roles { graph, attrs, ops, consumers: graph.consumers(), dims: dims(weights) };
-    let found: Vec<Vec<(Use, bool)>> = weights.iter().map(|w| r.uses(w.value, &w.dims)).collect();
-    for (w, found) in weights.iter_mut().zip(&found) {
-        let strongest = found.iter().min_by_key(|(u, _)| strength(u.role));
-        w.role = strongest.map_or(Role::Constant, |(u, _)| u.role);
+    let mut shared = Vec::new();
+    for (i, w) in weights.iter_mut().enumerate() {
+        let found = r.uses(w.value, &w.dims);
+        let strongest = found.iter().min_by_key(|f| strength(f.one.role));
+        w.role = strongest.map_or(Role::Constant, |f| f.one.role);
         w.trainable = w.role.is_trainable();
-        w.uses = found.iter().map(|(u, _)| u.clone()).collect();
         w.why = match strongest {
             None if graph.outputs.contains(&w.value) => "an output of the model".into(),
             None => "not used".into(),
-            Some((u, through)) => r.why(u, *through),
+            Some(f) => r.why(f),
         };
-        let others = found.iter().filter(|(u, _)| u.role != w.role);
-        if let Some((u, _)) = others.clone().next() {
-            w.why += &format!("; also {} in {} other place(s): {}", u.role, others.count(), r.why(u, false));
+        let mut others = found.iter().filter(|f| f.one.role != w.role);
+        if let Some(f) = others.next() {
+            w.why += &format!("; also {} in {} other place(s): {}", f.one.role, 1 + others.count(), r.why(f));
         }
-    }
-    for i in 0..weights.len() {
-        if r.several_layers(&weights[i]) && equal_elements(&weights[i], files)? {
-            weights[i].merged = true;
-            weights[i].why += "; several layers share it, all its elements being equal";
+        match r.layers(&found) {
+            Some(layers) if layers.len() > 1 => {
+                let weight = WeightId(i as u32);
+                shared.extend(layers.into_iter().skip(1).map(|edges| Shared { weight, edges }));
+            }
+            Some(_) => {}
+            None => {
+                w.merged = true;
+                w.why += "; shared by several layers";
+            }
         }
+        w.uses = found.into_iter().map(|f| f.one).collect();
     }
-    Ok(())
+    shared
 }
 
 fn dims(weights: &[Weight]) -> Vec<Dims> {
@@ -65,17 +77,6 @@ fn strength(role: Role) -> usize {
         Role::RunningVar => 6,
         Role::Constant => 7,
     }
-}
-
-/// Whether all elements have the same bits.
-fn equal_elements(w: &Weight, files: &[SourceFile]) -> Result<bool> {
-    if matches!(w.location.encoding, Encoding::Filled { .. }) {
-        return Ok(true);
-    }
-    let stored = w.stored(files)?;
-    let mut elements = stored.chunks_exact(w.dtype.size());
-    let first = elements.next();
-    Ok(elements.all(|e| Some(e) == first))
 }
 
 /// The dimensions after an operator that only moves elements, where they follow from its attributes.
@@ -182,17 +183,18 @@ impl Roles<'_> {
         }
     }
 
-    /// Every slot in which a constant arrives, and whether anything lies between.
-    fn uses(&self, value: ValueId, dims: &Dims) -> Vec<(Use, bool)> {
+    /// Every slot in which a constant arrives.
+    fn uses(&self, value: ValueId, dims: &Dims) -> Vec<Found> {
         let len = dims.iter().product();
         let mut out = Vec::new();
         let mut seen = HashSet::from([value]);
-        let mut todo = vec![(value, Some(dims.clone()))];
-        while let Some((v, dims)) = todo.pop() {
+        let mut todo = vec![(value, Some(dims.clone()), None)];
+        while let Some((v, dims, via)) = todo.pop() {
             for &n in self.consumers.get(v.index()).into_iter().flatten() {
                 let slots = self.graph.node(n).inputs.iter().enumerate().filter(|(_, i)| **i == Some(v));
                 for (slot, _) in slots {
                     let op = self.op(n);
+                    let via = via.unwrap_or((n, slot));
                     if slot == 0 && moves_only(op) {
                         let next = self.graph.node(n).outputs.first().copied().flatten();
                         if let Some(next) = next.filter(|&next| seen.insert(next)) {
@@ -201,24 +203,25 @@ impl Roles<'_> {
                                 .as_ref()
                                 .zip(attrs)
                                 .and_then(|(d, a)| moved(op, a, d, self.known_ints(n, 1)));
-                            todo.push((next, dims));
+                            todo.push((next, dims, Some(via)));
                         }
                         continue;
                     }
                     let role = self.rule(n, slot, dims.as_deref(), len);
-                    let u = Use { node: n, slot, role };
-                    if !out.iter().any(|(o, _)| *o == u) {
-                        out.push((u, v != value));
+                    let found = Found { one: Use { node: n, slot, role }, via };
+                    if !out.iter().any(|f: &Found| f.one == found.one) {
+                        out.push(found);
                     }
                 }
             }
         }
-        out.sort_by_key(|(u, _)| (u.node, u.slot));
+        out.sort_by_key(|f| (f.one.node, f.one.slot));
         out
     }
 
-    fn why(&self, u: &Use, through: bool) -> String {
-        let through = if through { ", through operators that only move it" } else { "" };
+    fn why(&self, f: &Found) -> String {
+        let u = &f.one;
+        let through = if f.via.0 != u.node { ", through operators that only move it" } else { "" };
         format!("operand {} of {}{through}", u.slot, self.graph.describe(u.node))
     }
 
@@ -269,6 +272,11 @@ impl Roles<'_> {
         if let Some(f) = self.linear(p) {
             return if fits(&f, dims, len) { Role::Bias } else { Role::Constant };
         }
+        // A convolution over one axis, done over two, is cropped and squeezed before its bias is added.
+        if let Some(f) = self.behind_moved(p).and_then(|q| self.linear(q)) {
+            let one_axis = dims.is_none_or(|d| single_axis(d).is_some());
+            return if len > 1 && f.count == Some(len) && one_axis { Role::Bias } else { Role::Constant };
+        }
         // After the scale of a normalisation.
         let scaled = |m: NodeId| {
             self.op(m) == "Mul"
@@ -317,6 +325,17 @@ impl Roles<'_> {
         let mut n = self.producer(v)?;
         for _ in 0..DEPTH {
             if !matches!(self.op(n), "Identity" | "Cast") {
+                return Some(n);
+            }
+            n = self.producer(self.input(n, 0)?)?;
+        }
+        None
+    }
+
+    /// The node whose elements `n` only moves, or drops.
+    fn behind_moved(&self, mut n: NodeId) -> Option<NodeId> {
+        for _ in 0..DEPTH {
+            if !moves_only(self.op(n)) && self.op(n) != "Slice" {
                 return Some(n);
             }
             n = self.producer(self.input(n, 0)?)?;
@@ -434,29 +453,57 @@ impl Roles<'_> {
                 .is_some_and(|n| self.op(n) == "Mul" && self.operands(n).any(|v| self.is_inverse_root(v)))
     }
 
-    /// Whether `w` is a per-channel parameter of layers that differ in their other constants.
-    fn several_layers(&self, w: &Weight) -> bool {
+    /// The layers that use a constant as a per-channel parameter, told apart by their other constants:
+    /// for each, the slots by which the constant leaves for it alone. `None` where they cannot be had.
+    ///
+    /// Two layers with different weights and one bias are the work of an exporter that merged equal
+    /// tensors. Layers that have all their constants in common are one layer used twice.
+    fn layers(&self, found: &[Found]) -> Option<Vec<Vec<(NodeId, usize)>>> {
+        type Key = (usize, Vec<Option<WeightId>>);
         let per_channel = |r: Role| {
             matches!(r, Role::Bias | Role::Scale | Role::Shift | Role::RunningMean | Role::RunningVar)
         };
-        let layer = |u: &Use| -> (usize, Vec<Option<WeightId>>) {
-            let constants = |n: NodeId, but: Option<usize>| -> Vec<Option<WeightId>> {
-                let inputs = self.graph.node(n).inputs.iter().enumerate().filter(|(i, _)| Some(*i) != but);
-                inputs.map(|(_, v)| v.and_then(|v| self.constant(v)).map(|(w, _)| w)).collect()
-            };
-            let mut out = constants(u.node, Some(u.slot));
-            if matches!(self.op(u.node), "Add" | "Mul")
-                && let Some(p) = self.input(u.node, 1 - u.slot.min(1)).and_then(|v| self.behind(v))
-            {
-                out.extend(constants(p, None));
+        let mut layers: Vec<(Key, Vec<(NodeId, usize)>)> = Vec::new();
+        for f in found.iter().filter(|f| per_channel(f.one.role)) {
+            let key = self.layer(&f.one);
+            match layers.iter_mut().find(|(k, _)| *k == key) {
+                Some((_, edges)) if edges.contains(&f.via) => {}
+                Some((_, edges)) => edges.push(f.via),
+                None => layers.push((key, vec![f.via])),
             }
-            (if matches!(self.op(u.node), "Add" | "Mul") { 0 } else { u.slot }, out)
-        };
-        let mut layers = w.uses.iter().filter(|u| per_channel(u.role)).map(layer);
-        match layers.next() {
-            Some(first) => layers.any(|l| l != first),
-            None => false,
         }
+        let mut seen = HashSet::new();
+        if layers.len() > 1 {
+            let elsewhere = found.iter().filter(|f| !per_channel(f.one.role)).map(|f| f.via);
+            seen.extend(elsewhere);
+            if !layers.iter().flat_map(|(_, edges)| edges).all(|e| seen.insert(*e)) {
+                return None;
+            }
+        }
+        Some(layers.into_iter().map(|(_, edges)| edges).collect())
+    }
+
+    /// What a layer is recognised by: the slot, and its other constants.
+    fn layer(&self, u: &Use) -> (usize, Vec<Option<WeightId>>) {
+        let constants = |n: NodeId, but: Option<usize>| -> Vec<Option<WeightId>> {
+            let inputs = self.graph.node(n).inputs.iter().enumerate().filter(|(i, _)| Some(*i) != but);
+            inputs.map(|(_, v)| v.and_then(|v| self.constant(v)).map(|(w, _)| w)).collect()
+        };
+        let mut out = constants(u.node, Some(u.slot));
+        if !matches!(self.op(u.node), "Add" | "Mul") {
+            return (u.slot, out);
+        }
+        // Of an addition it does not matter which operand the vector is.
+        out.retain(Option::is_some);
+        let other = self.input(u.node, 1 - u.slot.min(1));
+        if let Some(p) = other.and_then(|v| self.behind(v)).and_then(|p| self.behind_moved(p)) {
+            out.extend(constants(p, None));
+            if out.iter().all(Option::is_none) {
+                // No constant tells it from another: a normalisation without parameters. The node does.
+                out.push(Some(WeightId(u32::MAX - u.node.0)));
+            }
+        }
+        (0, out)
     }
 }
 

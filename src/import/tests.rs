@@ -389,9 +389,38 @@ fn merged_tensors_are_told_from_shared_ones() {
     ];
     let m = import(&model(nodes, init, "y")).unwrap();
     let w = |name: &str| &m.weights[m.find_weight(name).unwrap().index()];
-    assert!(w("zero").merged && w("zero").uses.len() == 2);
-    assert!(!w("shared").merged && w("shared").uses.len() == 2);
-    assert_eq!(role(&m, "zero"), Role::Bias);
+    assert!(w("zero").split.is_none() && w("zero").uses.len() == 1);
+    let split = w("zero.2").split.as_ref().unwrap();
+    assert_eq!((split.source, &split.reader), (m.find_weight("zero").unwrap(), &Reader::Operands(vec![(1, 2)])));
+    assert_eq!((role(&m, "zero"), role(&m, "zero.2")), (Role::Bias, Role::Bias));
+    assert!(w("shared").uses.len() == 2 && m.find_weight("shared.2").is_none());
+    assert_eq!(m.weights.len(), 6);
+    let gemm = m.graph.nodes.iter().find(|n| n.inputs[1] == m.graph.find("w2")).unwrap();
+    assert_eq!(gemm.inputs[2], m.graph.find("zero.2"));
+}
+
+#[test]
+fn tensors_merged_through_identity_are_split_too() {
+    // What PyTorch's exporter makes of two equal tensors; and a running mean merged with a shift.
+    let bn = |i: &[&str], out: &str| node("BatchNormalization", i, &[out]);
+    let nodes = vec![
+        node("Identity", &["b1"], &["b2"]),
+        bn(&["x", "g1", "b1", "zero", "var"], "p"),
+        bn(&["x", "g2", "b2", "mean", "var2"], "q"),
+        bn(&["x", "g3", "zero", "mean3", "var3"], "r"),
+        node("Sum", &["p", "q", "r"], &["y"]),
+    ];
+    let names = ["g1", "g2", "g3", "b1", "var", "mean", "var2", "mean3", "var3"];
+    let mut init: Vec<TensorProto> = names.iter().map(|n| ramp(n, &[3])).collect();
+    init.push(zeros("zero", &[3]));
+    let m = import(&model(nodes, init, "y")).unwrap();
+    let w = |name: &str| &m.weights[m.find_weight(name).unwrap().index()];
+    assert_eq!(w("b2").split.as_ref().unwrap().reader, Reader::Identity(0));
+    assert_eq!((role(&m, "b1"), role(&m, "b2")), (Role::Shift, Role::Shift));
+    assert_eq!((role(&m, "zero"), role(&m, "zero.2")), (Role::RunningMean, Role::Shift));
+    assert!(m.graph.nodes.iter().all(|n| crate::graph::op_type(n.op.as_ref()) != "Identity"));
+    assert_eq!(m.ops["Identity"], 1);
+    assert_eq!(values(&m, "b2"), values(&m, "b1"));
 }
 
 #[test]
@@ -520,12 +549,12 @@ fn real_models() {
     let cases = [
         // file, weights and embeddings, biases, scales, shifts, running means
         ("models/resnet20.onnx", [22, 1, 21, 21, 21]),
-        ("ppocr/cls.onnx", [0; 5]),
+        ("ppocr/cls.onnx", [54, 19, 35, 35, 35]),
         ("ppocr/rec.onnx", [0; 5]),
         ("ppocr/det.onnx", [0; 5]),
-        ("magika/model.onnx", [0; 5]),
+        ("magika/model.onnx", [3, 3, 2, 2, 0]),
         ("silero/silero_vad_16k_sequence.onnx", [0; 5]),
-        ("light/light_resnet50.onnx", [0; 5]),
+        ("light/light_resnet50.onnx", [54, 1, 53, 53, 53]),
         ("light/light_densenet121.onnx", [0; 5]),
         ("light/light_vgg19.onnx", [0; 5]),
     ];

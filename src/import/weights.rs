@@ -8,7 +8,7 @@ use bytes::Bytes;
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
-use crate::graph::{NodeId, ValueId};
+use crate::graph::{NodeId, ValueId, WeightId};
 use crate::import::SourceFile;
 use crate::import::proto::TensorProto;
 use crate::tensor::{ALIGN, DType, Dims, Tensor, View};
@@ -84,9 +84,27 @@ pub struct Weight {
     pub value: ValueId,
     /// Every use, each as the role it would give alone.
     pub uses: Vec<Use>,
-    /// Used as a per-channel parameter by several layers while all its elements are equal: most likely
-    /// separate tensors that the exporter merged, to be split before one of them is trained.
+    /// Set where the exporter merged equal tensors of several layers into one, and this one is for a
+    /// layer of its own again: the values are the source's until one of the two changes.
+    pub split: Option<Split>,
+    /// A per-channel parameter of several layers that could not be split.
     pub merged: bool,
+}
+
+/// A weight that shares its bytes with another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Split {
+    pub source: WeightId,
+    pub reader: Reader,
+}
+
+/// Where in the file a split weight is read, by positions among the graph's nodes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reader {
+    /// By an `Identity` node that only this layer reads; an initializer can take its place.
+    Identity(usize),
+    /// By these operands (node, slot), which have to be given the new name.
+    Operands(Vec<(usize, usize)>),
 }
 
 /// Where a constant's bytes lie.
@@ -387,6 +405,7 @@ mod tests {
             why: String::new(),
             value: ValueId(0),
             uses: Vec::new(),
+            split: None,
             merged: false,
         }
     }
