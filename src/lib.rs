@@ -1,5 +1,6 @@
 #![deny(unsafe_code)]
 
+pub mod backend_test;
 pub mod error;
 pub mod exec;
 pub mod export;

@@ -1,0 +1,363 @@
+//! Runs ONNX backend test cases: folders with a `model.onnx` and `test_data_set_*/{input,output}_*.pb`.
+//!
+//! Outputs must have the expected element type and shape, integers and booleans be equal, and floats lie
+//! within `atol + rtol·|expected|` of what is expected: rtol 1e-3 and atol 1e-7 as in ONNX's own runner, a few
+//! units in the last place more for half types, which are computed in float32 and rounded at the end.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use prost::Message;
+use serde::Serialize;
+use serde::ser::{SerializeStruct, Serializer};
+
+use crate::error::{Error, OpError, Result};
+use crate::exec::{Options, Session};
+use crate::import::proto::TensorProto;
+use crate::import::weights::plain;
+use crate::import::{Model, load};
+use crate::tensor::{DType, Tensor};
+
+/// What became of a case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    Passed,
+    Failed,
+    /// It needs an operator or an element type that is not there; the reason names it.
+    Unsupported,
+}
+
+/// One case and its outcome.
+#[derive(Debug, Clone, Serialize)]
+pub struct CaseResult {
+    /// The folder's name.
+    pub name: String,
+    pub path: PathBuf,
+    pub outcome: Outcome,
+    /// Why it did not pass.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// All cases, in the order of their paths; serialised as `{"summary": {"passed", "failed", "unsupported"}, "cases"}`.
+#[derive(Debug, Clone, Default)]
+pub struct Report {
+    pub passed: usize,
+    pub failed: usize,
+    pub unsupported: usize,
+    pub cases: Vec<CaseResult>,
+}
+
+impl Serialize for Report {
+    fn serialize<S: Serializer>(&self, s: S) -> std::result::Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Summary {
+            passed: usize,
+            failed: usize,
+            unsupported: usize,
+        }
+        let (passed, failed, unsupported) = (self.passed, self.failed, self.unsupported);
+        let mut report = s.serialize_struct("Report", 2)?;
+        report.serialize_field("summary", &Summary { passed, failed, unsupported })?;
+        report.serialize_field("cases", &self.cases)?;
+        report.end()
+    }
+}
+
+/// Why a case did not pass.
+enum Miss {
+    Failed(String),
+    Unsupported(String),
+}
+
+type Verdict = std::result::Result<(), Miss>;
+
+/// Runs every case found under `paths`, each searched recursively.
+///
+/// Fails when a path cannot be read or holds no case; a case that fails is part of the report.
+pub fn run(paths: &[PathBuf]) -> Result<Report> {
+    let mut report = Report::default();
+    for path in paths {
+        let mut folders = Vec::new();
+        find(path, &mut folders)?;
+        if folders.is_empty() {
+            return Err(Error::file(
+                path,
+                "holds no test case (a folder with model.onnx and test_data_set_*)",
+            ));
+        }
+        for folder in folders {
+            let case = run_case(&folder);
+            match case.outcome {
+                Outcome::Passed => report.passed += 1,
+                Outcome::Failed => report.failed += 1,
+                Outcome::Unsupported => report.unsupported += 1,
+            }
+            report.cases.push(case);
+        }
+    }
+    Ok(report)
+}
+
+/// Runs the case in one folder. A panic counts as a failure.
+pub fn run_case(folder: &Path) -> CaseResult {
+    let verdict = catch_unwind(AssertUnwindSafe(|| case(folder))).unwrap_or_else(|panic| {
+        let what = panic.downcast_ref::<String>().map(String::as_str);
+        let what = what.or(panic.downcast_ref::<&str>().copied()).unwrap_or("");
+        Err(Miss::Failed(format!("panicked: {what}")))
+    });
+    let (outcome, reason) = match verdict {
+        Ok(()) => (Outcome::Passed, None),
+        Err(Miss::Failed(why)) => (Outcome::Failed, Some(why)),
+        Err(Miss::Unsupported(why)) => (Outcome::Unsupported, Some(why)),
+    };
+    let name = folder.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    CaseResult { name, path: folder.to_path_buf(), outcome, reason }
+}
+
+/// The entries of a folder, sorted.
+fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    let read = std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))?;
+    let mut paths = Vec::new();
+    for entry in read {
+        paths.push(entry.map_err(|e| Error::io(folder, e))?.path());
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+fn file_name(path: &Path) -> &str {
+    path.file_name().and_then(|n| n.to_str()).unwrap_or("")
+}
+
+fn is_data_set(path: &Path) -> bool {
+    file_name(path).starts_with("test_data_set_") && path.is_dir()
+}
+
+/// Folders below `path` (or `path` itself) that are test cases. Links are not followed below `path`.
+fn find(path: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
+    let entries = entries(path)?;
+    if path.join("model.onnx").is_file() && entries.iter().any(|e| is_data_set(e)) {
+        found.push(path.to_path_buf());
+        return Ok(());
+    }
+    for e in entries {
+        if !e.is_symlink() && e.is_dir() {
+            find(&e, found)?;
+        }
+    }
+    Ok(())
+}
+
+fn failed(what: impl ToString) -> Miss {
+    Miss::Failed(what.to_string())
+}
+
+/// An error of the library as a verdict: an operator's refusal is "unsupported", all else is a failure.
+fn miss(e: Error) -> Miss {
+    match &e {
+        Error::Op { source: OpError::Unsupported(_) | OpError::Type(_), .. } | Error::Blocked(_) => {
+            Miss::Unsupported(e.to_string())
+        }
+        Error::Op { source: OpError::NeedsValue(_), .. } => {
+            Miss::Unsupported(format!("a shape that depends on computed values: {e}"))
+        }
+        _ => Miss::Failed(e.to_string()),
+    }
+}
+
+fn case(folder: &Path) -> Verdict {
+    let model = Arc::new(load(folder.join("model.onnx")).map_err(miss)?);
+    if !model.blockers.is_empty() {
+        let mut why: Vec<String> =
+            model.blockers.iter().map(|b| format!("{}: {}", b.op_type, b.why)).collect();
+        why.sort();
+        why.dedup();
+        return Err(Miss::Unsupported(why.join("; ")));
+    }
+    for set in entries(folder).map_err(failed)?.iter().filter(|e| is_data_set(e)) {
+        let tell = |what: String| format!("{}: {what}", file_name(set));
+        data_set(&model, set).map_err(|m| match m {
+            Miss::Failed(what) => Miss::Failed(tell(what)),
+            Miss::Unsupported(what) => Miss::Unsupported(tell(what)),
+        })?;
+    }
+    Ok(())
+}
+
+/// `prefix_0.pb`, `prefix_1.pb`, … in numeric order.
+fn tensors(set: &Path, prefix: &str) -> std::result::Result<Vec<Tensor>, Miss> {
+    let mut files: Vec<(usize, PathBuf)> = entries(set)
+        .map_err(failed)?
+        .into_iter()
+        .filter_map(|p| {
+            let number = file_name(&p).strip_prefix(prefix)?.strip_suffix(".pb")?.parse().ok()?;
+            Some((number, p))
+        })
+        .collect();
+    files.sort();
+    files.iter().map(|(_, path)| tensor(path)).collect()
+}
+
+fn tensor(path: &Path) -> std::result::Result<Tensor, Miss> {
+    let bytes = std::fs::read(path).map_err(|e| failed(Error::io(path, e)))?;
+    let damaged = |e: &dyn std::fmt::Display| failed(format!("{}: {e}", file_name(path)));
+    let proto = TensorProto::decode(Bytes::from(bytes)).map_err(|e| damaged(&e))?;
+    let dtype = DType::from_onnx(proto.data_type)
+        .ok_or_else(|| Miss::Unsupported(format!("element type {}", type_name(proto.data_type))))?;
+    plain(&proto, dtype).map_err(|e| damaged(&e))
+}
+
+/// The names of the element types that are not computed with.
+fn type_name(code: i32) -> String {
+    let name = match code {
+        8 => "string",
+        14 => "complex64",
+        15 => "complex128",
+        17 => "float8e4m3fn",
+        18 => "float8e4m3fnuz",
+        19 => "float8e5m2",
+        20 => "float8e5m2fnuz",
+        21 => "uint4",
+        22 => "int4",
+        23 => "float4e2m1",
+        24 => "float8e8m0",
+        25 => "uint2",
+        26 => "int2",
+        _ => return code.to_string(),
+    };
+    name.to_string()
+}
+
+fn data_set(model: &Arc<Model>, set: &Path) -> Verdict {
+    let graph = &model.graph;
+    let inputs = tensors(set, "input_")?;
+    let expected = tensors(set, "output_")?;
+    if inputs.len() > graph.inputs.len() || expected.len() > graph.outputs.len() {
+        return Err(failed(format!(
+            "{} inputs and {} outputs in the data, {} and {} in the model",
+            inputs.len(),
+            expected.len(),
+            graph.inputs.len(),
+            graph.outputs.len()
+        )));
+    }
+    let feeds: Vec<(String, Tensor)> =
+        graph.inputs.iter().map(|v| graph.value(*v).name.clone()).zip(inputs).collect();
+    let mut session = Session::new(model.clone(), Options::default()).map_err(miss)?;
+    let outputs = session.forward(&feeds).map_err(miss)?;
+    let random = graph.nodes.iter().find(|n| !n.op.is_pure());
+    for ((name, got), want) in outputs.iter().zip(&expected) {
+        let declared = graph.find(name).and_then(|v| graph.value(v).declared.as_ref());
+        let Err(why) = compare(got, want) else { continue };
+        let unknown = declared.is_none() && got.dtype() != want.dtype();
+        return Err(match random {
+            Some(node) if got.dims() == want.dims() => {
+                let op = node.op.name();
+                Miss::Unsupported(format!("{op}: the expected values come from another random generator"))
+            }
+            _ if unknown => Miss::Unsupported(format!("output '{name}': {why}")),
+            _ => failed(format!("output '{name}': {why}")),
+        });
+    }
+    Ok(())
+}
+
+/// Tolerances (relative, absolute) by the expected element type.
+fn tolerance(dtype: DType) -> (f64, f64) {
+    match dtype {
+        DType::F16 => (4e-3, 1e-5),
+        DType::BF16 => (2e-2, 1e-5),
+        _ => (1e-3, 1e-7),
+    }
+}
+
+/// Compares an output with what is expected; the message tells the first difference.
+fn compare(got: &Tensor, want: &Tensor) -> std::result::Result<(), String> {
+    if got.dims() != want.dims() {
+        return Err(format!("shape {:?}, expected {:?}", got.dims(), want.dims()));
+    }
+    if got.dtype() != want.dtype() {
+        return Err(format!("type {}, expected {}", got.dtype(), want.dtype()));
+    }
+    if !want.dtype().is_float() {
+        if got.bytes() == want.bytes() {
+            return Ok(());
+        }
+        let (a, b) = (got.to_ints().unwrap_or_default(), want.to_ints().unwrap_or_default());
+        let different = a.iter().zip(&b).filter(|(a, b)| a != b).count();
+        let first = a.iter().zip(&b).enumerate().find(|(_, (a, b))| a != b);
+        return Err(match first {
+            Some((i, (a, b))) => {
+                format!("{different} of {} differ; element {i} is {a}, expected {b}", want.len())
+            }
+            None => "differs in representation".into(),
+        });
+    }
+    let (rtol, atol) = tolerance(want.dtype());
+    let near = |a: f64, b: f64| {
+        a == b || (a.is_nan() && b.is_nan()) || (a - b).abs() <= atol + rtol * b.abs() && b.is_finite()
+    };
+    let (a, b) = (got.to_f64(), want.to_f64());
+    let different = a.iter().zip(&b).filter(|(a, b)| !near(**a, **b)).count();
+    match a.iter().zip(&b).enumerate().find(|(_, (a, b))| !near(**a, **b)) {
+        None => Ok(()),
+        Some((i, (a, b))) => {
+            Err(format!("{different} of {} differ; element {i} is {a}, expected {b}", want.len()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn comparison_is_strict_on_shape_type_and_special_values() {
+        let f = |v: &[f32]| Tensor::from_slice(&[v.len()], v).unwrap();
+        assert!(compare(&f(&[1.0, f32::NAN]), &f(&[1.0005, f32::NAN])).is_ok());
+        assert!(compare(&f(&[1.0]), &f(&[1.01])).is_err());
+        assert!(compare(&f(&[f32::INFINITY]), &f(&[f32::NEG_INFINITY])).is_err());
+        assert!(compare(&f(&[1.0]), &f(&[f32::INFINITY])).is_err());
+        assert!(compare(&f(&[1.0]), &f(&[1.0]).reshaped(&[1, 1]).unwrap()).is_err());
+        assert!(compare(&f(&[1.0]), &Tensor::ints(&[1])).is_err());
+        assert!(compare(&Tensor::ints(&[1]), &Tensor::ints(&[2])).unwrap_err().contains("expected 2"));
+    }
+
+    #[test]
+    fn a_folder_without_cases_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(run(&[folder.path().to_path_buf()]).is_err());
+        assert!(run(&[folder.path().join("absent")]).is_err());
+    }
+
+    #[test]
+    fn the_report_has_the_form_of_the_contract() {
+        let case = CaseResult {
+            name: "a".into(),
+            path: "x/a".into(),
+            outcome: Outcome::Failed,
+            reason: Some("why".into()),
+        };
+        let report = Report { failed: 1, cases: vec![case], ..Report::default() };
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["summary"], serde_json::json!({"passed": 0, "failed": 1, "unsupported": 0}));
+        assert_eq!(json["cases"][0]["outcome"], "failed");
+    }
+
+    /// The node cases of Debian's libonnx-testdata, where installed: prints what did not pass.
+    /// `RETUNE_ONNX_CASES` names other folders.
+    #[test]
+    fn node_cases_that_are_installed() {
+        let folder = std::env::var("RETUNE_ONNX_CASES");
+        let folder = folder.unwrap_or("/usr/share/libonnx-testdata/data/node".into());
+        let Ok(report) = run(&[PathBuf::from(folder)]) else { return };
+        for c in report.cases.iter().filter(|c| c.outcome != Outcome::Passed) {
+            println!("{:?}\t{}\t{}", c.outcome, c.name, c.reason.as_deref().unwrap_or("").replace('\n', " "));
+        }
+        println!("{} passed, {} failed, {} unsupported", report.passed, report.failed, report.unsupported);
+    }
+}
