@@ -117,7 +117,9 @@ impl Stage {
             let mut before = None;
             if several && target.exists() {
                 let keep = self.temporary.path().join(format!("before-{i}"));
-                fs::hard_link(&target, &keep).or_else(|_| fs::copy(&target, &keep).map(|_| ())).map_err(fail)?;
+                fs::hard_link(&target, &keep)
+                    .or_else(|_| fs::copy(&target, &keep).map(|_| ()))
+                    .map_err(fail)?;
                 before = Some(keep);
             }
             fs::rename(self.inside(relative), &target).map_err(fail)?;

@@ -50,7 +50,12 @@ pub struct Staged {
 /// Values are given in the working type and put back in the stored one; a tensor that is equal to what
 /// the file holds leaves its bytes alone. Fails when a change does not fit its weight, or when an
 /// external data file of the source would be overwritten.
-pub fn stage(model: &Model, changes: &[(WeightId, &Tensor)], output: &Path, options: Options) -> Result<Staged> {
+pub fn stage(
+    model: &Model,
+    changes: &[(WeightId, &Tensor)],
+    output: &Path,
+    options: Options,
+) -> Result<Staged> {
     let mut edits = patch::edits(model, changes)?;
     let (folder, name) = split(output)?;
     let mut stage = atomic::Stage::new(folder)?;
@@ -64,7 +69,10 @@ pub fn stage(model: &Model, changes: &[(WeightId, &Tensor)], output: &Path, opti
         let target = folder.join(&file.location);
         let mut location = file.location.clone();
         if target == output || location == *name.to_string_lossy() {
-            return Err(Error::file(output, format!("is the name of the model's external data file '{location}'")));
+            return Err(Error::file(
+                output,
+                format!("is the name of the model's external data file '{location}'"),
+            ));
         }
         if is_source(&target) {
             if own.is_empty() {
@@ -95,7 +103,12 @@ pub fn stage(model: &Model, changes: &[(WeightId, &Tensor)], output: &Path, opti
 }
 
 /// Writes `model` with `changes` to `output`, which may be the model's own path.
-pub fn write(model: &Model, changes: &[(WeightId, &Tensor)], output: &Path, options: Options) -> Result<Written> {
+pub fn write(
+    model: &Model,
+    changes: &[(WeightId, &Tensor)],
+    output: &Path,
+    options: Options,
+) -> Result<Written> {
     stage(model, changes, output, options)?.commit()
 }
 

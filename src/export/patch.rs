@@ -121,9 +121,13 @@ impl<'a> Patch<'a> {
         let file = &self.model.files[0].bytes;
         for &(node, slot) in operands {
             let field = self.node(node, weight)?;
-            let mut inputs = wire::fields(file, field.payload).filter(|f| !matches!(f, Ok(f) if f.number != 1));
+            let mut inputs =
+                wire::fields(file, field.payload).filter(|f| !matches!(f, Ok(f) if f.number != 1));
             let input = inputs.nth(slot).ok_or_else(missing)?.map_err(|e| self.malformed(e))?;
-            self.push(0, Edit { path: vec![7, 1, 1], range: input.payload, bytes: weight.name.clone().into_bytes() });
+            self.push(
+                0,
+                Edit { path: vec![7, 1, 1], range: input.payload, bytes: weight.name.clone().into_bytes() },
+            );
         }
         let first = operands.iter().map(|(node, _)| *node).min().ok_or_else(missing)?;
         let at = self.node(first, weight)?.whole.start;
@@ -203,7 +207,8 @@ fn constant(ir_version: i64, name: String, weight: &Weight, bytes: Vec<u8>) -> V
         wire::put_field(&mut out, 5, &tensor.encode_to_vec());
         return out;
     }
-    let value = AttributeProto { name: "value".into(), r#type: TENSOR, t: Some(tensor), ..Default::default() };
+    let value =
+        AttributeProto { name: "value".into(), r#type: TENSOR, t: Some(tensor), ..Default::default() };
     let node = NodeProto {
         op_type: "Constant".into(),
         name,

@@ -11,8 +11,10 @@ use crate::import::{self, Encoding};
 use crate::tensor::DType;
 
 fn entries(folder: &Path) -> Vec<String> {
-    let mut names: Vec<String> =
-        fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
+    let mut names: Vec<String> = fs::read_dir(folder)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
+        .collect();
     names.sort();
     names
 }
@@ -53,7 +55,10 @@ fn every_encoding() -> Vec<u8> {
         TensorProto { float_data: Chunks(vec![le(&[1.0, 2.0])]), ..empty("packed", 2, 1) },
         TensorProto { float_data: Chunks(vec![le(&[1.0]), le(&[2.0, 3.0])]), ..empty("chunked", 3, 1) },
         TensorProto { double_data: Chunks::from(4f64.to_le_bytes().to_vec()), ..empty("double", 1, 11) },
-        TensorProto { int32_data: Chunks(vec![varints(&[0x3c00]), varints(&[0, 1])]), ..empty("half", 3, 10) },
+        TensorProto {
+            int32_data: Chunks(vec![varints(&[0x3c00]), varints(&[0, 1])]),
+            ..empty("half", 3, 10)
+        },
         TensorProto { raw_data: Some(vec![0x80, 0x3f].into()), ..empty("bf16", 1, 16) },
         ints("shape", &[3, 2]),
     ];
@@ -62,7 +67,10 @@ fn every_encoding() -> Vec<u8> {
     let nodes = vec![
         constant(AttributeProto { t: Some(ramp("", &[2])), ..attr("value", 4) }, "tensor"),
         constant(AttributeProto { t: Some(half), ..attr("value", 4) }, "half_node"),
-        constant(AttributeProto { floats: Chunks(vec![le(&[1.0, 2.0])]), ..attr("value_floats", 6) }, "floats"),
+        constant(
+            AttributeProto { floats: Chunks(vec![le(&[1.0, 2.0])]), ..attr("value_floats", 6) },
+            "floats",
+        ),
         constant(AttributeProto { f: Some(le(&[2.5])), ..attr("value_float", 1) }, "float"),
         constant(attr("value_float", 1), "zero"),
         node("ConstantOfShape", &["shape"], &["filled"]),
@@ -83,7 +91,8 @@ fn without_changes_the_same_bytes_and_with_one_only_its_own() {
     let m = import::load(&input).unwrap();
     assert_eq!(m.weights.len(), 12);
     let same: Vec<Tensor> = m.weights.iter().map(|w| w.load(&m.files).unwrap()).collect();
-    let all: Vec<(WeightId, &Tensor)> = same.iter().enumerate().map(|(i, t)| (WeightId(i as u32), t)).collect();
+    let all: Vec<(WeightId, &Tensor)> =
+        same.iter().enumerate().map(|(i, t)| (WeightId(i as u32), t)).collect();
     let written = write(&m, &all, &output, Options::default()).unwrap();
     assert!(written.changed.is_empty());
     assert_eq!(fs::read(&output).unwrap(), original);
@@ -119,7 +128,8 @@ fn without_changes_the_same_bytes_and_with_one_only_its_own() {
     }
     // All at once, and over itself.
     let new: Vec<Tensor> = m.weights.iter().map(|w| nudged(&m, &w.name)).collect();
-    let all: Vec<(WeightId, &Tensor)> = new.iter().enumerate().map(|(i, t)| (WeightId(i as u32), t)).collect();
+    let all: Vec<(WeightId, &Tensor)> =
+        new.iter().enumerate().map(|(i, t)| (WeightId(i as u32), t)).collect();
     write(&m, &all, &input, Options::default()).unwrap();
     let again = import::load(&input).unwrap();
     for (w, t) in m.weights.iter().zip(&new) {
@@ -228,7 +238,8 @@ fn external(folder: &Path) -> PathBuf {
     let data: Vec<u8> = (0..8).flat_map(|i| (i as f32).to_le_bytes()).collect();
     fs::write(folder.join("m.data"), &data).unwrap();
     fs::write(folder.join("sub/other"), &data).unwrap();
-    let init = vec![tensor("a", "m.data", 4, 2), tensor("b", "m.data", 16, 3), tensor("c", "sub/other", 0, 3)];
+    let init =
+        vec![tensor("a", "m.data", 4, 2), tensor("b", "m.data", 16, 3), tensor("c", "sub/other", 0, 3)];
     let nodes = vec![
         node("Add", &["x", "a"], &["h"]),
         node("Add", &["h", "b"], &["i"]),
@@ -285,12 +296,14 @@ fn external_data_goes_beside_the_output() {
 fn real_models_come_back_byte_for_byte() {
     let dir = tempdir().unwrap();
     let output = dir.path().join("n.onnx");
-    for name in ["models/resnet20.onnx", "ppocr/cls.onnx", "magika/model.onnx", "light/light_squeezenet.onnx"] {
+    for name in ["models/resnet20.onnx", "ppocr/cls.onnx", "magika/model.onnx", "light/light_squeezenet.onnx"]
+    {
         let Some(path) = model_file(name) else { continue };
         let original = fs::read(&path).unwrap();
         let m = import::load(&path).unwrap();
         let same: Vec<Tensor> = m.weights.iter().map(|w| w.load(&m.files).unwrap()).collect();
-        let all: Vec<(WeightId, &Tensor)> = same.iter().enumerate().map(|(i, t)| (WeightId(i as u32), t)).collect();
+        let all: Vec<(WeightId, &Tensor)> =
+            same.iter().enumerate().map(|(i, t)| (WeightId(i as u32), t)).collect();
         write(&m, &all, &output, Options::default()).unwrap();
         assert!(fs::read(&output).unwrap() == original, "{name}");
         let w = m.weights.iter().find(|w| w.trainable).unwrap();
@@ -300,7 +313,8 @@ fn real_models_come_back_byte_for_byte() {
         if !matches!(w.location.encoding, Encoding::Filled { .. }) {
             let range = w.location.offset..w.location.offset + w.location.len;
             assert!(bytes.len() == original.len());
-            let outside = bytes.iter().zip(&original).enumerate().filter(|(i, (a, b))| a != b && !range.contains(i));
+            let outside =
+                bytes.iter().zip(&original).enumerate().filter(|(i, (a, b))| a != b && !range.contains(i));
             assert_eq!(outside.count(), 0, "{name}");
         }
         assert_eq!(values(&import::load(&output).unwrap(), &w.name), new.to_f64(), "{name}");
@@ -337,8 +351,14 @@ fn tract_agrees_with_itself_and_not_with_another() {
         let y = [1.0, 3.0, 5.0 + bump, 4.0, 6.0, 8.0];
         [("y".to_string(), Tensor::from_slice(&[2, 3], &y).unwrap())]
     };
-    assert!(matches!(verify(&path, &feeds, &want(0.0)), Verification::Agrees { .. }), "{:?}", verify::run(&path, &feeds));
-    assert!(matches!(verify(&path, &feeds, &want(1.0)), Verification::Disagrees { output, .. } if output == "y"));
+    assert!(
+        matches!(verify(&path, &feeds, &want(0.0)), Verification::Agrees { .. }),
+        "{:?}",
+        verify::run(&path, &feeds)
+    );
+    assert!(
+        matches!(verify(&path, &feeds, &want(1.0)), Verification::Disagrees { output, .. } if output == "y")
+    );
     fs::write(&path, b"nonsense").unwrap();
     assert!(matches!(verify(&path, &feeds, &want(0.0)), Verification::Unavailable(_)));
 }

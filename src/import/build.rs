@@ -310,9 +310,10 @@ impl<'a> Builder<'a> {
         }
         let mut inputs = Vec::with_capacity(n.input.len());
         for (slot, name) in n.input.iter().enumerate() {
-            let own = found.splits.iter().find(
-                |(_, _, r)| matches!(r, Reader::Operands(at) if at.contains(&(index, slot))),
-            );
+            let own = found
+                .splits
+                .iter()
+                .find(|(_, _, r)| matches!(r, Reader::Operands(at) if at.contains(&(index, slot))));
             if let Some((source, name, reader)) = own
                 && !self.names.contains_key(name.as_str())
             {
@@ -377,7 +378,9 @@ impl<'a> Builder<'a> {
                 .collect();
             let Some(at) = at else { continue };
             let identity = match at.as_slice() {
-                [(n, _)] => self.proto.node.get(*n).filter(|n| n.op_type == "Identity" && is_standard(&n.domain)),
+                [(n, _)] => {
+                    self.proto.node.get(*n).filter(|n| n.op_type == "Identity" && is_standard(&n.domain))
+                }
                 _ => None,
             };
             let (name, reader) = match (identity, at.first()) {

@@ -391,7 +391,10 @@ fn merged_tensors_are_told_from_shared_ones() {
     let w = |name: &str| &m.weights[m.find_weight(name).unwrap().index()];
     assert!(w("zero").split.is_none() && w("zero").uses.len() == 1);
     let split = w("zero.2").split.as_ref().unwrap();
-    assert_eq!((split.source, &split.reader), (m.find_weight("zero").unwrap(), &Reader::Operands(vec![(1, 2)])));
+    assert_eq!(
+        (split.source, &split.reader),
+        (m.find_weight("zero").unwrap(), &Reader::Operands(vec![(1, 2)]))
+    );
     assert_eq!((role(&m, "zero"), role(&m, "zero.2")), (Role::Bias, Role::Bias));
     assert!(w("shared").uses.len() == 2 && m.find_weight("shared.2").is_none());
     assert_eq!(m.weights.len(), 6);

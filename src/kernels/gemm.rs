@@ -306,15 +306,20 @@ impl<'a, T> Shared<'a, T> {
         self.0
     }
 
+    /// Where `len` elements from `from` on begin, checked against the whole.
+    pub(crate) fn at(&self, from: usize, len: usize) -> *mut T {
+        assert!(from <= self.1 && len <= self.1 - from, "part of a shared slice");
+        self.0.wrapping_add(from)
+    }
+
     /// Elements `from..from + len`, checked against the whole.
     ///
     /// # Safety
     /// No two parts that are alive at a time may overlap.
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn part(&self, from: usize, len: usize) -> &'a mut [T] {
-        assert!(from <= self.1 && len <= self.1 - from, "part of a shared slice");
         // SAFETY: within the slice, which is borrowed for 'a; exclusive by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(from), len) }
+        unsafe { std::slice::from_raw_parts_mut(self.at(from, len), len) }
     }
 }
 

@@ -149,6 +149,15 @@ impl Case {
         self
     }
 
+    /// What a family's own tests need: the attributes, and the dimensions of the random operands.
+    pub fn attributes_and_dims(&self) -> (&Attrs, Vec<Vec<usize>>) {
+        let dims = self.operands.iter().filter_map(|o| match o {
+            Operand::Random { dims, .. } => Some(dims.clone()),
+            _ => None,
+        });
+        (&self.attrs, dims.collect())
+    }
+
     /// The operator, in the case's mode.
     pub fn make(&self) -> Arc<dyn Op> {
         let op = match &self.op {
@@ -370,6 +379,7 @@ fn all() -> Vec<Case> {
     [
         super::batch_norm::cases(),
         super::binary::cases(),
+        super::conv::cases(),
         super::expand::cases(),
         super::fill::cases(),
         super::gather::cases(),

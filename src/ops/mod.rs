@@ -19,6 +19,7 @@ pub mod binary;
 mod bytes;
 #[cfg(test)]
 pub mod cases;
+pub mod conv;
 pub mod expand;
 pub mod fill;
 mod foreign;
@@ -34,6 +35,7 @@ mod table;
 pub mod transpose;
 pub mod update;
 pub mod view;
+pub mod window;
 
 pub use foreign::Foreign;
 pub use table::{Row, create, table};

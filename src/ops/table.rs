@@ -31,6 +31,7 @@ impl Row {
 static FAMILIES: &[&[Row]] = &[
     super::batch_norm::ROWS,
     super::binary::ROWS,
+    super::conv::ROWS,
     super::expand::ROWS,
     super::fill::ROWS,
     super::gather::ROWS,
