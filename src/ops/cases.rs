@@ -384,11 +384,13 @@ fn all() -> Vec<Case> {
         super::fill::cases(),
         super::gather::cases(),
         super::join::cases(),
+        super::loss::cases(),
         super::matmul::cases(),
         super::pad::cases(),
         super::scan::cases(),
         super::scatter::cases(),
         super::slice::cases(),
+        super::softmax::cases(),
         super::transpose::cases(),
         super::view::cases(),
     ]

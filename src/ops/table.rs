@@ -36,11 +36,13 @@ static FAMILIES: &[&[Row]] = &[
     super::fill::ROWS,
     super::gather::ROWS,
     super::join::ROWS,
+    super::loss::ROWS,
     super::matmul::ROWS,
     super::pad::ROWS,
     super::scan::ROWS,
     super::scatter::ROWS,
     super::slice::ROWS,
+    super::softmax::ROWS,
     super::transpose::ROWS,
     super::view::ROWS,
 ];

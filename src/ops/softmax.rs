@@ -1,0 +1,175 @@
+//! `Softmax`, `LogSoftmax` and `Hardmax`.
+
+use std::sync::Arc;
+
+use crate::error::OpError;
+use crate::float_dispatch;
+use crate::graph::GradBuilder;
+use crate::kernels::softmax;
+use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::tensor::{Meta, View, ViewMut, axis};
+
+/// Over which elements an operator normalises.
+#[derive(Debug, Clone, Copy)]
+struct Over {
+    axis: i64,
+    /// Before opset 13: over all dimensions from `axis` on together.
+    flatten: bool,
+}
+
+impl Over {
+    fn new(spec: &Spec) -> Result<Over, OpError> {
+        let flatten = spec.opset < 13;
+        Ok(Over { axis: spec.attrs.int_or("axis", if flatten { 1 } else { -1 })?, flatten })
+    }
+
+    /// Elements normalised together, and their distance.
+    fn extent(self, dims: &[usize]) -> Result<(usize, usize), OpError> {
+        if self.flatten && self.axis == dims.len() as i64 {
+            return Ok((1, 1));
+        }
+        let axis = axis(self.axis, dims.len())?;
+        Ok(match self.flatten {
+            true => (dims[axis..].iter().product(), 1),
+            false => (dims[axis], dims[axis + 1..].iter().product()),
+        })
+    }
+
+    fn infer(self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let x = need(inputs, 0)?;
+        self.extent(&x.dims)?;
+        Ok(vec![Meta::new(x.dtype, &x.dims)])
+    }
+}
+
+/// ONNX `Softmax` or, with `log`, `LogSoftmax`: y of x's shape.
+#[derive(Debug)]
+pub struct Softmax {
+    over: Over,
+    log: bool,
+}
+
+impl Op for Softmax {
+    fn name(&self) -> &'static str {
+        if self.log { "LogSoftmax" } else { "Softmax" }
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        self.over.infer(inputs)
+    }
+
+    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let y = out(y, 0)?;
+        let (len, inner) = self.over.extent(y.dims)?;
+        float_dispatch!(y.dtype, T => {
+            let x = get(x, 0).map(|x| x.get::<T>()).transpose()?;
+            softmax::softmax(x, y.get::<T>()?, len, inner, self.log);
+            Ok(())
+        })
+    }
+
+    fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
+        // Softmax: dx = y·(dy − Σ dy·y);  LogSoftmax: dx = dy − exp(y)·Σ dy
+        let (y, dy) = (g.y(0)?, g.dy0()?);
+        let (len, inner) = self.over.extent(&g.meta(y)?.dims)?;
+        Ok(Grads::from_slice(&[Some(g.emit(SoftmaxGrad { len, inner, log: self.log }, &[y, dy])?)]))
+    }
+
+    fn in_place(&self) -> &[(usize, usize)] {
+        &[(0, 0)]
+    }
+}
+
+/// Gradient of softmax. Inputs: its output y, dy.
+#[derive(Debug)]
+pub struct SoftmaxGrad {
+    len: usize,
+    inner: usize,
+    log: bool,
+}
+
+impl Op for SoftmaxGrad {
+    fn name(&self) -> &'static str {
+        "SoftmaxGrad"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let y = need(inputs, 0)?;
+        Ok(vec![Meta::new(y.dtype, &y.dims)])
+    }
+
+    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let dx = out(y, 0)?;
+        float_dispatch!(dx.dtype, T => {
+            let (y, dy) = (need(x, 0)?.get::<T>()?, get(x, 1).map(|x| x.get::<T>()).transpose()?);
+            softmax::softmax_grad(y, dy, dx.get::<T>()?, self.len, self.inner, self.log);
+            Ok(())
+        })
+    }
+
+    fn in_place(&self) -> &[(usize, usize)] {
+        &[(1, 0)]
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        Err(OpError::NotDifferentiable("second derivatives are not supported".into()))
+    }
+}
+
+/// ONNX `Hardmax`: 1 at the first largest element, 0 elsewhere.
+#[derive(Debug)]
+pub struct Hardmax {
+    over: Over,
+}
+
+impl Op for Hardmax {
+    fn name(&self) -> &'static str {
+        "Hardmax"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        self.over.infer(inputs)
+    }
+
+    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let y = out(y, 0)?;
+        let (len, inner) = self.over.extent(y.dims)?;
+        float_dispatch!(y.dtype, T => {
+            softmax::hardmax(need(x, 0)?.get::<T>()?, y.get::<T>()?, len, inner);
+            Ok(())
+        })
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        Err(OpError::NotDifferentiable("the choice of the largest element".into()))
+    }
+}
+
+pub(super) const ROWS: &[Row] = &[
+    Row::new("Softmax", 7, |s| Ok(Arc::new(Softmax { over: Over::new(s)?, log: false }))),
+    Row::new("LogSoftmax", 7, |s| Ok(Arc::new(Softmax { over: Over::new(s)?, log: true }))),
+    Row::new("Hardmax", 7, |s| Ok(Arc::new(Hardmax { over: Over::new(s)? }))),
+];
+
+#[cfg(test)]
+pub(super) fn cases() -> Vec<super::cases::Case> {
+    use super::cases::Case;
+    let mut all = vec![Case::new("Hardmax", 13).given(&[2, 3], &[1., 3., 3., -1., -2., -1.]).forward_only()];
+    for op in ["Softmax", "LogSoftmax"] {
+        let case = |opset: i64| Case::new(op, opset);
+        all.extend([
+            case(13).named("rows").within(&[4, 37], -3.0, 3.0),
+            case(13).named("axis 1").int("axis", 1).within(&[2, 5, 3, 13], -3.0, 3.0),
+            case(13).named("axis 0").int("axis", 0).within(&[3, 4], -3.0, 3.0),
+            case(11).named("flattened").within(&[3, 2, 5], -3.0, 3.0),
+            case(7).named("flattened from 2").int("axis", 2).within(&[2, 3, 2, 2], -3.0, 3.0),
+            case(13)
+                .named("large")
+                .given(&[2, 3], &[1e4, 1e4 - 1.0, 0.0, -1e4, -1e4, -1e4 + 2.0])
+                .forward_only(),
+            case(13).named("many").within(&[40, 700], -3.0, 3.0).tolerance(1e-5),
+            case(13).named("empty").input(&[0, 4]).forward_only(),
+        ]);
+    }
+    all
+}
