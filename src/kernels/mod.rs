@@ -9,6 +9,7 @@ pub mod math;
 pub mod norm;
 pub mod pad;
 pub mod par;
+pub mod pool;
 pub mod softmax;
 pub mod strided;
 pub mod update;

@@ -387,6 +387,7 @@ fn all() -> Vec<Case> {
         super::loss::cases(),
         super::matmul::cases(),
         super::pad::cases(),
+        super::pool::cases(),
         super::scan::cases(),
         super::scatter::cases(),
         super::slice::cases(),

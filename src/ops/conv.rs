@@ -9,6 +9,7 @@ use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::conv::{self as kernel, Geometry};
 use crate::kernels::par;
+use crate::kernels::pool::sum;
 use crate::ops::window::Window;
 use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut};
@@ -258,24 +259,6 @@ impl Op for ChannelSum {
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
         Err(OpError::NotDifferentiable("second derivatives of Conv".into()))
     }
-}
-
-/// In lanes of the element type, which are added up in f64 every 64 rounds.
-fn sum<T: Float>(x: &[T]) -> f64 {
-    const LANES: usize = 16;
-    x.chunks(64 * LANES)
-        .map(|x| {
-            let mut lanes = [T::zero(); LANES];
-            let rounds = x.chunks_exact(LANES);
-            let rest = rounds.remainder().iter().map(|x| x.to64()).sum::<f64>();
-            for x in rounds {
-                for (l, x) in lanes.iter_mut().zip(x) {
-                    *l += *x;
-                }
-            }
-            rest + lanes.iter().map(|l| l.to64()).sum::<f64>()
-        })
-        .sum()
 }
 
 pub(super) const ROWS: &[Row] = &[Row::new("Conv", 1, Conv::make)];

@@ -28,6 +28,7 @@ pub mod join;
 pub mod loss;
 pub mod matmul;
 pub mod pad;
+pub mod pool;
 pub mod reduce;
 pub mod scan;
 pub mod scatter;

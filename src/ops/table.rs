@@ -39,6 +39,7 @@ static FAMILIES: &[&[Row]] = &[
     super::loss::ROWS,
     super::matmul::ROWS,
     super::pad::ROWS,
+    super::pool::ROWS,
     super::scan::ROWS,
     super::scatter::ROWS,
     super::slice::ROWS,
