@@ -172,8 +172,11 @@ fn miss(e: Error) -> Miss {
 fn case(folder: &Path) -> Verdict {
     let model = Arc::new(load(folder.join("model.onnx")).map_err(miss)?);
     if !model.blockers.is_empty() {
-        let mut why: Vec<String> =
-            model.blockers.iter().map(|b| format!("{}: {}", b.op_type, b.why)).collect();
+        let tell = |b: &crate::error::Blocker| {
+            let what = b.why.strip_prefix("not supported: ").unwrap_or(&b.why);
+            if what.contains(&b.op_type) { what.to_string() } else { format!("{}: {what}", b.op_type) }
+        };
+        let mut why: Vec<String> = model.blockers.iter().map(tell).collect();
         why.sort();
         why.dedup();
         return Err(Miss::Unsupported(why.join("; ")));

@@ -112,7 +112,7 @@ pub fn read<T: Unit>(x: &[T], base: usize, dims: &[usize], strides: &[isize], y:
         _ => {
             let fast = strides[..rank - 1].iter().position(|&s| s == 1);
             match fast {
-                Some(k) if !matches!(strides[rank - 1], 0 | 1) && dims[k] >= TILE / 2 => {
+                Some(k) if !matches!(strides[rank - 1], 0 | 1) && dims[k] >= TILE / 4 => {
                     tiled(x, base, &dims, &strides, k, y)
                 }
                 _ => {
@@ -130,7 +130,7 @@ pub fn read<T: Unit>(x: &[T], base: usize, dims: &[usize], strides: &[isize], y:
     }
 }
 
-const TILE: usize = 8;
+const TILE: usize = 16;
 
 /// [`read`] where axis `k` is contiguous in `x` and the last axis is contiguous in `y`: in square tiles of the
 /// two, so that both sides move whole cache lines.

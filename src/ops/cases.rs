@@ -390,6 +390,7 @@ fn all() -> Vec<Case> {
         super::pool::cases(),
         super::scan::cases(),
         super::scatter::cases(),
+        super::select::cases(),
         super::slice::cases(),
         super::softmax::cases(),
         super::transpose::cases(),

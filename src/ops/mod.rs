@@ -16,6 +16,7 @@ use crate::tensor::{Elem, Meta, Tensor, View, ViewMut};
 
 pub mod batch_norm;
 pub mod binary;
+pub mod select;
 mod bytes;
 #[cfg(test)]
 pub mod cases;

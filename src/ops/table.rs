@@ -42,6 +42,7 @@ static FAMILIES: &[&[Row]] = &[
     super::pool::ROWS,
     super::scan::ROWS,
     super::scatter::ROWS,
+    super::select::ROWS,
     super::slice::ROWS,
     super::softmax::ROWS,
     super::transpose::ROWS,
