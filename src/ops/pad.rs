@@ -58,6 +58,9 @@ fn begins(rank: usize, pads: &[i64], axes: Option<&[i64]>) -> Result<Ints, OpErr
     if pads.len() != 2 * count {
         return Err(OpError::Shape(format!("{} pads for {count} axes", pads.len())));
     }
+    if let Some(p) = pads.iter().find(|p| p.unsigned_abs() > 1 << 40) {
+        return Err(OpError::Shape(format!("a pad of {p}")));
+    }
     let mut full = Ints::from_elem(0, 2 * rank);
     for i in 0..count {
         let a = axis(axes.map_or(i as i64, |a| a[i]), rank)?;
