@@ -10,6 +10,7 @@ pub mod norm;
 pub mod pad;
 pub mod par;
 pub mod pool;
+pub mod random;
 pub mod softmax;
 pub mod strided;
 pub mod update;

@@ -378,6 +378,7 @@ pub fn close(name: &str, what: &str, a: &[f64], b: &[f64], tolerance: f64) {
 fn all() -> Vec<Case> {
     [
         super::batch_norm::cases(),
+        super::dropout::cases(),
         super::binary::cases(),
         super::conv::cases(),
         super::expand::cases(),

@@ -21,6 +21,7 @@ mod bytes;
 #[cfg(test)]
 pub mod cases;
 pub mod conv;
+pub mod dropout;
 pub mod expand;
 pub mod fill;
 mod foreign;

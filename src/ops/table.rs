@@ -30,6 +30,7 @@ impl Row {
 /// The rows of every family.
 static FAMILIES: &[&[Row]] = &[
     super::batch_norm::ROWS,
+    super::dropout::ROWS,
     super::binary::ROWS,
     super::conv::ROWS,
     super::expand::ROWS,
