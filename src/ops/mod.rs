@@ -16,7 +16,6 @@ use crate::tensor::{Elem, Meta, Tensor, View, ViewMut};
 
 pub mod batch_norm;
 pub mod binary;
-pub mod select;
 mod bytes;
 #[cfg(test)]
 pub mod cases;
@@ -34,6 +33,7 @@ pub mod pool;
 pub mod reduce;
 pub mod scan;
 pub mod scatter;
+pub mod select;
 pub mod slice;
 pub mod softmax;
 mod table;
