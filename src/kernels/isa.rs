@@ -48,28 +48,42 @@ fn detect() -> Isa {
     Isa::Portable
 }
 
-/// Runs `f` compiled for the processor at hand, so that its plain loops are vectorised with the widest
-/// registers. Write the closure as `#[inline(always)] || …`, and call only inlinable functions in its loops:
-/// what is not inlined is compiled for the baseline.
+/// Runs `f` compiled for the processor at hand, so that its plain loops are vectorised with wide registers
+/// (AVX2: what wider ones gain is not worth a third copy of every loop). Write the closure as
+/// `#[inline(always)] || …`, and call only inlinable functions in its loops: what is not inlined is compiled
+/// for the baseline.
 #[inline(always)]
 pub fn vectorize<R>(f: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]
     {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-        fn avx512<R>(f: impl FnOnce() -> R) -> R {
-            f()
-        }
         #[target_feature(enable = "avx2,fma")]
         fn avx2<R>(f: impl FnOnce() -> R) -> R {
             f()
         }
-        match isa() {
+        if isa() >= Isa::Avx2 {
             // SAFETY: `isa` reports a level only where the processor has its features.
-            Isa::Avx512 => return unsafe { avx512(f) },
-            // SAFETY: as above.
-            Isa::Avx2 => return unsafe { avx2(f) },
-            Isa::Portable => {}
+            return unsafe { avx2(f) };
         }
     }
     f()
 }
+
+/// Which element types' loops are worth [`vectorize`]: `f32`, the type that networks compute in.
+pub trait Wide {
+    #[inline(always)]
+    fn wide<R>(f: impl FnOnce() -> R) -> R {
+        f()
+    }
+}
+
+impl Wide for f32 {
+    #[inline(always)]
+    fn wide<R>(f: impl FnOnce() -> R) -> R {
+        vectorize(f)
+    }
+}
+
+macro_rules! plain {
+    ($($t:ty),*) => { $(impl Wide for $t {})* };
+}
+plain!(f64, half::f16, half::bf16, i8, i16, i32, i64, u8, u16, u32, u64);

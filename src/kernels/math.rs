@@ -4,11 +4,12 @@
 //!
 //! The polynomials are minimax fits (Lawson's algorithm over Chebyshev nodes) made for this file.
 
+use crate::kernels::isa::Wide;
 use crate::tensor::Float;
 
 /// Elementary functions of the two computing types. Errors of the `f32` forms are at most 3 ulp
 /// (`m_pow`: 1 ulp); infinities, NaN, signed zeros, denormal arguments and results are those of IEEE 754 / C99.
-pub trait Math: Float {
+pub trait Math: Float + Wide {
     fn m_exp(self) -> Self;
     /// `eˣ − 1`, accurate near 0.
     fn m_expm1(self) -> Self;
@@ -22,6 +23,8 @@ pub trait Math: Float {
     fn m_pow(self, y: Self) -> Self;
     /// Correctly rounded.
     fn m_sqrt(self) -> Self;
+    /// To the nearest integer, halves to even.
+    fn m_round(self) -> Self;
     fn m_sin(self) -> Self;
     fn m_cos(self) -> Self;
     fn m_tan(self) -> Self;
@@ -321,6 +324,10 @@ impl Math for f32 {
         self.sqrt()
     }
     #[inline(always)]
+    fn m_round(self) -> f32 {
+        self.round_ties_even()
+    }
+    #[inline(always)]
     fn m_sin(self) -> f32 {
         sin32(self, 0)
     }
@@ -386,6 +393,9 @@ impl Math for f64 {
     }
     fn m_sqrt(self) -> f64 {
         self.sqrt()
+    }
+    fn m_round(self) -> f64 {
+        self.round_ties_even()
     }
     fn m_sin(self) -> f64 {
         self.sin()

@@ -1,8 +1,10 @@
 //! Kernels: they know slices and dimensions, nothing else. All SIMD and nearly all `unsafe` is here.
 
 pub mod conv;
+pub mod elementwise;
 pub mod gemm;
 pub mod index;
+pub mod integer;
 pub mod isa;
 pub mod loss;
 pub mod math;
@@ -11,6 +13,7 @@ pub mod pad;
 pub mod par;
 pub mod pool;
 pub mod random;
+pub mod reduce;
 pub mod softmax;
 pub mod strided;
 pub mod update;

@@ -16,7 +16,11 @@ pub fn pieces<T: Send>(y: &mut [T], f: impl Fn(usize, &mut [T]) + Send + Sync) {
 /// As [`pieces`], with pieces that are whole rows of `row` elements, each of at least about `grain` elements.
 /// `f` is given the index of the piece's first *row*.
 pub fn rows<T: Send>(y: &mut [T], row: usize, grain: usize, f: impl Fn(usize, &mut [T]) + Send + Sync) {
-    let row = row.max(1);
+    split(y, row.max(1), grain, &f);
+}
+
+/// Compiled once an element type rather than once a kernel: rayon's machinery is large.
+fn split<T: Send>(y: &mut [T], row: usize, grain: usize, f: &(dyn Fn(usize, &mut [T]) + Send + Sync)) {
     let per = (grain / row).max(1);
     if y.len() <= per * row {
         if !y.is_empty() {

@@ -19,6 +19,8 @@ pub mod binary;
 mod bytes;
 #[cfg(test)]
 pub mod cases;
+pub mod cast;
+pub mod clip;
 pub mod conv;
 pub mod dropout;
 pub mod expand;
@@ -26,6 +28,7 @@ pub mod fill;
 mod foreign;
 pub mod gather;
 pub mod join;
+pub mod logic;
 pub mod loss;
 pub mod matmul;
 pub mod pad;
@@ -38,7 +41,9 @@ pub mod slice;
 pub mod softmax;
 mod table;
 pub mod transpose;
+pub mod unary;
 pub mod update;
+pub mod variadic;
 pub mod view;
 pub mod window;
 

@@ -1,0 +1,210 @@
+//! Conversions of element type, and the identity.
+
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use num_traits::AsPrimitive;
+
+use crate::dtype_dispatch;
+use crate::error::OpError;
+use crate::graph::GradBuilder;
+use crate::kernels::par;
+use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::tensor::{DType, Elem, Meta, View, ViewMut};
+
+/// ONNX `Cast` (opset 6 to 25) and `CastLike` (opset 15).
+///
+/// Floats become integers by truncation and saturate (NaN is 0), integers wrap, anything but 0 is true.
+/// A half type's values are rounded to that type and held in its working type, `f32`.
+#[derive(Debug, Clone, Copy)]
+pub struct CastTo {
+    /// `None`: the type of input 1.
+    to: Option<DType>,
+}
+
+impl CastTo {
+    pub fn new(to: DType) -> Self {
+        CastTo { to: Some(to) }
+    }
+}
+
+impl Op for CastTo {
+    fn name(&self) -> &'static str {
+        if self.to.is_some() { "Cast" } else { "CastLike" }
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let x = need(inputs, 0)?;
+        let to = match self.to {
+            Some(to) => to,
+            None => need(inputs, 1)?.dtype,
+        };
+        Ok(vec![Meta::new(to.working(), &x.dims)])
+    }
+
+    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let (x, y) = (need(x, 0)?, out(y, 0)?);
+        dtype_dispatch!(x.dtype, S => match (y.dtype, self.to) {
+            (DType::Bool, _) => {
+                let zero = S::default();
+                map(y.get::<u8>()?, x.get::<S>()?, |v: S| (v != zero) as u8);
+                Ok(())
+            }
+            (DType::F32, Some(DType::F16)) => through::<S, f16>(x, y),
+            (DType::F32, Some(DType::BF16)) => through::<S, bf16>(x, y),
+            _ => dtype_dispatch!(y.dtype, D => {
+                map(y.get::<D>()?, x.get::<S>()?, |v: S| AsPrimitive::<D>::as_(v));
+                Ok(())
+            }),
+        })
+    }
+
+    fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
+        // dX = dY in X's type; rounding to a half type is passed straight through
+        let (x, dy) = (g.x(0)?, g.dy0()?);
+        let (from, to) = (g.meta(x)?.dtype, g.meta(dy)?.dtype);
+        let dx = match (g.wants(0), from == to) {
+            (false, _) => None,
+            (true, true) => Some(dy),
+            (true, false) => Some(g.emit(CastTo::new(from), &[dy])?),
+        };
+        Ok(Grads::from_slice(&[dx, None]))
+    }
+
+    fn cheap(&self) -> bool {
+        true
+    }
+}
+
+/// `y = f(x)`, compiled for the baseline: there are many pairs of types.
+fn map<X: Elem, Y: Elem>(y: &mut [Y], x: &[X], f: impl Fn(X) -> Y + Sync) {
+    par::pieces(y, |start, y| y.iter_mut().zip(&x[start..]).for_each(|(y, x)| *y = f(*x)));
+}
+
+/// Rounds to a half type and widens again.
+fn through<S, H>(x: View, y: &mut ViewMut) -> Result<(), OpError>
+where
+    S: Elem + AsPrimitive<f32> + AsPrimitive<f64>,
+    H: AsPrimitive<f32>,
+    f32: AsPrimitive<H>,
+    f64: AsPrimitive<H>,
+{
+    map(y.get::<f32>()?, x.get::<S>()?, |v: S| {
+        // Through f64 where f32 would round a first time.
+        let half: H = match S::DTYPE {
+            DType::F32 | DType::F16 | DType::BF16 => AsPrimitive::<f32>::as_(v).as_(),
+            _ => AsPrimitive::<f64>::as_(v).as_(),
+        };
+        half.as_()
+    });
+    Ok(())
+}
+
+/// ONNX `Identity` (opset 1 to 25): the same bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Identity;
+
+impl Op for Identity {
+    fn name(&self) -> &'static str {
+        "Identity"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        Ok(vec![need(inputs, 0)?.clone()])
+    }
+
+    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        if let Some(x) = get(x, 0) {
+            out(y, 0)?.bytes.copy_from_slice(x.bytes);
+        }
+        Ok(())
+    }
+
+    fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
+        // dX = dY
+        Ok(Grads::from_slice(&[Some(g.dy0()?)]))
+    }
+
+    fn is_view(&self) -> bool {
+        true
+    }
+
+    fn cheap(&self) -> bool {
+        true
+    }
+}
+
+fn cast(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
+    let code = spec.attrs.int("to")?.ok_or_else(|| OpError::Attribute("'to' is missing".into()))?;
+    let to = i32::try_from(code).ok().and_then(DType::from_onnx);
+    let to = to.ok_or_else(|| OpError::Unsupported(format!("conversion to ONNX element type {code}")))?;
+    Ok(Arc::new(CastTo::new(to)))
+}
+
+pub(super) const ROWS: &[Row] = &[
+    Row::new("Cast", 6, cast),
+    Row::new("CastLike", 15, |_| Ok(Arc::new(CastTo { to: None }))),
+    Row::new("Identity", 1, |_| Ok(Arc::new(Identity))),
+];
+
+#[cfg(test)]
+pub(super) fn cases() -> Vec<super::cases::Case> {
+    use super::cases::Case;
+    use crate::tensor::Tensor;
+    let to = |t: DType| t.to_onnx() as i64;
+    vec![
+        Case::new("Cast", 6).int("to", to(DType::F64)).input(&[2, 3]),
+        Case::new("Cast", 13).named("int").int("to", to(DType::I32)).within(&[9], -9.0, 9.0).forward_only(),
+        Case::new("CastLike", 15).input(&[2, 3]).fixed(Tensor::scalar(1.0)),
+        Case::new("Identity", 13).input(&[2, 3]),
+        Case::new("Identity", 13).named("scalar").input(&[]),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::eval;
+    use crate::tensor::Tensor;
+
+    #[test]
+    fn every_pair_of_types() {
+        let all = [
+            DType::F32,
+            DType::F64,
+            DType::F16,
+            DType::BF16,
+            DType::I8,
+            DType::I16,
+            DType::I32,
+            DType::I64,
+            DType::U8,
+            DType::U16,
+            DType::U32,
+            DType::U64,
+            DType::Bool,
+        ];
+        for from in all {
+            for to in all {
+                let x = Tensor::from_slice(&[3], &[0.0, 1.0, 1.0]).unwrap().cast(from);
+                let y = eval(&CastTo::new(to), &[Some(&x)]).unwrap();
+                assert_eq!(y[0].dtype(), to.working(), "{from} to {to}");
+                assert_eq!(y[0].to_f64(), [0.0, 1.0, 1.0], "{from} to {to}");
+            }
+        }
+    }
+
+    #[test]
+    fn saturates_rounds_and_wraps() {
+        let floats = [300.7f32, -1.5, f32::NAN, f32::INFINITY, -1e20, 1.000_244_2];
+        let x = Tensor::from_slice(&[6], &floats).unwrap();
+        let run = |x: &Tensor, to| eval(&CastTo::new(to), &[Some(x)]).unwrap()[0].to_f64();
+        assert_eq!(run(&x, DType::U8), [255.0, 0.0, 0.0, 255.0, 0.0, 1.0]);
+        assert_eq!(run(&x, DType::I32)[..3], [300.0, -1.0, 0.0]);
+        assert_eq!(run(&x, DType::Bool), [1.0; 6]);
+        // Halves: 1 + 2⁻¹² rounds to 1, 300.7 to the nearest quarter, 1e20 overflows.
+        let half = run(&x, DType::F16);
+        assert_eq!((half[0], half[4], half[5]), (300.75, f64::NEG_INFINITY, 1.0));
+        assert_eq!(run(&Tensor::ints(&[257, -1]), DType::U8), [1.0, 255.0]);
+    }
+}
