@@ -7,6 +7,7 @@ pub mod index;
 pub mod integer;
 pub mod isa;
 pub mod loss;
+pub mod lrn;
 pub mod math;
 pub mod norm;
 pub mod pad;

@@ -390,6 +390,7 @@ fn all() -> Vec<Case> {
         super::logic::cases(),
         super::loss::cases(),
         super::matmul::cases(),
+        super::norm::cases(),
         super::pad::cases(),
         super::pool::cases(),
         super::reduce::cases(),

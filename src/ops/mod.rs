@@ -31,6 +31,7 @@ pub mod join;
 pub mod logic;
 pub mod loss;
 pub mod matmul;
+pub mod norm;
 pub mod pad;
 pub mod pool;
 pub mod reduce;

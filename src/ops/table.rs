@@ -42,6 +42,7 @@ static FAMILIES: &[&[Row]] = &[
     super::logic::ROWS,
     super::loss::ROWS,
     super::matmul::ROWS,
+    super::norm::ROWS,
     super::pad::ROWS,
     super::pool::ROWS,
     super::reduce::ROWS,

@@ -1,0 +1,413 @@
+//! Normalisation of each sample by itself: `InstanceNormalization`, `LayerNormalization`, `GroupNormalization` and
+//! `RMSNormalization` are one kernel over rows with different scales; `LRN` looks across channels.
+
+use std::sync::Arc;
+
+use crate::error::OpError;
+use crate::float_dispatch;
+use crate::graph::GradBuilder;
+use crate::kernels::lrn::{Lrn as Kernel, lrn, lrn_grad};
+use crate::kernels::norm::{RowNorm, Stat};
+use crate::ops::batch_norm::{ChannelParamGrad, ChannelSum};
+use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::tensor::{Dims, Meta, View, ViewMut, axis};
+
+/// Which rows are normalised, and how scale and shift are laid over them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Each channel of each sample; scale and shift (C).
+    Instance,
+    /// The dimensions from `axis` on; scale and shift broadcast to x.
+    Layer { axis: i64 },
+    /// As `Layer`, without subtracting the mean and without a shift.
+    Rms { axis: i64 },
+    /// `groups` of channels of each sample; scale and shift (C), or (groups) before opset 21.
+    Group { groups: usize, per_group: bool },
+}
+
+/// ONNX `InstanceNormalization` (opset 7), `LayerNormalization` (17), `GroupNormalization` (18) and
+/// `RMSNormalization` (23). Inputs x, scale and, where there is one, shift; outputs y and, one a row, the mean
+/// and the inverse standard deviation (`LayerNormalization` has them in ONNX too).
+#[derive(Debug)]
+pub struct SampleNorm {
+    kind: Kind,
+    epsilon: f64,
+}
+
+impl SampleNorm {
+    fn new(spec: &Spec, kind: Kind) -> Result<Arc<dyn Op>, OpError> {
+        if spec.attrs.int_or("stash_type", 1)? != 1 {
+            return Err(OpError::Unsupported("a stash_type other than float32".into()));
+        }
+        Ok(Arc::new(SampleNorm { kind, epsilon: spec.attrs.float_or("epsilon", 1e-5)? as f64 }))
+    }
+
+    fn group(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
+        let groups = spec.attrs.int("num_groups")?.unwrap_or(0);
+        let groups = usize::try_from(groups)
+            .ok()
+            .filter(|&g| g > 0)
+            .ok_or_else(|| OpError::Attribute(format!("'num_groups' is {groups}")))?;
+        SampleNorm::new(spec, Kind::Group { groups, per_group: spec.opset < 21 })
+    }
+
+    /// The rows of x, and the shape of their statistics.
+    fn rows(&self, x: &[usize], scale: &[usize]) -> Result<(RowNorm, Dims), OpError> {
+        let row = |len: usize, period: usize, span: usize| RowNorm {
+            len,
+            period,
+            span,
+            center: !matches!(self.kind, Kind::Rms { .. }),
+            epsilon: self.epsilon,
+        };
+        let bad = || OpError::Shape(format!("scale of shape {scale:?} for x of shape {x:?}"));
+        match self.kind {
+            Kind::Layer { axis: a } | Kind::Rms { axis: a } => {
+                let a = axis(a, x.len())?;
+                let (outer, inner) = x.split_at(a);
+                let stats = outer.iter().copied().chain(inner.iter().map(|_| 1)).collect();
+                let first = scale.iter().position(|&d| d != 1).unwrap_or(scale.len());
+                let last = scale.iter().rposition(|&d| d != 1).map_or(first, |i| i + 1);
+                let (core, below) = (&scale[first..last], scale.len() - last);
+                if below > inner.len() || core.len() > inner.len() - below {
+                    return Err(bad());
+                }
+                let (rest, spanned) = inner.split_at(inner.len() - below);
+                if !rest.ends_with(core) {
+                    return Err(bad());
+                }
+                let len = inner.iter().product();
+                let period: usize = core.iter().product();
+                // One scale for all is a run as long as the row.
+                let span = if core.is_empty() { len } else { spanned.iter().product() };
+                Ok((row(len, period, span), stats))
+            }
+            Kind::Instance => match x {
+                [n, c, rest @ ..] if scale == [*c] => {
+                    let s = rest.iter().product();
+                    Ok((row(s, *c, s), Dims::from_slice(&[*n, *c])))
+                }
+                _ => Err(bad()),
+            },
+            Kind::Group { groups, per_group } => match x {
+                [n, c, rest @ ..] if c % groups == 0 && scale == [if per_group { groups } else { *c }] => {
+                    let s: usize = rest.iter().product();
+                    let len = c / groups * s;
+                    let (period, span) = if per_group { (groups, len) } else { (*c, s) };
+                    Ok((row(len, period, span), Dims::from_slice(&[*n, groups])))
+                }
+                _ => Err(bad()),
+            },
+        }
+    }
+
+    fn has_shift(&self) -> bool {
+        !matches!(self.kind, Kind::Rms { .. })
+    }
+}
+
+impl Op for SampleNorm {
+    fn name(&self) -> &'static str {
+        match self.kind {
+            Kind::Instance => "InstanceNormalization",
+            Kind::Layer { .. } => "LayerNormalization",
+            Kind::Rms { .. } => "RMSNormalization",
+            Kind::Group { .. } => "GroupNormalization",
+        }
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let (x, scale) = (need(inputs, 0)?, need(inputs, 1)?);
+        let (_, stats) = self.rows(&x.dims, &scale.dims)?;
+        for (i, m) in [Some(scale), get(inputs, 2)].into_iter().enumerate() {
+            let Some(m) = m else { continue };
+            if m.dtype != x.dtype {
+                return Err(OpError::Type(format!("input {} is {}, input 0 is {}", i + 1, m.dtype, x.dtype)));
+            }
+            if m.dims != scale.dims {
+                return Err(OpError::Unsupported(format!(
+                    "shift of shape {:?} beside scale of shape {:?}",
+                    m.dims.as_slice(),
+                    scale.dims.as_slice()
+                )));
+            }
+        }
+        let stats = Meta::new(x.dtype, &stats);
+        Ok(vec![Meta::new(x.dtype, &x.dims), stats.clone(), stats])
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let scale = need(x, 1)?;
+        let [y, stats @ ..] = y else { return Err(OpError::Internal("no output".into())) };
+        let y = y.as_mut().ok_or_else(|| OpError::Internal("output 0 has no buffer".into()))?;
+        let (rows, dims) = self.rows(y.dims, scale.dims)?;
+        let count: usize = dims.iter().product();
+        let (mut mean, mut inv) = (None, None);
+        for (slot, y) in [&mut mean, &mut inv].into_iter().zip(stats) {
+            *slot = y.as_mut();
+        }
+        float_dispatch!(y.dtype, T => {
+            let input = get(x, 0).map(|x| x.get::<T>()).transpose()?;
+            let shift = get(x, 2).map(|x| x.get::<T>()).transpose()?;
+            let (a, b) = cx.room::<T>(2 * count)?.split_at_mut(count);
+            let mean = mean.map_or(Ok(a), |y| y.get::<T>())?;
+            let inv = inv.map_or(Ok(b), |y| y.get::<T>())?;
+            rows.forward(input, Some(scale.get::<T>()?), shift, y.get::<T>()?, mean, inv);
+            Ok(())
+        })
+    }
+
+    fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
+        // g = dy·scale, x̂ = (x − mean)·inv:  dx = inv·(g − mean(g) − x̂·mean(g·x̂)) over each row
+        // dscale = Σ dy·x̂,  dshift = Σ dy  over what the scale was broadcast to. (RMS: mean = 0, no mean(g).)
+        if g.dy(1).is_some() || g.dy(2).is_some() {
+            return Err(OpError::NotDifferentiable("gradient through a mean or deviation".into()));
+        }
+        let (x, scale, dy) = (g.x(0)?, g.x(1)?, g.dy0()?);
+        let (dims, scale_dims) = (g.meta(x)?.dims.clone(), g.meta(scale)?.dims.clone());
+        let (rows, _) = self.rows(&dims, &scale_dims)?;
+        let channels = rows.channels(dims.iter().product());
+        let mut grads = Grads::from_elem(None, 3);
+        let reshape = |g: &mut GradBuilder, v| match scale_dims.len() {
+            1 => Ok(v),
+            _ => g.emit(As { dims: scale_dims.clone() }, &[v]),
+        };
+        if g.wants(0) || g.wants(1) {
+            let mean = if rows.center { Some(g.y(1)?) } else { None };
+            let inv = g.y(2)?;
+            if g.wants(0) {
+                let inputs = [Some(x), Some(dy), Some(scale), mean, Some(inv)];
+                grads[0] = Some(g.emit_all(SampleNormInputGrad { rows }, &inputs, 1)?[0]);
+            }
+            if g.wants(1) {
+                let op = ChannelParamGrad { channels, stat: Stat::Row(rows.len), epsilon: None };
+                let made = g.emit_all(op, &[Some(x), Some(dy), mean, Some(inv)], 2)?;
+                grads[1] = Some(reshape(g, made[0])?);
+                grads[2] = Some(reshape(g, made[1])?);
+            }
+        }
+        if g.wants(2) && grads[2].is_none() && self.has_shift() {
+            let sum = g.emit(ChannelSum { channels }, &[dy])?;
+            grads[2] = Some(reshape(g, sum)?);
+        }
+        Ok(grads)
+    }
+
+    fn in_place(&self) -> &[(usize, usize)] {
+        &[(0, 0)]
+    }
+
+    fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
+        match (get(inputs, 0), get(inputs, 1)) {
+            (Some(x), Some(scale)) => {
+                let stats = self.rows(&x.dims, &scale.dims).map_or(0, |(_, d)| d.iter().product());
+                2 * stats * x.dtype.size()
+            }
+            _ => 0,
+        }
+    }
+}
+
+/// The same elements under other dimensions.
+#[derive(Debug)]
+struct As {
+    dims: Dims,
+}
+
+impl Op for As {
+    fn name(&self) -> &'static str {
+        "As"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        Ok(vec![Meta::new(need(inputs, 0)?.dtype, &self.dims)])
+    }
+
+    fn forward(&self, _: &mut Cx, _: &[Option<View>], _: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        Err(OpError::Internal("a view has no kernel".into()))
+    }
+
+    fn is_view(&self) -> bool {
+        true
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        second()
+    }
+}
+
+fn second<T>() -> Result<T, OpError> {
+    Err(OpError::NotDifferentiable("second derivatives are not supported".into()))
+}
+
+/// Gradient of [`SampleNorm`]'s input. Inputs: x, dy, scale, mean (absent: 0), inverse deviation.
+#[derive(Debug)]
+struct SampleNormInputGrad {
+    rows: RowNorm,
+}
+
+impl Op for SampleNormInputGrad {
+    fn name(&self) -> &'static str {
+        "SampleNormInputGrad"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let x = need(inputs, 0)?;
+        Ok(vec![Meta::new(x.dtype, &x.dims)])
+    }
+
+    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let dx = out(y, 0)?;
+        float_dispatch!(dx.dtype, T => {
+            let operand = |i: usize| get(x, i).map(|x| x.get::<T>()).transpose();
+            let stats = (operand(3)?, need(x, 4)?.get::<T>()?);
+            self.rows.input_grad(operand(0)?, operand(1)?, operand(2)?, stats, dx.get::<T>()?);
+            Ok(())
+        })
+    }
+
+    fn in_place(&self) -> &[(usize, usize)] {
+        &[(1, 0), (0, 0)]
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        second()
+    }
+}
+
+/// ONNX `LRN`: `y = x·(bias + alpha/size·Σ x²)^−beta`, the sum over `size` neighbouring channels.
+#[derive(Debug)]
+pub struct Lrn {
+    kernel: Kernel,
+}
+
+impl Lrn {
+    fn new(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
+        let size = spec.attrs.int("size")?.unwrap_or(0);
+        let size = usize::try_from(size)
+            .ok()
+            .filter(|&s| s > 0)
+            .ok_or_else(|| OpError::Attribute(format!("'size' is {size}")))?;
+        Ok(Arc::new(Lrn {
+            kernel: Kernel {
+                size,
+                alpha: spec.attrs.float_or("alpha", 1e-4)? as f64,
+                beta: spec.attrs.float_or("beta", 0.75)? as f64,
+                bias: spec.attrs.float_or("bias", 1.0)? as f64,
+            },
+        }))
+    }
+}
+
+/// (channels, elements of a channel)
+fn planes(dims: &[usize]) -> Result<(usize, usize), OpError> {
+    match dims {
+        [_, c, rest @ ..] => Ok((*c, rest.iter().product())),
+        _ => Err(OpError::Shape(format!("x of shape {dims:?}: (N, C, …) is needed"))),
+    }
+}
+
+impl Op for Lrn {
+    fn name(&self) -> &'static str {
+        "LRN"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let x = need(inputs, 0)?;
+        planes(&x.dims)?;
+        Ok(vec![Meta::new(x.dtype, &x.dims)])
+    }
+
+    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let y = out(y, 0)?;
+        let (c, s) = planes(y.dims)?;
+        float_dispatch!(y.dtype, T => {
+            lrn(self.kernel, need(x, 0)?.get::<T>()?, y.get::<T>()?, c, s);
+            Ok(())
+        })
+    }
+
+    fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
+        // d = bias + alpha/size·Σ x²:  dx = dy·d^−beta − 2·alpha·beta/size · x · Σ dy·x·d^(−beta−1)
+        let (x, dy) = (g.x(0)?, g.dy0()?);
+        Ok(Grads::from_slice(&[Some(g.emit(LrnGrad { kernel: self.kernel }, &[x, dy])?)]))
+    }
+}
+
+/// Gradient of `LRN`. Inputs: x, dy.
+#[derive(Debug)]
+struct LrnGrad {
+    kernel: Kernel,
+}
+
+impl Op for LrnGrad {
+    fn name(&self) -> &'static str {
+        "LrnGrad"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let x = need(inputs, 0)?;
+        Ok(vec![Meta::new(x.dtype, &x.dims)])
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let dx = out(y, 0)?;
+        let (c, s) = planes(dx.dims)?;
+        float_dispatch!(dx.dtype, T => {
+            let (x, dy) = (need(x, 0)?.get::<T>()?, need(x, 1)?.get::<T>()?);
+            let (d, terms) = cx.room::<T>(2 * x.len())?.split_at_mut(x.len());
+            lrn_grad(self.kernel, x, dy, dx.get::<T>()?, d, terms, c, s);
+            Ok(())
+        })
+    }
+
+    fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
+        2 * get(inputs, 0).map_or(0, Meta::bytes)
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        second()
+    }
+}
+
+pub(super) const ROWS: &[Row] = &[
+    Row::new("InstanceNormalization", 7, |s| SampleNorm::new(s, Kind::Instance)),
+    Row::new("LayerNormalization", 17, |s| {
+        SampleNorm::new(s, Kind::Layer { axis: s.attrs.int_or("axis", -1)? })
+    }),
+    Row::new("RMSNormalization", 23, |s| SampleNorm::new(s, Kind::Rms { axis: s.attrs.int_or("axis", -1)? })),
+    Row::new("GroupNormalization", 18, SampleNorm::group),
+    Row::new("LRN", 7, Lrn::new),
+];
+
+#[cfg(test)]
+pub(super) fn cases() -> Vec<super::cases::Case> {
+    use super::cases::Case;
+    let case = |op: &str, opset: i64, x: &[usize], scale: &[usize]| {
+        let case = Case::new(op, opset).within(x, 1.0, 3.0).within(scale, 0.5, 1.5);
+        if op == "RMSNormalization" { case } else { case.input(scale) }
+    };
+    let (instance, layer, rms) = ("InstanceNormalization", "LayerNormalization", "RMSNormalization");
+    let group =
+        |opset, scale: &[usize]| case("GroupNormalization", opset, &[2, 6, 3, 5], scale).int("num_groups", 3);
+    vec![
+        case(instance, 7, &[2, 3, 4, 5], &[3]),
+        case(instance, 22, &[2, 3, 37], &[3]).named("1-D").float("epsilon", 1e-2),
+        case(layer, 17, &[2, 5, 70], &[70]),
+        case(layer, 17, &[2, 3, 4, 5], &[3, 4, 5]).named("axis 1").int("axis", 1),
+        case(layer, 17, &[2, 3, 4], &[4]).named("scale of fewer dimensions").int("axis", 1),
+        case(layer, 17, &[2, 3, 4], &[3, 1]).named("scale broadcast below").int("axis", 1),
+        case(layer, 17, &[2, 6], &[1]).named("one scale"),
+        case(layer, 17, &[300, 100], &[100]).named("many").tolerance(1e-5),
+        case(layer, 17, &[2, 0], &[0]).named("empty").forward_only(),
+        case(layer, 17, &[2, 6], &[6]).named("statistics").outputs(3).forward_only(),
+        Case::new(layer, 17).named("no shift").input(&[3, 6]).within(&[6], 0.5, 1.5),
+        case(rms, 23, &[2, 5, 19], &[19]),
+        case(rms, 24, &[2, 3, 4], &[3, 4]).named("axis 1").int("axis", 1),
+        group(21, &[6]),
+        group(18, &[3]).named("scale a group"),
+        Case::new("LRN", 13).input(&[2, 7, 3, 2]).int("size", 3).float("alpha", 0.5).float("bias", 2.0),
+        Case::new("LRN", 7).named("even").input(&[1, 5, 40]).int("size", 4).float("alpha", 0.9),
+        Case::new("LRN", 7).named("wide").input(&[2, 3, 2, 2]).int("size", 9).float("beta", 0.5),
+    ]
+}
