@@ -128,7 +128,11 @@ fn shifted(g: &Geometry) -> bool {
 
 /// Elements of scratch that [`forward`] needs.
 pub fn forward_scratch(g: &Geometry) -> usize {
-    if g.is_empty() || g.depthwise() || g.pointwise() {
+    if g.is_empty() {
+        0
+    } else if g.depthwise() {
+        depthwise::forward_scratch(g)
+    } else if g.pointwise() {
         0
     } else if shifted(g) {
         Shifted::of(g).scratch(g)
@@ -147,7 +151,7 @@ pub fn forward<T: Float>(g: &Geometry, x: &[T], w: &[T], bias: Option<&[T]>, y: 
             .enumerate()
             .for_each(|(i, y)| y.fill(bias.map_or(T::zero(), |b| b[i % g.oc])));
     } else if g.depthwise() {
-        depthwise::forward(g, x, w, bias, y);
+        depthwise::forward(g, x, w, bias, y, scratch);
     } else if g.pointwise() {
         let (cg, og) = (g.cg(), g.og());
         let mut p = Product::dense(false, false, og, py, cg);

@@ -51,7 +51,11 @@ const POSITIONS_MIN: usize = 256;
 
 /// Elements of scratch that [`input_grad`] needs.
 pub fn input_grad_scratch(g: &Geometry) -> usize {
-    if g.is_empty() || g.depthwise() || g.pointwise() {
+    if g.is_empty() {
+        0
+    } else if g.depthwise() {
+        depthwise::input_grad_scratch(g)
+    } else if g.pointwise() {
         0
     } else if let Some(t) = transposed(g) {
         Shifted::of(&t).scratch(&t)
@@ -67,7 +71,7 @@ pub fn input_grad<T: Float>(g: &Geometry, dy: &[T], w: &[T], dx: &mut [T], scrat
     if g.is_empty() {
         dx.fill(T::zero());
     } else if g.depthwise() {
-        depthwise::input_grad(g, dy, w, dx);
+        depthwise::input_grad(g, dy, w, dx, scratch);
     } else if g.pointwise() {
         let px = volume(g.x);
         let p = Product::dense(true, false, cg, px, og);
