@@ -362,3 +362,28 @@ fn tract_agrees_with_itself_and_not_with_another() {
     fs::write(&path, b"nonsense").unwrap();
     assert!(matches!(verify(&path, &feeds, &want(0.0)), Verification::Unavailable(_)));
 }
+
+#[cfg(feature = "tract")]
+#[test]
+fn tract_runs_the_real_models() {
+    for (name, dims) in [("models/resnet20.onnx", [2, 1, 28, 28]), ("ppocr/cls.onnx", [2, 3, 48, 192])] {
+        let Some(path) = model_file(name) else { continue };
+        let m = import::load(&path).unwrap();
+        let x = m.graph.value(m.graph.inputs[0]).name.clone();
+        let n = dims.iter().product::<usize>();
+        let pixels: Vec<f32> = (0..n).map(|i| (i % 97) as f32 / 97.0).collect();
+        let feeds = [(x, Tensor::from_slice(&dims, &pixels).unwrap())];
+        let out = verify::run(&path, &feeds).unwrap();
+        println!("{name}: {:?} {:?}", out, out[0].1.to_f64());
+        assert_eq!(out[0].0, m.output_names().next().unwrap());
+        assert_eq!(out[0].1.dims()[0], 2);
+        assert!(matches!(verify(&path, &feeds, &out), Verification::Agrees { max_relative } if max_relative == 0.0));
+        // A changed weight is seen.
+        let dir = tempdir().unwrap();
+        let w = m.weights.iter().rfind(|w| w.trainable).unwrap();
+        let mut new = w.load(&m.files).unwrap();
+        new.get_mut::<f32>().unwrap()[0] += 1.0;
+        let staged = stage(&m, &[(id(&m, &w.name), &new)], &dir.path().join("n.onnx"), Options::default()).unwrap();
+        assert!(matches!(verify(&staged.path(), &feeds, &out), Verification::Disagrees { .. }));
+    }
+}

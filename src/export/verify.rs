@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use crate::error::Result;
 use crate::tensor::Tensor;
 
 /// Outputs may differ by this much of the largest element before an export is refused.
@@ -69,7 +68,7 @@ fn relative(got: &[f64], want: &[f64]) -> f64 {
 ///
 /// Fails when tract cannot load or run it, and when the crate is built without the feature `tract`.
 #[cfg(not(feature = "tract"))]
-pub fn run(path: &Path, _feeds: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
+pub fn run(path: &Path, _feeds: &[(String, Tensor)]) -> crate::error::Result<Vec<(String, Tensor)>> {
     Err(crate::error::Error::file(path, "built without tract"))
 }
 
@@ -82,6 +81,7 @@ mod with_tract {
     use std::path::Path;
 
     use tract_onnx::prelude as tract;
+    use tract_onnx::tract_hir::infer::Factoid;
     use tract_onnx::prelude::{DatumType, Framework, InferenceModelExt, IntoRunnable, TractResult};
 
     use crate::error::{Error, Result};
