@@ -63,7 +63,13 @@ pub fn stage(
     // Data files first: renaming one changes the model.
     let sources: Vec<PathBuf> = model.files.iter().filter_map(|f| f.path.canonicalize().ok()).collect();
     let is_source = |p: &Path| p.canonicalize().is_ok_and(|p| sources.contains(&p));
-    let mut renamed = BTreeMap::new();
+    let mut entries = rename::Changes::default();
+    for id in &edits.changed {
+        let l = &model.weight(*id).location;
+        if let Some(file) = model.files.get(l.file).filter(|_| l.file > 0) {
+            entries.changed.insert((file.location.clone(), l.offset));
+        }
+    }
     for (i, file) in model.files.iter().enumerate().skip(1) {
         let own = edits.by_file.remove(&i).unwrap_or_default();
         let target = folder.join(&file.location);
@@ -86,17 +92,15 @@ pub fn stage(
                      names to the data files (--rename-data)",
                 ));
             }
-            location = fresh_name(folder, name, &is_source, &renamed);
-            renamed.insert(file.location.clone(), location.clone());
+            location = fresh_name(folder, name, &is_source, &entries.names);
+            entries.names.insert(file.location.clone(), location.clone());
         }
         let segments = segments(&file.path, &file.bytes, own)?;
         stage.write(Path::new(&location), &file.bytes, &segments)?;
     }
     let file = &model.files[0];
     let mut own = edits.by_file.remove(&0).unwrap_or_default();
-    if !renamed.is_empty() {
-        own.extend(rename::edits(&file.bytes, &renamed).map_err(|e| Error::file(&file.path, e.to_string()))?);
-    }
+    own.extend(rename::edits(&file.bytes, &entries).map_err(|e| Error::file(&file.path, e.to_string()))?);
     let segments = segments(&file.path, &file.bytes, own)?;
     stage.write(Path::new(name), &file.bytes, &segments)?;
     Ok(Staged { stage, changed: edits.changed })
@@ -110,6 +114,17 @@ pub fn write(
     options: Options,
 ) -> Result<Written> {
     stage(model, changes, output, options)?.commit()
+}
+
+/// The bytes of `model` with `changes`, for a model without external data.
+pub fn to_bytes(model: &Model, changes: &[(WeightId, &Tensor)]) -> Result<Vec<u8>> {
+    if model.files.len() > 1 {
+        return Err(Error::file(&model.path, "has external data, which cannot go into one run of bytes"));
+    }
+    let mut edits = patch::edits(model, changes)?;
+    let file = &model.files[0];
+    let segments = segments(&file.path, &file.bytes, edits.by_file.remove(&0).unwrap_or_default())?;
+    Ok(crate::import::wire::concat(&file.bytes, &segments))
 }
 
 impl Staged {

@@ -38,6 +38,7 @@ pub(super) fn edits(model: &Model, changes: &[(WeightId, &Tensor)]) -> Result<Ed
     let mut p = Patch { model, nodes: None, by_file: BTreeMap::new() };
     let changed = new.keys().copied().collect();
     p.splits(&mut new)?;
+    p.aliases(&mut new)?;
     for (id, bytes) in new {
         p.overwrite(get(model, id)?, bytes)?;
     }
@@ -100,6 +101,34 @@ impl<'a> Patch<'a> {
             match &split.reader {
                 Reader::Identity(node) => self.replace(*node, weight, own)?,
                 Reader::Operands(operands) => self.give_own(operands, weight, own)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// External tensors may lie over each other, as tied weights do: they can only change together.
+    fn aliases(&mut self, new: &mut BTreeMap<WeightId, Vec<u8>>) -> Result<()> {
+        let model = self.model;
+        let range = |w: &Weight| w.location.offset..w.location.offset.saturating_add(w.location.len);
+        let outside = model.weights.iter().enumerate().filter(|(_, w)| w.location.file > 0 && w.split.is_none());
+        let mut ordered: Vec<(usize, &Weight)> = outside.filter(|(_, w)| !w.is_empty()).collect();
+        ordered.sort_by_key(|(i, w)| (w.location.file, w.location.offset, w.location.len, *i));
+        for pair in ordered.windows(2) {
+            let [(i, a), (j, b)] = pair else { continue };
+            if a.location.file != b.location.file || range(a).end <= range(b).start {
+                continue;
+            }
+            let (i, j) = (WeightId(*i as u32), WeightId(*j as u32));
+            match (new.get(&i), new.get(&j)) {
+                (None, None) => {}
+                // The first of the two is enough; a third is compared with the second.
+                (Some(x), Some(y)) if range(a) == range(b) && x == y => {
+                    new.remove(&i);
+                }
+                _ => {
+                    let what = format!("lies over '{}' in {}: both must change alike", b.name, model.files[a.location.file].location);
+                    return Err(Error::value(&a.name, what));
+                }
             }
         }
         Ok(())

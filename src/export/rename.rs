@@ -1,18 +1,28 @@
-//! New names for external data files, wherever a model names them.
+//! What a model says of its external data files, wherever it names them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
+use crate::import::normal;
 use crate::import::wire::{Edit, Field, LEN, WireError, fields};
 
 /// Nesting that protobuf's own readers accept.
 const DEPTH: usize = 100;
 
-/// The edits that replace each `location` that is a key of `names` by its value, in subgraphs and
-/// functions too.
-pub(super) fn edits(model: &[u8], names: &BTreeMap<String, String>) -> Result<Vec<Edit>, WireError> {
-    let mut walk = Walk { bytes: model, names, path: Vec::new(), edits: Vec::new() };
-    walk.message(0..model.len(), Kind::Model)?;
+/// What changes in the entries that refer to external data, in subgraphs and functions too.
+#[derive(Debug, Default)]
+pub(super) struct Changes {
+    /// New file names by old ones.
+    pub names: BTreeMap<String, String>,
+    /// Changed tensors, by file and offset: a checksum of theirs is no longer true, and removed.
+    pub changed: HashSet<(String, usize)>,
+}
+
+pub(super) fn edits(model: &[u8], changes: &Changes) -> Result<Vec<Edit>, WireError> {
+    let mut walk = Walk { bytes: model, changes, path: Vec::new(), edits: Vec::new() };
+    if !changes.names.is_empty() || !changes.changed.is_empty() {
+        walk.message(0..model.len(), Kind::Model)?;
+    }
     Ok(walk.edits)
 }
 
@@ -25,12 +35,11 @@ enum Kind {
     Attribute,
     Sparse,
     Tensor,
-    Entry,
 }
 
 struct Walk<'a> {
     bytes: &'a [u8],
-    names: &'a BTreeMap<String, String>,
+    changes: &'a Changes,
     path: Vec<u32>,
     edits: Vec<Edit>,
 }
@@ -40,8 +49,8 @@ impl Walk<'_> {
         if self.path.len() > DEPTH {
             return Err(WireError { at: range.start, what: "messages nest too deeply" });
         }
-        if matches!(kind, Kind::Entry) {
-            return self.entry(range);
+        if matches!(kind, Kind::Tensor) {
+            return self.tensor(range);
         }
         for f in fields(self.bytes, range) {
             let f = f?;
@@ -52,7 +61,6 @@ impl Walk<'_> {
                 (Kind::Function, 11) | (Kind::Node, 5) => Kind::Attribute,
                 (Kind::Graph, 5) | (Kind::Attribute, 5 | 10) | (Kind::Sparse, 1 | 2) => Kind::Tensor,
                 (Kind::Graph, 15) | (Kind::Attribute, 22 | 23) => Kind::Sparse,
-                (Kind::Tensor, 13) => Kind::Entry,
                 _ => continue,
             };
             if f.wire == LEN {
@@ -64,23 +72,39 @@ impl Walk<'_> {
         Ok(())
     }
 
-    fn entry(&mut self, range: Range<usize>) -> Result<(), WireError> {
-        let mut key: &[u8] = b"";
-        let mut value: Option<Field> = None;
-        for f in fields(self.bytes, range) {
-            let f = f?;
-            match f.number {
-                1 => key = self.bytes.get(f.payload).unwrap_or_default(),
-                2 if f.wire == LEN => value = Some(f),
-                _ => {}
+    fn tensor(&mut self, range: Range<usize>) -> Result<(), WireError> {
+        // Key, value, the whole entry and the range of its value.
+        let mut entries: Vec<(&str, &str, Field, Range<usize>)> = Vec::new();
+        for entry in fields(self.bytes, range) {
+            let entry = entry?;
+            if entry.number != 13 || entry.wire != LEN {
+                continue;
             }
+            let (mut key, mut value) = (0..0, 0..0);
+            for f in fields(self.bytes, entry.payload.clone()) {
+                match f? {
+                    f if f.wire == LEN && f.number == 1 => key = f.payload,
+                    f if f.wire == LEN && f.number == 2 => value = f.payload,
+                    _ => {}
+                }
+            }
+            let text = |r: Range<usize>| std::str::from_utf8(self.bytes.get(r).unwrap_or_default()).unwrap_or("");
+            entries.push((text(key), text(value.clone()), entry, value));
         }
-        let Some(value) = value.filter(|_| key == b"location") else { return Ok(()) };
-        let old = self.bytes.get(value.payload.clone()).unwrap_or_default();
-        if let Some(new) = std::str::from_utf8(old).ok().and_then(|o| self.names.get(o)) {
-            let mut path = self.path.clone();
-            path.push(2);
-            self.edits.push(Edit { path, range: value.payload, bytes: new.clone().into_bytes() });
+        let get = |key: &str| entries.iter().rev().find(|e| e.0 == key);
+        let Some((_, location, _, place)) = get("location") else { return Ok(()) };
+        let location = normal(location);
+        let offset = get("offset").map_or(Some(0), |e| e.1.parse().ok());
+        if let Some(new) = self.changes.names.get(&location) {
+            let path = [self.path.as_slice(), &[13, 2]].concat();
+            self.edits.push(Edit { path, range: place.clone(), bytes: new.clone().into_bytes() });
+        }
+        if let Some(offset) = offset
+            && self.changes.changed.contains(&(location, offset))
+        {
+            for (_, _, entry, _) in entries.iter().filter(|e| e.0 == "checksum") {
+                self.edits.push(Edit { path: self.path.clone(), range: entry.whole.clone(), bytes: Vec::new() });
+            }
         }
         Ok(())
     }

@@ -291,6 +291,75 @@ fn external_data_goes_beside_the_output() {
     assert_eq!(fs::read(dir.path().join("m.data")).unwrap(), before);
 }
 
+#[test]
+fn tensors_that_lie_over_each_other_change_together_and_checksums_do_not_go_stale() {
+    let dir = tempdir().unwrap();
+    let out = dir.path().join("out");
+    fs::create_dir(&out).unwrap();
+    fs::write(dir.path().join("w"), [0u8; 16]).unwrap();
+    let tensor = |name: &str, location: &str, offset: &str| {
+        let entry = |key: &str, value: &str| StringStringEntryProto { key: key.into(), value: value.into() };
+        TensorProto {
+            name: name.into(),
+            dims: vec![2],
+            data_type: 1,
+            data_location: EXTERNAL,
+            external_data: vec![entry("location", location), entry("offset", offset), entry("checksum", "abc")],
+            ..Default::default()
+        }
+    };
+    let nodes = vec![
+        node("Add", &["x", "a"], &["h"]),
+        node("Add", &["h", "b"], &["i"]),
+        node("Add", &["i", "c"], &["y"]),
+    ];
+    let init = vec![tensor("a", "w", "0"), tensor("b", "./w", "0"), tensor("c", "w", "8")];
+    let path = dir.path().join("m.onnx");
+    fs::write(&path, model(nodes, init, "y").encode_to_vec()).unwrap();
+    let m = import::load(&path).unwrap();
+    assert_eq!(m.files.len(), 2);
+    let (one, two) = (nudged(&m, "a"), Tensor::from_slice(&[2], &[2f32, 2.0]).unwrap());
+    let (a, b) = (id(&m, "a"), id(&m, "b"));
+    let to = out.join("n.onnx");
+    assert!(write(&m, &[(a, &one)], &to, Options::default()).unwrap_err().to_string().contains("lies over"));
+    assert!(write(&m, &[(a, &one), (b, &two)], &to, Options::default()).is_err());
+    write(&m, &[(a, &one), (b, &one)], &to, Options::default()).unwrap();
+    let again = import::load(&to).unwrap();
+    assert_eq!((values(&again, "a"), values(&again, "c")), (vec![1.0; 2], vec![0.0; 2]));
+    let proto = ModelProto::decode(&fs::read(&to).unwrap()[..]).unwrap();
+    let entries: Vec<usize> = proto.graph.unwrap().initializer.iter().map(|t| t.external_data.len()).collect();
+    assert_eq!(entries, [2, 2, 3]);
+}
+
+/// Whatever damaged bytes are imported as, an export of them is a model again, or an error.
+#[test]
+fn exports_of_damaged_models_are_models_or_errors() {
+    let original = every_encoding();
+    let mut state = 7u64;
+    let mut random = |n: usize| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as usize % n
+    };
+    let mut exported = 0;
+    for _ in 0..2000 {
+        let mut bytes = original.clone();
+        for _ in 0..1 + random(2) {
+            let at = random(bytes.len());
+            bytes[at] ^= 1 << random(8);
+        }
+        let Ok(m) = import::from_bytes("m", bytes) else { continue };
+        let small = m.weights.iter().enumerate().filter(|(_, w)| w.len() < 1000);
+        let new: Vec<(WeightId, Tensor)> =
+            small.filter_map(|(i, w)| Some((WeightId(i as u32), w.load(&m.files).ok().map(|_| nudged(&m, &w.name))?))).collect();
+        let refs: Vec<(WeightId, &Tensor)> = new.iter().map(|(i, t)| (*i, t)).collect();
+        if let Ok(bytes) = to_bytes(&m, &refs) {
+            import::from_bytes("m", bytes).unwrap();
+            exported += 1;
+        }
+    }
+    assert!(exported > 300, "{exported}");
+}
+
 /// The real files: unchanged they come back byte for byte, and one changed weight changes only its range.
 #[test]
 fn real_models_come_back_byte_for_byte() {

@@ -13,7 +13,7 @@ use crate::import::proto::{EXTERNAL, GraphProto, TensorProto};
 #[derive(Debug, Clone)]
 pub struct SourceFile {
     pub path: PathBuf,
-    /// As the model names it, relative to its folder; empty for the model itself.
+    /// As the model names it, relative to its folder and without `.`; empty for the model itself.
     pub location: String,
     pub bytes: Bytes,
 }
@@ -82,7 +82,8 @@ impl Files {
 
     /// The index of the external data file called `location`.
     fn open(&mut self, location: &str) -> Result<usize> {
-        if let Some(&i) = self.by_location.get(location) {
+        let normal = normal(location);
+        if let Some(&i) = self.by_location.get(&normal) {
             return Ok(i);
         }
         let model = self.files[0].path.clone();
@@ -94,8 +95,8 @@ impl Files {
         };
         let path = resolve(folder, location).map_err(|what| Error::file(&model, what))?;
         let bytes = map::map(&path)?;
-        self.files.push(SourceFile { path, location: location.to_string(), bytes });
-        self.by_location.insert(location.to_string(), self.files.len() - 1);
+        self.files.push(SourceFile { path, location: normal.clone(), bytes });
+        self.by_location.insert(normal, self.files.len() - 1);
         Ok(self.files.len() - 1)
     }
 
@@ -109,6 +110,13 @@ impl Files {
         }
         Ok(())
     }
+}
+
+/// One spelling for each relative path.
+pub(crate) fn normal(location: &str) -> String {
+    let parts = Path::new(location).components().filter(|c| !matches!(c, Component::CurDir));
+    let parts: Vec<_> = parts.map(|c| c.as_os_str().to_string_lossy()).collect();
+    parts.join("/")
 }
 
 /// Every tensor in `graph`, subgraphs included.
@@ -161,6 +169,7 @@ mod tests {
         std::fs::write(folder.join("sub/data"), b"x").unwrap();
         assert!(resolve(&folder, "sub/data").is_ok());
         assert!(resolve(&folder, "./sub/data").is_ok());
+        assert_eq!(normal("./sub//./data"), "sub/data");
         let absolute = folder.join("sub/data").display().to_string();
         for bad in ["", "../outside", "sub/../../outside", "..\\outside", "missing", absolute.as_str()] {
             assert!(resolve(&folder, bad).is_err(), "{bad}");

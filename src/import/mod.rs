@@ -24,6 +24,7 @@ use crate::graph::{Graph, ValueId, WeightId};
 use crate::tensor::Tensor;
 
 pub use external::SourceFile;
+pub(crate) use external::normal;
 pub use weights::{Encoding, Location, Reader, Role, Split, Use, Weight};
 
 use external::Files;

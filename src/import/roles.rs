@@ -12,6 +12,11 @@ use crate::tensor::Dims;
 
 /// How far the origin of a value is followed.
 const DEPTH: usize = 16;
+/// How many nodes are looked at on the way back to the nearest matrices.
+const MOST: usize = 256;
+
+/// Slot, other constants, nearest matrices.
+type Layer = (usize, Vec<Option<WeightId>>, Vec<WeightId>);
 
 /// A layer that shares a constant with others by the exporter's doing, and should have its own.
 pub(super) struct Shared {
@@ -459,11 +464,13 @@ impl Roles<'_> {
     /// Two layers with different weights and one bias are the work of an exporter that merged equal
     /// tensors. Layers that have all their constants in common are one layer used twice.
     fn layers(&self, found: &[Found]) -> Option<Vec<Vec<(NodeId, usize)>>> {
-        type Key = (usize, Vec<Option<WeightId>>);
         let per_channel = |r: Role| {
             matches!(r, Role::Bias | Role::Scale | Role::Shift | Role::RunningMean | Role::RunningVar)
         };
-        let mut layers: Vec<(Key, Vec<(NodeId, usize)>)> = Vec::new();
+        if found.len() < 2 {
+            return Some(Vec::new());
+        }
+        let mut layers: Vec<(Layer, Vec<(NodeId, usize)>)> = Vec::new();
         for f in found.iter().filter(|f| per_channel(f.one.role)) {
             let key = self.layer(&f.one);
             match layers.iter_mut().find(|(k, _)| *k == key) {
@@ -483,27 +490,49 @@ impl Roles<'_> {
         Some(layers.into_iter().map(|(_, edges)| edges).collect())
     }
 
-    /// What a layer is recognised by: the slot, and its other constants.
-    fn layer(&self, u: &Use) -> (usize, Vec<Option<WeightId>>) {
-        let constants = |n: NodeId, but: Option<usize>| -> Vec<Option<WeightId>> {
-            let inputs = self.graph.node(n).inputs.iter().enumerate().filter(|(i, _)| Some(*i) != but);
-            inputs.map(|(_, v)| v.and_then(|v| self.constant(v)).map(|(w, _)| w)).collect()
-        };
-        let mut out = constants(u.node, Some(u.slot));
-        if !matches!(self.op(u.node), "Add" | "Mul") {
-            return (u.slot, out);
-        }
+    /// What a layer is recognised by: the slot, its other constants and, since all of those may have been
+    /// merged too in a network that was never trained, the matrices nearest before it.
+    fn layer(&self, u: &Use) -> Layer {
+        let vectors = matches!(self.op(u.node), "Add" | "Mul");
+        let inputs = self.graph.node(u.node).inputs.iter().enumerate().filter(|(i, _)| *i != u.slot);
+        let others = inputs.map(|(_, v)| v.and_then(|v| self.constant(v)).map(|(w, _)| w)).collect();
         // Of an addition it does not matter which operand the vector is.
-        out.retain(Option::is_some);
-        let other = self.input(u.node, 1 - u.slot.min(1));
-        if let Some(p) = other.and_then(|v| self.behind(v)).and_then(|p| self.behind_moved(p)) {
-            out.extend(constants(p, None));
-            if out.iter().all(Option::is_none) {
-                // No constant tells it from another: a normalisation without parameters. The node does.
-                out.push(Some(WeightId(u32::MAX - u.node.0)));
+        (if vectors { 0 } else { u.slot }, others, self.matrices(u.node))
+    }
+
+    /// The constant matrices of `n`, or of the nearest nodes before it that have any.
+    fn matrices(&self, n: NodeId) -> Vec<WeightId> {
+        let mut seen = HashSet::from([n]);
+        let mut level = vec![n];
+        for _ in 0..DEPTH {
+            let mut found: Vec<WeightId> = level
+                .iter()
+                .flat_map(|&n| self.graph.node(n).inputs.iter().enumerate().map(move |(slot, v)| (n, slot, v)))
+                .filter(|&(n, slot, _)| {
+                    matches!(
+                        (self.op(n), slot),
+                        ("Conv" | "ConvTranspose" | "Gemm" | "LSTM" | "GRU" | "RNN", 1)
+                            | ("Gemm" | "Gather", 0)
+                            | ("MatMul" | "Einsum", _)
+                    )
+                })
+                .filter_map(|(_, _, v)| self.constant((*v)?).map(|(w, _)| w))
+                .collect();
+            if !found.is_empty() {
+                found.sort();
+                found.dedup();
+                return found;
+            }
+            let before = level.iter().flat_map(|&n| self.operands(n)).filter_map(|v| match self.graph.value(v).source {
+                Source::Node(n, _) => Some(n),
+                _ => None,
+            });
+            level = before.filter(|&n| seen.insert(n)).collect();
+            if level.is_empty() || seen.len() > MOST {
+                break;
             }
         }
-        (0, out)
+        Vec::new()
     }
 }
 

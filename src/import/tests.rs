@@ -427,6 +427,26 @@ fn tensors_merged_through_identity_are_split_too() {
 }
 
 #[test]
+fn a_network_that_was_never_trained_has_all_its_norms_merged() {
+    let norm = |x: &str, y: &str| node("BatchNormalization", &[x, "one", "zero", "zero", "one"], &[y]);
+    let nodes = vec![
+        node("Conv", &["x", "w1"], &["a"]),
+        norm("a", "b"),
+        node("Conv", &["b", "w2"], &["c"]),
+        norm("c", "d"),
+        // The second layer again: one layer, used twice.
+        node("Conv", &["d", "w2"], &["e"]),
+        norm("e", "y"),
+    ];
+    let init = vec![ramp("w1", &[3, 3, 1, 1]), ramp("w2", &[3, 3, 1, 1]), zeros("zero", &[3]), floats("one", &[3], &[1.0; 3])];
+    let m = import(&model(nodes, init, "y")).unwrap();
+    let count = |r: Role| m.weights.iter().filter(|w| w.role == r).count();
+    let roles = [Role::Weight, Role::Scale, Role::Shift, Role::RunningMean, Role::RunningVar];
+    assert_eq!(roles.map(count), [2; 5], "{:#?}", m.weights);
+    assert!(m.weights.iter().filter(|w| w.role != Role::Weight).all(|w| !w.merged && (1..=2).contains(&w.uses.len())));
+}
+
+#[test]
 fn constant_of_shape_in_a_weight_slot_is_a_weight_and_elsewhere_a_node() {
     let fill = |input: &str, out: &str| {
         let t = floats("", &[1], &[0.5]);
