@@ -11,7 +11,7 @@ use crate::exec::store::Store;
 use crate::graph::Graph;
 use crate::ops::{Cx, need, out};
 use crate::plan::{Place, Plan, Step};
-use crate::tensor::{View, ViewMut};
+use crate::tensor::{Buffer, View, ViewMut};
 
 /// Time spent per kernel call of a plan, in call order.
 #[derive(Debug, Default, Clone)]
@@ -83,7 +83,9 @@ fn call(step: &Step, memory: &mut Memory) -> std::result::Result<(), OpError> {
         out(&mut y, 0)?.bytes.copy_from_slice(need(&x, 0)?.bytes);
         return Ok(());
     }
-    let scratch = step.scratch.and_then(|i| arena[i].write()).unwrap_or_default();
+    // Operators cast their scratch memory: where it is empty, it must be aligned all the same.
+    let mut nothing = Buffer::default();
+    let scratch = step.scratch.and_then(|i| arena[i].write()).unwrap_or(nothing.bytes_mut());
     step.op.forward(&mut Cx { scratch, seed: memory.seed ^ mix(step.node.0 as u64) }, &x, &mut y)
 }
 
