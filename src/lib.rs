@@ -1,13 +1,25 @@
+//! retune: finetunes deployed ONNX networks on the CPU of the machine they run on.
+//!
+//! The way of a model: [`import`] (file → [`graph`]) → shapes and gradients → [`plan`] (order, one arena) →
+//! [`exec`] (kernel calls) → [`train`], [`icp`] (steps, the loop, the guard) → [`export`] (bytes back into the
+//! file). [`finetune`] is the whole of it in one call.
+
 #![deny(unsafe_code)]
 
 pub mod backend_test;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod error;
 pub mod exec;
 pub mod export;
+pub mod finetune;
 pub mod graph;
+pub mod icp;
 pub mod import;
 pub mod kernels;
 pub mod ops;
 pub mod plan;
 pub mod tensor;
 pub mod train;
+
+pub use error::{Error, Result};

@@ -1,1 +1,7 @@
-fn main() {}
+//! The command line: see `retune --help`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    retune::cli::main()
+}

@@ -110,7 +110,8 @@ impl<'a> Patch<'a> {
     fn aliases(&mut self, new: &mut BTreeMap<WeightId, Vec<u8>>) -> Result<()> {
         let model = self.model;
         let range = |w: &Weight| w.location.offset..w.location.offset.saturating_add(w.location.len);
-        let outside = model.weights.iter().enumerate().filter(|(_, w)| w.location.file > 0 && w.split.is_none());
+        let outside =
+            model.weights.iter().enumerate().filter(|(_, w)| w.location.file > 0 && w.split.is_none());
         let mut ordered: Vec<(usize, &Weight)> = outside.filter(|(_, w)| !w.is_empty()).collect();
         ordered.sort_by_key(|(i, w)| (w.location.file, w.location.offset, w.location.len, *i));
         for pair in ordered.windows(2) {
@@ -126,7 +127,10 @@ impl<'a> Patch<'a> {
                     new.remove(&i);
                 }
                 _ => {
-                    let what = format!("lies over '{}' in {}: both must change alike", b.name, model.files[a.location.file].location);
+                    let what = format!(
+                        "lies over '{}' in {}: both must change alike",
+                        b.name, model.files[a.location.file].location
+                    );
                     return Err(Error::value(&a.name, what));
                 }
             }

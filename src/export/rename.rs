@@ -88,7 +88,8 @@ impl Walk<'_> {
                     _ => {}
                 }
             }
-            let text = |r: Range<usize>| std::str::from_utf8(self.bytes.get(r).unwrap_or_default()).unwrap_or("");
+            let text =
+                |r: Range<usize>| std::str::from_utf8(self.bytes.get(r).unwrap_or_default()).unwrap_or("");
             entries.push((text(key), text(value.clone()), entry, value));
         }
         let get = |key: &str| entries.iter().rev().find(|e| e.0 == key);
@@ -103,7 +104,11 @@ impl Walk<'_> {
             && self.changes.changed.contains(&(location, offset))
         {
             for (_, _, entry, _) in entries.iter().filter(|e| e.0 == "checksum") {
-                self.edits.push(Edit { path: self.path.clone(), range: entry.whole.clone(), bytes: Vec::new() });
+                self.edits.push(Edit {
+                    path: self.path.clone(),
+                    range: entry.whole.clone(),
+                    bytes: Vec::new(),
+                });
             }
         }
         Ok(())

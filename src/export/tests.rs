@@ -304,7 +304,11 @@ fn tensors_that_lie_over_each_other_change_together_and_checksums_do_not_go_stal
             dims: vec![2],
             data_type: 1,
             data_location: EXTERNAL,
-            external_data: vec![entry("location", location), entry("offset", offset), entry("checksum", "abc")],
+            external_data: vec![
+                entry("location", location),
+                entry("offset", offset),
+                entry("checksum", "abc"),
+            ],
             ..Default::default()
         }
     };
@@ -327,7 +331,8 @@ fn tensors_that_lie_over_each_other_change_together_and_checksums_do_not_go_stal
     let again = import::load(&to).unwrap();
     assert_eq!((values(&again, "a"), values(&again, "c")), (vec![1.0; 2], vec![0.0; 2]));
     let proto = ModelProto::decode(&fs::read(&to).unwrap()[..]).unwrap();
-    let entries: Vec<usize> = proto.graph.unwrap().initializer.iter().map(|t| t.external_data.len()).collect();
+    let entries: Vec<usize> =
+        proto.graph.unwrap().initializer.iter().map(|t| t.external_data.len()).collect();
     assert_eq!(entries, [2, 2, 3]);
 }
 
@@ -349,8 +354,11 @@ fn exports_of_damaged_models_are_models_or_errors() {
         }
         let Ok(m) = import::from_bytes("m", bytes) else { continue };
         let small = m.weights.iter().enumerate().filter(|(_, w)| w.len() < 1000);
-        let new: Vec<(WeightId, Tensor)> =
-            small.filter_map(|(i, w)| Some((WeightId(i as u32), w.load(&m.files).ok().map(|_| nudged(&m, &w.name))?))).collect();
+        let new: Vec<(WeightId, Tensor)> = small
+            .filter_map(|(i, w)| {
+                Some((WeightId(i as u32), w.load(&m.files).ok().map(|_| nudged(&m, &w.name))?))
+            })
+            .collect();
         let refs: Vec<(WeightId, &Tensor)> = new.iter().map(|(i, t)| (*i, t)).collect();
         if let Ok(bytes) = to_bytes(&m, &refs) {
             import::from_bytes("m", bytes).unwrap();
@@ -446,13 +454,16 @@ fn tract_runs_the_real_models() {
         println!("{name}: {:?} {:?}", out, out[0].1.to_f64());
         assert_eq!(out[0].0, m.output_names().next().unwrap());
         assert_eq!(out[0].1.dims()[0], 2);
-        assert!(matches!(verify(&path, &feeds, &out), Verification::Agrees { max_relative } if max_relative == 0.0));
+        assert!(
+            matches!(verify(&path, &feeds, &out), Verification::Agrees { max_relative } if max_relative == 0.0)
+        );
         // A changed weight is seen.
         let dir = tempdir().unwrap();
         let w = m.weights.iter().rfind(|w| w.trainable).unwrap();
         let mut new = w.load(&m.files).unwrap();
         new.get_mut::<f32>().unwrap()[0] += 1.0;
-        let staged = stage(&m, &[(id(&m, &w.name), &new)], &dir.path().join("n.onnx"), Options::default()).unwrap();
+        let staged =
+            stage(&m, &[(id(&m, &w.name), &new)], &dir.path().join("n.onnx"), Options::default()).unwrap();
         assert!(matches!(verify(&staged.path(), &feeds, &out), Verification::Disagrees { .. }));
     }
 }

@@ -81,8 +81,8 @@ mod with_tract {
     use std::path::Path;
 
     use tract_onnx::prelude as tract;
-    use tract_onnx::tract_hir::infer::Factoid;
     use tract_onnx::prelude::{DatumType, Framework, InferenceModelExt, IntoRunnable, TractResult};
+    use tract_onnx::tract_hir::infer::Factoid;
 
     use crate::error::{Error, Result};
     use crate::tensor::{DType, Tensor};

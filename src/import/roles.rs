@@ -507,7 +507,9 @@ impl Roles<'_> {
         for _ in 0..DEPTH {
             let mut found: Vec<WeightId> = level
                 .iter()
-                .flat_map(|&n| self.graph.node(n).inputs.iter().enumerate().map(move |(slot, v)| (n, slot, v)))
+                .flat_map(|&n| {
+                    self.graph.node(n).inputs.iter().enumerate().map(move |(slot, v)| (n, slot, v))
+                })
                 .filter(|&(n, slot, _)| {
                     matches!(
                         (self.op(n), slot),
@@ -523,9 +525,11 @@ impl Roles<'_> {
                 found.dedup();
                 return found;
             }
-            let before = level.iter().flat_map(|&n| self.operands(n)).filter_map(|v| match self.graph.value(v).source {
-                Source::Node(n, _) => Some(n),
-                _ => None,
+            let before = level.iter().flat_map(|&n| self.operands(n)).filter_map(|v| {
+                match self.graph.value(v).source {
+                    Source::Node(n, _) => Some(n),
+                    _ => None,
+                }
             });
             level = before.filter(|&n| seen.insert(n)).collect();
             if level.is_empty() || seen.len() > MOST {

@@ -438,12 +438,22 @@ fn a_network_that_was_never_trained_has_all_its_norms_merged() {
         node("Conv", &["d", "w2"], &["e"]),
         norm("e", "y"),
     ];
-    let init = vec![ramp("w1", &[3, 3, 1, 1]), ramp("w2", &[3, 3, 1, 1]), zeros("zero", &[3]), floats("one", &[3], &[1.0; 3])];
+    let init = vec![
+        ramp("w1", &[3, 3, 1, 1]),
+        ramp("w2", &[3, 3, 1, 1]),
+        zeros("zero", &[3]),
+        floats("one", &[3], &[1.0; 3]),
+    ];
     let m = import(&model(nodes, init, "y")).unwrap();
     let count = |r: Role| m.weights.iter().filter(|w| w.role == r).count();
     let roles = [Role::Weight, Role::Scale, Role::Shift, Role::RunningMean, Role::RunningVar];
     assert_eq!(roles.map(count), [2; 5], "{:#?}", m.weights);
-    assert!(m.weights.iter().filter(|w| w.role != Role::Weight).all(|w| !w.merged && (1..=2).contains(&w.uses.len())));
+    assert!(
+        m.weights
+            .iter()
+            .filter(|w| w.role != Role::Weight)
+            .all(|w| !w.merged && (1..=2).contains(&w.uses.len()))
+    );
 }
 
 #[test]

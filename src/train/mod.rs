@@ -1,3 +1,14 @@
 //! Training: data, losses, optimizers, schedules, the loop and the guard.
 
+pub mod checkpoint;
 pub mod data;
+pub mod fit;
+pub mod gradients;
+pub mod guard;
+pub mod loss;
+pub mod method;
+pub mod metrics;
+pub mod optimizer;
+pub mod schedule;
+pub mod select;
+pub mod step;

@@ -1,0 +1,162 @@
+//! The options of `finetune` on the command line: each is also a key of the TOML file.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use serde::Serialize;
+
+use crate::finetune::Config;
+
+/// Every option is optional here: what is not given comes from the file, else from the defaults.
+#[derive(clap::Args, Debug, Clone, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Overrides {
+    /// supervised or icp [default: icp]
+    #[arg(long)]
+    method: Option<String>,
+    /// cross-entropy, bce, mse, or an ONNX graph of the loss [default: cross-entropy]
+    #[arg(long)]
+    loss: Option<String>,
+    /// Share of the target spread over all classes [default: 0]
+    #[arg(long)]
+    label_smoothing: Option<f64>,
+    /// [default: 10]
+    #[arg(long)]
+    epochs: Option<usize>,
+    /// Samples a batch; the last, partial one is kept [default: 32]
+    #[arg(long)]
+    batch: Option<usize>,
+    /// Batches whose gradients make one update [default: 1]
+    #[arg(long)]
+    accumulate: Option<usize>,
+    /// Learning rate [default: 3e-4]
+    #[arg(long)]
+    lr: Option<f64>,
+    /// adamw, sgd, adam or ademamix [default: adamw]
+    #[arg(long)]
+    optimizer: Option<String>,
+    /// Of sgd [default: 0]
+    #[arg(long)]
+    momentum: Option<f64>,
+    /// Nesterov's form of momentum
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    nesterov: Option<bool>,
+    /// [default: 0]
+    #[arg(long)]
+    weight_decay: Option<f64>,
+    /// cosine (per step, to 0), constant, step or one-cycle [default: cosine]
+    #[arg(long)]
+    schedule: Option<String>,
+    /// Steps over which the learning rate rises first [default: 0]
+    #[arg(long)]
+    lr_warmup: Option<usize>,
+    /// Steps between falls of the step schedule [default: 100]
+    #[arg(long)]
+    lr_every: Option<usize>,
+    /// Factor of the step schedule [default: 0.1]
+    #[arg(long)]
+    lr_gamma: Option<f64>,
+    /// Bound on the gradient's norm, 0 for none [default: 5 for icp, none for supervised]
+    #[arg(long)]
+    clip: Option<f64>,
+    /// all, head, last:N, bias, norm, or globs over parameter names [default: all]
+    #[arg(long)]
+    train: Option<String>,
+    /// Normalisation by the batch's statistics, or frozen [default: batch]
+    #[arg(long)]
+    norm: Option<String>,
+    /// Held-out share of the data, or a path of held-out data; 0 for none [default: 0.2]
+    #[arg(long, value_name = "FRACTION|DATA")]
+    holdout: Option<String>,
+    /// Keep the new network even if it is not better
+    #[arg(skip)]
+    guard: Option<bool>,
+    #[arg(skip)]
+    shuffle: Option<bool>,
+    /// [default: 0]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// [default: one per core]
+    #[arg(long)]
+    threads: Option<usize>,
+    /// [default: f32]
+    #[arg(long)]
+    precision: Option<String>,
+    #[arg(long, value_name = "BYTES")]
+    memory_budget: Option<String>,
+    /// Folder to keep checkpoints in
+    #[arg(long, value_name = "DIR")]
+    checkpoint: Option<PathBuf>,
+    /// Steps between checkpoints [default: 20]
+    #[arg(long)]
+    checkpoint_every: Option<usize>,
+    /// Continue from the checkpoint folder, if it holds anything
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    resume: Option<bool>,
+    /// adam, sgd or ademamix [default: adam]
+    #[arg(long)]
+    icp_perturber: Option<String>,
+    /// Perturbation steps K [default: 5]
+    #[arg(long)]
+    icp_steps: Option<usize>,
+    /// Size of a perturbation step [default: 0.002]
+    #[arg(long)]
+    icp_epsilon: Option<f64>,
+    /// Share of the epochs that train plainly first [default: 0]
+    #[arg(long)]
+    icp_warmup: Option<f64>,
+    /// schedule, per-step, or a number [default: schedule]
+    #[arg(long)]
+    icp_alpha: Option<String>,
+    /// cosine, inverse-cosine or uniform [default: cosine]
+    #[arg(long)]
+    icp_weights: Option<String>,
+    /// auto, or names of values to compare features at [default: auto]
+    #[arg(long, value_name = "auto|NAME,…")]
+    icp_taps: Option<String>,
+    /// Condition on the result, such as "accuracy>=0.9" or "gain>0"; exit code 3 when it does not hold
+    #[arg(long, value_name = "EXPR")]
+    require: Option<String>,
+    /// Write a page with curves and confusion matrices
+    #[arg(long, value_name = "PAGE.html")]
+    report: Option<PathBuf>,
+    /// Give external data files new names where they would overwrite the source's
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    rename_data: Option<bool>,
+}
+
+/// Flags that switch something off.
+#[derive(clap::Args, Debug, Clone, Default)]
+pub struct Switches {
+    /// Keep the new network even if it is not better
+    #[arg(long)]
+    no_guard: bool,
+    /// Samples in the data's order, every epoch
+    #[arg(long)]
+    no_shuffle: bool,
+    /// TOML file of options; flags go before it
+    #[arg(long, value_name = "FILE.toml")]
+    config: Option<PathBuf>,
+}
+
+/// The file's options with the flags over them and the defaults under them.
+pub fn resolve(overrides: &Overrides, switches: &Switches) -> anyhow::Result<Config> {
+    let mut table = match &switches.config {
+        Some(path) => read(path)?,
+        None => toml::Table::new(),
+    };
+    let mut overrides = overrides.clone();
+    overrides.guard = switches.no_guard.then_some(false);
+    overrides.shuffle = switches.no_shuffle.then_some(false);
+    let flags = toml::Table::try_from(&overrides).context("options")?;
+    table.extend(flags);
+    let config: Config =
+        table.try_into().map_err(|e: toml::de::Error| anyhow::anyhow!("options: {}", e.message()))?;
+    config.check()?;
+    Ok(config)
+}
+
+fn read(path: &Path) -> anyhow::Result<toml::Table> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    text.parse::<toml::Table>().with_context(|| path.display().to_string())
+}

@@ -1,0 +1,63 @@
+//! Opening a model's data.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+
+use crate::exec::{Options, Session};
+use crate::finetune::{check_target, input_specs};
+use crate::import::Model;
+use crate::train::data::{Dataset, ImageOptions, open};
+use crate::train::loss::Loss;
+
+/// Options of data that are images.
+#[derive(clap::Args, Debug, Clone, Default)]
+pub struct ImageArgs {
+    /// Factor on the pixels' 0..255 [default: 1/255]
+    #[arg(long, value_name = "FACTOR")]
+    pub scale: Option<f32>,
+    /// Subtracted from scaled pixels: one number, or one per channel
+    #[arg(long, value_delimiter = ',', value_name = "M,…")]
+    pub mean: Vec<f32>,
+    /// Divides pixels after that: one number, or one per channel
+    #[arg(long, value_delimiter = ',', value_name = "S,…")]
+    pub std: Vec<f32>,
+}
+
+impl ImageArgs {
+    /// Overrides what is given here.
+    pub fn over(&self, mut options: ImageOptions) -> ImageOptions {
+        options.scale = self.scale.or(options.scale);
+        if !self.mean.is_empty() {
+            options.mean.clone_from(&self.mean);
+        }
+        if !self.std.is_empty() {
+            options.std.clone_from(&self.std);
+        }
+        options
+    }
+}
+
+pub fn load(path: &Path) -> anyhow::Result<Arc<Model>> {
+    Ok(Arc::new(crate::import::load(path)?))
+}
+
+/// Opens data and binds them to the model's inputs.
+pub fn bound(model: &Model, path: &Path, options: &ImageOptions) -> anyhow::Result<Dataset> {
+    let specs = input_specs(model);
+    let data = open(path, options, &specs)?;
+    Ok(data.bind(&specs).with_context(|| path.display().to_string())?)
+}
+
+/// A session with data whose target fits the loss.
+pub fn with_target(
+    model: &Arc<Model>,
+    data: Dataset,
+    loss: &Loss,
+    threads: usize,
+) -> anyhow::Result<(Session, Dataset)> {
+    let session = Session::new(model.clone(), Options { threads, ..Options::default() })?;
+    let data = check_target(&session, loss, data)?;
+    Ok((session, data))
+}

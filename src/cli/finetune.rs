@@ -1,0 +1,79 @@
+//! `retune finetune`: a model and data in, the same model with better weights out.
+
+use std::path::PathBuf;
+
+use crate::finetune::{NumberOr, Summary, finetune};
+
+use super::config::{Overrides, Switches, resolve};
+use super::eval::describe;
+use super::progress::Reporter;
+
+#[derive(clap::Args)]
+pub struct Args {
+    model: PathBuf,
+    /// .npz, folder of class folders, or IDX images file
+    #[arg(long)]
+    data: PathBuf,
+    /// The ONNX file to write
+    #[arg(long, value_name = "NEW.onnx")]
+    output: PathBuf,
+    #[command(flatten)]
+    overrides: Overrides,
+    #[command(flatten)]
+    switches: Switches,
+    #[command(flatten)]
+    images: super::data::ImageArgs,
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn main(args: &Args) -> anyhow::Result<u8> {
+    let mut config = resolve(&args.overrides, &args.switches)?;
+    config.images = args.images.over(config.images.clone());
+    let model = super::data::load(&args.model)?;
+    let data = super::data::bound(&model, &args.data, &config.images)?;
+    let held = match (config.holdout_fraction()?, &config.holdout) {
+        (None, NumberOr::Word(path)) => Some(super::data::bound(&model, path.as_ref(), &config.images)?),
+        _ => None,
+    };
+    let mut reporter = Reporter::new();
+    let done = finetune(model, data, held, &config, &args.output, &mut |p| reporter.step(p))?;
+    if let Some(path) = &config.report {
+        super::page::finetuned(path, &args.model, &done)?;
+        eprintln!("report: {}", path.display());
+    }
+    report(&done.summary);
+    if args.json {
+        super::print_json(&done.summary)?;
+    }
+    Ok(if done.summary.kept { 0 } else { super::NOT_MET })
+}
+
+/// The summary for people, on stderr.
+pub fn report(s: &Summary) {
+    for note in &s.notes {
+        eprintln!("note: {note}");
+    }
+    if let (Some(before), Some(after)) = (&s.before, &s.after) {
+        eprintln!("before: {}", describe(before));
+        eprintln!("after:  {}", describe(after));
+    }
+    eprintln!(
+        "{} steps in {:.1} s on {} samples, {} parameters trained, peak memory {}",
+        s.steps,
+        s.seconds,
+        s.training_samples,
+        s.trained_parameters,
+        super::human_bytes(s.peak_bytes)
+    );
+    for unmet in &s.unmet {
+        eprintln!("not met: {unmet}");
+    }
+    match s.kept {
+        true => eprintln!("wrote {} (tract: {})", s.output.display(), s.verified),
+        false => eprintln!(
+            "the new network is not better by more than noise, or a condition is not met: {} is the original",
+            s.output.display()
+        ),
+    }
+}

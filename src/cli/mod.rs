@@ -1,0 +1,98 @@
+//! The command line: each subcommand parses, calls the library, prints; no logic of its own.
+
+mod bench;
+mod config;
+mod data;
+mod demo;
+mod eval;
+mod finetune;
+mod grad;
+mod html;
+mod inspect;
+mod page;
+mod plan;
+mod progress;
+mod run;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Finetunes deployed ONNX networks on the CPU and gives back the same file with better weights.
+#[derive(Parser)]
+#[command(name = "retune", version, about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Inputs, outputs, operators, parameters and what blocks training
+    Inspect(inspect::Args),
+    /// Peak memory of training, by kind
+    Plan(plan::Args),
+    /// Run a model on an .npz of inputs
+    Run(run::Args),
+    /// Loss and gradients of one batch
+    Grad(grad::Args),
+    /// Loss and metrics on data
+    Eval(eval::Args),
+    /// Finetune a model on data and write it back
+    Finetune(Box<finetune::Args>),
+    /// Run ONNX backend test cases
+    Test(test::Args),
+    /// Time a forward pass or a training step
+    Bench(bench::Args),
+    /// The main job on what the repository ships: shift, finetune, export, verify, report
+    Demo(demo::Args),
+}
+
+/// Refused or failed; a usage error is 2 (clap's own).
+const FAILED: u8 = 1;
+/// A guard or `--require` was not met.
+const NOT_MET: u8 = 3;
+
+/// Parses the arguments of the process and does what they say.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = match &cli.command {
+        Command::Inspect(a) => inspect::main(a),
+        Command::Plan(a) => plan::main(a),
+        Command::Run(a) => run::main(a),
+        Command::Grad(a) => grad::main(a),
+        Command::Eval(a) => eval::main(a),
+        Command::Finetune(a) => finetune::main(a),
+        Command::Test(a) => test::main(a),
+        Command::Bench(a) => bench::main(a),
+        Command::Demo(a) => demo::main(a),
+    };
+    match done {
+        Ok(code) => ExitCode::from(code),
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+/// Prints one JSON document on stdout.
+fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, value)?;
+    writeln!(out)?;
+    Ok(())
+}
+
+/// `12.3 MB`, for people.
+fn human_bytes(bytes: usize) -> String {
+    let b = bytes as f64;
+    match bytes {
+        0..1_000 => format!("{bytes} B"),
+        1_000..1_000_000 => format!("{:.1} kB", b / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", b / 1e6),
+        _ => format!("{:.2} GB", b / 1e9),
+    }
+}

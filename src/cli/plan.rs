@@ -1,0 +1,193 @@
+//! `retune plan`: what a run takes, before it runs.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::exec::{Options, Session, Usage};
+use crate::finetune::{MethodName, input_specs};
+use crate::graph::WeightId;
+use crate::import::Model;
+use crate::plan::Peak;
+use crate::tensor::Meta;
+use crate::train::loss::default_target;
+use crate::train::method::{Method, Plain};
+use crate::train::select::Select;
+use crate::train::step::{Evaluation, Network, Recipe, Shapes};
+
+use super::config::{Overrides, Switches, resolve};
+use super::human_bytes;
+
+#[derive(clap::Args)]
+pub struct Args {
+    model: PathBuf,
+    /// Sizes that the file leaves open, by input: NAME=8x3x224x224 (the batch included)
+    #[arg(long, value_name = "NAME=DIMS")]
+    shape: Vec<String>,
+    #[command(flatten)]
+    overrides: Overrides,
+    #[command(flatten)]
+    switches: Switches,
+    #[arg(long)]
+    json: bool,
+}
+
+/// Memory of one program.
+#[derive(Serialize)]
+struct ProgramReport {
+    program: String,
+    kernels: usize,
+    peak: Peak,
+}
+
+/// Memory of one way of using the model.
+#[derive(Serialize)]
+struct ModeReport {
+    mode: String,
+    memory: Usage,
+    peak_bytes: usize,
+    programs: Vec<ProgramReport>,
+}
+
+#[derive(Serialize)]
+struct Report {
+    batch: usize,
+    optimizer: String,
+    modes: Vec<ModeReport>,
+}
+
+pub fn main(args: &Args) -> anyhow::Result<u8> {
+    let model = super::data::load(&args.model)?;
+    let config = resolve(&args.overrides, &args.switches)?;
+    let inputs = input_shapes(&model, config.batch, &args.shape)?;
+    let mut modes = vec![forward(&model, &inputs, &config.loss()?)?];
+    for (name, method) in [("supervised", MethodName::Supervised), ("icp", MethodName::Icp)] {
+        let config = crate::finetune::Config { method, ..config.clone() };
+        let mut session = Session::new(model.clone(), Options { threads: 1, ..Options::default() })?;
+        let loss = config.loss()?;
+        let shapes = with_target(&session, &inputs, &loss)?;
+        let select: Select = config.train.parse().map_err(|e| anyhow::anyhow!("--train {e}"))?;
+        let reached = crate::train::step::reached(&session, &loss, &shapes)?;
+        let params: Vec<WeightId> =
+            select.resolve(&model)?.into_iter().filter(|w| reached[w.index()]).collect();
+        let recipe = Recipe {
+            loss,
+            optimizer: config.optimizer(),
+            clip: config.clip_norm(),
+            params,
+            norm: config.norm,
+            accumulate: config.accumulate,
+        };
+        recipe.prepare(&mut session)?;
+        let mut method: Box<dyn Method> = match method {
+            MethodName::Supervised => Box::new(Plain::default()),
+            MethodName::Icp => Box::new(config.icp()?),
+        };
+        method.prepare(&mut session, &recipe, &shapes, config.epochs)?;
+        modes.push(mode(name, &session, &method.programs()));
+    }
+    let report =
+        Report { batch: config.batch, optimizer: format!("{:?}", config.optimizer).to_lowercase(), modes };
+    match args.json {
+        true => super::print_json(&report)?,
+        false => print(&report),
+    }
+    Ok(0)
+}
+
+fn mode(name: &str, session: &Session, programs: &[(&str, &crate::exec::Program)]) -> ModeReport {
+    let memory = session.usage();
+    ModeReport {
+        mode: name.into(),
+        memory,
+        peak_bytes: memory.total(),
+        programs: programs
+            .iter()
+            .map(|(what, p)| ProgramReport {
+                program: what.to_string(),
+                kernels: p.plan.steps.len(),
+                peak: p.plan.peak,
+            })
+            .collect(),
+    }
+}
+
+fn forward(
+    model: &Arc<Model>,
+    inputs: &[(String, Meta)],
+    loss: &crate::train::loss::Loss,
+) -> anyhow::Result<ModeReport> {
+    let mut session = Session::new(model.clone(), Options { threads: 1, ..Options::default() })?;
+    let shapes = with_target(&session, inputs, loss)?;
+    let evaluation = Evaluation::new(&mut session, loss, &shapes)?;
+    Ok(mode("forward", &session, &[("forward", &evaluation.program)]))
+}
+
+/// The shapes of a batch: as the file declares them, with `batch` first, and as `given` on the command line.
+pub fn input_shapes(model: &Model, batch: usize, given: &[String]) -> anyhow::Result<Vec<(String, Meta)>> {
+    let mut shapes = Vec::new();
+    for spec in input_specs(model) {
+        let wanted = given.iter().find_map(|g| g.strip_prefix(&format!("{}=", spec.name)));
+        let dims: Vec<usize> = match wanted {
+            Some(text) => text
+                .split('x')
+                .map(|d| d.parse().map_err(|_| anyhow::anyhow!("--shape {}={text}: not DIMxDIM…", spec.name)))
+                .collect::<Result<_, _>>()?,
+            None => {
+                let mut dims = spec.dims.clone();
+                if let Some(first) = dims.first_mut() {
+                    *first = Some(batch);
+                }
+                let open = || {
+                    anyhow::anyhow!(
+                        "input '{}' has open dimensions: give them as --shape {}=DIMxDIM…",
+                        spec.name,
+                        spec.name
+                    )
+                };
+                dims.into_iter().collect::<Option<_>>().ok_or_else(open)?
+            }
+        };
+        shapes.push((spec.name.clone(), Meta::new(spec.dtype, &dims)));
+    }
+    Ok(shapes)
+}
+
+/// Completes input shapes with the target that the loss takes.
+pub fn with_target(
+    session: &Session,
+    inputs: &[(String, Meta)],
+    loss: &crate::train::loss::Loss,
+) -> anyhow::Result<Shapes> {
+    let mut shapes = Shapes { inputs: inputs.to_vec(), target: Meta::new(crate::tensor::DType::I64, &[1]) };
+    let net = Network::new(session, crate::ops::Mode::EVAL, &shapes, &Default::default())?;
+    let output = net.graph.outputs.first().ok_or_else(|| anyhow::anyhow!("the model has no output"))?;
+    shapes.target = default_target(loss, net.graph.meta(*output)?);
+    Ok(shapes)
+}
+
+fn print(r: &Report) {
+    println!("batch {}, {}", r.batch, r.optimizer);
+    println!(
+        "{:12} {:>10} {:>10} {:>10} {:>10} {:>12} {:>10} {:>10}",
+        "", "peak", "weights", "optimizer", "step", "activations", "gradients", "scratch"
+    );
+    for m in &r.modes {
+        let worst = m.programs.iter().map(|p| p.peak).max_by_key(|p| p.arena).unwrap_or_default();
+        println!(
+            "{:12} {:>10} {:>10} {:>10} {:>10} {:>12} {:>10} {:>10}",
+            m.mode,
+            human_bytes(m.peak_bytes),
+            human_bytes(m.memory.weights + m.memory.statistics + m.memory.frozen),
+            human_bytes(m.memory.optimizer),
+            human_bytes(m.memory.step),
+            human_bytes(worst.activations + worst.fragmentation),
+            human_bytes(worst.gradients),
+            human_bytes(worst.scratch),
+        );
+        for p in m.programs.iter().filter(|_| m.programs.len() > 1) {
+            println!("  {:10} {:>10} arena, {} kernels", p.program, human_bytes(p.peak.arena), p.kernels);
+        }
+    }
+}

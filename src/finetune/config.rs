@@ -1,0 +1,326 @@
+//! The options of a finetune, as a TOML file and the command line spell them.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::icp::{Alpha, Icp, Settings, Taps, Weights};
+use crate::train::data::ImageOptions;
+use crate::train::loss::Loss;
+use crate::train::optimizer::Optimizer;
+use crate::train::schedule::{Schedule, Shape};
+use crate::train::step::Norm;
+
+/// How the weights learn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MethodName {
+    Supervised,
+    Icp,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerName {
+    Sgd,
+    Adam,
+    Adamw,
+    Ademamix,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScheduleName {
+    Constant,
+    Cosine,
+    Step,
+    OneCycle,
+}
+
+/// A number, or a word that stands for a rule.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum NumberOr {
+    Number(f64),
+    Word(String),
+}
+
+/// Every option of `retune finetune` with its default; keys of the TOML file are the long flags' names.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Config {
+    pub method: MethodName,
+    /// `cross-entropy`, `bce`, `mse`, or the path of an ONNX graph.
+    pub loss: String,
+    pub label_smoothing: f64,
+    pub epochs: usize,
+    pub batch: usize,
+    /// Batches whose gradients make one update.
+    pub accumulate: usize,
+    pub lr: f64,
+    pub optimizer: OptimizerName,
+    pub momentum: f64,
+    pub nesterov: bool,
+    pub weight_decay: f64,
+    pub schedule: ScheduleName,
+    /// Steps over which the learning rate rises first.
+    pub lr_warmup: usize,
+    /// For `schedule = "step"`: multiply by `lr-gamma` every `lr-every` steps.
+    pub lr_every: usize,
+    pub lr_gamma: f64,
+    /// Bound on the gradient's norm; 0: off; absent: off for supervised, 5 for ICP.
+    pub clip: Option<f64>,
+    /// `all`, `head`, `last:N`, `bias`, `norm`, or globs over parameter names.
+    pub train: String,
+    pub norm: Norm,
+    /// Share of the data that is held out, or the path of held-out data; 0: none.
+    pub holdout: NumberOr,
+    pub guard: bool,
+    pub shuffle: bool,
+    pub seed: u64,
+    /// 0: one per core.
+    pub threads: usize,
+    pub precision: String,
+    pub memory_budget: Option<String>,
+    pub checkpoint: Option<PathBuf>,
+    pub checkpoint_every: usize,
+    pub resume: bool,
+    pub icp_perturber: OptimizerName,
+    pub icp_steps: usize,
+    pub icp_epsilon: f64,
+    /// Share of the epochs that train plainly first.
+    pub icp_warmup: f64,
+    /// `schedule`, `per-step`, or a number.
+    pub icp_alpha: NumberOr,
+    pub icp_weights: Weights,
+    /// `auto`, or value names joined by commas.
+    pub icp_taps: String,
+    /// Conditions on the result, such as `accuracy>=0.9`.
+    pub require: Option<String>,
+    /// Where to write the report page.
+    pub report: Option<PathBuf>,
+    /// External data files get new names where they would overwrite the source's.
+    pub rename_data: bool,
+    pub images: ImageOptions,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            method: MethodName::Icp,
+            loss: "cross-entropy".into(),
+            label_smoothing: 0.0,
+            epochs: 10,
+            batch: 32,
+            accumulate: 1,
+            lr: 3e-4,
+            optimizer: OptimizerName::Adamw,
+            momentum: 0.0,
+            nesterov: false,
+            weight_decay: 0.0,
+            schedule: ScheduleName::Cosine,
+            lr_warmup: 0,
+            lr_every: 100,
+            lr_gamma: 0.1,
+            clip: None,
+            train: "all".into(),
+            norm: Norm::Batch,
+            holdout: NumberOr::Number(0.2),
+            guard: true,
+            shuffle: true,
+            seed: 0,
+            threads: 0,
+            precision: "f32".into(),
+            memory_budget: None,
+            checkpoint: None,
+            checkpoint_every: 20,
+            resume: false,
+            icp_perturber: OptimizerName::Adam,
+            icp_steps: 5,
+            icp_epsilon: 0.002,
+            icp_warmup: 0.0,
+            icp_alpha: NumberOr::Word("schedule".into()),
+            icp_weights: Weights::Cosine,
+            icp_taps: "auto".into(),
+            require: None,
+            report: None,
+            rename_data: false,
+            images: ImageOptions::default(),
+        }
+    }
+}
+
+fn config<T>(what: impl Into<String>) -> Result<T> {
+    Err(Error::Config(what.into()))
+}
+
+impl Config {
+    /// Refuses what makes no sense, naming the option.
+    pub fn check(&self) -> Result<()> {
+        let positive = [("epochs", self.epochs), ("batch", self.batch), ("accumulate", self.accumulate)];
+        if let Some((name, _)) = positive.iter().find(|p| p.1 == 0) {
+            return config(format!("--{name} must be at least 1"));
+        }
+        let numbers = [
+            ("lr", self.lr),
+            ("momentum", self.momentum),
+            ("weight-decay", self.weight_decay),
+            ("clip", self.clip.unwrap_or(0.0)),
+            ("icp-epsilon", self.icp_epsilon),
+        ];
+        if let Some((name, x)) = numbers.iter().find(|p| !p.1.is_finite() || p.1 < 0.0) {
+            return config(format!("--{name} {x}: must be a number from 0"));
+        }
+        if !(0.0..=1.0).contains(&self.icp_warmup) {
+            return config(format!("--icp-warmup {}: is a share of the epochs, 0 to 1", self.icp_warmup));
+        }
+        if !(0.0..1.0).contains(&self.label_smoothing) {
+            return config(format!("--label-smoothing {}: must be from 0 to below 1", self.label_smoothing));
+        }
+        if self.nesterov && self.momentum == 0.0 {
+            return config("--nesterov needs --momentum above 0");
+        }
+        if self.precision != "f32" {
+            return config(format!("--precision {}: only f32 is supported so far", self.precision));
+        }
+        if self.memory_budget.is_some() {
+            return config("--memory-budget is not supported yet; `retune plan` shows what a run takes");
+        }
+        if self.resume && self.checkpoint.is_none() {
+            return config("--resume needs --checkpoint DIR");
+        }
+        self.alpha()?;
+        self.holdout_fraction()?;
+        Ok(())
+    }
+
+    /// The held-out share, or `None` where held-out data are given by path.
+    pub fn holdout_fraction(&self) -> Result<Option<f64>> {
+        let fraction = match &self.holdout {
+            NumberOr::Number(x) => *x,
+            NumberOr::Word(w) => match w.parse() {
+                Ok(x) => x,
+                Err(_) => return Ok(None),
+            },
+        };
+        match (0.0..1.0).contains(&fraction) {
+            true => Ok(Some(fraction)),
+            false => config(format!("--holdout {fraction}: must be from 0 to below 1, or the path of data")),
+        }
+    }
+
+    fn optimizer_named(&self, name: OptimizerName, weight_decay: f64) -> Optimizer {
+        match name {
+            OptimizerName::Sgd => {
+                Optimizer::Sgd { momentum: self.momentum, nesterov: self.nesterov, weight_decay }
+            }
+            OptimizerName::Adam => Optimizer::adam(weight_decay, false),
+            OptimizerName::Adamw => Optimizer::adam(weight_decay, true),
+            OptimizerName::Ademamix => Optimizer::ademamix(weight_decay),
+        }
+    }
+
+    /// The optimizer of the weights.
+    pub fn optimizer(&self) -> Optimizer {
+        self.optimizer_named(self.optimizer, self.weight_decay)
+    }
+
+    pub fn schedule(&self) -> Schedule {
+        let shape = match self.schedule {
+            ScheduleName::Constant => Shape::Constant,
+            ScheduleName::Cosine => Shape::Cosine,
+            ScheduleName::Step => Shape::Step { every: self.lr_every, gamma: self.lr_gamma },
+            ScheduleName::OneCycle => Shape::OneCycle,
+        };
+        Schedule { shape, warmup: self.lr_warmup }
+    }
+
+    /// The bound on the gradient's norm, with the method's default.
+    pub fn clip_norm(&self) -> Option<f64> {
+        let default = match self.method {
+            MethodName::Icp => 5.0,
+            MethodName::Supervised => 0.0,
+        };
+        Some(self.clip.unwrap_or(default)).filter(|c| *c > 0.0)
+    }
+
+    fn alpha(&self) -> Result<Alpha> {
+        let number = match &self.icp_alpha {
+            NumberOr::Number(x) => Some(*x),
+            NumberOr::Word(w) => w.parse().ok(),
+        };
+        match (&self.icp_alpha, number) {
+            (_, Some(a)) if (0.0..=1.0).contains(&a) => Ok(Alpha::Fixed(a)),
+            (NumberOr::Word(w), None) if w == "schedule" => Ok(Alpha::Schedule),
+            (NumberOr::Word(w), None) if w == "per-step" => Ok(Alpha::PerStep),
+            _ => config("--icp-alpha takes `schedule`, `per-step` or a number from 0 to 1"),
+        }
+    }
+
+    /// ICP with these options.
+    pub fn icp(&self) -> Result<Icp> {
+        let names = || self.icp_taps.split(',').map(|n| n.trim().to_string()).collect();
+        Ok(Icp::new(Settings {
+            // The perturber is plain: momentum and weight decay are the weights' optimizer's.
+            perturber: match self.icp_perturber {
+                OptimizerName::Sgd => Optimizer::sgd(),
+                other => self.optimizer_named(other, 0.0),
+            },
+            steps: self.icp_steps,
+            epsilon: self.icp_epsilon,
+            warmup: self.icp_warmup,
+            alpha: self.alpha()?,
+            weights: self.icp_weights,
+            taps: if self.icp_taps == "auto" { Taps::Auto } else { Taps::Names(names()) },
+        }))
+    }
+
+    /// The loss; an ONNX graph is loaded.
+    pub fn loss(&self) -> Result<Loss> {
+        parse_loss(&self.loss, self.label_smoothing)
+    }
+}
+
+/// A loss by its name on the command line.
+pub fn parse_loss(name: &str, label_smoothing: f64) -> Result<Loss> {
+    Ok(match name {
+        "cross-entropy" => Loss::CrossEntropy { label_smoothing },
+        "bce" => Loss::Bce,
+        "mse" => Loss::Mse,
+        path if path.ends_with(".onnx") => Loss::Graph(std::sync::Arc::new(crate::import::load(path)?)),
+        other => return config(format!("--loss {other}: takes cross-entropy, bce, mse or FILE.onnx")),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refuses_what_makes_no_sense() {
+        let bad = |f: fn(&mut Config)| {
+            let mut c = Config::default();
+            f(&mut c);
+            c.check().unwrap_err().to_string()
+        };
+        assert!(bad(|c| c.epochs = 0).contains("--epochs"));
+        assert!(bad(|c| c.lr = f64::NAN).contains("--lr"));
+        assert!(bad(|c| c.holdout = NumberOr::Number(1.0)).contains("--holdout"));
+        assert!(bad(|c| c.icp_alpha = NumberOr::Word("half".into())).contains("--icp-alpha"));
+        assert!(bad(|c| c.nesterov = true).contains("--momentum"));
+        Config::default().check().unwrap();
+    }
+
+    #[test]
+    fn clipping_depends_on_the_method() {
+        let mut c = Config::default();
+        assert_eq!(c.clip_norm(), Some(5.0));
+        c.method = MethodName::Supervised;
+        assert_eq!(c.clip_norm(), None);
+        c.clip = Some(1.0);
+        assert_eq!(c.clip_norm(), Some(1.0));
+        c.clip = Some(0.0);
+        assert_eq!(c.clip_norm(), None);
+    }
+}

@@ -1,0 +1,186 @@
+//! Which values the teacher's and the student's features are compared at.
+
+use crate::error::{Error, Result};
+use crate::graph::{Graph, Source, ValueId};
+
+/// The choice of taps.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Taps {
+    /// The outputs of the network's stages.
+    Auto,
+    /// ONNX value names, from shallow to deep.
+    Names(Vec<String>),
+}
+
+/// The tapped values of a graph whose shapes are inferred; `logits` is where the loss is computed.
+///
+/// Automatic: the last value of each spatial resolution before it shrinks; without spatial dimensions, the
+/// output of each residual block of a transformer, else of each hidden layer. Only values through which
+/// everything flows from the input to `logits` are taken, where the network has such values.
+pub fn find(graph: &Graph, taps: &Taps, logits: ValueId) -> Result<Vec<ValueId>> {
+    match taps {
+        Taps::Names(names) => names
+            .iter()
+            .map(|name| {
+                let v = graph
+                    .find(name)
+                    .ok_or_else(|| Error::value(name, "no such value in the model to tap"))?;
+                let float = graph.meta(v)?.dtype.is_float();
+                match graph.value(v).source {
+                    Source::Node(..) if float => Ok(v),
+                    _ => Err(Error::value(name, "a tap must be a floating-point value that a node computes")),
+                }
+            })
+            .collect(),
+        Taps::Auto => {
+            let path = Path::new(graph, logits)?;
+            for candidates in [path.stages(true), path.blocks(), path.stages(false), path.layers()] {
+                if !candidates.is_empty() {
+                    return Ok(candidates);
+                }
+            }
+            Err(Error::Config(
+                "no stages found to compare features at: name values with --icp-taps NAME,…".into(),
+            ))
+        }
+    }
+}
+
+/// The values between the inputs and the logits, in the order they are computed.
+struct Path<'a> {
+    graph: &'a Graph,
+    values: Vec<ValueId>,
+    /// Whether everything flows through the value.
+    cut: Vec<bool>,
+    /// Per value of the graph: does it depend on an input?
+    depends: Vec<bool>,
+}
+
+impl<'a> Path<'a> {
+    fn new(graph: &'a Graph, logits: ValueId) -> Result<Self> {
+        let mut needed = vec![false; graph.values.len()];
+        let mut stack = vec![logits];
+        while let Some(v) = stack.pop() {
+            if !std::mem::replace(&mut needed[v.index()], true) {
+                if let Source::Node(n, _) = graph.value(v).source {
+                    stack.extend(graph.node(n).inputs.iter().flatten());
+                }
+            }
+        }
+        // Perturbed inputs are states here; parameters are too, but no declaration makes them inputs.
+        let mut depends = vec![false; graph.values.len()];
+        for (i, v) in graph.values.iter().enumerate() {
+            let state_input = matches!(v.source, Source::State(_)) && v.declared.is_some();
+            depends[i] = matches!(v.source, Source::Input) || state_input;
+        }
+        let mut values = Vec::new();
+        let mut last_read = vec![0; graph.values.len()];
+        for (i, node) in graph.nodes.iter().enumerate() {
+            let on_path = node.outputs.iter().flatten().any(|v| needed[v.index()]);
+            if !on_path || !node.inputs.iter().flatten().any(|v| depends[v.index()]) {
+                continue;
+            }
+            for v in node.inputs.iter().flatten() {
+                last_read[v.index()] = i;
+            }
+            for v in node.outputs.iter().flatten().filter(|v| needed[v.index()]) {
+                depends[v.index()] = true;
+                values.push((*v, i));
+            }
+        }
+        last_read[logits.index()] = usize::MAX;
+        // A value is a cut when, right after it is computed, nothing else computed before is still to be read.
+        let inputs: Vec<ValueId> = (0..graph.values.len() as u32)
+            .map(ValueId)
+            .filter(|v| depends[v.index()] && !matches!(graph.value(*v).source, Source::Node(..)))
+            .collect();
+        let mut cut = vec![false; values.len()];
+        let mut open: Vec<ValueId> = inputs;
+        for (k, &(v, at)) in values.iter().enumerate() {
+            open.retain(|o| last_read[o.index()] > at);
+            cut[k] = open.is_empty();
+            open.push(v);
+        }
+        let values = values.into_iter().map(|v| v.0).collect();
+        Ok(Path { graph, values, cut, depends })
+    }
+
+    fn dims(&self, v: ValueId) -> &[usize] {
+        self.graph.value(v).meta.as_ref().map_or(&[], |m| m.dims.as_slice())
+    }
+
+    /// The last value of each spatial size before it shrinks (to 1 included); sizes of 1 are no stage.
+    fn stages(&self, cuts: bool) -> Vec<ValueId> {
+        let mut stages: Vec<(usize, ValueId)> = Vec::new();
+        for (k, &v) in self.values.iter().enumerate() {
+            let dims = self.dims(v);
+            if dims.len() < 3 || (cuts && !self.cut[k]) || (dims.len() == 3 && !self.convolutional(v)) {
+                continue;
+            }
+            let size: usize = dims[2..].iter().product();
+            if size <= 1 {
+                continue;
+            }
+            match stages.last_mut() {
+                Some(last) if last.0 == size => last.1 = v,
+                Some(last) if last.0 < size => {}
+                _ => stages.push((size, v)),
+            }
+        }
+        stages.into_iter().map(|s| s.1).collect()
+    }
+
+    /// Is a rank-3 value's last dimension a length that a convolution or pooling runs over?
+    fn convolutional(&self, v: ValueId) -> bool {
+        let spatial = |op: &str| op.contains("Conv") || op.contains("Pool") || op == "BatchNormalization";
+        let mut v = v;
+        for _ in 0..4 {
+            let Source::Node(n, _) = self.graph.value(v).source else { return false };
+            let node = self.graph.node(n);
+            if spatial(node.op.name()) {
+                return true;
+            }
+            match node.inputs.first() {
+                Some(Some(x)) => v = *x,
+                _ => return false,
+            }
+        }
+        false
+    }
+
+    /// Residual sums of a transformer, one a block: every second one where attention and feed-forward
+    /// each have their own.
+    fn blocks(&self) -> Vec<ValueId> {
+        let sums: Vec<ValueId> = self
+            .values
+            .iter()
+            .enumerate()
+            .filter(|(k, v)| {
+                let Source::Node(n, _) = self.graph.value(**v).source else { return false };
+                let node = self.graph.node(n);
+                let residual = node.inputs.iter().flatten().filter(|x| self.depends[x.index()]).count() == 2;
+                self.cut[*k] && self.dims(**v).len() == 3 && node.op.name() == "Add" && residual
+            })
+            .map(|(_, v)| *v)
+            .collect();
+        match sums.len() {
+            n if n >= 2 && n % 2 == 0 => sums.into_iter().skip(1).step_by(2).collect(),
+            _ => sums,
+        }
+    }
+
+    /// What each dense layer but the first reads.
+    fn layers(&self) -> Vec<ValueId> {
+        let mut layers = Vec::new();
+        for &v in &self.values {
+            let Source::Node(n, 0) = self.graph.value(v).source else { continue };
+            let node = self.graph.node(n);
+            if let ("Gemm" | "MatMul", Some(Some(x))) = (node.op.name(), node.inputs.first()) {
+                if matches!(self.graph.value(*x).source, Source::Node(..)) && !layers.contains(x) {
+                    layers.push(*x);
+                }
+            }
+        }
+        layers
+    }
+}

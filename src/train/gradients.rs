@@ -1,0 +1,69 @@
+//! The gradient of a loss with respect to every parameter and input: what `retune grad` prints.
+
+use std::collections::HashMap;
+
+use crate::error::Result;
+use crate::exec::Session;
+use crate::graph::{self, ValueId, WeightId};
+use crate::ops::Mode;
+use crate::plan::Request;
+use crate::tensor::Tensor;
+use crate::train::data::Batch;
+use crate::train::loss::Loss;
+use crate::train::step::{Network, Shapes, feeds, param_values};
+
+/// Loss, outputs and gradients of one batch, by ONNX tensor name.
+#[derive(Debug, Clone)]
+pub struct Gradients {
+    pub loss: Tensor,
+    pub outputs: Vec<(String, Tensor)>,
+    /// Zeros for what the loss does not depend on.
+    pub gradients: Vec<(String, Tensor)>,
+    pub left_out: Option<String>,
+}
+
+/// Differentiates `loss` on one batch with the network in `mode`, with respect to `params` and every
+/// floating-point input. Running statistics are left as they are.
+pub fn gradients(
+    session: &mut Session,
+    loss: &Loss,
+    mode: Mode,
+    params: &[WeightId],
+    batch: &Batch,
+) -> Result<Gradients> {
+    for w in params {
+        session.make_mutable(*w)?;
+    }
+    let shapes = Shapes::of(batch)?;
+    let mut net = Network::new(session, mode, &shapes, &HashMap::new())?;
+    let attached = loss.attach(&mut net.graph, shapes.target.clone())?;
+    let mut wrt: Vec<ValueId> = param_values(session, params);
+    for (v, (_, meta)) in net.inputs.iter().zip(&shapes.inputs) {
+        if meta.dtype.is_float() {
+            wrt.push(*v);
+        }
+    }
+    let grads = graph::grad(&mut net.graph, attached.loss, &wrt)?;
+    let named: Vec<ValueId> = net.graph.outputs.iter().copied().filter(|v| *v != attached.loss).collect();
+    let mut outputs = vec![attached.loss];
+    outputs.extend(&named);
+    outputs.extend(grads.values());
+    let request = Request { outputs, ..Request::default() };
+    let program = session.compile(net.graph, request)?;
+    session.run(&program, &feeds(&net.inputs, attached.target, batch)?, 0)?;
+    let read = |v: ValueId| Ok::<_, crate::error::Error>(session.output(&program, v)?.to_tensor());
+    let name = |v: ValueId| program.graph.value(v).name.clone();
+    let mut gradients = Vec::new();
+    for v in wrt {
+        let g = match grads.get(&v) {
+            Some(g) => read(*g)?,
+            None => {
+                let meta = program.graph.meta(v)?;
+                Tensor::zeros(meta.dtype, &meta.dims)
+            }
+        };
+        gradients.push((name(v), g));
+    }
+    let outputs = named.iter().map(|v| Ok((name(*v), read(*v)?))).collect::<Result<_>>()?;
+    Ok(Gradients { loss: read(attached.loss)?, outputs, gradients, left_out: attached.left_out })
+}

@@ -1,0 +1,132 @@
+//! The loss, attached to a network's outputs.
+
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::graph::{self, Graph, Source, ValueId};
+use crate::import::Model;
+use crate::ops::loss::{BceWithLogits, CrossEntropy, Mse};
+use crate::tensor::{DType, Meta};
+
+/// What is minimised, on the model's first output.
+#[derive(Debug, Clone)]
+pub enum Loss {
+    /// Softmax cross-entropy with integer labels; a final Softmax of the model is left out.
+    CrossEntropy { label_smoothing: f64 },
+    /// Sigmoid cross-entropy; a final Sigmoid of the model is left out.
+    Bce,
+    /// Mean squared error over all elements.
+    Mse,
+    /// An ONNX graph from the model's outputs (by name) and `target` to a scalar.
+    Graph(Arc<Model>),
+}
+
+/// A loss in a graph.
+#[derive(Debug, Clone)]
+pub struct Attached {
+    /// Scalar: the mean over the batch.
+    pub loss: ValueId,
+    /// The graph's new input.
+    pub target: ValueId,
+    /// What the loss reads in the place of output 0: the logits where an activation was left out.
+    pub logits: ValueId,
+    /// The activation that was left out, as people find it in the file.
+    pub left_out: Option<String>,
+}
+
+impl Loss {
+    /// Whether targets are class indices.
+    pub fn wants_labels(&self) -> bool {
+        matches!(self, Loss::CrossEntropy { .. })
+    }
+
+    /// Appends the loss for a target of the given shape and type. Shapes must have been inferred.
+    pub fn attach(&self, graph: &mut Graph, target: Meta) -> Result<Attached> {
+        let Some(&output) = graph.outputs.first() else {
+            return Err(Error::Config("the model has no output to compute a loss on".into()));
+        };
+        let (logits, activation) = match self {
+            Loss::CrossEntropy { .. } => graph::logits(graph, output),
+            Loss::Bce => before_sigmoid(graph, output),
+            _ => (output, None),
+        };
+        let left_out = activation.map(|n| graph.describe(n));
+        let target = graph.add_input("target", target);
+        let emit = |graph: &mut Graph, op: Arc<dyn crate::ops::Op>| {
+            graph.emit("loss", op, &[Some(logits), Some(target)], 1).map(|v| v[0]).map_err(|source| {
+                Error::Op { node: format!("loss on '{}'", graph.value(logits).name), source }
+            })
+        };
+        let loss = match self {
+            Loss::CrossEntropy { label_smoothing } => {
+                emit(graph, Arc::new(CrossEntropy { label_smoothing: *label_smoothing }))?
+            }
+            Loss::Bce => emit(graph, Arc::new(BceWithLogits))?,
+            Loss::Mse => emit(graph, Arc::new(Mse))?,
+            Loss::Graph(model) => loss_graph(graph, model, target)?,
+        };
+        Ok(Attached { loss, target, logits, left_out })
+    }
+}
+
+fn before_sigmoid(graph: &Graph, output: ValueId) -> (ValueId, Option<graph::NodeId>) {
+    if let Source::Node(id, 0) = graph.value(output).source {
+        let node = graph.node(id);
+        if let ("Sigmoid", Some(Some(x))) = (node.op.name(), node.inputs.first()) {
+            return (*x, Some(id));
+        }
+    }
+    (output, None)
+}
+
+/// Binds the loss graph's inputs to outputs of the model by name (by position where it has one input
+/// beside `target`) and copies it in.
+fn loss_graph(graph: &mut Graph, model: &Model, target: ValueId) -> Result<ValueId> {
+    let mut other = model.graph.clone();
+    for w in &model.weights {
+        other.value_mut(w.value).source = Source::Constant(Arc::new(w.load(&model.files)?));
+    }
+    let inputs: Vec<ValueId> = other.inputs.clone();
+    let free = inputs.iter().filter(|v| other.value(**v).name != "target").count();
+    let mut bound = Vec::new();
+    for v in inputs {
+        let name = other.value(v).name.clone();
+        let ours = match name.as_str() {
+            "target" => Some(target),
+            _ => graph.outputs.iter().copied().find(|o| graph.value(*o).name == name),
+        };
+        let ours = ours.or((free == 1).then(|| graph.outputs[0]));
+        let Some(ours) = ours else {
+            let names: Vec<&str> = graph.outputs.iter().map(|o| graph.value(*o).name.as_str()).collect();
+            let what = format!(
+                "this input of the loss {} is neither 'target' nor an output of the model ({})",
+                model.path.display(),
+                names.join(", ")
+            );
+            return Err(Error::value(name, what));
+        };
+        bound.push((v, ours));
+    }
+    let outputs = graph::inline(graph, &other, &bound)?;
+    let loss = *outputs.first().ok_or_else(|| Error::file(&model.path, "the loss graph has no output"))?;
+    let meta = graph.meta(loss)?;
+    if meta.len() != 1 || !meta.dtype.is_float() {
+        let what = format!("the loss must be one number, not {} {:?}", meta.dtype, meta.dims.as_slice());
+        return Err(Error::file(&model.path, what));
+    }
+    Ok(loss)
+}
+
+/// The target's type and shape that a loss needs for outputs of the given shape, where the data do not say.
+pub fn default_target(loss: &Loss, output: &Meta) -> Meta {
+    let mut dims = output.dims.clone();
+    match loss {
+        Loss::CrossEntropy { .. } => {
+            if dims.len() > 1 {
+                dims.remove(1);
+            }
+            Meta::new(DType::I64, &dims)
+        }
+        _ => Meta::new(output.dtype, &dims),
+    }
+}

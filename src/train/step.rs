@@ -1,0 +1,412 @@
+//! One training step as programs: the network in some mode, a loss, gradients, updates.
+
+use std::collections::HashMap;
+
+use crate::error::{Error, Result};
+use crate::exec::{Program, Purpose, Session, infer};
+use crate::graph::{self, Graph, Source, StateId, ValueId, WeightId};
+use crate::ops::update::{Accumulate, ClipScale, SumSquares};
+use crate::ops::{Mode, Op};
+use crate::plan::{Kind, Request};
+use crate::tensor::{Meta, Tensor, View};
+use crate::train::data::Batch;
+pub use crate::train::loss::Attached;
+use crate::train::loss::Loss;
+use crate::train::method::{At, Learned};
+use crate::train::optimizer::{Optimizer, Step, hyper_meta};
+
+/// How normalisation layers behave while training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Norm {
+    /// By the batch's statistics; the running ones follow.
+    Batch,
+    /// By the running statistics of the file, which stay as they are.
+    Frozen,
+}
+
+/// What the steps of a run have in common.
+#[derive(Debug, Clone)]
+pub struct Recipe {
+    pub loss: Loss,
+    pub optimizer: Optimizer,
+    /// Bound on the gradient's global L2 norm.
+    pub clip: Option<f64>,
+    /// What is trained.
+    pub params: Vec<WeightId>,
+    pub norm: Norm,
+    /// Batches whose gradients are averaged into one update.
+    pub accumulate: usize,
+}
+
+impl Recipe {
+    /// The mode of the forward passes that the weights learn from.
+    pub fn mode(&self) -> Mode {
+        Mode { batch_statistics: self.norm == Norm::Batch, ..Mode::TRAIN }
+    }
+
+    /// Makes what the run changes mutable: the parameters, and the running statistics where they follow.
+    pub fn prepare(&self, session: &mut Session) -> Result<()> {
+        for w in &self.params {
+            session.make_mutable(*w)?;
+        }
+        if self.norm == Norm::Batch {
+            for i in 0..session.model().weights.len() {
+                let role = session.model().weights[i].role;
+                if matches!(role, crate::import::Role::RunningMean | crate::import::Role::RunningVar) {
+                    session.make_mutable(WeightId(i as u32))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The shapes of a batch: inputs by name, and the target.
+#[derive(Debug, Clone)]
+pub struct Shapes {
+    pub inputs: Vec<(String, Meta)>,
+    pub target: Meta,
+}
+
+impl PartialEq for Shapes {
+    fn eq(&self, other: &Self) -> bool {
+        let same = |a: &(String, Meta), b: &(String, Meta)| a.0 == b.0 && a.1.same_shape(&b.1);
+        self.target.same_shape(&other.target)
+            && self.inputs.len() == other.inputs.len()
+            && self.inputs.iter().zip(&other.inputs).all(|(a, b)| same(a, b))
+    }
+}
+
+impl Shapes {
+    /// The shapes of a batch, which must have a target.
+    pub fn of(batch: &Batch) -> Result<Shapes> {
+        let inputs = batch.inputs.iter().map(|(name, t)| (name.clone(), t.meta())).collect();
+        Ok(Shapes { inputs, target: target(batch)?.meta() })
+    }
+}
+
+fn target(batch: &Batch) -> Result<&Tensor> {
+    batch.target.as_ref().ok_or_else(|| Error::Data("the data have no target ('y')".into()))
+}
+
+/// The network's graph in one mode with all shapes known.
+pub struct Network {
+    pub graph: Graph,
+    /// In the order of `Shapes::inputs`.
+    pub inputs: Vec<ValueId>,
+    /// Next running statistics: to be computed for their effect.
+    pub statistics: Vec<ValueId>,
+}
+
+impl Network {
+    /// The network in `mode`; inputs listed in `states` are read from there instead of being fed.
+    pub fn new(
+        session: &Session,
+        mode: Mode,
+        shapes: &Shapes,
+        states: &HashMap<String, StateId>,
+    ) -> Result<Network> {
+        let mut graph = session.graph()?;
+        let mut inputs = Vec::new();
+        let mut metas = Vec::new();
+        for (name, meta) in &shapes.inputs {
+            let v = graph
+                .inputs
+                .iter()
+                .copied()
+                .find(|v| graph.value(*v).name == *name)
+                .ok_or_else(|| Error::value(name, "the model has no such input"))?;
+            if let Some(s) = states.get(name) {
+                graph.value_mut(v).source = Source::State(*s);
+                graph.value_mut(v).meta = Some(meta.clone());
+            }
+            metas.push((v, meta.clone()));
+            inputs.push(v);
+        }
+        let mut graph = infer(graph, &metas, &[])?;
+        graph.inputs.retain(|v| matches!(graph.values[v.index()].source, Source::Input));
+        let statistics = graph::set_mode(&mut graph, mode)?;
+        Ok(Network { graph, inputs, statistics })
+    }
+}
+
+/// The state that passes the learning rate and the step's number to the updates.
+pub fn hyper_state(session: &mut Session, name: &str) -> StateId {
+    let store = session.store_mut();
+    store.find(name).unwrap_or_else(|| store.add(name, hyper_meta(), Purpose::Step))
+}
+
+/// Sets a hyper state to (learning rate, step from 1).
+pub fn set_hyper(session: &mut Session, state: StateId, lr: f64, t: usize) {
+    session.store_mut().set(state, bytemuck::cast_slice(&[lr, t as f64]));
+}
+
+const HYPER: &str = "step.hyper";
+
+/// What updating the weights adds to a program.
+#[derive(Debug, Default)]
+pub struct Updates {
+    pub effects: Vec<ValueId>,
+    pub kinds: HashMap<ValueId, Kind>,
+    /// float64 scalars: factor on the gradient (not finite: step skipped), and its norm before clipping.
+    pub scale: Option<ValueId>,
+    pub norm: Option<ValueId>,
+}
+
+fn at_loss<T>(r: std::result::Result<T, crate::error::OpError>) -> Result<T> {
+    r.map_err(|source| Error::Op { node: "optimizer step".into(), source })
+}
+
+/// The values of parameters, in every graph of the session.
+pub fn param_values(session: &Session, params: &[WeightId]) -> Vec<ValueId> {
+    params.iter().map(|w| session.model().weight(*w).value).collect()
+}
+
+/// Appends gradients of `loss` and, from them, the updates (or, when accumulating, the sums that
+/// [`apply`] will read).
+pub fn update(session: &mut Session, graph: &mut Graph, recipe: &Recipe, loss: ValueId) -> Result<Updates> {
+    let params = param_values(session, &recipe.params);
+    let grads = graph::grad(graph, loss, &params)?;
+    let missing: Vec<&str> =
+        params.iter().filter(|v| !grads.contains_key(v)).map(|v| graph.value(*v).name.as_str()).collect();
+    if !missing.is_empty() {
+        return Err(Error::Config(format!(
+            "the loss does not depend on {}: leave it out of --train",
+            missing.join(", ")
+        )));
+    }
+    let grads: Vec<(ValueId, ValueId)> = params.iter().map(|v| (*v, grads[v])).collect();
+    let mut updates = Updates::default();
+    for (_, g) in &grads {
+        updates.kinds.insert(*g, Kind::Gradient);
+    }
+    match recipe.accumulate {
+        0 | 1 => emit_updates(session, graph, recipe, loss, &grads, &mut updates)?,
+        _ => emit_accumulation(session, graph, loss, &grads, &mut updates)?,
+    }
+    Ok(updates)
+}
+
+fn emit_updates(
+    session: &mut Session,
+    graph: &mut Graph,
+    recipe: &Recipe,
+    loss: ValueId,
+    grads: &[(ValueId, ValueId)],
+    updates: &mut Updates,
+) -> Result<()> {
+    let mut sum = None;
+    for (_, g) in grads {
+        sum = Some(emit(graph, "norm", SumSquares, &[Some(*g), sum], 1)?[0]);
+    }
+    let clip = emit(graph, "norm", ClipScale { max_norm: recipe.clip }, &[Some(loss), sum], 2)?;
+    (updates.scale, updates.norm) = (Some(clip[0]), Some(clip[1]));
+    let hyper = hyper_state(session, HYPER);
+    let step = Step { hyper: graph.add_state(HYPER, hyper, hyper_meta()), scale: updates.scale };
+    for (param, g) in grads {
+        let name = graph.value(*param).name.clone();
+        let meta = graph.meta(*param)?.clone();
+        let states = recipe.optimizer.states_for(session.store_mut(), &name, &meta, Purpose::Optimizer);
+        updates.effects.push(at_loss(recipe.optimizer.emit(graph, *param, *g, step, &states))?);
+    }
+    Ok(())
+}
+
+fn emit(
+    graph: &mut Graph,
+    hint: &str,
+    op: impl Op + 'static,
+    inputs: &[Option<ValueId>],
+    outputs: usize,
+) -> Result<Vec<ValueId>> {
+    at_loss(graph.emit(hint, std::sync::Arc::new(op), inputs, outputs))
+}
+
+/// float64 [2]: weight of the batch, and 1 at the first batch of a step.
+const SHARE: &str = "step.share";
+/// The name of what holds a parameter's summed gradient.
+fn sum_name(param: &str) -> String {
+    format!("{param}.grad")
+}
+const LOSS_SUM: &str = "step.loss";
+
+fn emit_accumulation(
+    session: &mut Session,
+    graph: &mut Graph,
+    loss: ValueId,
+    grads: &[(ValueId, ValueId)],
+    updates: &mut Updates,
+) -> Result<()> {
+    let share = hyper_state(session, SHARE);
+    let share = graph.add_state(SHARE, share, hyper_meta());
+    let mut sums = vec![(LOSS_SUM.to_string(), loss)];
+    sums.extend(grads.iter().map(|(p, g)| (sum_name(&graph.value(*p).name), *g)));
+    for (name, g) in sums {
+        let meta = graph.meta(g)?.clone();
+        let meta = Meta { value: None, ..meta };
+        let store = session.store_mut();
+        let state = store.find(&name).unwrap_or_else(|| store.add(&name, meta.clone(), Purpose::Gradient));
+        let acc = graph.add_state(&name, state, meta);
+        updates.effects.push(emit(graph, &name, Accumulate, &[Some(acc), Some(g), Some(share)], 1)?[0]);
+    }
+    Ok(())
+}
+
+/// Sets the share of the next batch in the step's gradient.
+pub fn set_share(session: &mut Session, weight: f64, first: bool) {
+    let state = hyper_state(session, SHARE);
+    session.store_mut().set(state, bytemuck::cast_slice(&[weight, f64::from(u8::from(first))]));
+}
+
+/// Sets learning rate and step number for the coming update.
+pub fn set_step(session: &mut Session, lr: f64, t: usize) {
+    let state = hyper_state(session, HYPER);
+    set_hyper(session, state, lr, t);
+}
+
+/// A program without a network: updates the weights from accumulated gradients.
+pub struct Apply {
+    pub program: Program,
+    pub loss: ValueId,
+    pub scale: ValueId,
+    pub norm: ValueId,
+}
+
+/// Plans the update from the sums that programs made by [`update`] left behind.
+pub fn apply(session: &mut Session, recipe: &Recipe) -> Result<Apply> {
+    let mut graph = session.graph()?;
+    let params = param_values(session, &recipe.params);
+    let find = |graph: &mut Graph, session: &Session, name: &str| -> Result<ValueId> {
+        let state = session.store().find(name).ok_or_else(|| Error::value(name, "was never accumulated"))?;
+        Ok(graph.add_state(name, state, session.store().meta(state).clone()))
+    };
+    let loss = find(&mut graph, session, LOSS_SUM)?;
+    let mut grads = Vec::new();
+    for p in params {
+        let name = sum_name(&graph.value(p).name);
+        grads.push((p, find(&mut graph, session, &name)?));
+    }
+    let mut updates = Updates::default();
+    emit_updates(session, &mut graph, recipe, loss, &grads, &mut updates)?;
+    let (Some(scale), Some(norm)) = (updates.scale, updates.norm) else {
+        return Err(Error::Config("nothing to update".into()));
+    };
+    let request =
+        Request { outputs: vec![loss, scale, norm], effects: updates.effects, ..Request::default() };
+    let program = session.compile(graph, request)?;
+    Ok(Apply { program, loss, scale, norm })
+}
+
+/// Forward, loss, gradients and updates of one batch of fixed shapes.
+pub struct Supervised {
+    pub program: Program,
+    pub inputs: Vec<ValueId>,
+    pub attached: Attached,
+    /// With accumulation, absent: [`Apply`] has them.
+    pub scale: Option<ValueId>,
+    pub norm: Option<ValueId>,
+}
+
+impl Supervised {
+    pub fn new(session: &mut Session, recipe: &Recipe, shapes: &Shapes) -> Result<Self> {
+        let mut net = Network::new(session, recipe.mode(), shapes, &HashMap::new())?;
+        let attached = recipe.loss.attach(&mut net.graph, shapes.target.clone())?;
+        let updates = update(session, &mut net.graph, recipe, attached.loss)?;
+        let outputs = [Some(attached.loss), Some(attached.logits), updates.scale, updates.norm];
+        let request = Request {
+            outputs: outputs.into_iter().flatten().collect(),
+            effects: updates.effects.into_iter().chain(net.statistics).collect(),
+            kinds: updates.kinds,
+            ..Request::default()
+        };
+        let program = session.compile(net.graph, request)?;
+        Ok(Supervised { program, inputs: net.inputs, attached, scale: updates.scale, norm: updates.norm })
+    }
+
+    /// The index in `plans` of the one for `shapes`, compiled at its first use.
+    pub fn cached(
+        plans: &mut Vec<(Shapes, Supervised)>,
+        session: &mut Session,
+        recipe: &Recipe,
+        shapes: &Shapes,
+    ) -> Result<usize> {
+        if let Some(i) = plans.iter().position(|p| p.0 == *shapes) {
+            return Ok(i);
+        }
+        plans.push((shapes.clone(), Supervised::new(session, recipe, shapes)?));
+        Ok(plans.len() - 1)
+    }
+
+    /// Runs the step on a batch.
+    pub fn learn(&self, session: &mut Session, batch: &Batch, at: &At) -> Result<Learned> {
+        session.run(&self.program, &feeds(&self.inputs, self.attached.target, batch)?, at.seed)?;
+        let read = |v: Option<ValueId>| v.map(|v| session.scalar(&self.program, v)).transpose();
+        let loss = session.scalar(&self.program, self.attached.loss)?;
+        Ok(Learned {
+            loss,
+            task: loss,
+            features: None,
+            logits: session.output(&self.program, self.attached.logits)?.to_tensor(),
+            scale: read(self.scale)?,
+            norm: read(self.norm)?,
+        })
+    }
+}
+
+/// The network and its loss, forward only.
+pub struct Evaluation {
+    pub program: Program,
+    pub inputs: Vec<ValueId>,
+    pub attached: Attached,
+}
+
+impl Evaluation {
+    pub fn new(session: &mut Session, loss: &Loss, shapes: &Shapes) -> Result<Self> {
+        let mut net = Network::new(session, Mode::EVAL, shapes, &HashMap::new())?;
+        let attached = loss.attach(&mut net.graph, shapes.target.clone())?;
+        let request = Request { outputs: vec![attached.loss, attached.logits], ..Request::default() };
+        let program = session.compile(net.graph, request)?;
+        Ok(Evaluation { program, inputs: net.inputs, attached })
+    }
+}
+
+/// Pairs a program's inputs and target with a batch's tensors.
+pub fn feeds<'a>(
+    inputs: &[ValueId],
+    target_value: ValueId,
+    batch: &'a Batch,
+) -> Result<Vec<(ValueId, View<'a>)>> {
+    let mut feeds: Vec<(ValueId, View)> =
+        inputs.iter().zip(&batch.inputs).map(|(v, (_, t))| (*v, t.view())).collect();
+    feeds.push((target_value, target(batch)?.view()));
+    Ok(feeds)
+}
+
+/// Whether the update factor of a step says that nothing moved.
+pub fn skipped(scale: f64) -> bool {
+    !scale.is_finite()
+}
+
+/// Per weight: does the loss depend on it?
+pub fn reached(session: &Session, loss: &Loss, shapes: &Shapes) -> Result<Vec<bool>> {
+    let mut net = Network::new(session, Mode::EVAL, shapes, &HashMap::new())?;
+    let attached = loss.attach(&mut net.graph, shapes.target.clone())?;
+    let graph = &net.graph;
+    let mut seen = vec![false; graph.values.len()];
+    let mut stack = vec![attached.loss];
+    while let Some(v) = stack.pop() {
+        if !std::mem::replace(&mut seen[v.index()], true) {
+            if let Source::Node(n, _) = graph.value(v).source {
+                stack.extend(graph.node(n).inputs.iter().flatten());
+            }
+        }
+    }
+    Ok(session.model().weights.iter().map(|w| seen[w.value.index()]).collect())
+}
+
+/// Appends the sum of all elements of a value: a stand-in for a loss where only reachability matters.
+pub fn sum_of(graph: &mut Graph, v: ValueId) -> Result<ValueId> {
+    let sum = crate::ops::reduce::SumTo { dims: crate::tensor::Dims::new() };
+    Ok(emit(graph, "sum", sum, &[Some(v)], 1)?[0])
+}

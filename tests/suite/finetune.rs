@@ -1,0 +1,145 @@
+//! The main job on real networks: better, verified, and only the trained bytes differ.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::common::{Arrays, fetched, json, relative, root, run, shipped, text};
+use crate::real_models::{ort, python};
+
+/// Text lines for PP-OCR's direction classifier: `train.npz`, `test.npz` (blurred), `test_clean.npz`.
+fn text_lines(folder: &Path, clean_fraction: &str) -> bool {
+    let Some(python) = python() else { return false };
+    if fetched("fortunes").is_none() || fetched("fonts").is_none() {
+        return false;
+    }
+    let out = Command::new(python)
+        .arg(root().join("tests/text_lines.py"))
+        .arg(folder)
+        .args([
+            "--train",
+            "500",
+            "--test",
+            "300",
+            "--blur",
+            "4",
+            "--seed",
+            "0",
+            "--clean-fraction",
+            clean_fraction,
+        ])
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    true
+}
+
+fn accuracy(model: &Path, data: &Path) -> f64 {
+    json(&["eval", text(model), "--data", text(data), "--json"], 0)["accuracy"].as_f64().unwrap()
+}
+
+/// Positions at which two files of equal length differ.
+fn differing(a: &[u8], b: &[u8]) -> Vec<usize> {
+    assert_eq!(a.len(), b.len(), "the export has another length");
+    (0..a.len()).filter(|&i| a[i] != b[i]).collect()
+}
+
+fn adapt_ppocr(method: &str, clean_fraction: &str, blurred: f64, clean: f64) {
+    let Some(model) = fetched("ppocr/cls.onnx") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    if !text_lines(dir.path(), clean_fraction) {
+        return;
+    }
+    let at = |name: &str| dir.path().join(name);
+    let (new, train, test) = (at("new.onnx"), at("train.npz"), at("test.npz"));
+    let before = accuracy(&model, &test);
+    assert!(before < 0.65, "{before}");
+    let base = ["finetune", text(&model), "--data", text(&train), "--output", text(&new), "--method", method];
+    let options = ["--epochs", "15", "--lr", "1e-3", "--holdout", "0", "--no-guard", "--json"];
+    let summary = json(&[&base[..], &options].concat(), 0);
+    assert_eq!(summary["verified"], "agrees");
+    let after = accuracy(&new, &test);
+    let on_clean = accuracy(&new, &at("test_clean.npz"));
+    println!(
+        "{method}, clean fraction {clean_fraction}: blurred {before:.3} -> {after:.3}, clean {on_clean:.3}"
+    );
+    assert!(after >= blurred, "blurred: {after}");
+    assert!(on_clean >= clean, "clean: {on_clean}");
+    only_trained_bytes_differ(&model, &new);
+    same_in_onnxruntime(&new, &test);
+}
+
+/// Every byte that differs lies in a trained tensor or in running statistics.
+fn only_trained_bytes_differ(model: &Path, new: &Path) {
+    let loaded = retune::import::load(model).unwrap();
+    let (old, new) = (std::fs::read(model).unwrap(), std::fs::read(new).unwrap());
+    let differing = differing(&old, &new);
+    assert!(!differing.is_empty());
+    let mut allowed = vec![false; old.len()];
+    for w in &loaded.weights {
+        let statistic = w.role.as_str().starts_with("running");
+        if w.trainable || statistic {
+            let l = &w.location;
+            assert_eq!(l.file, 0);
+            allowed[l.offset..l.offset + l.len].fill(true);
+        }
+    }
+    let outside = differing.iter().filter(|&&i| !allowed[i]).count();
+    assert_eq!(outside, 0, "{outside} bytes outside trained tensors differ");
+}
+
+fn same_in_onnxruntime(model: &Path, data: &Path) {
+    let Some(python) = python() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let x = Arrays::read(data).get("x").clone();
+    let (feeds, ours, theirs) = (at("in.npz"), at("ours.npz"), at("theirs.npz"));
+    retune::train::data::write_npz(&feeds, &[("x", &x)]).unwrap();
+    run(&["run", text(model), "--inputs", text(&feeds), "--output", text(&ours)], 0);
+    ort(&python, &[text(model), text(&feeds), text(&theirs)]);
+    let (ours, theirs) = (Arrays::read(&ours), Arrays::read(&theirs));
+    for (name, truth) in &theirs.0 {
+        let e = relative(&truth.to_f64(), &ours.get(name).to_f64());
+        assert!(e <= 1e-4, "{name}: {e:.1e}");
+    }
+}
+
+#[test]
+fn ppocr_learns_blurred_lines_supervised() {
+    adapt_ppocr("supervised", "0", 0.94, 0.0);
+}
+
+#[test]
+fn ppocr_learns_blurred_lines_by_icp() {
+    if !crate::common::all() {
+        println!("skipped: long (./test.sh --all)");
+        return;
+    }
+    adapt_ppocr("icp", "0", 0.94, 0.0);
+}
+
+#[test]
+fn ppocr_keeps_clean_lines_when_a_third_is_clean() {
+    if !crate::common::all() {
+        println!("skipped: long (./test.sh --all)");
+        return;
+    }
+    for method in ["supervised", "icp"] {
+        adapt_ppocr(method, "0.333", 0.94, 0.97);
+    }
+}
+
+#[test]
+fn a_loss_given_as_a_graph_trains() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("new.onnx");
+    let (model, data) = (shipped("models/dsnet.onnx"), shipped("models/fashion-images-idx3-ubyte.gz"));
+    let loss = shipped("models/losses/label_smoothing.onnx");
+    let base = ["finetune", text(&model), "--data", text(&data), "--output", text(&output), "--no-guard"];
+    let options = ["--method", "supervised", "--epochs", "1", "--holdout", "0.8", "--json", "--loss"];
+    let graph = json(&[&base[..], &options, &[text(&loss)]].concat(), 0);
+    let own = [&base[..], &options, &["cross-entropy", "--label-smoothing", "0.1"]].concat();
+    let own = json(&own, 0);
+    // The same loss, once as a graph of elementary operators and once as a kernel of ours.
+    let (a, b) = (graph["epochs"][0]["loss"].as_f64().unwrap(), own["epochs"][0]["loss"].as_f64().unwrap());
+    assert!((a - b).abs() <= 1e-4 * b.abs(), "{a} and {b}");
+}

@@ -1,0 +1,13 @@
+//! The command line and the library on real models and data, against independent implementations.
+//!
+//! What needs fetched files (`tests/fetch.sh`) is skipped with a printed line when they are not there.
+
+mod common;
+mod contract;
+mod finetune;
+mod gradients;
+mod icp;
+mod memory;
+mod onnx_cases;
+mod real_models;
+mod resume;
