@@ -138,4 +138,6 @@ impl Model {
 }
 
 #[cfg(test)]
-pub(crate) mod tests;
+pub(crate) mod make;
+#[cfg(test)]
+mod tests;
