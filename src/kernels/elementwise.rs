@@ -72,9 +72,7 @@ impl<const N: usize> Walk<N> {
         for d in (0..last).rev() {
             index[d] = outer % self.axes[d];
             outer /= self.axes[d];
-            for k in 0..N {
-                base[k] += index[d] * self.strides[d][k];
-            }
+            advance(&mut base, &self.strides[d], index[d]);
         }
         let mut within = start % row;
         let mut at = 0;
@@ -85,18 +83,23 @@ impl<const N: usize> Walk<N> {
             within = 0;
             for d in (0..last).rev() {
                 index[d] += 1;
-                for k in 0..N {
-                    base[k] += self.strides[d][k];
-                }
+                advance(&mut base, &self.strides[d], 1);
                 if index[d] < self.axes[d] {
                     break;
                 }
-                for k in 0..N {
-                    base[k] -= self.strides[d][k] * self.axes[d];
+                for (b, s) in base.iter_mut().zip(&self.strides[d]) {
+                    *b -= s * self.axes[d];
                 }
                 index[d] = 0;
             }
         }
+    }
+}
+
+#[inline(always)]
+fn advance<const N: usize>(base: &mut [usize; N], strides: &[usize; N], steps: usize) {
+    for (b, s) in base.iter_mut().zip(strides) {
+        *b += s * steps;
     }
 }
 
@@ -134,6 +137,8 @@ fn operand<'a, A: Elem, Y: Elem>(
 // One loop is compiled for each function; where operands lie and how they broadcast is settled outside it.
 type Loop1<'a, A, Y> = &'a (dyn Fn(&mut [Y], &[A]) + Sync);
 type Loop2<'a, A, B, Y> = &'a (dyn Fn(&mut [Y], &[A], &[B]) + Sync);
+/// Three operands; one may be absent and lie in the result.
+pub type Operands<'a, A, B, C> = (Option<&'a [A]>, Option<&'a [B]>, Option<&'a [C]>);
 type Loop3<'a, A, B, C, Y> = &'a (dyn Fn(&mut [Y], &[A], &[B], &[C]) + Sync);
 
 /// `y = f(a)`, `a` broadcast; absent, it lies in `y`.
@@ -212,7 +217,7 @@ fn drive2<A: Elem, B: Elem, Y: Elem>(
 /// `y = f(a, b, c)`, all broadcast; one may be absent and lie in `y`.
 pub fn apply3<A: Elem, B: Elem, C: Elem, Y: Elem + Wide>(
     y: &mut [Y],
-    x: (Option<&[A]>, Option<&[B]>, Option<&[C]>),
+    x: Operands<A, B, C>,
     walk: &Walk<3>,
     f: impl Fn(A, B, C) -> Y + Sync,
 ) {
@@ -230,7 +235,7 @@ pub fn apply3<A: Elem, B: Elem, C: Elem, Y: Elem + Wide>(
 
 fn drive3<A: Elem, B: Elem, C: Elem, Y: Elem>(
     y: &mut [Y],
-    (a, b, c): (Option<&[A]>, Option<&[B]>, Option<&[C]>),
+    (a, b, c): Operands<A, B, C>,
     walk: &Walk<3>,
     each: Loop3<A, B, C, Y>,
 ) {

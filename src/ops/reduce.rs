@@ -279,7 +279,7 @@ impl ReduceGrad {
     /// The product of the others, for elements that are zero: not zero itself where there is only one.
     fn at_zeros<T: Math>(&self, x: &[T], dy: &[T], dx: &mut [T], dims: &[usize]) {
         let plan = Plan::new(dims, |d| self.kept[d] == 1);
-        for result in 0..dy.len() {
+        for (result, &dy) in dy.iter().enumerate() {
             let (mut product, mut zeros, mut at) = (1.0, 0, 0);
             of(&plan, result, |e| {
                 if x[e] == T::zero() {
@@ -289,7 +289,7 @@ impl ReduceGrad {
                 }
             });
             if zeros == 1 {
-                dx[at] = dy[result] * T::of(product);
+                dx[at] = dy * T::of(product);
             }
         }
     }
