@@ -6,7 +6,7 @@
 
 #![allow(unsafe_code)]
 
-use super::{Geometry, copy, in_slots, slots, volume};
+use super::{Geometry, copy, every, in_slots, slots, volume};
 use crate::kernels::gemm::{Shared, dot};
 use crate::kernels::isa::vectorize;
 use crate::kernels::par;
@@ -126,11 +126,7 @@ impl Sorted {
                 out[to..].fill(T::zero());
                 if from < to {
                     let row = &row[(start + (from * s[2]) as isize) as usize..];
-                    match s[2] {
-                        1 => copy(row, &mut out[from..to]),
-                        2 => out[from..to].iter_mut().zip(row.iter().step_by(2)).for_each(|(o, x)| *o = *x),
-                        n => out[from..to].iter_mut().zip(row.iter().step_by(n)).for_each(|(o, x)| *o = *x),
-                    }
+                    every(s[2], row, &mut out[from..to]);
                 }
             }
         }

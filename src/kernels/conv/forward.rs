@@ -240,21 +240,6 @@ fn tap_column<T: Float>(g: &Geometry, plane: &[T], t: usize, first: usize, y: [u
         out[..from].fill(T::zero());
         out[to..].fill(T::zero());
         let out = &mut out[from..to];
-        match s {
-            1 => super::copy(row, out),
-            2 => strided::<T, 2>(row, out),
-            _ => out.iter_mut().zip(row.iter().step_by(s)).for_each(|(o, x)| *o = *x),
-        }
-    }
-}
-
-#[inline(always)]
-fn strided<T: Float, const S: usize>(row: &[T], out: &mut [T]) {
-    let whole = out.len().min(row.len() / S);
-    for (o, x) in out[..whole].iter_mut().zip(row.chunks_exact(S)) {
-        *o = x[0];
-    }
-    for (i, o) in out.iter_mut().enumerate().skip(whole) {
-        *o = row[i * S];
+        super::every(s, row, out);
     }
 }

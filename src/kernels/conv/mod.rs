@@ -179,6 +179,28 @@ fn copy<T: Copy>(from: &[T], to: &mut [T]) {
     }
 }
 
+/// Every `step`th element of a row.
+#[inline(always)]
+fn every<T: Copy>(step: usize, row: &[T], out: &mut [T]) {
+    match step {
+        1 => copy(row, out),
+        2 => every_of::<T, 2>(row, out),
+        _ => out.iter_mut().zip(row.iter().step_by(step)).for_each(|(o, x)| *o = *x),
+    }
+}
+
+/// With whole groups of `S` the loop becomes loads and shuffles.
+#[inline(always)]
+fn every_of<T: Copy, const S: usize>(row: &[T], out: &mut [T]) {
+    let whole = out.len().min(row.len() / S);
+    for (o, x) in out[..whole].iter_mut().zip(row.chunks_exact(S)) {
+        *o = x[0];
+    }
+    for (i, o) in out.iter_mut().enumerate().skip(whole) {
+        *o = row[i * S];
+    }
+}
+
 /// The weights of (OC, C/groups, taps) as one matrix of (OC/groups, C/groups) a group and tap.
 fn by_tap<T: Float>(g: &Geometry, w: &[T], out: &mut [T]) {
     let (cg, og, taps) = (g.cg(), g.og(), g.taps());
