@@ -24,7 +24,6 @@ struct Sorted {
     up: [usize; 3],
     /// The copy's first coordinate.
     origin: [isize; 3],
-    window: [usize; 3],
     stride: [usize; 3],
     dilation: [usize; 3],
     k: [usize; 3],
@@ -40,7 +39,6 @@ impl Sorted {
             x: g.x,
             up: [1; 3],
             origin: g.origin(0),
-            window,
             stride: g.stride,
             dilation: g.dilation,
             k: g.k,
@@ -57,7 +55,6 @@ impl Sorted {
             x: g.y,
             up: g.stride,
             origin: std::array::from_fn(|d| g.pad[d] as isize - reach[d] as isize),
-            window,
             stride: [1; 3],
             dilation: g.dilation,
             k: g.k,
