@@ -5,13 +5,25 @@
 
 use rayon::prelude::*;
 
-use crate::kernels::par::{GRAIN, rows};
+use crate::kernels::isa::vectorize;
+use crate::kernels::par::{self, GRAIN};
 use crate::tensor::Float;
 
 const LANES: usize = 16;
 const BLOCK: usize = 1024;
 /// Channels that are swept together where a channel's elements are not contiguous.
 const COLUMNS: usize = 64;
+
+/// As [`par::rows`], each piece compiled for the processor at hand; `f` must be `#[inline(always)]`.
+#[inline(always)]
+fn rows<T: Send>(y: &mut [T], row: usize, grain: usize, f: impl Fn(usize, &mut [T]) + Send + Sync) {
+    par::rows(y, row, grain, |first, piece| {
+        vectorize(
+            #[inline(always)]
+            || f(first, piece),
+        )
+    });
+}
 
 /// `Σ f(x)`.
 #[inline(always)]
@@ -67,10 +79,12 @@ pub struct Moments {
 }
 
 impl Moments {
+    #[inline(always)]
     pub fn of<T: Float>(x: &[T]) -> Moments {
         x.chunks(BLOCK).map(Moments::block).fold(Moments::default(), Moments::merge)
     }
 
+    #[inline(always)]
     fn block<T: Float>(x: &[T]) -> Moments {
         let count = x.len() as f64;
         let mean = sum(x, |x| x) / count;
@@ -81,6 +95,7 @@ impl Moments {
     }
 
     /// Of both sets together (Chan, Golub and LeVeque 1979).
+    #[inline(always)]
     pub fn merge(self, other: Moments) -> Moments {
         if self.count == 0.0 {
             return other;
@@ -127,42 +142,48 @@ impl Channels {
 pub fn channel_stats<T: Float>(x: &[T], d: Channels, mean: &mut [T], variance: &mut [T]) {
     let per = d.per_piece();
     mean.par_chunks_mut(per).zip(variance.par_chunks_mut(per)).enumerate().for_each(|(i, (mean, var))| {
-        let first = i * per;
-        if d.s == 1 {
-            for (k, (mean, var)) in mean.chunks_mut(COLUMNS).zip(var.chunks_mut(COLUMNS)).enumerate() {
-                column_stats(x, d, first + k * COLUMNS, mean, var);
-            }
-            return;
-        }
-        for (k, (mean, var)) in mean.iter_mut().zip(var).enumerate() {
-            let m = (0..d.n)
-                .map(|n| {
-                    let start = d.start(n, first + k);
-                    Moments::of(&x[start..start + d.s])
-                })
-                .fold(Moments::default(), Moments::merge);
-            *mean = T::of(m.mean);
-            *var = T::of(m.variance());
-        }
+        vectorize(
+            #[inline(always)]
+            || {
+                let first = i * per;
+                if d.s == 1 {
+                    for (k, (mean, var)) in mean.chunks_mut(COLUMNS).zip(var.chunks_mut(COLUMNS)).enumerate()
+                    {
+                        column_stats(x, d, first + k * COLUMNS, mean, var);
+                    }
+                    return;
+                }
+                for (k, (mean, var)) in mean.iter_mut().zip(var).enumerate() {
+                    let m = (0..d.n)
+                        .map(|n| {
+                            let start = d.start(n, first + k);
+                            Moments::of(&x[start..start + d.s])
+                        })
+                        .fold(Moments::default(), Moments::merge);
+                    *mean = T::of(m.mean);
+                    *var = T::of(m.variance());
+                }
+            },
+        )
     });
 }
 
 /// As `channel_stats` for at most `COLUMNS` channels from `first` on, of one element a sample.
+#[inline(always)]
 fn column_stats<T: Float>(x: &[T], d: Channels, first: usize, mean: &mut [T], variance: &mut [T]) {
     let width = mean.len();
-    let over = |acc: &mut [f64; COLUMNS], f: &dyn Fn(usize, f64) -> f64| {
-        for n in 0..d.n {
-            let row = &x[n * d.c + first..][..width];
-            for (j, (a, x)) in acc.iter_mut().zip(row).enumerate() {
-                *a += f(j, x.to64());
-            }
-        }
-    };
+    let row = |n: usize| &x[n * d.c + first..][..width];
     let count = d.n.max(1) as f64;
     let (mut means, mut squares) = ([0.0; COLUMNS], [0.0; COLUMNS]);
-    over(&mut means, &|_, x| x);
+    for n in 0..d.n {
+        means.iter_mut().zip(row(n)).for_each(|(m, x)| *m += x.to64());
+    }
     means.iter_mut().for_each(|m| *m /= count);
-    over(&mut squares, &|j, x| (x - means[j]) * (x - means[j]));
+    for n in 0..d.n {
+        for ((s, m), x) in squares.iter_mut().zip(&means).zip(row(n)) {
+            *s += (x.to64() - m) * (x.to64() - m);
+        }
+    }
     for j in 0..width {
         mean[j] = T::of(means[j]);
         variance[j] = T::of(squares[j] / count);
@@ -188,25 +209,37 @@ pub fn channel_affine<T: Float>(
     shift: &[T],
 ) {
     if d.s == 1 {
-        rows(y, d.c, GRAIN, |row, piece| {
-            for (k, y) in piece.chunks_mut(d.c.max(1)).enumerate() {
-                if let Some(x) = x {
-                    y.copy_from_slice(&x[(row + k) * d.c..][..d.c]);
+        rows(
+            y,
+            d.c,
+            GRAIN,
+            #[inline(always)]
+            |row, piece| {
+                for (k, y) in piece.chunks_mut(d.c.max(1)).enumerate() {
+                    if let Some(x) = x {
+                        y.copy_from_slice(&x[(row + k) * d.c..][..d.c]);
+                    }
+                    for (((y, &m), &a), &b) in y.iter_mut().zip(mean).zip(factor).zip(shift) {
+                        *y = (*y - m) * a + b;
+                    }
                 }
-                for (((y, &m), &a), &b) in y.iter_mut().zip(mean).zip(factor).zip(shift) {
-                    *y = (*y - m) * a + b;
-                }
-            }
-        });
+            },
+        );
         return;
     }
-    rows(y, d.s, GRAIN, |row, piece| {
-        for (k, y) in piece.chunks_mut(d.s.max(1)).enumerate() {
-            let row = row + k;
-            let (m, a, b) = (mean[row % d.c], factor[row % d.c], shift[row % d.c]);
-            map(x.map(|x| &x[row * d.s..][..d.s]), y, |x| (x - m) * a + b);
-        }
-    });
+    rows(
+        y,
+        d.s,
+        GRAIN,
+        #[inline(always)]
+        |row, piece| {
+            for (k, y) in piece.chunks_mut(d.s.max(1)).enumerate() {
+                let row = row + k;
+                let (m, a, b) = (mean[row % d.c], factor[row % d.c], shift[row % d.c]);
+                map(x.map(|x| &x[row * d.s..][..d.s]), y, |x| (x - m) * a + b);
+            }
+        },
+    );
 }
 
 /// Where the statistics of an element are found.
@@ -237,51 +270,57 @@ pub fn param_grad<T: Float>(
     let mean_of = |i: usize| mean.map_or(T::zero(), |m| m[i]);
     dscale.par_chunks_mut(per).zip(dshift.par_chunks_mut(per)).enumerate().for_each(
         |(i, (dscale, dshift))| {
-            let first = i * per;
-            if d.s == 1 {
-                let pieces = dscale.chunks_mut(COLUMNS).zip(dshift.chunks_mut(COLUMNS)).enumerate();
-                for (k, (dscale, dshift)) in pieces {
-                    let (first, width) = (first + k * COLUMNS, dscale.len());
-                    let (mut scales, mut shifts) = ([0.0f64; COLUMNS], [0.0f64; COLUMNS]);
-                    for n in 0..d.n {
-                        let start = n * d.c + first;
-                        let (x, dy) = (&x[start..][..width], &dy[start..][..width]);
-                        match stat {
-                            Stat::Row(len) => {
-                                let (m, r) = (mean_of(start / len), inv[start / len]);
-                                for (j, (&x, &dy)) in x.iter().zip(dy).enumerate() {
-                                    scales[j] += (dy * ((x - m) * r)).to64();
-                                    shifts[j] += dy.to64();
+            vectorize(
+                #[inline(always)]
+                || {
+                    let first = i * per;
+                    if d.s == 1 {
+                        let pieces = dscale.chunks_mut(COLUMNS).zip(dshift.chunks_mut(COLUMNS)).enumerate();
+                        for (k, (dscale, dshift)) in pieces {
+                            let (first, width) = (first + k * COLUMNS, dscale.len());
+                            let (mut scales, mut shifts) = ([0.0f64; COLUMNS], [0.0f64; COLUMNS]);
+                            for n in 0..d.n {
+                                let start = n * d.c + first;
+                                let (x, dy) = (&x[start..][..width], &dy[start..][..width]);
+                                match stat {
+                                    Stat::Row(len) => {
+                                        let (m, r) = (mean_of(start / len), inv[start / len]);
+                                        for (j, (&x, &dy)) in x.iter().zip(dy).enumerate() {
+                                            scales[j] += (dy * ((x - m) * r)).to64();
+                                            shifts[j] += dy.to64();
+                                        }
+                                    }
+                                    Stat::Channel => {
+                                        for (j, (&x, &dy)) in x.iter().zip(dy).enumerate() {
+                                            scales[j] +=
+                                                (dy * ((x - mean_of(first + j)) * inv[first + j])).to64();
+                                            shifts[j] += dy.to64();
+                                        }
+                                    }
                                 }
                             }
-                            Stat::Channel => {
-                                for (j, (&x, &dy)) in x.iter().zip(dy).enumerate() {
-                                    scales[j] += (dy * ((x - mean_of(first + j)) * inv[first + j])).to64();
-                                    shifts[j] += dy.to64();
-                                }
+                            for j in 0..width {
+                                dscale[j] = T::of(scales[j]);
+                                dshift[j] = T::of(shifts[j]);
                             }
                         }
+                        return;
                     }
-                    for j in 0..width {
-                        dscale[j] = T::of(scales[j]);
-                        dshift[j] = T::of(shifts[j]);
+                    for (k, (dscale, dshift)) in dscale.iter_mut().zip(dshift).enumerate() {
+                        let (mut scale, mut shift) = (0.0, 0.0);
+                        for n in 0..d.n {
+                            let start = d.start(n, first + k);
+                            let (x, dy) = (&x[start..][..d.s], &dy[start..][..d.s]);
+                            let i = at(start, first + k);
+                            let m = mean_of(i);
+                            scale += sum2(dy, x, |dy, x| dy * (x - m)) * inv[i].to64();
+                            shift += sum(dy, |dy| dy);
+                        }
+                        *dscale = T::of(scale);
+                        *dshift = T::of(shift);
                     }
-                }
-                return;
-            }
-            for (k, (dscale, dshift)) in dscale.iter_mut().zip(dshift).enumerate() {
-                let (mut scale, mut shift) = (0.0, 0.0);
-                for n in 0..d.n {
-                    let start = d.start(n, first + k);
-                    let (x, dy) = (&x[start..][..d.s], &dy[start..][..d.s]);
-                    let i = at(start, first + k);
-                    let m = mean_of(i);
-                    scale += sum2(dy, x, |dy, x| dy * (x - m)) * inv[i].to64();
-                    shift += sum(dy, |dy| dy);
-                }
-                *dscale = T::of(scale);
-                *dshift = T::of(shift);
-            }
+                },
+            )
         },
     );
 }
@@ -290,22 +329,27 @@ pub fn param_grad<T: Float>(
 pub fn channel_sum<T: Float>(dy: &[T], d: Channels, out: &mut [T]) {
     let per = d.per_piece();
     out.par_chunks_mut(per).enumerate().for_each(|(i, out)| {
-        let first = i * per;
-        if d.s == 1 {
-            for (k, out) in out.chunks_mut(COLUMNS).enumerate() {
-                let mut acc = [0.0f64; COLUMNS];
-                for n in 0..d.n {
-                    let row = &dy[n * d.c + first + k * COLUMNS..][..out.len()];
-                    acc.iter_mut().zip(row).for_each(|(a, x)| *a += x.to64());
+        vectorize(
+            #[inline(always)]
+            || {
+                let first = i * per;
+                if d.s == 1 {
+                    for (k, out) in out.chunks_mut(COLUMNS).enumerate() {
+                        let mut acc = [0.0f64; COLUMNS];
+                        for n in 0..d.n {
+                            let row = &dy[n * d.c + first + k * COLUMNS..][..out.len()];
+                            acc.iter_mut().zip(row).for_each(|(a, x)| *a += x.to64());
+                        }
+                        out.iter_mut().zip(acc).for_each(|(o, a)| *o = T::of(a));
+                    }
+                    return;
                 }
-                out.iter_mut().zip(acc).for_each(|(o, a)| *o = T::of(a));
-            }
-            return;
-        }
-        for (k, out) in out.iter_mut().enumerate() {
-            let rows = (0..d.n).map(|n| sum(&dy[d.start(n, first + k)..][..d.s], |x| x));
-            *out = T::of(rows.sum());
-        }
+                for (k, out) in out.iter_mut().enumerate() {
+                    let rows = (0..d.n).map(|n| sum(&dy[d.start(n, first + k)..][..d.s], |x| x));
+                    *out = T::of(rows.sum());
+                }
+            },
+        )
     });
 }
 
@@ -336,14 +380,20 @@ pub fn channel_input_grad<T: Float>(
         (T::of(g.scale[c].to64() * inv), k1, k2, g.mean[c])
     };
     // Rows of single elements are swept per channel group to keep the coefficients out of the inner loop.
-    rows(dx, d.s, GRAIN, |row, piece| {
-        for (k, dx) in piece.chunks_mut(d.s.max(1)).enumerate() {
-            let row = row + k;
-            let (a, k1, k2, m) = coefficients(row % d.c);
-            let f = |x: T, dy: T| a * (dy - k1 - (x - m) * k2);
-            zip_map(cut(x, row * d.s, d.s), cut(dy, row * d.s, d.s), dx, f);
-        }
-    });
+    rows(
+        dx,
+        d.s,
+        GRAIN,
+        #[inline(always)]
+        |row, piece| {
+            for (k, dx) in piece.chunks_mut(d.s.max(1)).enumerate() {
+                let row = row + k;
+                let (a, k1, k2, m) = coefficients(row % d.c);
+                let f = |x: T, dy: T| a * (dy - k1 - (x - m) * k2);
+                zip_map(cut(x, row * d.s, d.s), cut(dy, row * d.s, d.s), dx, f);
+            }
+        },
+    );
 }
 
 fn cut<T>(x: Option<&[T]>, start: usize, len: usize) -> Option<&[T]> {
@@ -416,38 +466,44 @@ impl RowNorm {
         let per = (GRAIN / len).max(1);
         let pieces = y.par_chunks_mut(per * len).zip(mean.par_chunks_mut(per)).zip(inv.par_chunks_mut(per));
         pieces.enumerate().for_each(|(p, ((y, mean), inv))| {
-            for (k, ((y, mean), inv)) in y.chunks_mut(len).zip(mean).zip(inv).enumerate() {
-                let start = (p * per + k) * len;
-                let x = cut(x, start, len);
-                let row = x.unwrap_or(y);
-                let (m, variance) = if self.center {
-                    let m = Moments::of(row);
-                    (m.mean, m.variance())
-                } else {
-                    (0.0, sum(row, |x| x * x) / len as f64)
-                };
-                (*mean, *inv) = (T::of(m), T::of(1.0 / (variance + self.epsilon).sqrt()));
-                let (m, r) = (*mean, *inv);
-                for (o, run, channel) in self.runs(start) {
-                    let (x, y) = (cut(x, o, run), &mut y[o..o + run]);
-                    let shift = shift.map(|_| self.factor(shift, channel, run));
-                    match (self.factor(scale, channel, run), shift.unwrap_or(Factor::All(T::zero()))) {
-                        (Factor::All(a), Factor::All(b)) => map(x, y, |x| (x - m) * r * a + b),
-                        (Factor::Each(a), Factor::Each(b)) => {
-                            map(x, y, |x| (x - m) * r);
-                            y.iter_mut().zip(a).zip(b).for_each(|((y, &a), &b)| *y = *y * a + b);
-                        }
-                        (Factor::Each(a), Factor::All(b)) => {
-                            map(x, y, |x| (x - m) * r);
-                            y.iter_mut().zip(a).for_each(|(y, &a)| *y = *y * a + b);
-                        }
-                        (Factor::All(a), Factor::Each(b)) => {
-                            map(x, y, |x| (x - m) * r * a);
-                            y.iter_mut().zip(b).for_each(|(y, &b)| *y += b);
+            vectorize(
+                #[inline(always)]
+                || {
+                    for (k, ((y, mean), inv)) in y.chunks_mut(len).zip(mean).zip(inv).enumerate() {
+                        let start = (p * per + k) * len;
+                        let x = cut(x, start, len);
+                        let row = x.unwrap_or(y);
+                        let (m, variance) = if self.center {
+                            let m = Moments::of(row);
+                            (m.mean, m.variance())
+                        } else {
+                            (0.0, sum(row, |x| x * x) / len as f64)
+                        };
+                        (*mean, *inv) = (T::of(m), T::of(1.0 / (variance + self.epsilon).sqrt()));
+                        let (m, r) = (*mean, *inv);
+                        for (o, run, channel) in self.runs(start) {
+                            let (x, y) = (cut(x, o, run), &mut y[o..o + run]);
+                            let shift = shift.map(|_| self.factor(shift, channel, run));
+                            match (self.factor(scale, channel, run), shift.unwrap_or(Factor::All(T::zero())))
+                            {
+                                (Factor::All(a), Factor::All(b)) => map(x, y, |x| (x - m) * r * a + b),
+                                (Factor::Each(a), Factor::Each(b)) => {
+                                    map(x, y, |x| (x - m) * r);
+                                    y.iter_mut().zip(a).zip(b).for_each(|((y, &a), &b)| *y = *y * a + b);
+                                }
+                                (Factor::Each(a), Factor::All(b)) => {
+                                    map(x, y, |x| (x - m) * r);
+                                    y.iter_mut().zip(a).for_each(|(y, &a)| *y = *y * a + b);
+                                }
+                                (Factor::All(a), Factor::Each(b)) => {
+                                    map(x, y, |x| (x - m) * r * a);
+                                    y.iter_mut().zip(b).for_each(|(y, &b)| *y += b);
+                                }
+                            }
                         }
                     }
-                }
-            }
+                },
+            )
         });
     }
 
@@ -462,48 +518,55 @@ impl RowNorm {
         dx: &mut [T],
     ) {
         let len = self.len.max(1);
-        rows(dx, len, GRAIN, |first, piece| {
-            for (k, dx) in piece.chunks_mut(len).enumerate() {
-                let (row, start) = (first + k, (first + k) * len);
-                let (x, dy) = (cut(x, start, len), cut(dy, start, len));
-                let (m, r) = (mean.map_or(T::zero(), |m| m[row]), inv[row]);
-                let (mut s1, mut s2) = (0.0, 0.0);
-                {
-                    let (x, dy) = (x.unwrap_or(dx), dy.unwrap_or(dx));
-                    for (o, run, channel) in self.runs(start) {
-                        let (x, dy) = (&x[o..o + run], &dy[o..o + run]);
-                        match self.factor(scale, channel, run) {
-                            Factor::All(a) => {
-                                s1 += a.to64() * sum(dy, |dy| dy);
-                                s2 += a.to64() * sum2(dy, x, |dy, x| dy * (x - m));
+        rows(
+            dx,
+            len,
+            GRAIN,
+            #[inline(always)]
+            |first, piece| {
+                for (k, dx) in piece.chunks_mut(len).enumerate() {
+                    let (row, start) = (first + k, (first + k) * len);
+                    let (x, dy) = (cut(x, start, len), cut(dy, start, len));
+                    let (m, r) = (mean.map_or(T::zero(), |m| m[row]), inv[row]);
+                    let (mut s1, mut s2) = (0.0, 0.0);
+                    {
+                        let (x, dy) = (x.unwrap_or(dx), dy.unwrap_or(dx));
+                        for (o, run, channel) in self.runs(start) {
+                            let (x, dy) = (&x[o..o + run], &dy[o..o + run]);
+                            match self.factor(scale, channel, run) {
+                                Factor::All(a) => {
+                                    s1 += a.to64() * sum(dy, |dy| dy);
+                                    s2 += a.to64() * sum2(dy, x, |dy, x| dy * (x - m));
+                                }
+                                Factor::Each(a) => {
+                                    s1 += sum2(dy, a, |dy, a| dy * a);
+                                    for ((dy, x), a) in
+                                        dy.chunks(BLOCK).zip(x.chunks(BLOCK)).zip(a.chunks(BLOCK))
+                                    {
+                                        s2 += sum3(dy, x, a, |dy, x, a| dy * a * (x - m));
+                                    }
+                                }
                             }
+                        }
+                    }
+                    let r64 = r.to64();
+                    let k1 = if self.center { T::of(s1 / len as f64) } else { T::zero() };
+                    let k2 = T::of(s2 * r64 * r64 / len as f64);
+                    for (o, run, channel) in self.runs(start) {
+                        let (x, dy, dx) = (cut(x, o, run), cut(dy, o, run), &mut dx[o..o + run]);
+                        match self.factor(scale, channel, run) {
+                            Factor::All(a) => zip_map(x, dy, dx, |x, dy| r * (dy * a - k1 - (x - m) * k2)),
                             Factor::Each(a) => {
-                                s1 += sum2(dy, a, |dy, a| dy * a);
-                                for ((dy, x), a) in dy.chunks(BLOCK).zip(x.chunks(BLOCK)).zip(a.chunks(BLOCK))
-                                {
-                                    s2 += sum3(dy, x, a, |dy, x, a| dy * a * (x - m));
+                                for (i, &a) in a.iter().enumerate() {
+                                    let (x, dy) = (x.map_or(dx[i], |x| x[i]), dy.map_or(dx[i], |dy| dy[i]));
+                                    dx[i] = r * (dy * a - k1 - (x - m) * k2);
                                 }
                             }
                         }
                     }
                 }
-                let r64 = r.to64();
-                let k1 = if self.center { T::of(s1 / len as f64) } else { T::zero() };
-                let k2 = T::of(s2 * r64 * r64 / len as f64);
-                for (o, run, channel) in self.runs(start) {
-                    let (x, dy, dx) = (cut(x, o, run), cut(dy, o, run), &mut dx[o..o + run]);
-                    match self.factor(scale, channel, run) {
-                        Factor::All(a) => zip_map(x, dy, dx, |x, dy| r * (dy * a - k1 - (x - m) * k2)),
-                        Factor::Each(a) => {
-                            for (i, &a) in a.iter().enumerate() {
-                                let (x, dy) = (x.map_or(dx[i], |x| x[i]), dy.map_or(dx[i], |dy| dy[i]));
-                                dx[i] = r * (dy * a - k1 - (x - m) * k2);
-                            }
-                        }
-                    }
-                }
-            }
-        });
+            },
+        );
     }
 }
 

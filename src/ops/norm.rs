@@ -371,7 +371,7 @@ impl Op for LrnGrad {
 }
 
 pub(super) const ROWS: &[Row] = &[
-    Row::new("InstanceNormalization", 7, |s| SampleNorm::new(s, Kind::Instance)),
+    Row::new("InstanceNormalization", 6, |s| SampleNorm::new(s, Kind::Instance)),
     Row::new("LayerNormalization", 17, |s| {
         SampleNorm::new(s, Kind::Layer { axis: s.attrs.int_or("axis", -1)? })
     }),
