@@ -205,6 +205,13 @@ fn tensors(set: &Path, prefix: &str) -> std::result::Result<Vec<Tensor>, Miss> {
     files.iter().map(|(_, path)| tensor(path)).collect()
 }
 
+/// Reads a tensor from a file that holds one `TensorProto`, as the test cases do.
+pub fn read_tensor(path: &Path) -> Result<Tensor> {
+    tensor(path).map_err(|miss| match miss {
+        Miss::Failed(why) | Miss::Unsupported(why) => Error::file(path, why),
+    })
+}
+
 fn tensor(path: &Path) -> std::result::Result<Tensor, Miss> {
     let bytes = std::fs::read(path).map_err(|e| failed(Error::io(path, e)))?;
     let damaged = |e: &dyn std::fmt::Display| failed(format!("{}: {e}", file_name(path)));

@@ -36,7 +36,7 @@ pub struct Args {
     #[arg(long, default_value_t = 8)]
     epochs: usize,
     /// Labelled images of the worn camera to learn from
-    #[arg(long, default_value_t = 400)]
+    #[arg(long, default_value_t = 500)]
     images: usize,
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -46,6 +46,10 @@ pub struct Args {
     #[arg(long)]
     json: bool,
 }
+
+/// The classes of Fashion-MNIST.
+const CLASSES: [&str; 10] =
+    ["T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"];
 
 /// What the demo shows, as `--json` prints it.
 #[derive(serde::Serialize)]
@@ -105,7 +109,7 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
 
     let strips = strips(&clean.subset(&parts.train)?, &train, &mut done)?;
     let page = args.output.join("index.html");
-    page::demo(&page, &path, &on_clean, &done, &strips)?;
+    page::demo(&page, &path, &on_clean, &done, &CLASSES, &strips)?;
     eprintln!("wrote {} (tract: {})", done.summary.output.display(), done.summary.verified);
     eprintln!("page  {}", page.display());
     if args.json {

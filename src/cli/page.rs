@@ -7,6 +7,7 @@ use crate::finetune::{Finished, Summary};
 use crate::tensor::Tensor;
 use crate::train::checkpoint::write_atomically;
 use crate::train::fit::{Epoch, Evaluated};
+use crate::train::metrics::Metrics;
 
 use super::html::{self, Page, Section, Series};
 
@@ -36,37 +37,48 @@ pub fn finetuned(path: &Path, model: &Path, done: &Finished) -> Result<()> {
             s.training_samples
         ),
     };
-    let mut sections = vec![bars(&[("before", &done.before), ("after", &done.after)])];
+    let rows = [("before", &done.before), ("after", &done.after)];
+    let mut sections = vec![bars(&rows), metrics(&rows)];
     sections.extend(curves(&s.curve.epochs));
-    sections.push(confusions(&[("before", &done.before), ("after", &done.after)]));
+    sections.push(confusions(&[("before", &done.before), ("after", &done.after)], &done.class_names));
     write(path, &Page { title: "retune: finetune report".into(), lead, facts: facts(s), sections })
 }
 
 /// Writes the demo's page.
-pub fn demo(path: &Path, model: &Path, clean: &Evaluated, done: &Finished, strips: &[Strip]) -> Result<()> {
+pub fn demo(
+    path: &Path,
+    model: &Path,
+    clean: &Evaluated,
+    done: &Finished,
+    classes: &[&str],
+    strips: &[Strip],
+) -> Result<()> {
     let s = &done.summary;
-    let accuracy = |e: &Option<Evaluated>| e.as_ref().and_then(|e| e.metrics.accuracy).unwrap_or(f64::NAN);
+    let percent = |e: Option<&Evaluated>| match e.and_then(|e| e.metrics.accuracy) {
+        Some(a) => format!("{:.1}%", 100.0 * a),
+        None => "an unknown accuracy".into(),
+    };
     let lead = format!(
-        "{} classifies clean images at {:.1}%. Behind a worn camera, which dims, blurs and adds noise, it falls to \
-         {:.1}%. Finetuned on {} labelled images of that camera, it is back at {:.1}%. What this page claims is the \
+        "{} classifies clean images at {}. Behind a worn camera, which dims, blurs and adds noise, it falls to \
+         {}. Finetuned on {} labelled images of that camera, it is back at {}. What this page claims is the \
          recovery, not that ICP does better than plain finetuning: run the demo with --method supervised to compare.",
         model.file_name().unwrap_or_default().to_string_lossy(),
-        100.0 * clean.metrics.accuracy.unwrap_or(f64::NAN),
-        100.0 * accuracy(&done.before),
+        percent(Some(clean)),
+        percent(done.before.as_ref()),
         s.training_samples,
-        100.0 * accuracy(&done.after)
+        percent(done.after.as_ref())
     );
     let clean = Some(clean.clone());
-    let mut sections = vec![bars(&[
+    let rows = [
         ("clean camera", &clean),
         ("worn camera, deployed network", &done.before),
         ("worn camera, finetuned network", &done.after),
-    ])];
+    ];
+    let mut sections = vec![bars(&rows), metrics(&rows)];
     sections.extend(curves(&s.curve.epochs));
-    sections.push(confusions(&[
-        ("worn camera, deployed", &done.before),
-        ("worn camera, finetuned", &done.after),
-    ]));
+    let names: Vec<String> = classes.iter().map(|c| c.to_string()).collect();
+    let matrices = [("worn camera, deployed", &done.before), ("worn camera, finetuned", &done.after)];
+    sections.push(confusions(&matrices, &names));
     sections.push(Section::Strips {
         title: "What ICP does to images".into(),
         strips: strips.iter().filter_map(strip).collect(),
@@ -94,6 +106,30 @@ fn facts(s: &Summary) -> Vec<(String, String)> {
         facts.push(fact("features compared at", s.taps.join(", ")));
     }
     facts
+}
+
+/// Every metric, a column a network.
+fn metrics(rows: &[(&str, &Option<Evaluated>)]) -> Section {
+    let known: Vec<(&str, &Metrics)> =
+        rows.iter().filter_map(|(name, e)| Some((*name, &e.as_ref()?.metrics))).collect();
+    let mut header = vec![String::new()];
+    header.extend(known.iter().map(|(name, _)| name.to_string()));
+    let row = |name: &str, f: &dyn Fn(&Metrics) -> Option<f64>| -> Option<Vec<String>> {
+        let cells: Option<Vec<String>> = known.iter().map(|(_, m)| f(m).map(|x| format!("{x:.4}"))).collect();
+        Some([vec![name.to_string()], cells?].concat())
+    };
+    let rows = [
+        row("loss", &|m| Some(m.loss)),
+        row("accuracy", &|m| m.accuracy),
+        row("precision", &|m| m.precision),
+        row("recall", &|m| m.recall),
+        row("F1", &|m| m.f1),
+    ];
+    Section::Table {
+        title: "Metrics on held-out samples".into(),
+        header,
+        rows: rows.into_iter().flatten().collect(),
+    }
 }
 
 fn bars(rows: &[(&str, &Option<Evaluated>)]) -> Section {
@@ -132,7 +168,8 @@ fn curves(epochs: &[Epoch]) -> Vec<Section> {
     sections
 }
 
-fn confusions(rows: &[(&str, &Option<Evaluated>)]) -> Section {
+/// Classes without a name are called by their number.
+fn confusions(rows: &[(&str, &Option<Evaluated>)], names: &[String]) -> Section {
     let matrices: Vec<(String, usize, Vec<u64>)> = rows
         .iter()
         .filter_map(|(caption, e)| {
@@ -143,7 +180,7 @@ fn confusions(rows: &[(&str, &Option<Evaluated>)]) -> Section {
     let classes = matrices.first().map_or(0, |m| m.1);
     Section::Confusions {
         title: "Confusion on held-out samples".into(),
-        class_names: (0..classes).map(|c| c.to_string()).collect(),
+        class_names: (0..classes).map(|c| names.get(c).cloned().unwrap_or_else(|| c.to_string())).collect(),
         matrices,
     }
 }

@@ -23,7 +23,8 @@ pub struct Options {
     pub threads: usize,
     /// Of every random number.
     pub seed: u64,
-    /// Every value in memory of its own (for tests; results do not depend on it).
+    /// Every value in memory of its own (for tests; results do not depend on it). The environment variable
+    /// `RETUNE_MEMORY=separate` asks for the same.
     pub no_reuse: bool,
 }
 
@@ -193,7 +194,8 @@ impl Session {
 
     /// Plans a graph whose shapes are inferred, and makes room for it.
     pub fn compile(&mut self, graph: Graph, mut request: Request) -> Result<Program> {
-        request.no_reuse |= self.options.no_reuse;
+        request.no_reuse |=
+            self.options.no_reuse || std::env::var("RETUNE_MEMORY").is_ok_and(|m| m == "separate");
         let plan = plan::plan(&graph, &request)?;
         let mut constants = Vec::with_capacity(plan.constants.len());
         for c in &plan.constants {

@@ -20,8 +20,8 @@ pub enum Verification {
 
 /// Runs the model at `path` in tract and compares its outputs with `expected`.
 pub fn verify(path: &Path, feeds: &[(String, Tensor)], expected: &[(String, Tensor)]) -> Verification {
-    match run(path, feeds) {
-        Err(e) => Verification::Unavailable(e.to_string()),
+    match attempt(path, feeds) {
+        Err(why) => Verification::Unavailable(why),
         Ok(got) => compare(&got, expected),
     }
 }
@@ -67,13 +67,17 @@ fn relative(got: &[f64], want: &[f64]) -> f64 {
 /// (half floats as float32).
 ///
 /// Fails when tract cannot load or run it, and when the crate is built without the feature `tract`.
+pub fn run(path: &Path, feeds: &[(String, Tensor)]) -> crate::error::Result<Vec<(String, Tensor)>> {
+    attempt(path, feeds).map_err(|why| crate::error::Error::file(path, why))
+}
+
 #[cfg(not(feature = "tract"))]
-pub fn run(path: &Path, _feeds: &[(String, Tensor)]) -> crate::error::Result<Vec<(String, Tensor)>> {
-    Err(crate::error::Error::file(path, "built without tract"))
+fn attempt(_: &Path, _: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>, String> {
+    Err("built without tract".into())
 }
 
 #[cfg(feature = "tract")]
-pub use with_tract::run;
+use with_tract::attempt;
 
 #[cfg(feature = "tract")]
 mod with_tract {
@@ -84,25 +88,21 @@ mod with_tract {
     use tract_onnx::prelude::{DatumType, Framework, InferenceModelExt, IntoRunnable, TractResult};
     use tract_onnx::tract_hir::infer::Factoid;
 
-    use crate::error::{Error, Result};
     use crate::tensor::{DType, Tensor};
 
-    /// Runs the model at `path` in tract. Feeds and outputs are by name, in the types the file declares
-    /// (half floats as float32).
-    ///
-    /// Fails when tract cannot load or run it.
-    pub fn run(path: &Path, feeds: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
-        let fail = |what: String| Error::file(path, format!("tract: {what}"));
+    /// What tract computes, or why it does not.
+    pub fn attempt(path: &Path, feeds: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>, String> {
+        let fail = |what: String| Err(format!("tract: {what}"));
         match catch_unwind(AssertUnwindSafe(|| try_run(path, feeds))) {
             Ok(Ok(outputs)) => Ok(outputs),
-            Ok(Err(e)) => Err(fail(format!("{e:#}"))),
+            Ok(Err(e)) => fail(format!("{e:#}")),
             Err(panic) => {
                 let what = panic
                     .downcast_ref::<String>()
                     .map(String::as_str)
                     .or_else(|| panic.downcast_ref::<&str>().copied())
                     .unwrap_or("unknown reason");
-                Err(fail(format!("panicked: {what}")))
+                fail(format!("panicked: {what}"))
             }
         }
     }

@@ -74,6 +74,8 @@ pub struct Finished {
     pub summary: Summary,
     pub before: Option<Evaluated>,
     pub after: Option<Evaluated>,
+    /// Of the data's folders; empty where classes are only numbered.
+    pub class_names: Vec<String>,
     /// With the new weights, whether they were kept or not.
     pub session: Session,
     pub recipe: Recipe,
@@ -284,7 +286,7 @@ pub fn finetune(
         notes,
         curve: Curve { epochs: fitted.epochs },
     };
-    Ok(Finished { summary, before, after, session, recipe })
+    Ok(Finished { summary, before, after, class_names: data.class_names().to_vec(), session, recipe })
 }
 
 /// Everything that decides a run's result, in one hash.

@@ -146,9 +146,6 @@ impl Op for Dropout {
         if !drops {
             return Ok(Grads::from_slice(&[Some(dy), None, None]));
         }
-        if self.mask.is_none() {
-            return Err(OpError::NotDifferentiable("Dropout before opset 10 in training".into()));
-        }
         let inputs = [Some(dy), Some(g.y(1)?), g.x_opt(1)];
         let dx = g.emit_all(DropoutGrad { ratio: self.ratio }, &inputs, 1)?[0];
         Ok(Grads::from_slice(&[Some(dx), None, None]))
@@ -179,7 +176,7 @@ impl Op for Dropout {
     }
 }
 
-/// Gradient of dropout. Inputs: dy, the mask, the ratio (if it is an input).
+/// Gradient of dropout. Inputs: dy, the mask (bool, or 0 and 1 in dy's type), the ratio (if it is an input).
 #[derive(Debug)]
 pub struct DropoutGrad {
     pub ratio: f64,
@@ -200,7 +197,19 @@ impl Op for DropoutGrad {
         let ratio = get(x, 2).map_or(Ok(self.ratio), scalar)?;
         float_dispatch!(dx.dtype, T => {
             let dy = get(x, 0).map(|x| x.get::<T>()).transpose()?;
-            apply_mask(dy, need(x, 1)?.get::<u8>()?, factor(ratio), dx.get::<T>()?);
+            let (mask, dx) = (need(x, 1)?, dx.get::<T>()?);
+            if mask.dtype == DType::Bool {
+                apply_mask(dy, mask.get::<u8>()?, factor(ratio), dx);
+                return Ok(());
+            }
+            if let Some(dy) = dy {
+                dx.copy_from_slice(dy);
+            }
+            let kept = T::of(factor(ratio));
+            // Selected rather than multiplied: what was dropped has no gradient, whatever dy is.
+            for (dx, m) in dx.iter_mut().zip(mask.get::<T>()?) {
+                *dx = if *m != T::of(0.0) { *dx * kept } else { T::of(0.0) };
+            }
             Ok(())
         })
     }
@@ -227,6 +236,7 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         case(7).float("ratio", 0.3),
         case(7).named("in training").float("ratio", 0.3).mode(Mode::TRAIN),
         case(7).named("two outputs").outputs(2).forward_only(),
+        case(7).named("a mask of floats, in training").outputs(2).mode(Mode::TRAIN).forward_only(),
         case(10).named("in training").mode(Mode::TRAIN),
         case(13).named("told to").fixed(ratio()).fixed(told(1.0)).outputs(2),
         case(13).named("told not to").fixed(ratio()).fixed(told(0.0)),

@@ -49,6 +49,7 @@ fn one_step(fixture: &str, perturber: Optimizer) {
         alpha: Alpha::Fixed(number("alpha")),
         weights: Weights::Cosine,
         taps: Taps::Auto,
+        warmup: 0.0,
     });
     let shapes = retune::train::step::Shapes::of(&batch).unwrap();
     assert_eq!(icp.tap_names(&session, &shapes).unwrap(), taps, "automatic taps");

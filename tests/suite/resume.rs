@@ -83,3 +83,35 @@ fn killed_and_resumed_runs_give_the_same_bytes() {
     let refused = run(&other, 1);
     assert!(String::from_utf8_lossy(&refused.stderr).contains("other options"));
 }
+
+#[test]
+fn memory_of_its_own_for_every_value_gives_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, data) = files();
+    let (shared, separate) = (dir.path().join("shared.onnx"), dir.path().join("separate.onnx"));
+    run(&args(&model, &data, &shared), 0);
+    let out =
+        retune().args(args(&model, &data, &separate)).env("RETUNE_MEMORY", "separate").output().unwrap();
+    assert!(out.status.success());
+    assert!(std::fs::read(&shared).unwrap() == std::fs::read(&separate).unwrap());
+}
+
+/// Lower instruction set levels round differently and learn the same.
+#[test]
+fn every_instruction_set_level_learns_alike() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, data) = files();
+    let mut losses = Vec::new();
+    for isa in ["portable", "avx2", "avx512"] {
+        let output = dir.path().join(format!("{isa}.onnx"));
+        let mut a = args(&model, &data, &output);
+        a.push("--json");
+        let out = retune().args(&a).env("RETUNE_ISA", isa).output().unwrap();
+        let summary: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        losses.push(summary["epochs"][0]["loss"].as_f64().unwrap());
+    }
+    println!("losses of the first epoch: {losses:?}");
+    for l in &losses {
+        assert!((l - losses[0]).abs() <= 0.02 * losses[0], "{losses:?}");
+    }
+}
