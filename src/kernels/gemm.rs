@@ -282,7 +282,7 @@ pub fn dot<T: Float>(a: &[T], b: &[T]) -> T {
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {
-            sums[i] = sums[i] + sums[i + half];
+            sums[i] += sums[i + half];
         }
         half /= 2;
     }

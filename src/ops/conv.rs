@@ -33,7 +33,11 @@ impl Conv {
     /// The sizes, and the output's dimensions.
     fn geometry(&self, x: &[usize], w: &[usize]) -> Result<(Geometry, Vec<usize>), OpError> {
         let bad = || OpError::Shape(format!("Conv of {x:?} with weights of {w:?} in {} groups", self.groups));
-        if x.len() < 3 || w.len() != x.len() || w[1] * self.groups != x[1] || w[0] % self.groups != 0 {
+        if x.len() < 3
+            || w.len() != x.len()
+            || w[1] * self.groups != x[1]
+            || !w[0].is_multiple_of(self.groups)
+        {
             return Err(bad());
         }
         let r = self.window.resolve(&x[2..], &w[2..])?;

@@ -157,7 +157,7 @@ impl Op for Scale {
                     let x = x.get::<T>()?;
                     par::pieces(y, |at, y| y.iter_mut().zip(&x[at..]).for_each(|(y, x)| *y = by * *x));
                 }
-                None => par::pieces(y, |_, y| y.iter_mut().for_each(|y| *y = by * *y)),
+                None => par::pieces(y, |_, y| y.iter_mut().for_each(|y| *y *= by)),
             }
             Ok(())
         })

@@ -43,6 +43,7 @@ impl Shifted {
 
     /// `weights(group, tap)` is the matrix that takes that tap's input channels to output channels:
     /// dense of (OG, CG), or of (CG, OG) when `trans`.
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn run<'w, T: Float>(
         &self,
         g: &Geometry,
