@@ -50,18 +50,34 @@ pub(super) fn run(
 }
 
 fn call(step: &Step, memory: &mut Memory) -> std::result::Result<(), OpError> {
-    let ranges = step.store.iter().map(|c| (memory.store.range(c.state), c.write));
-    let cuts: SmallVec<[(usize, usize, bool); 8]> = ranges.map(|(r, w)| (r.start, r.end, w)).collect();
-    let mut store = carve(memory.store.raw(), cuts.into_iter());
+    // States that are written leave the store for the call, so that others can be read meanwhile.
+    let mut taken: SmallVec<[Option<Buffer>; 4]> =
+        step.store.iter().map(|c| c.write.then(|| memory.store.take(c.state))).collect();
+    let done = with_states(step, memory, &mut taken);
+    for (cut, data) in step.store.iter().zip(taken) {
+        if let Some(data) = data {
+            memory.store.put(cut.state, data);
+        }
+    }
+    done
+}
+
+fn with_states(
+    step: &Step,
+    memory: &mut Memory,
+    taken: &mut [Option<Buffer>],
+) -> std::result::Result<(), OpError> {
+    let store = &*memory.store;
+    let mut written: SmallVec<[Option<&mut [u8]>; 4]> =
+        taken.iter_mut().map(|b| b.as_mut().map(Buffer::bytes_mut)).collect();
     let cuts = step.arena.iter().map(|c| (c.range.start, c.range.end, c.write));
     let mut arena = carve(memory.arena, cuts);
     let constants = memory.constants;
-
     let mut x: SmallVec<[Option<View>; 8]> = SmallVec::new();
     for o in &step.x {
         let bytes = match o.place {
             Place::Arena(i) => arena[i].read(),
-            Place::Store(i) => store[i].read(),
+            Place::Store(i) => store.view(step.store[i].state).bytes,
             Place::Constant(i) => constants[i].bytes(),
             Place::None => {
                 x.push(None);
@@ -72,9 +88,10 @@ fn call(step: &Step, memory: &mut Memory) -> std::result::Result<(), OpError> {
     }
     let mut y: SmallVec<[Option<ViewMut>; 4]> = SmallVec::new();
     for o in &step.y {
+        let len = o.dims.iter().product::<usize>() * o.dtype.size();
         let bytes = match o.place {
             Place::Arena(i) => arena[i].write(),
-            Place::Store(i) => store[i].write(),
+            Place::Store(i) => written[i].take().map(|b| &mut b[..len]),
             Place::Constant(_) | Place::None => None,
         };
         y.push(bytes.map(|bytes| ViewMut { dtype: o.dtype, dims: &o.dims, bytes }));
@@ -83,7 +100,7 @@ fn call(step: &Step, memory: &mut Memory) -> std::result::Result<(), OpError> {
         out(&mut y, 0)?.bytes.copy_from_slice(need(&x, 0)?.bytes);
         return Ok(());
     }
-    // Operators cast their scratch memory: where it is empty, it must be aligned all the same.
+    // An empty slice that is aligned, unlike `&mut []`: kernels cast their scratch memory.
     let mut nothing = Buffer::default();
     let scratch = step.scratch.and_then(|i| arena[i].write()).unwrap_or(nothing.bytes_mut());
     step.op.forward(&mut Cx { scratch, seed: memory.seed ^ mix(step.node.0 as u64) }, &x, &mut y)

@@ -1,12 +1,9 @@
 //! Persistent memory of a session: parameters, running statistics, optimizer state, and what passes from
 //! one plan to the next.
 
-use std::ops::Range;
-
 use serde::Serialize;
 
 use crate::graph::StateId;
-use crate::plan::aligned;
 use crate::tensor::{Buffer, Meta, Tensor, View, ViewMut};
 
 /// What a state is for.
@@ -25,27 +22,24 @@ pub enum Purpose {
     Step,
 }
 
-#[derive(Debug)]
 struct Entry {
     name: String,
     meta: Meta,
-    offset: usize,
     purpose: Purpose,
+    data: Buffer,
 }
 
-/// Named tensors in one aligned buffer.
+/// Named tensors, each in aligned memory of its own.
 #[derive(Default)]
 pub struct Store {
-    buffer: Buffer,
     entries: Vec<Entry>,
 }
 
 impl Store {
-    /// Adds a zeroed state. Existing states keep their content.
+    /// Adds a zeroed state.
     pub fn add(&mut self, name: impl Into<String>, meta: Meta, purpose: Purpose) -> StateId {
-        let offset = self.entries.last().map_or(0, |e| aligned(e.offset + e.meta.bytes()));
-        self.buffer.grow(offset + meta.bytes());
-        self.entries.push(Entry { name: name.into(), meta, offset, purpose });
+        let data = Buffer::zeroed(meta.bytes());
+        self.entries.push(Entry { name: name.into(), meta, purpose, data });
         StateId(self.entries.len() as u32 - 1)
     }
 
@@ -71,28 +65,18 @@ impl Store {
 
     /// Bytes held for one purpose.
     pub fn bytes_for(&self, purpose: Purpose) -> usize {
-        self.entries.iter().filter(|e| e.purpose == purpose).map(|e| aligned(e.meta.bytes())).sum()
-    }
-
-    /// Bytes held in all.
-    pub fn bytes(&self) -> usize {
-        self.buffer.len()
-    }
-
-    pub fn range(&self, id: StateId) -> Range<usize> {
-        let e = &self.entries[id.index()];
-        e.offset..e.offset + e.meta.bytes()
+        self.entries.iter().filter(|e| e.purpose == purpose).map(|e| e.data.len()).sum()
     }
 
     pub fn view(&self, id: StateId) -> View<'_> {
         let e = &self.entries[id.index()];
-        View { dtype: e.meta.dtype, dims: &e.meta.dims, bytes: &self.buffer.bytes()[self.range(id)] }
+        View { dtype: e.meta.dtype, dims: &e.meta.dims, bytes: &e.data.bytes()[..e.meta.bytes()] }
     }
 
     pub fn view_mut(&mut self, id: StateId) -> ViewMut<'_> {
-        let range = self.range(id);
-        let e = &self.entries[id.index()];
-        ViewMut { dtype: e.meta.dtype, dims: &e.meta.dims, bytes: &mut self.buffer.bytes_mut()[range] }
+        let e = &mut self.entries[id.index()];
+        let bytes = &mut e.data.bytes_mut()[..e.meta.bytes()];
+        ViewMut { dtype: e.meta.dtype, dims: &e.meta.dims, bytes }
     }
 
     pub fn tensor(&self, id: StateId) -> Tensor {
@@ -108,7 +92,12 @@ impl Store {
         self.view_mut(id).bytes.fill(0);
     }
 
-    pub(super) fn raw(&mut self) -> &mut [u8] {
-        self.buffer.bytes_mut()
+    /// Takes a state's memory out, to be written while others are read; [`Store::put`] brings it back.
+    pub(super) fn take(&mut self, id: StateId) -> Buffer {
+        std::mem::take(&mut self.entries[id.index()].data)
+    }
+
+    pub(super) fn put(&mut self, id: StateId, data: Buffer) {
+        self.entries[id.index()].data = data;
     }
 }

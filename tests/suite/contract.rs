@@ -139,10 +139,11 @@ fn bad_input_is_refused_with_a_message() {
     let y = Tensor::from_slice(&[2], &[0i64, 10]).unwrap();
     write_npz(&data, &[("x", &x), ("y", &y)]).unwrap();
     message(&["eval", text(&model), "--data", text(&data)], 1, "10");
+    noise(&data);
     let output = at("new.onnx");
     let base = ["finetune", text(&model), "--data", text(&data), "--output", text(&output)];
     message(&[&base[..], &["--train", "nothing*"]].concat(), 1, "nothing");
-    message(&[&base[..], &["--lr", "-1"]].concat(), 1, "--lr");
+    message(&[&base[..], &["--lr=-1"]].concat(), 1, "--lr");
     message(&[&base[..], &["--precision", "bf16"]].concat(), 1, "--precision");
     assert!(!output.exists());
 }
