@@ -71,10 +71,20 @@ pub fn main() -> ExitCode {
     match done {
         Ok(code) => ExitCode::from(code),
         Err(e) => {
-            eprintln!("error: {e:#}");
+            eprintln!("error: {}", chain(&e));
             ExitCode::from(FAILED)
         }
     }
+}
+
+/// An error and its causes, those left out that the text before already tells.
+fn chain(error: &anyhow::Error) -> String {
+    error.chain().skip(1).map(|cause| cause.to_string()).fold(error.to_string(), |text, cause| {
+        match text.contains(&cause) {
+            true => text,
+            false => format!("{text}: {cause}"),
+        }
+    })
 }
 
 /// Prints one JSON document on stdout.
