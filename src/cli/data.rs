@@ -47,7 +47,7 @@ pub fn load(path: &Path) -> anyhow::Result<Arc<Model>> {
 pub fn bound(model: &Model, path: &Path, options: &ImageOptions) -> anyhow::Result<Dataset> {
     let specs = input_specs(model);
     let data = open(path, options, &specs)?;
-    Ok(data.bind(&specs).with_context(|| path.display().to_string())?)
+    data.bind(&specs).with_context(|| path.display().to_string())
 }
 
 /// A session with data whose target fits the loss.

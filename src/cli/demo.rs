@@ -151,8 +151,8 @@ fn strips(clean: &Dataset, worn: &Dataset, done: &mut Finished) -> anyhow::Resul
     let original = batch.inputs[0].1.clone();
     worn.batch(&picks, None, &mut batch)?;
     let seen = batch.inputs[0].1.clone();
-    let (perturbed, losses) = Icp::default().perturbed(&mut done.session, &done.recipe, &batch)?;
-    let moved = &perturbed[0].1;
+    let perturbed = Icp::default().perturbed(&mut done.session, &done.recipe, &batch)?;
+    let (moved, losses) = (&perturbed.inputs[0].1, &perturbed.losses);
     let difference: Vec<f32> =
         moved.get::<f32>()?.iter().zip(seen.get::<f32>()?).map(|(a, b)| a - b).collect();
     let largest = difference.iter().fold(1e-9f32, |m, d| m.max(d.abs()));

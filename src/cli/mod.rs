@@ -28,6 +28,7 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
+#[allow(clippy::large_enum_variant, reason = "one value a process")]
 enum Command {
     /// Inputs, outputs, operators, parameters and what blocks training
     Inspect(inspect::Args),
@@ -40,7 +41,7 @@ enum Command {
     /// Loss and metrics on data
     Eval(eval::Args),
     /// Finetune a model on data and write it back
-    Finetune(Box<finetune::Args>),
+    Finetune(finetune::Args),
     /// Run ONNX backend test cases
     Test(test::Args),
     /// Time a forward pass or a training step

@@ -94,6 +94,15 @@ pub struct Icp {
     plain: Vec<(Shapes, Supervised)>,
 }
 
+/// What became of a batch's inputs.
+#[derive(Debug, Clone)]
+pub struct Perturbed {
+    /// After K steps, by name.
+    pub inputs: Vec<(String, Tensor)>,
+    /// The task loss before each of the K steps.
+    pub losses: Vec<f64>,
+}
+
 /// The three plans for batches of one shape.
 struct Plans {
     perturb: Perturb,
@@ -316,18 +325,13 @@ impl Icp {
         Ok(losses)
     }
 
-    /// The perturbed inputs of a batch, without any training, and the loss before each of the K steps.
-    pub fn perturbed(
-        &mut self,
-        session: &mut Session,
-        recipe: &Recipe,
-        batch: &Batch,
-    ) -> Result<(Vec<(String, Tensor)>, Vec<f64>)> {
+    /// Perturbs a batch without any training.
+    pub fn perturbed(&mut self, session: &mut Session, recipe: &Recipe, batch: &Batch) -> Result<Perturbed> {
         let shapes = Shapes::of(batch)?;
         let p = self.perturb(session, recipe, &shapes)?;
         let losses = self.run_perturbation(session, &p, batch, 0)?;
         let x = p.inputs.iter().map(|(name, s)| (name.clone(), session.store().tensor(*s))).collect();
-        Ok((x, losses))
+        Ok(Perturbed { inputs: x, losses })
     }
 
     /// Names of the values that features are compared at, for batches of the given shapes.

@@ -61,10 +61,10 @@ impl<'a> Path<'a> {
         let mut needed = vec![false; graph.values.len()];
         let mut stack = vec![logits];
         while let Some(v) = stack.pop() {
-            if !std::mem::replace(&mut needed[v.index()], true) {
-                if let Source::Node(n, _) = graph.value(v).source {
-                    stack.extend(graph.node(n).inputs.iter().flatten());
-                }
+            if !std::mem::replace(&mut needed[v.index()], true)
+                && let Source::Node(n, _) = graph.value(v).source
+            {
+                stack.extend(graph.node(n).inputs.iter().flatten());
             }
         }
         // Perturbed inputs are states here; parameters are too, but no declaration makes them inputs.
@@ -175,10 +175,11 @@ impl<'a> Path<'a> {
         for &v in &self.values {
             let Source::Node(n, 0) = self.graph.value(v).source else { continue };
             let node = self.graph.node(n);
-            if let ("Gemm" | "MatMul", Some(Some(x))) = (node.op.name(), node.inputs.first()) {
-                if matches!(self.graph.value(*x).source, Source::Node(..)) && !layers.contains(x) {
-                    layers.push(*x);
-                }
+            if let ("Gemm" | "MatMul", Some(Some(x))) = (node.op.name(), node.inputs.first())
+                && matches!(self.graph.value(*x).source, Source::Node(..))
+                && !layers.contains(x)
+            {
+                layers.push(*x);
             }
         }
         layers

@@ -32,7 +32,7 @@ pub struct BatchNormalization {
 }
 
 impl BatchNormalization {
-    fn new(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
+    fn parse(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
         let training = if spec.opset >= 14 { spec.attrs.flag("training_mode")? } else { spec.outputs > 1 };
         Ok(Arc::new(BatchNormalization {
             epsilon: spec.attrs.float_or("epsilon", 1e-5)? as f64,
@@ -405,7 +405,7 @@ impl Op for BatchNormEvalInputGrad {
     }
 }
 
-pub(super) const ROWS: &[Row] = &[Row::new("BatchNormalization", 7, BatchNormalization::new)];
+pub(super) const ROWS: &[Row] = &[Row::new("BatchNormalization", 7, BatchNormalization::parse)];
 
 #[cfg(test)]
 pub(super) fn cases() -> Vec<super::cases::Case> {
@@ -455,7 +455,7 @@ mod tests {
             inputs: 5,
             outputs: 3,
         };
-        let op = BatchNormalization::new(&spec).unwrap();
+        let op = BatchNormalization::parse(&spec).unwrap();
         mode.and_then(|m| op.in_mode(m)).unwrap_or(op)
     }
 

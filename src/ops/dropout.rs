@@ -32,7 +32,7 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    fn new(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
+    fn parse(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
         Ok(Arc::new(Dropout {
             ratio: spec.attrs.float_or("ratio", 0.5)? as f64,
             seed: spec.attrs.int("seed")?,
@@ -223,7 +223,7 @@ impl Op for DropoutGrad {
     }
 }
 
-pub(super) const ROWS: &[Row] = &[Row::new("Dropout", 7, Dropout::new)];
+pub(super) const ROWS: &[Row] = &[Row::new("Dropout", 7, Dropout::parse)];
 
 #[cfg(test)]
 pub(super) fn cases() -> Vec<super::cases::Case> {

@@ -243,7 +243,7 @@ pub struct ClassLoss {
 }
 
 impl ClassLoss {
-    fn new(spec: &Spec, logged: bool) -> Result<Arc<dyn Op>, OpError> {
+    fn parse(spec: &Spec, logged: bool) -> Result<Arc<dyn Op>, OpError> {
         let reduction = match spec.attrs.string("reduction")?.as_deref() {
             None | Some("mean") => Reduction::Mean,
             Some("sum") => Reduction::Sum,
@@ -263,16 +263,16 @@ impl Op for ClassLoss {
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let (x, t) = (need(inputs, 0)?, need(inputs, 1)?);
         check_labels(x, t)?;
-        if let Some(w) = get(inputs, 2) {
-            if w.dtype != x.dtype || w.dims.as_slice() != [x.dims[1]] {
-                return Err(OpError::Shape(format!(
-                    "weights {} {:?} for {} classes of {}",
-                    w.dtype,
-                    w.dims.as_slice(),
-                    x.dims[1],
-                    x.dtype
-                )));
-            }
+        if let Some(w) = get(inputs, 2)
+            && (w.dtype != x.dtype || w.dims.as_slice() != [x.dims[1]])
+        {
+            return Err(OpError::Shape(format!(
+                "weights {} {:?} for {} classes of {}",
+                w.dtype,
+                w.dims.as_slice(),
+                x.dims[1],
+                x.dtype
+            )));
         }
         let mut outs = match self.rule.reduction {
             Reduction::None => vec![Meta::new(x.dtype, &t.dims)],
@@ -507,8 +507,8 @@ impl Op for MseGrad {
 }
 
 pub(super) const ROWS: &[Row] = &[
-    Row::new("SoftmaxCrossEntropyLoss", 12, |s| ClassLoss::new(s, false)),
-    Row::new("NegativeLogLikelihoodLoss", 12, |s| ClassLoss::new(s, true)),
+    Row::new("SoftmaxCrossEntropyLoss", 12, |s| ClassLoss::parse(s, false)),
+    Row::new("NegativeLogLikelihoodLoss", 12, |s| ClassLoss::parse(s, true)),
 ];
 
 #[cfg(test)]

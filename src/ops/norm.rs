@@ -35,7 +35,7 @@ pub struct SampleNorm {
 }
 
 impl SampleNorm {
-    fn new(spec: &Spec, kind: Kind) -> Result<Arc<dyn Op>, OpError> {
+    fn parse(spec: &Spec, kind: Kind) -> Result<Arc<dyn Op>, OpError> {
         if spec.attrs.int_or("stash_type", 1)? != 1 {
             return Err(OpError::Unsupported("a stash_type other than float32".into()));
         }
@@ -48,7 +48,7 @@ impl SampleNorm {
             .ok()
             .filter(|&g| g > 0)
             .ok_or_else(|| OpError::Attribute(format!("'num_groups' is {groups}")))?;
-        SampleNorm::new(spec, Kind::Group { groups, per_group: spec.opset < 21 })
+        SampleNorm::parse(spec, Kind::Group { groups, per_group: spec.opset < 21 })
     }
 
     /// The rows of x, and the shape of their statistics.
@@ -282,7 +282,7 @@ pub struct Lrn {
 }
 
 impl Lrn {
-    fn new(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
+    fn parse(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
         let size = spec.attrs.int("size")?.unwrap_or(0);
         let size = usize::try_from(size)
             .ok()
@@ -371,13 +371,15 @@ impl Op for LrnGrad {
 }
 
 pub(super) const ROWS: &[Row] = &[
-    Row::new("InstanceNormalization", 6, |s| SampleNorm::new(s, Kind::Instance)),
+    Row::new("InstanceNormalization", 6, |s| SampleNorm::parse(s, Kind::Instance)),
     Row::new("LayerNormalization", 17, |s| {
-        SampleNorm::new(s, Kind::Layer { axis: s.attrs.int_or("axis", -1)? })
+        SampleNorm::parse(s, Kind::Layer { axis: s.attrs.int_or("axis", -1)? })
     }),
-    Row::new("RMSNormalization", 23, |s| SampleNorm::new(s, Kind::Rms { axis: s.attrs.int_or("axis", -1)? })),
+    Row::new("RMSNormalization", 23, |s| {
+        SampleNorm::parse(s, Kind::Rms { axis: s.attrs.int_or("axis", -1)? })
+    }),
     Row::new("GroupNormalization", 18, SampleNorm::group),
-    Row::new("LRN", 7, Lrn::new),
+    Row::new("LRN", 7, Lrn::parse),
 ];
 
 #[cfg(test)]

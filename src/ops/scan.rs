@@ -178,6 +178,7 @@ impl Op for OneHot {
             numeric!(index.dtype, I => {
                 for (p, &k) in index.get::<I>()?.iter().enumerate() {
                     // Floats truncate; what lies outside -depth..depth marks nothing.
+                    #[allow(clippy::unnecessary_cast, reason = "`I` is also i64")]
                     let k = k as i64;
                     let k = if k < 0 { k.saturating_add(depth as i64) } else { k };
                     if (0..depth as i64).contains(&k) {

@@ -154,7 +154,7 @@ impl Reshape {
             dims[i] = match rest {
                 0 if x.is_empty() && !self.allow_zero => 0,
                 0 => return Err(mismatch()),
-                n if x.len() % n == 0 => x.len() / n,
+                n if x.len().is_multiple_of(n) => x.len() / n,
                 _ => return Err(mismatch()),
             };
         }

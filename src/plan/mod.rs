@@ -185,10 +185,9 @@ impl<'a> Planner<'a> {
             let node = self.graph.node(*id);
             if let (true, Some(Some(x)), Some(Some(y))) =
                 (node.op.is_view(), node.inputs.first(), node.outputs.first())
+                && !self.request.pins.contains_key(y)
             {
-                if !self.request.pins.contains_key(y) {
-                    self.last_use[x.index()] = self.last_use[x.index()].max(self.last_use[y.index()]);
-                }
+                self.last_use[x.index()] = self.last_use[x.index()].max(self.last_use[y.index()]);
             }
         }
     }
@@ -267,19 +266,20 @@ impl<'a> Planner<'a> {
         let id = self.order[position];
         let node = self.graph.node(id);
         let updated = node.op.updates().iter().find(|u| u.1 == o).map(|u| u.0);
-        if let Some(i) = updated {
-            if let Some(Some(Home::State(s))) = inputs.get(i) {
-                self.hidden[position].push(i);
-                return Ok(Home::State(*s));
-            }
+        if let Some(i) = updated
+            && let Some(Some(Home::State(s))) = inputs.get(i)
+        {
+            self.hidden[position].push(i);
+            return Ok(Home::State(*s));
         }
         if let Some(state) = self.request.pins.get(&y) {
             return Ok(Home::State(*state));
         }
-        if o == 0 && node.op.is_view() {
-            if let Some(Some(home)) = inputs.first() {
-                return Ok(*home);
-            }
+        if o == 0
+            && node.op.is_view()
+            && let Some(Some(home)) = inputs.first()
+        {
+            return Ok(*home);
         }
         if updated.is_none() && !self.request.no_reuse && self.hidden[position].is_empty() {
             for &(i, _) in node.op.in_place().iter().filter(|p| p.1 == o) {
@@ -315,8 +315,8 @@ impl<'a> Planner<'a> {
         }
         let arena_bytes = assign(&mut self.blocks);
         let mut steps = Vec::with_capacity(self.order.len());
-        for position in 0..self.order.len() {
-            if let Some(step) = self.step(position, scratch[position])? {
+        for (position, scratch) in scratch.into_iter().enumerate() {
+            if let Some(step) = self.step(position, scratch)? {
                 steps.push(step);
             }
         }

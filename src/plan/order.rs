@@ -11,10 +11,10 @@ pub fn order(graph: &Graph, request: &Request) -> Result<Vec<NodeId>> {
     let mut stack: Vec<ValueId> =
         request.outputs.iter().chain(&request.effects).chain(request.pins.keys()).copied().collect();
     while let Some(v) = stack.pop() {
-        if let Source::Node(n, _) = graph.value(v).source {
-            if !std::mem::replace(&mut needed[n.index()], true) {
-                stack.extend(graph.node(n).inputs.iter().flatten());
-            }
+        if let Source::Node(n, _) = graph.value(v).source
+            && !std::mem::replace(&mut needed[n.index()], true)
+        {
+            stack.extend(graph.node(n).inputs.iter().flatten());
         }
     }
     let order: Vec<NodeId> =

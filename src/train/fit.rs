@@ -186,10 +186,10 @@ pub fn fit(
             skipped,
             samples_per_second: samples as f64 / started.elapsed().as_secs_f64().max(1e-9),
         });
-        if let Some(c) = &mut checkpoints {
-            if position.fitted.steps % c.every() == 0 || position.fitted.steps == steps {
-                c.save(session, &position)?;
-            }
+        if let Some(c) = &mut checkpoints
+            && (position.fitted.steps % c.every() == 0 || position.fitted.steps == steps)
+        {
+            c.save(session, &position)?;
         }
     }
     Ok(position.fitted)

@@ -52,10 +52,10 @@ impl Meter {
             let (n, p) = (i / inner.max(1), i % inner.max(1));
             let at = |c: usize| logits[(n * classes + c) * inner + p];
             let best = (1..classes).fold(0, |b, c| if at(c) > at(b) { c } else { b });
-            if let Ok(label) = usize::try_from(label) {
-                if label < classes {
-                    self.confusion.counts[label * classes + best] += 1;
-                }
+            if let Ok(label) = usize::try_from(label)
+                && label < classes
+            {
+                self.confusion.counts[label * classes + best] += 1;
             }
         }
     }

@@ -396,10 +396,10 @@ pub fn reached(session: &Session, loss: &Loss, shapes: &Shapes) -> Result<Vec<bo
     let mut seen = vec![false; graph.values.len()];
     let mut stack = vec![attached.loss];
     while let Some(v) = stack.pop() {
-        if !std::mem::replace(&mut seen[v.index()], true) {
-            if let Source::Node(n, _) = graph.value(v).source {
-                stack.extend(graph.node(n).inputs.iter().flatten());
-            }
+        if !std::mem::replace(&mut seen[v.index()], true)
+            && let Source::Node(n, _) = graph.value(v).source
+        {
+            stack.extend(graph.node(n).inputs.iter().flatten());
         }
     }
     Ok(session.model().weights.iter().map(|w| seen[w.value.index()]).collect())

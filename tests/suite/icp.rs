@@ -54,16 +54,16 @@ fn one_step(fixture: &str, perturber: Optimizer) {
     let shapes = retune::train::step::Shapes::of(&batch).unwrap();
     assert_eq!(icp.tap_names(&session, &shapes).unwrap(), taps, "automatic taps");
 
-    let (perturbed, losses) = icp.perturbed(&mut session, &recipe, &batch).unwrap();
+    let perturbed = icp.perturbed(&mut session, &recipe, &batch).unwrap();
     let want = f.get("perturb_losses").to_f64();
-    for (k, (a, b)) in losses.iter().zip(&want).enumerate() {
+    for (k, (a, b)) in perturbed.losses.iter().zip(&want).enumerate() {
         assert!((a - b).abs() <= 2e-4 * b.abs().max(1e-3), "loss at perturbation step {k}: {a}, PyTorch {b}");
     }
     let (x, xk, stable) = (f.get("x").to_f64(), f.get("xk").to_f64(), f.get("stable").to_ints().unwrap());
     let largest = x.iter().zip(&xk).fold(0.0, |m: f64, (a, b)| m.max((a - b).abs()));
     let firm = stable.iter().filter(|s| **s != 0).count();
     assert!(firm * 100 >= stable.len() * 99, "{firm} of {} elements are well defined", stable.len());
-    for (i, ours) in perturbed[0].1.to_f64().iter().enumerate().filter(|(i, _)| stable[*i] != 0) {
+    for (i, ours) in perturbed.inputs[0].1.to_f64().iter().enumerate().filter(|(i, _)| stable[*i] != 0) {
         assert!((ours - xk[i]).abs() <= 4e-4 * largest, "x^K at {i}: {ours}, PyTorch {}", xk[i]);
     }
 
