@@ -152,3 +152,70 @@ impl Graph {
         self.nodes[id.index()].inputs[1] = Some(rebound);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::Declared;
+    use crate::ops::{Attrs, Spec, create};
+    use crate::tensor::DType;
+
+    fn op(op_type: &str, inputs: usize) -> Arc<dyn crate::ops::Op> {
+        create(&Spec { domain: "", op_type, opset: 17, attrs: &Attrs::default(), inputs, outputs: 1 })
+            .unwrap()
+    }
+
+    /// Input `x`, and what reshapes it.
+    fn reshaped(declared: usize, shape: &[i64]) -> (Graph, ValueId) {
+        let mut g = Graph::default();
+        let x = g.add_value("x", Source::Input);
+        let dims = Some(vec![Dim::Fixed(declared), Dim::Fixed(2), Dim::Fixed(3)]);
+        g.value_mut(x).declared = Some(Declared { dtype: DType::F32, dims });
+        g.inputs.push(x);
+        let shape = g.add_constant("shape", Tensor::ints(shape));
+        let y = g.add_node("", op("Reshape", 2), vec![Some(x), Some(shape)], &[Some("y")])[0].unwrap();
+        g.outputs.push(y);
+        (g, y)
+    }
+
+    fn dims(declared: usize, fed: usize, shape: &[i64]) -> Result<Vec<usize>> {
+        let (mut g, y) = reshaped(declared, shape);
+        let x = g.inputs[0];
+        g.infer(&Bindings::from([(x, Meta::new(DType::F32, &[fed, 2, 3]))]))?;
+        Ok(g.meta(y)?.dims.to_vec())
+    }
+
+    #[test]
+    fn a_batch_baked_into_a_shape_is_rebound() {
+        assert_eq!(dims(1, 4, &[1, 6]).unwrap(), [4, 6]);
+        assert_eq!(dims(1, 4, &[1, -1]).unwrap(), [4, 6]);
+        assert_eq!(dims(1, 1, &[1, 6]).unwrap(), [1, 6]);
+        assert_eq!(dims(1, 4, &[-1, 6]).unwrap(), [4, 6]);
+        let refused = dims(1, 4, &[2, 3]).unwrap_err().to_string();
+        assert!(refused.contains("Reshape"), "{refused}");
+    }
+
+    #[test]
+    fn shape_arithmetic_is_folded() {
+        let mut g = Graph::default();
+        let x = g.add_input("x", Meta::new(DType::F32, &[2, 3, 4]));
+        let shape = g.add_node("", op("Shape", 1), vec![Some(x)], &[Some("shape")])[0];
+        let y = g.add_node("", op("Reshape", 2), vec![Some(x), shape], &[Some("y")])[0].unwrap();
+        assert_eq!(g.infer(&Bindings::new()).unwrap(), Inferred::Complete);
+        assert_eq!(g.meta(y).unwrap().dims.as_slice(), [2, 3, 4]);
+        assert!(matches!(g.value(shape.unwrap()).source, Source::Constant(_)));
+    }
+
+    #[test]
+    fn inputs_whose_values_decide_are_named() {
+        let mut g = Graph::default();
+        let x = g.add_input("x", Meta::new(DType::F32, &[6]));
+        let shape = g.add_input("shape", Meta::new(DType::I64, &[2]));
+        let y = g.add_node("", op("Reshape", 2), vec![Some(x), Some(shape)], &[Some("y")])[0].unwrap();
+        assert_eq!(g.clone().infer(&Bindings::new()).unwrap(), Inferred::NeedsValues(vec![shape]));
+        let value = Some(Arc::new(Tensor::ints(&[2, 3])));
+        let bound = Meta { value, ..Meta::new(DType::I64, &[2]) };
+        assert_eq!(g.infer(&Bindings::from([(shape, bound)])).unwrap(), Inferred::Complete);
+        assert_eq!(g.meta(y).unwrap().dims.as_slice(), [2, 3]);
+    }
+}

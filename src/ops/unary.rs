@@ -566,47 +566,4 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ops::eval;
-    use crate::tensor::{DType, Tensor};
-
-    #[test]
-    fn in_place_gives_the_same_bits() {
-        let x: Vec<f32> = (0..40_000).map(|i| (i % 701) as f32 / 100.0 - 3.0).collect();
-        let (x, dy) =
-            (Tensor::from_slice(&[40_000], &x).unwrap(), Tensor::from_slice(&[40_000], &x).unwrap());
-        let cx = &mut Cx { scratch: &mut [], seed: 0 };
-        let op = Unary(Gelu {});
-        let want = eval(&op, &[Some(&x)]).unwrap();
-        let mut got = x.clone();
-        op.forward(cx, &[None], &mut [Some(got.view_mut())]).unwrap();
-        assert!(got.bytes() == want[0].bytes());
-        let op = UnaryGrad(Gelu {});
-        let want = eval(&op, &[Some(&x), Some(&dy)]).unwrap();
-        for pair in 0..2 {
-            let mut got = x.clone();
-            let mut inputs = [Some(x.view()), Some(dy.view())];
-            inputs[pair] = None;
-            op.forward(cx, &inputs, &mut [Some(got.view_mut())]).unwrap();
-            assert!(got.bytes() == want[0].bytes());
-        }
-    }
-
-    #[test]
-    fn extremes() {
-        let x = [f32::NEG_INFINITY, -200.0, -1e-40, 0.0, 1e-40, 200.0, f32::INFINITY];
-        let run = |op: &dyn Op| {
-            let x = Tensor::from_slice(&[x.len()], &x).unwrap();
-            eval(op, &[Some(&x)]).unwrap()[0].to_f64()
-        };
-        assert_eq!(run(&Unary(Sigmoid {}))[5..], [1.0, 1.0]);
-        assert_eq!(run(&Unary(Softplus {}))[5..], [200.0, f64::INFINITY]);
-        assert_eq!(run(&Unary(Mish {}))[5..], [200.0, f64::INFINITY]);
-        assert_eq!(run(&Unary(Round {}))[2..5], [0.0; 3]);
-        let halves = Tensor::from_slice(&[6], &[0.5f32, 1.5, 2.5, -0.5, -2.5, 1e9]).unwrap();
-        let rounded = eval(&Unary(Round {}), &[Some(&halves)]).unwrap()[0].to_f64();
-        assert_eq!(rounded, [0.0, 2.0, 2.0, -0.0, -2.0, 1e9]);
-        assert!(eval(&Unary(Neg {}), &[Some(&Tensor::zeros(DType::Bool, &[1]))]).is_err());
-    }
-}
+mod tests;

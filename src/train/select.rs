@@ -103,3 +103,39 @@ fn last_layers(model: &Model, n: usize) -> Vec<WeightId> {
         .filter(|w| model.weight(*w).trainable && first_use(*w).is_some_and(|node| node >= from))
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chosen(select: &str) -> Result<Vec<String>> {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/models/resnet20.onnx");
+        let model = crate::import::load(path)?;
+        let select: Select = select.parse().map_err(Error::Config)?;
+        Ok(select.resolve(&model)?.iter().map(|w| model.weight(*w).name.clone()).collect())
+    }
+
+    #[test]
+    fn presets_choose_what_they_say() {
+        assert_eq!(chosen("all").unwrap().len(), 65);
+        assert_eq!(chosen("head").unwrap(), ["fc.weight", "fc.bias"]);
+        let last = chosen("last:2").unwrap();
+        assert!(last.contains(&"layer3.2.conv2.weight".to_string()), "{last:?}");
+        assert!(last.contains(&"layer3.2.bn2.weight".to_string()), "{last:?}");
+        assert!(!last.contains(&"layer3.2.conv1.weight".to_string()), "{last:?}");
+        assert!(chosen("norm").unwrap().iter().all(|n| n.contains("bn") || n.contains("downsample.1")));
+        assert_eq!(chosen("norm").unwrap().len(), 42);
+        assert_eq!(chosen("bias").unwrap().len(), 22);
+    }
+
+    #[test]
+    fn patterns_choose_by_name_and_must_match() {
+        assert_eq!(chosen("fc.*").unwrap().len(), 2);
+        assert_eq!(chosen("conv1.weight, fc.bias").unwrap(), ["conv1.weight", "fc.bias"]);
+        // Statistics are not parameters.
+        assert!(chosen("bn1.*").unwrap().iter().all(|n| !n.contains("running")));
+        assert!(chosen("nothing*").unwrap_err().to_string().contains("nothing*"));
+        assert!(chosen("last:0").is_err());
+        assert!(chosen("[").is_err());
+    }
+}

@@ -143,3 +143,67 @@ fn a_loss_given_as_a_graph_trains() {
     let (a, b) = (graph["epochs"][0]["loss"].as_f64().unwrap(), own["epochs"][0]["loss"].as_f64().unwrap());
     assert!((a - b).abs() <= 1e-4 * b.abs(), "{a} and {b}");
 }
+
+#[test]
+fn accumulated_batches_are_one_large_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, data) = (shipped("models/dsnet.onnx"), shipped("models/fashion-images-idx3-ubyte.gz"));
+    let mut results = Vec::new();
+    for (batch, accumulate) in [("64", "1"), ("16", "4")] {
+        let output = dir.path().join(format!("{batch}.onnx"));
+        let base = ["finetune", text(&model), "--data", text(&data), "--output", text(&output), "--no-guard"];
+        // Without batch statistics, four batches of 16 have the gradient of one of 64.
+        let options = [
+            "--method",
+            "supervised",
+            "--norm",
+            "frozen",
+            "--optimizer",
+            "sgd",
+            "--lr",
+            "0.05",
+            "--clip",
+            "1",
+        ];
+        let length =
+            ["--epochs", "1", "--holdout", "0.9", "--batch", batch, "--accumulate", accumulate, "--json"];
+        let summary = json(&[&base[..], &options, &length].concat(), 0);
+        assert_eq!(summary["steps"], 4);
+        let loaded = retune::import::load(&output).unwrap();
+        let weights = loaded.weights.iter().filter(|w| w.trainable);
+        results.push(weights.flat_map(|w| w.load(&loaded.files).unwrap().to_f64()).collect::<Vec<f64>>());
+    }
+    let e = relative(&results[0], &results[1]);
+    assert!(e <= 1e-5, "{e:.1e}");
+}
+
+#[test]
+fn folders_of_images_train() {
+    let dir = tempfile::tempdir().unwrap();
+    let specs = retune::finetune::input_specs(&retune::import::load(shipped("models/dsnet.onnx")).unwrap());
+    let data = shipped("models/fashion-images-idx3-ubyte.gz");
+    let data = retune::train::data::open(&data, &Default::default(), &specs).unwrap();
+    let labels = data.labels().unwrap().to_vec();
+    let mut batch = data.new_batch(1);
+    for i in 0..60 {
+        data.batch(&[i], None, &mut batch).unwrap();
+        let pixels =
+            batch.inputs[0].1.get::<f32>().unwrap().iter().map(|p| (p * 255.0).round() as u8).collect();
+        let folder = dir.path().join("images").join(format!("class{}", labels[i]));
+        std::fs::create_dir_all(&folder).unwrap();
+        image::GrayImage::from_raw(28, 28, pixels).unwrap().save(folder.join(format!("{i}.png"))).unwrap();
+    }
+    let (model, output) = (shipped("models/dsnet.onnx"), dir.path().join("new.onnx"));
+    let images = dir.path().join("images");
+    let before = json(&["eval", text(&model), "--data", text(&images), "--json"], 0);
+    assert!(before["accuracy"].as_f64().unwrap() > 0.8, "{before}");
+    let base = ["finetune", text(&model), "--data", text(&images), "--output", text(&output), "--no-guard"];
+    let page = dir.path().join("page.html");
+    let options = ["--epochs", "1", "--holdout", "0.3", "--report", text(&page), "--json"];
+    let summary = json(&[&base[..], &options].concat(), 0);
+    assert_eq!(
+        summary["training_samples"].as_u64().unwrap() + summary["heldout_samples"].as_u64().unwrap(),
+        60
+    );
+    assert!(std::fs::read_to_string(&page).unwrap().contains("class3"));
+}

@@ -180,3 +180,42 @@ fn optimizers_move_as_pytorchs() {
         }
     }
 }
+
+#[test]
+fn schedules_are_pytorchs() {
+    use retune::icp::{Icp, Settings};
+    use retune::train::method::At;
+    use retune::train::schedule::{Schedule, Shape};
+
+    let text = std::fs::read(shipped("tests/fixtures/schedules.json")).unwrap();
+    let all: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let number = |v: &serde_json::Value, key: &str| v[key].as_f64().unwrap_or(0.0);
+    let cases = all["learning_rate"].as_array().unwrap();
+    assert!(cases.len() >= 6);
+    for c in cases {
+        let shape = match c["kind"].as_str().unwrap() {
+            "constant" => Shape::Constant,
+            "cosine" => Shape::Cosine,
+            "step" => Shape::Step { every: number(c, "step_size") as usize, gamma: number(c, "gamma") },
+            other => panic!("schedule {other}"),
+        };
+        let schedule = Schedule { shape, warmup: number(c, "warmup") as usize };
+        let total = number(c, "total") as usize;
+        for (step, want) in c["rates"].as_array().unwrap().iter().enumerate() {
+            let (want, ours) = (want.as_f64().unwrap(), number(c, "lr") * schedule.factor(step, total));
+            assert!((want - ours).abs() <= 1e-9, "{} step {step}: {ours}, PyTorch {want}", c["kind"]);
+        }
+    }
+    for c in all["icp_alpha"].as_array().unwrap() {
+        let icp = Icp::new(Settings { warmup: number(c, "warmup_fraction"), ..Settings::default() });
+        let epochs = number(c, "epochs") as usize;
+        for (epoch, want) in c["alphas"].as_array().unwrap().iter().enumerate() {
+            let at = At { epoch, epochs, step: epoch, steps: epochs, seed: 0 };
+            match (icp.alpha_at(&at), want.as_f64()) {
+                (None, None) => {}
+                (Some(a), Some(b)) => assert!((a - b).abs() < 1e-9, "epoch {epoch} of {epochs}: {a}, {b}"),
+                (a, b) => panic!("epoch {epoch} of {epochs}: {a:?}, {b:?}"),
+            }
+        }
+    }
+}
