@@ -6,6 +6,7 @@
 
 #![deny(unsafe_code)]
 
+mod atomic;
 pub mod backend_test;
 #[cfg(feature = "cli")]
 pub mod cli;

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
+use crate::atomic;
 use crate::error::Result;
 use crate::finetune::{Finished, Summary};
 use crate::tensor::Tensor;
-use crate::train::checkpoint::write_atomically;
 use crate::train::fit::{Epoch, Evaluated};
 use crate::train::metrics::Metrics;
 
@@ -87,7 +87,7 @@ pub fn demo(
 }
 
 fn write(path: &Path, page: &Page) -> Result<()> {
-    write_atomically(path, html::render(page).as_bytes())
+    atomic::write_bytes(path, html::render(page).as_bytes())
 }
 
 fn facts(s: &Summary) -> Vec<(String, String)> {

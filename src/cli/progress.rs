@@ -30,8 +30,9 @@ impl Reporter {
         // Smoothed over about ten steps: single batches jump.
         self.loss = if self.loss.is_finite() { 0.9 * self.loss + 0.1 * p.loss } else { p.loss };
         let features = p.features.map(|f| format!("  features {f:.4}")).unwrap_or_default();
+        let accuracy = p.accuracy.map(|a| format!("  accuracy {a:.3}")).unwrap_or_default();
         let text = format!(
-            "epoch {}/{}  loss {:.4}{features}  {:.0} samples/s",
+            "epoch {}/{}  loss {:.4}{features}{accuracy}  {:.0} samples/s",
             p.epoch + 1,
             p.epochs,
             self.loss,

@@ -16,7 +16,6 @@ use crate::export::{self, Verification};
 use crate::graph::{Dim, WeightId};
 use crate::import::Model;
 use crate::tensor::{DType, Tensor};
-use crate::train::checkpoint::write_atomically;
 use crate::train::data::{Dataset, InputSpec, split};
 use crate::train::fit::{CheckpointOptions, Evaluated, Fitted, Progress, Run, evaluate, fit};
 use crate::train::guard::{self, Verdict};
@@ -264,7 +263,7 @@ pub fn finetune(
     if kept {
         verified = write(&mut session, held_data, config, output)?;
     } else {
-        write_original(&model, output)?;
+        export::write(&model, &[], output, export::Options { rename_data: config.rename_data })?;
     }
     let summary = Summary {
         before: before.as_ref().map(|e| e.metrics.clone()),
@@ -356,12 +355,4 @@ fn verified_batch(model: &Model, samples: usize) -> usize {
         }
     });
     fixed.unwrap_or(VERIFIED_SAMPLES).clamp(1, samples.max(1))
-}
-
-/// Writes the original's bytes, when the guard was not met.
-fn write_original(model: &Model, output: &Path) -> Result<()> {
-    let Some(file) = model.files.first() else {
-        return Err(Error::file(output, "the model has no file"));
-    };
-    write_atomically(output, &file.bytes)
 }

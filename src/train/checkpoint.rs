@@ -5,12 +5,12 @@
 
 use std::borrow::Cow;
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensors, View as Saved};
 use serde::{Deserialize, Serialize};
 
+use crate::atomic;
 use crate::error::{Error, Result};
 use crate::exec::{Purpose, Session};
 use crate::graph::StateId;
@@ -100,7 +100,7 @@ impl Checkpoints {
         let tensors = kept(session).map(|id| (store.name(id).to_string(), Stored(store.view(id))));
         let bytes = safetensors::serialize(tensors, None)
             .map_err(|e| Error::file(self.folder.join(&name), format!("cannot be written: {e}")))?;
-        write_atomically(&self.folder.join(&name), &bytes)?;
+        atomic::write_bytes(&self.folder.join(&name), &bytes)?;
         let state = State {
             version: VERSION,
             fingerprint: self.fingerprint.clone(),
@@ -109,7 +109,7 @@ impl Checkpoints {
         };
         let path = self.folder.join(STATE);
         let text = serde_json::to_vec_pretty(&state).map_err(|e| Error::file(&path, e.to_string()))?;
-        write_atomically(&path, &text)?;
+        atomic::write_bytes(&path, &text)?;
         if let Some(before) = self.current.replace(name.clone()).filter(|b| *b != name) {
             // Left behind, it costs space and nothing else.
             let _ = fs::remove_file(self.folder.join(before));
@@ -141,22 +141,6 @@ fn restore(path: &Path, session: &mut Session) -> Result<()> {
         session.store_mut().set(id, t.data());
     }
     Ok(())
-}
-
-/// Writes to a temporary file in the same folder, syncs it, and renames it.
-pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = match path.parent() {
-        Some(p) if !p.as_os_str().is_empty() => p,
-        _ => Path::new("."),
-    };
-    let write = || -> std::io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|e| e.error)?;
-        fs::File::open(folder)?.sync_all()
-    };
-    write().map_err(|e| Error::io(path, e))
 }
 
 struct Stored<'a>(View<'a>);

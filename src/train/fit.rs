@@ -47,6 +47,8 @@ pub struct Progress {
     pub epochs: usize,
     pub loss: f64,
     pub features: Option<f64>,
+    /// On the epoch's batches so far; absent without labels.
+    pub accuracy: Option<f64>,
     pub lr: f64,
     pub skipped: bool,
     /// Samples seen per second since the run began (or was resumed).
@@ -169,6 +171,7 @@ pub fn fit(
             outcome.scale = Some(run_apply(session, apply)?);
         }
         let skipped = outcome.scale.is_some_and(|s| !s.is_finite());
+        let accuracy = position.running.epoch().accuracy;
         position.fitted.steps += 1;
         position.fitted.skipped_steps += usize::from(skipped);
         if within + 1 == per_epoch {
@@ -182,6 +185,7 @@ pub fn fit(
             epochs: run.epochs,
             loss: outcome.loss,
             features: outcome.features,
+            accuracy,
             lr,
             skipped,
             samples_per_second: samples as f64 / started.elapsed().as_secs_f64().max(1e-9),

@@ -185,11 +185,11 @@ fn folders_of_images_train() {
     let data = retune::train::data::open(&data, &Default::default(), &specs).unwrap();
     let labels = data.labels().unwrap().to_vec();
     let mut batch = data.new_batch(1);
-    for i in 0..60 {
+    for (i, label) in labels.iter().enumerate().take(60) {
         data.batch(&[i], None, &mut batch).unwrap();
         let pixels =
             batch.inputs[0].1.get::<f32>().unwrap().iter().map(|p| (p * 255.0).round() as u8).collect();
-        let folder = dir.path().join("images").join(format!("class{}", labels[i]));
+        let folder = dir.path().join("images").join(format!("class{label}"));
         std::fs::create_dir_all(&folder).unwrap();
         image::GrayImage::from_raw(28, 28, pixels).unwrap().save(folder.join(format!("{i}.png"))).unwrap();
     }

@@ -4,13 +4,14 @@
 //! second copy, and never into memory that the file's own size does not warrant.
 
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter, Read, Seek, Write};
+use std::io::{self, BufReader, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use ndarray_npy::npy::header::{Header, Layout};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
+use crate::atomic;
 use crate::dtype_dispatch;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
@@ -33,7 +34,7 @@ pub fn read_npz(path: impl AsRef<Path>) -> Result<Vec<(String, Tensor)>> {
 pub fn write_npz(path: impl AsRef<Path>, arrays: &[(&str, &Tensor)]) -> Result<()> {
     let path = path.as_ref();
     let bad = |name: &str, e: &dyn std::fmt::Display| Error::file(path, format!("array '{name}': {e}"));
-    write_atomic(path, |file| {
+    atomic::write(path, |file| {
         let mut zip = ZipWriter::new(file);
         for (name, t) in arrays {
             let wide;
@@ -54,30 +55,6 @@ pub fn write_npz(path: impl AsRef<Path>, arrays: &[(&str, &Tensor)]) -> Result<(
         zip.finish().map_err(|e| Error::file(path, e.to_string()))?;
         Ok(())
     })
-}
-
-/// Calls `write` on a temporary file beside `path`, syncs it and renames it to `path`: a reader sees the old file or
-/// the whole new one, whatever happens in between.
-pub(crate) fn write_atomic(
-    path: &Path,
-    write: impl FnOnce(&mut BufWriter<&File>) -> Result<()>,
-) -> Result<()> {
-    let folder = match path.parent() {
-        Some(p) if !p.as_os_str().is_empty() => p,
-        _ => Path::new("."),
-    };
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".retune-");
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask, like any new file
-    let temporary = builder.tempfile_in(folder).map_err(|e| Error::io(path, e))?;
-    let mut buffered = BufWriter::with_capacity(1 << 16, temporary.as_file());
-    write(&mut buffered)?;
-    buffered.flush().map_err(|e| Error::io(path, e))?;
-    drop(buffered);
-    temporary.as_file().sync_all().map_err(|e| Error::io(path, e))?;
-    temporary.persist(path).map_err(|e| Error::io(path, e.error))?;
-    Ok(())
 }
 
 fn header(t: &Tensor) -> Vec<u8> {
