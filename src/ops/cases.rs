@@ -420,6 +420,79 @@ fn every_case() {
     }
 }
 
+/// Operators of convolutional and dense networks: each has a case whose gradient is checked.
+const DIFFERENTIABLE: &[&str] = &[
+    "Conv",
+    "BatchNormalization",
+    "InstanceNormalization",
+    "LRN",
+    "Gemm",
+    "MatMul",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Pow",
+    "Min",
+    "Max",
+    "Sum",
+    "Mean",
+    "Relu",
+    "LeakyRelu",
+    "PRelu",
+    "Elu",
+    "Gelu",
+    "Sigmoid",
+    "Tanh",
+    "HardSigmoid",
+    "HardSwish",
+    "Clip",
+    "Erf",
+    "Exp",
+    "Log",
+    "Sqrt",
+    "Abs",
+    "Neg",
+    "Softmax",
+    "LogSoftmax",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "GlobalMaxPool",
+    "ReduceMean",
+    "ReduceSum",
+    "ReduceMax",
+    "ReduceMin",
+    "Reshape",
+    "Flatten",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Concat",
+    "Split",
+    "Slice",
+    "Pad",
+    "Gather",
+    "Cast",
+    "Identity",
+    "Dropout",
+    "Where",
+    "Expand",
+];
+
+#[test]
+fn gradients_are_checked_where_they_are_promised() {
+    let cases = all();
+    let checked = |t: &str| {
+        cases.iter().any(|c| {
+            let differentiated = (0..c.operands.len()).any(|i| c.differentiated(i));
+            c.op_type == t && !c.forward_only && differentiated
+        })
+    };
+    let missing: Vec<&&str> = DIFFERENTIABLE.iter().filter(|t| !checked(t)).collect();
+    assert!(missing.is_empty(), "operators whose gradient no case checks: {missing:?}");
+}
+
 #[test]
 fn coverage() {
     let cases = all();
