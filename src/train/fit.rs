@@ -11,7 +11,7 @@ use crate::train::checkpoint::{Checkpoints, Position};
 use crate::train::data::{Augment, Batch, Dataset, epoch_order};
 use crate::train::loss::Loss;
 use crate::train::method::{At, Method};
-use crate::train::metrics::{Confusion, Meter, Metrics};
+use crate::train::metrics::{Confusion, Meter, Metrics, predicted};
 use crate::train::schedule::Schedule;
 use crate::train::step::{self, Apply, Evaluation, Recipe, Shapes, feeds};
 
@@ -243,8 +243,7 @@ impl Running {
         let (Some(labels), [_, classes]) = (labels, l.logits.dims()) else { return };
         let logits = l.logits.to_f64();
         for (row, label) in logits.chunks_exact((*classes).max(1)).zip(labels) {
-            let best = (1..row.len()).fold(0, |b, c| if row[c] > row[b] { c } else { b });
-            self.hits += usize::from(best as i64 == *label);
+            self.hits += usize::from(predicted(row.len(), |c| row[c]) as i64 == *label);
             self.labelled += 1;
         }
     }
@@ -312,9 +311,8 @@ impl Evaluated {
             let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let log_sum = max + row.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
             let at = row.get(label as usize).copied().unwrap_or(f64::NAN);
-            let best = (1..row.len()).fold(0, |b, c| if row[c] > row[b] { c } else { b });
             self.losses.push(log_sum - at);
-            self.hits.push(best as i64 == label);
+            self.hits.push(predicted(row.len(), |c| row[c]) as i64 == label);
         }
     }
 }

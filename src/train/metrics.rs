@@ -27,6 +27,11 @@ pub struct Confusion {
     pub counts: Vec<u64>,
 }
 
+/// The class of `classes` whose logit, as `at` gives it, is the largest; the first of equals.
+pub fn predicted(classes: usize, at: impl Fn(usize) -> f64) -> usize {
+    (1..classes).fold(0, |best, c| if at(c) > at(best) { c } else { best })
+}
+
 /// Gathers metrics batch by batch.
 #[derive(Debug, Clone, Default)]
 pub struct Meter {
@@ -51,7 +56,7 @@ impl Meter {
         for (i, &label) in labels.iter().enumerate() {
             let (n, p) = (i / inner.max(1), i % inner.max(1));
             let at = |c: usize| logits[(n * classes + c) * inner + p];
-            let best = (1..classes).fold(0, |b, c| if at(c) > at(b) { c } else { b });
+            let best = predicted(classes, at);
             if let Ok(label) = usize::try_from(label)
                 && label < classes
             {

@@ -383,11 +383,6 @@ pub fn feeds<'a>(
     Ok(feeds)
 }
 
-/// Whether the update factor of a step says that nothing moved.
-pub fn skipped(scale: f64) -> bool {
-    !scale.is_finite()
-}
-
 /// Per weight: does the loss depend on it?
 pub fn reached(session: &Session, loss: &Loss, shapes: &Shapes) -> Result<Vec<bool>> {
     let mut net = Network::new(session, Mode::EVAL, shapes, &HashMap::new())?;
