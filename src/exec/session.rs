@@ -8,8 +8,10 @@ use bytes::Bytes;
 use crate::error::{Error, Result};
 use crate::exec::run::{self, Memory, Profile};
 use crate::exec::store::{Purpose, Store};
-use crate::graph::{Bindings, Graph, Inferred, Source, StateId, ValueId, WeightId};
+use crate::graph::{self, Bindings, Graph, Inferred, NodeId, Source, StateId, ValueId, WeightId};
 use crate::import::{Model, Role};
+use crate::ops::eval;
+use crate::ops::fold::FoldNorm;
 use crate::plan::{self, Constant, Location, Plan, Request};
 use crate::tensor::{Buffer, DType, Meta, Tensor, View};
 
@@ -193,7 +195,9 @@ impl Session {
     }
 
     /// Plans a graph whose shapes are inferred, and makes room for it.
-    pub fn compile(&mut self, graph: Graph, mut request: Request) -> Result<Program> {
+    pub fn compile(&mut self, mut graph: Graph, mut request: Request) -> Result<Program> {
+        graph::fuse_sums(&mut graph, &request);
+        self.fold_frozen(&mut graph)?;
         request.no_reuse |=
             self.options.no_reuse || std::env::var("RETUNE_MEMORY").is_ok_and(|m| m == "separate");
         let plan = plan::plan(&graph, &request)?;
@@ -207,6 +211,35 @@ impl Session {
         self.arena.grow(plan.arena_bytes);
         self.programs += 1;
         Ok(Program { id: self.programs, graph, plan, constants })
+    }
+
+    /// Folds normalisations into weights once where neither changes.
+    fn fold_frozen(&self, graph: &mut Graph) -> Result<()> {
+        for i in 0..graph.nodes.len() {
+            let node = &graph.nodes[i];
+            let frozen = |v: &Option<ValueId>| match v.map(|v| &graph.value(v).source) {
+                Some(Source::Constant(t)) => Ok(Some(Some(t.as_ref().clone()))),
+                Some(Source::Weight(w)) => self.model.load_weight(*w).map(|t| Some(Some(t))),
+                Some(_) => Ok(None),
+                None => Ok(Some(None)),
+            };
+            if node.op.as_a::<FoldNorm>().is_none() {
+                continue;
+            }
+            let Some(inputs) = node.inputs.iter().map(frozen).collect::<Result<Option<Vec<_>>>>()? else {
+                continue;
+            };
+            let inputs: Vec<Option<&Tensor>> = inputs.iter().map(Option::as_ref).collect();
+            let folded = eval(node.op.as_ref(), &inputs)
+                .map_err(|source| Error::Op { node: graph.describe(NodeId(i as u32)), source })?;
+            let outputs = node.outputs.clone();
+            for (v, t) in outputs.into_iter().zip(folded) {
+                if let Some(v) = v {
+                    graph.value_mut(v).source = Source::Constant(Arc::new(t));
+                }
+            }
+        }
+        Ok(())
     }
 
     fn frozen(&mut self, id: WeightId) -> Result<Frozen> {
@@ -282,7 +315,8 @@ impl Session {
         let graph = self.graph()?;
         let bound = bind(&graph, feeds)?;
         let metas: Vec<(ValueId, Meta)> = bound.iter().map(|(v, t)| (*v, t.meta())).collect();
-        let graph = infer(graph, &metas, &bound)?;
+        let mut graph = infer(graph, &metas, &bound)?;
+        graph::fuse(&mut graph, &[], false)?;
         let request = Request { outputs: graph.outputs.clone(), ..Request::default() };
         let program = self.compile(graph, request)?;
         let views: Vec<(ValueId, View)> = bound.iter().map(|(v, t)| (*v, t.view())).collect();

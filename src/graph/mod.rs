@@ -1,6 +1,7 @@
 //! The network as a graph of values and nodes: one node per ONNX node, and, appended by
 //! [`grad`], the nodes of its gradient.
 
+mod fuse;
 mod grad;
 mod infer;
 mod passes;
@@ -12,6 +13,7 @@ use crate::error::{Error, OpError};
 use crate::ops::Op;
 use crate::tensor::{DType, Meta, Tensor};
 
+pub use fuse::{fuse, fuse_sums};
 pub use grad::{GradBuilder, Gradients, grad};
 pub use infer::{Bindings, Inferred};
 pub use passes::{inline, logits, set_mode};

@@ -175,9 +175,10 @@ impl Icp {
         let perturb = self.perturb(session, recipe, shapes)?;
         let taught: HashMap<String, StateId> = perturb.inputs.iter().cloned().collect();
         let mode = recipe.mode();
-        let net = Network::new(session, mode, shapes, &taught)?;
+        let mut net = Network::new(session, mode, shapes, &taught)?;
         let (logits, _) = graph::logits(&net.graph, first_output(&net.graph)?);
         let taps = find(&net.graph, &self.settings.taps, logits)?;
+        net.fuse(&taps, false)?;
         let mut pins = HashMap::new();
         for v in &taps {
             let meta = net.graph.meta(*v)?.clone();
@@ -207,6 +208,7 @@ impl Icp {
         }
         let states: HashMap<String, StateId> = inputs.iter().cloned().collect();
         let mut net = Network::new(session, Mode::EVAL, shapes, &states)?;
+        net.fuse(&[], false)?;
         let attached = recipe.loss.attach(&mut net.graph, shapes.target.clone())?;
         let perturbed: Vec<ValueId> = net
             .inputs
@@ -248,6 +250,7 @@ impl Icp {
         pins: &HashMap<ValueId, StateId>,
     ) -> Result<Student> {
         let mut net = Network::new(session, recipe.mode(), shapes, &HashMap::new())?;
+        net.fuse(taps, true)?;
         let g = &mut net.graph;
         let attached = recipe.loss.attach(g, shapes.target.clone())?;
         let dtype = g.meta(attached.loss)?.dtype;

@@ -6,7 +6,41 @@ use smallvec::SmallVec;
 
 use crate::kernels::isa::Wide;
 use crate::kernels::par;
-use crate::tensor::Elem;
+use crate::tensor::{Elem, Float};
+
+/// `min(max(x, low), high)`: a rectifier, or no activation at all. NaN stays NaN.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Clamp<T> {
+    pub low: T,
+    pub high: T,
+}
+
+impl Clamp<f64> {
+    pub const NONE: Self = Clamp { low: f64::NEG_INFINITY, high: f64::INFINITY };
+
+    pub fn to<T: Float>(self) -> Clamp<T> {
+        Clamp { low: T::of(self.low), high: T::of(self.high) }
+    }
+}
+
+impl<T: Float> Clamp<T> {
+    pub fn is_none(self) -> bool {
+        self.low == T::neg_infinity() && self.high == T::infinity()
+    }
+
+    #[inline(always)]
+    pub fn of(self, x: T) -> T {
+        let x = if x < self.low { self.low } else { x };
+        if x > self.high { self.high } else { x }
+    }
+
+    /// Is the derivative 1 here? `y` may be the result or what was clamped. On a bound itself, where it does not
+    /// exist, it is 0, as in PyTorch.
+    #[inline(always)]
+    pub fn inside(self, y: T) -> bool {
+        (y > self.low) & (y < self.high)
+    }
+}
 
 /// How `N` operands are read along a result of given dimensions: adjacent axes along which every operand
 /// either advances or stays are merged, so most shapes come down to one, two or three axes.

@@ -3,16 +3,20 @@
 //! Sums run in lanes over short blocks and are then carried in `f64`; variances are two-pass within a
 //! block and merged exactly, so a large mean does not cost digits.
 
+mod channel;
+mod sweep;
+
 use rayon::prelude::*;
 
 use crate::kernels::isa::vectorize;
 use crate::kernels::par::{self, GRAIN};
 use crate::tensor::Float;
 
+pub use channel::{Channels, Mask, Stat, channel_stats, channel_sum, masked_param_grad, param_grad};
+pub use sweep::{ChannelGrad, Residual, channel_affine, channel_input_grad};
+
 const LANES: usize = 16;
 const BLOCK: usize = 1024;
-/// Channels that are swept together where a channel's elements are not contiguous.
-const COLUMNS: usize = 64;
 
 /// As [`par::rows`], each piece compiled for the processor at hand; `f` must be `#[inline(always)]`.
 #[inline(always)]
@@ -113,83 +117,6 @@ impl Moments {
     }
 }
 
-/// A tensor as `n` × `c` channels × `s` contiguous elements.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Channels {
-    pub n: usize,
-    pub c: usize,
-    pub s: usize,
-}
-
-impl Channels {
-    /// Elements of one channel.
-    pub fn count(self) -> usize {
-        self.n * self.s
-    }
-
-    fn start(self, n: usize, channel: usize) -> usize {
-        (n * self.c + channel) * self.s
-    }
-
-    /// Channels that one piece of work covers.
-    fn per_piece(self) -> usize {
-        let least = if self.s == 1 { COLUMNS } else { 1 };
-        (GRAIN / self.count().max(1)).max(least)
-    }
-}
-
-/// Mean and population variance of each channel.
-pub fn channel_stats<T: Float>(x: &[T], d: Channels, mean: &mut [T], variance: &mut [T]) {
-    let per = d.per_piece();
-    mean.par_chunks_mut(per).zip(variance.par_chunks_mut(per)).enumerate().for_each(|(i, (mean, var))| {
-        vectorize(
-            #[inline(always)]
-            || {
-                let first = i * per;
-                if d.s == 1 {
-                    for (k, (mean, var)) in mean.chunks_mut(COLUMNS).zip(var.chunks_mut(COLUMNS)).enumerate()
-                    {
-                        column_stats(x, d, first + k * COLUMNS, mean, var);
-                    }
-                    return;
-                }
-                for (k, (mean, var)) in mean.iter_mut().zip(var).enumerate() {
-                    let m = (0..d.n)
-                        .map(|n| {
-                            let start = d.start(n, first + k);
-                            Moments::of(&x[start..start + d.s])
-                        })
-                        .fold(Moments::default(), Moments::merge);
-                    *mean = T::of(m.mean);
-                    *var = T::of(m.variance());
-                }
-            },
-        )
-    });
-}
-
-/// As `channel_stats` for at most `COLUMNS` channels from `first` on, of one element a sample.
-#[inline(always)]
-fn column_stats<T: Float>(x: &[T], d: Channels, first: usize, mean: &mut [T], variance: &mut [T]) {
-    let width = mean.len();
-    let row = |n: usize| &x[n * d.c + first..][..width];
-    let count = d.n.max(1) as f64;
-    let (mut means, mut squares) = ([0.0; COLUMNS], [0.0; COLUMNS]);
-    for n in 0..d.n {
-        means.iter_mut().zip(row(n)).for_each(|(m, x)| *m += x.to64());
-    }
-    means.iter_mut().for_each(|m| *m /= count);
-    for n in 0..d.n {
-        for ((s, m), x) in squares.iter_mut().zip(&means).zip(row(n)) {
-            *s += (x.to64() - m) * (x.to64() - m);
-        }
-    }
-    for j in 0..width {
-        mean[j] = T::of(means[j]);
-        variance[j] = T::of(squares[j] / count);
-    }
-}
-
 /// `y = f(x)` element by element, `y` holding `x` where that is `None`.
 #[inline(always)]
 fn map<T: Float>(x: Option<&[T]>, y: &mut [T], f: impl Fn(T) -> T) {
@@ -197,203 +124,6 @@ fn map<T: Float>(x: Option<&[T]>, y: &mut [T], f: impl Fn(T) -> T) {
         Some(x) => y.iter_mut().zip(x).for_each(|(y, &x)| *y = f(x)),
         None => y.iter_mut().for_each(|y| *y = f(*y)),
     }
-}
-
-/// `y = (x − mean)·factor + shift` per channel; `y` holds `x` where that is `None`.
-pub fn channel_affine<T: Float>(
-    x: Option<&[T]>,
-    y: &mut [T],
-    d: Channels,
-    mean: &[T],
-    factor: &[T],
-    shift: &[T],
-) {
-    if d.s == 1 {
-        rows(
-            y,
-            d.c,
-            GRAIN,
-            #[inline(always)]
-            |row, piece| {
-                for (k, y) in piece.chunks_mut(d.c.max(1)).enumerate() {
-                    if let Some(x) = x {
-                        y.copy_from_slice(&x[(row + k) * d.c..][..d.c]);
-                    }
-                    for (((y, &m), &a), &b) in y.iter_mut().zip(mean).zip(factor).zip(shift) {
-                        *y = (*y - m) * a + b;
-                    }
-                }
-            },
-        );
-        return;
-    }
-    rows(
-        y,
-        d.s,
-        GRAIN,
-        #[inline(always)]
-        |row, piece| {
-            for (k, y) in piece.chunks_mut(d.s.max(1)).enumerate() {
-                let row = row + k;
-                let (m, a, b) = (mean[row % d.c], factor[row % d.c], shift[row % d.c]);
-                map(x.map(|x| &x[row * d.s..][..d.s]), y, |x| (x - m) * a + b);
-            }
-        },
-    );
-}
-
-/// Where the statistics of an element are found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stat {
-    /// One pair a channel (batch normalisation).
-    Channel,
-    /// One pair a row of so many elements.
-    Row(usize),
-}
-
-/// `dscale = Σ dy·(x − mean)·inv` and `dshift = Σ dy` of each channel. A channel's run of `s` elements lies
-/// within one row.
-pub fn param_grad<T: Float>(
-    x: &[T],
-    dy: &[T],
-    d: Channels,
-    stat: Stat,
-    (mean, inv): (Option<&[T]>, &[T]),
-    dscale: &mut [T],
-    dshift: &mut [T],
-) {
-    let per = d.per_piece();
-    let at = |i: usize, channel: usize| match stat {
-        Stat::Channel => channel,
-        Stat::Row(len) => i / len,
-    };
-    let mean_of = |i: usize| mean.map_or(T::zero(), |m| m[i]);
-    dscale.par_chunks_mut(per).zip(dshift.par_chunks_mut(per)).enumerate().for_each(
-        |(i, (dscale, dshift))| {
-            vectorize(
-                #[inline(always)]
-                || {
-                    let first = i * per;
-                    if d.s == 1 {
-                        let pieces = dscale.chunks_mut(COLUMNS).zip(dshift.chunks_mut(COLUMNS)).enumerate();
-                        for (k, (dscale, dshift)) in pieces {
-                            let (first, width) = (first + k * COLUMNS, dscale.len());
-                            let (mut scales, mut shifts) = ([0.0f64; COLUMNS], [0.0f64; COLUMNS]);
-                            for n in 0..d.n {
-                                let start = n * d.c + first;
-                                let (x, dy) = (&x[start..][..width], &dy[start..][..width]);
-                                match stat {
-                                    Stat::Row(len) => {
-                                        let (m, r) = (mean_of(start / len), inv[start / len]);
-                                        for (j, (&x, &dy)) in x.iter().zip(dy).enumerate() {
-                                            scales[j] += (dy * ((x - m) * r)).to64();
-                                            shifts[j] += dy.to64();
-                                        }
-                                    }
-                                    Stat::Channel => {
-                                        for (j, (&x, &dy)) in x.iter().zip(dy).enumerate() {
-                                            scales[j] +=
-                                                (dy * ((x - mean_of(first + j)) * inv[first + j])).to64();
-                                            shifts[j] += dy.to64();
-                                        }
-                                    }
-                                }
-                            }
-                            for j in 0..width {
-                                dscale[j] = T::of(scales[j]);
-                                dshift[j] = T::of(shifts[j]);
-                            }
-                        }
-                        return;
-                    }
-                    for (k, (dscale, dshift)) in dscale.iter_mut().zip(dshift).enumerate() {
-                        let (mut scale, mut shift) = (0.0, 0.0);
-                        for n in 0..d.n {
-                            let start = d.start(n, first + k);
-                            let (x, dy) = (&x[start..][..d.s], &dy[start..][..d.s]);
-                            let i = at(start, first + k);
-                            let m = mean_of(i);
-                            scale += sum2(dy, x, |dy, x| dy * (x - m)) * inv[i].to64();
-                            shift += sum(dy, |dy| dy);
-                        }
-                        *dscale = T::of(scale);
-                        *dshift = T::of(shift);
-                    }
-                },
-            )
-        },
-    );
-}
-
-/// `Σ dy` of each channel.
-pub fn channel_sum<T: Float>(dy: &[T], d: Channels, out: &mut [T]) {
-    let per = d.per_piece();
-    out.par_chunks_mut(per).enumerate().for_each(|(i, out)| {
-        vectorize(
-            #[inline(always)]
-            || {
-                let first = i * per;
-                if d.s == 1 {
-                    for (k, out) in out.chunks_mut(COLUMNS).enumerate() {
-                        let mut acc = [0.0f64; COLUMNS];
-                        for n in 0..d.n {
-                            let row = &dy[n * d.c + first + k * COLUMNS..][..out.len()];
-                            acc.iter_mut().zip(row).for_each(|(a, x)| *a += x.to64());
-                        }
-                        out.iter_mut().zip(acc).for_each(|(o, a)| *o = T::of(a));
-                    }
-                    return;
-                }
-                for (k, out) in out.iter_mut().enumerate() {
-                    let rows = (0..d.n).map(|n| sum(&dy[d.start(n, first + k)..][..d.s], |x| x));
-                    *out = T::of(rows.sum());
-                }
-            },
-        )
-    });
-}
-
-/// What the gradient of batch normalisation reads of each channel.
-#[derive(Clone, Copy)]
-pub struct ChannelGrad<'a, T> {
-    pub scale: &'a [T],
-    pub mean: &'a [T],
-    pub inv: &'a [T],
-    pub dscale: &'a [T],
-    pub dshift: &'a [T],
-}
-
-/// `dx = scale·inv·(dy − dshift/M − x̂·dscale/M)` with `x̂ = (x − mean)·inv`, M elements a channel.
-/// At most one of `x`, `dy` is `None`: it lies in `dx`.
-pub fn channel_input_grad<T: Float>(
-    x: Option<&[T]>,
-    dy: Option<&[T]>,
-    dx: &mut [T],
-    d: Channels,
-    g: ChannelGrad<T>,
-) {
-    let count = d.count().max(1) as f64;
-    let coefficients = |c: usize| {
-        let inv = g.inv[c].to64();
-        let k1 = T::of(g.dshift[c].to64() / count);
-        let k2 = T::of(inv * g.dscale[c].to64() / count);
-        (T::of(g.scale[c].to64() * inv), k1, k2, g.mean[c])
-    };
-    // Rows of single elements are swept per channel group to keep the coefficients out of the inner loop.
-    rows(
-        dx,
-        d.s,
-        GRAIN,
-        #[inline(always)]
-        |row, piece| {
-            for (k, dx) in piece.chunks_mut(d.s.max(1)).enumerate() {
-                let row = row + k;
-                let (a, k1, k2, m) = coefficients(row % d.c);
-                let f = |x: T, dy: T| a * (dy - k1 - (x - m) * k2);
-                zip_map(cut(x, row * d.s, d.s), cut(dy, row * d.s, d.s), dx, f);
-            }
-        },
-    );
 }
 
 fn cut<T>(x: Option<&[T]>, start: usize, len: usize) -> Option<&[T]> {

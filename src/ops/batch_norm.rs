@@ -1,13 +1,20 @@
-//! `BatchNormalization`: training and inference form, and the gradients of both.
+//! `BatchNormalization`: training and inference form, with what follows it fused in.
+
+mod grad;
 
 use std::sync::Arc;
 
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::norm::{self, Channels, Stat};
+use crate::kernels::elementwise::Clamp;
+use crate::kernels::norm::{self, Channels, Residual, Stat};
+use crate::ops::clip::passed;
 use crate::ops::{Cx, Grads, Mode, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
+
+use grad::{BatchNormEvalInputGrad, BatchNormInputGrad, BatchNormParamGrad};
+pub use grad::{ChannelParamGrad, ChannelSum};
 
 /// What old exporters wrote as momentum when they meant nothing by it; training takes 0.9 instead.
 const NO_MOMENTUM: f32 = 1.0;
@@ -18,6 +25,8 @@ const NO_MOMENTUM: f32 = 1.0;
 /// mean, next running variance, and for the gradient the mean (C) and inverse standard deviation (C) that were
 /// used. (Opsets before 14 name outputs 3 and 4 "saved mean" and "saved variance"; as with cuDNN the latter is
 /// the inverse standard deviation here.)
+///
+/// Fused: y = clamp(normalised x + residual), the residual (N, C, …) being input 5.
 #[derive(Debug, Clone)]
 pub struct BatchNormalization {
     epsilon: f64,
@@ -29,6 +38,8 @@ pub struct BatchNormalization {
     unbiased: bool,
     /// The running statistics really follow the batches (the file's 1.0 taken as 0.9).
     follow: bool,
+    /// What is done to the result last.
+    clamp: Clamp<f64>,
 }
 
 impl BatchNormalization {
@@ -41,12 +52,28 @@ impl BatchNormalization {
             training,
             unbiased: false,
             follow: false,
+            clamp: Clamp::NONE,
         }))
     }
 
     /// The momentum that applies: in training, 1.0 of the file means 0.9.
     pub fn momentum(&self) -> f32 {
         if self.follow && self.momentum == NO_MOMENTUM { 0.9 } else { self.momentum }
+    }
+
+    /// Normalises by the batch's own statistics.
+    pub fn training(&self) -> bool {
+        self.training
+    }
+
+    /// What is added to the variance, if statistics are per channel.
+    pub fn channel_epsilon(&self) -> Option<f64> {
+        self.spatial.then_some(self.epsilon)
+    }
+
+    /// The same with an activation (and, where there is an input 5, a residual) fused in.
+    pub fn then(&self, clamp: Clamp<f64>) -> Self {
+        BatchNormalization { clamp, ..self.clone() }
     }
 
     fn channels(&self, dims: &[usize]) -> Channels {
@@ -56,6 +83,32 @@ impl BatchNormalization {
             (true, [n, c, rest @ ..]) => Channels { n: *n, c: *c, s: rest.iter().product() },
             (false, [n, rest @ ..]) => Channels { n: *n, c: rest.iter().product(), s: 1 },
         }
+    }
+
+    /// The vector-Jacobian product of the training form with an activation.
+    fn fused_vjp(&self, g: &mut GradBuilder, channels: Channels, mut grads: Grads) -> Result<Grads, OpError> {
+        let [x, scale, shift] = [g.x(0)?, g.x(1)?, g.x(2)?];
+        let [dy, mean, inv] = [g.dy0()?, g.y(3)?, g.y(4)?];
+        let residual = g.inputs() > 5;
+        let op = BatchNormParamGrad { channels, clamp: self.clamp };
+        let (dz, clamp) = if residual {
+            // What passed shows in y; dz is the residual's gradient too, so it is written.
+            let y = g.y(0)?;
+            let made = g.emit_all(op, &[x, dy, mean, inv, scale, shift, y].map(Some), 3)?;
+            (grads[1], grads[2], grads[5]) = (Some(made[0]), Some(made[1]), Some(made[2]));
+            (made[2], Clamp::NONE)
+        } else {
+            // What passed is computed again from x, which is read anyway.
+            let made = g.emit_all(op, &[x, dy, mean, inv, scale, shift].map(Some), 2)?;
+            (grads[1], grads[2]) = (Some(made[0]), Some(made[1]));
+            (dy, self.clamp)
+        };
+        if let (true, Some(dscale), Some(dshift)) = (g.wants(0), grads[1], grads[2]) {
+            let mut inputs = vec![x, scale, mean, inv, dz, dscale, dshift];
+            inputs.extend((!residual).then_some(shift));
+            grads[0] = Some(g.emit(BatchNormInputGrad { channels, clamp }, &inputs)?);
+        }
+        Ok(grads)
     }
 
     fn run<T: Float>(
@@ -69,14 +122,21 @@ impl BatchNormalization {
         let d = self.channels(y0.dims);
         let (scale, shift) = (need(x, 1)?.get::<T>()?, need(x, 2)?.get::<T>()?);
         let input = get(x, 0).map(|x| x.get::<T>()).transpose()?;
-        let scratch: &mut [T] = cx.room(if self.training { 3 * d.c } else { d.c })?;
+        let residual = match x.get(5) {
+            Some(Some(r)) => Residual::Given(r.get::<T>()?),
+            Some(None) => Residual::InResult,
+            None => Residual::None,
+        };
+        let clamp = self.clamp.to::<T>();
+        let partials = if self.training { d.partials() } else { 0 };
+        let (partials, scratch) = room::<T>(cx, partials, if self.training { 3 * d.c } else { d.c })?;
         let (factor, rest) = scratch.split_at_mut_checked(d.c).ok_or_else(short)?;
         if !self.training {
             let (mean, var) = (need(x, 3)?.get::<T>()?, need(x, 4)?.get::<T>()?);
             for ((f, &scale), &var) in factor.iter_mut().zip(scale).zip(var) {
                 *f = T::of(scale.to64() / (var.to64() + self.epsilon).sqrt());
             }
-            norm::channel_affine(input, y0.get::<T>()?, d, mean, factor, shift);
+            norm::channel_affine(input, y0.get::<T>()?, d, mean, factor, shift, residual, clamp);
             for (y, from) in [(y1, mean), (y2, var), (y3.take(), mean)] {
                 if let Some(y) = y {
                     y.get::<T>()?.copy_from_slice(from);
@@ -94,7 +154,7 @@ impl BatchNormalization {
         let mean = y3.as_mut().map_or(Ok(spare_mean), |y| y.get::<T>())?;
         // The variance, until the running one has been updated from it.
         let inv = y4.as_mut().map_or(Ok(spare_inv), |y| y.get::<T>())?;
-        norm::channel_stats(input.unwrap_or(y0.get::<T>()?), d, mean, inv);
+        norm::channel_stats(input.unwrap_or(y0.get::<T>()?), d, mean, inv, partials);
         let count = d.count() as f64;
         let unbias = if self.unbiased && count > 1.0 { count / (count - 1.0) } else { 1.0 };
         let keep = count == 0.0 || !mean.iter().chain(inv.iter()).all(|s| s.is_finite());
@@ -112,13 +172,32 @@ impl BatchNormalization {
             }
         }
         for ((f, inv), &scale) in factor.iter_mut().zip(inv.iter_mut()).zip(scale) {
-            let r = 1.0 / (inv.to64() + self.epsilon).sqrt();
-            *inv = T::of(r);
-            *f = T::of(scale.to64() * r);
+            *inv = T::of(1.0 / (inv.to64() + self.epsilon).sqrt());
+            // As the gradient will compute it again.
+            *f = T::of(scale.to64() * inv.to64());
         }
-        norm::channel_affine(input, y0.get::<T>()?, d, mean, factor, shift);
+        norm::channel_affine(input, y0.get::<T>()?, d, mean, factor, shift, residual, clamp);
         Ok(())
     }
+}
+
+/// The first parts of the scratch memory: so many `f64` and then `T`.
+fn room<'a, T: Float>(
+    cx: &'a mut Cx,
+    partials: usize,
+    n: usize,
+) -> Result<(&'a mut [f64], &'a mut [T]), OpError> {
+    let (first, rest) = cx.scratch.split_at_mut_checked(partials * size_of::<f64>()).ok_or_else(short)?;
+    let rest = rest.get_mut(..n * size_of::<T>()).ok_or_else(short)?;
+    match (bytemuck::try_cast_slice_mut(first), bytemuck::try_cast_slice_mut(rest)) {
+        (Ok(first), Ok(rest)) => Ok((first, rest)),
+        _ => Err(OpError::Internal("scratch memory is not aligned".into())),
+    }
+}
+
+/// Bytes of scratch memory that [`room`] takes.
+fn room_bytes(partials: usize, n: usize, dtype: DType) -> usize {
+    partials * size_of::<f64>() + n * dtype.size()
 }
 
 fn short() -> OpError {
@@ -158,6 +237,10 @@ impl Op for BatchNormalization {
                 return Err(OpError::Type(format!("input {i} is {}, input 0 is {}", m.dtype, x.dtype)));
             }
         }
+        if inputs.len() > 5 && !need(inputs, 5)?.same_shape(x) {
+            let dims = &need(inputs, 5)?.dims;
+            return Err(OpError::Shape(format!("a residual of {dims:?} beside {:?}", x.dims)));
+        }
         let of = |i: usize| need(inputs, i).map(|m: &Meta| Meta::new(m.dtype, &m.dims));
         let channel = Meta::new(x.dtype, &[c]);
         Ok(vec![Meta::new(x.dtype, &x.dims), of(3)?, of(4)?, channel.clone(), channel])
@@ -174,32 +257,41 @@ impl Op for BatchNormalization {
         if g.wants(3) || g.wants(4) {
             return Err(OpError::NotDifferentiable("running mean and variance are not trained".into()));
         }
-        let (x, scale, dy) = (g.x(0)?, g.x(1)?, g.dy0()?);
+        let (x, scale) = (g.x(0)?, g.x(1)?);
         let channels = self.channels(&g.meta(x)?.dims);
-        let mut grads = Grads::from_elem(None, 5);
-        // dshift = Σ dy,  dscale = Σ dy·x̂,  x̂ = (x − mean)·inv                                     (C)
-        // inference: dx = dy·scale·inv
-        // training:  dx = scale·inv·(dy − dshift/M − x̂·dscale/M), M elements a channel             (N, C, …)
+        let mut grads = Grads::from_elem(None, g.inputs());
+        // dz = dy where the activation let pass                                                     (N, C, …)
+        // dshift = Σ dz,  dscale = Σ dz·x̂,  x̂ = (x − mean)·inv                                     (C)
+        // inference: dx = dz·scale·inv
+        // training:  dx = scale·inv·(dz − dshift/M − x̂·dscale/M), M elements a channel             (N, C, …)
         let params = g.wants(1) || g.wants(2) && self.training || g.wants(0) && self.training;
+        if self.training && params && !self.clamp.is_none() {
+            return self.fused_vjp(g, channels, grads);
+        }
+        let dz = passed(g, self.clamp)?;
+        if g.inputs() > 5 {
+            grads[5] = Some(dz);
+        }
         let (mean, spread, epsilon) = match self.training {
             true if params => (g.y(3)?, g.y(4)?, None),
             _ => (g.x(3)?, g.x(4)?, Some(self.epsilon)),
         };
         if params {
             let op = ChannelParamGrad { channels, stat: Stat::Channel, epsilon };
-            let made = g.emit_all(op, &[Some(x), Some(dy), Some(mean), Some(spread)], 2)?;
+            let made = g.emit_all(op, &[Some(x), Some(dz), Some(mean), Some(spread)], 2)?;
             (grads[1], grads[2]) = (Some(made[0]), Some(made[1]));
         } else if g.wants(2) {
-            grads[2] = Some(g.emit(ChannelSum { channels }, &[dy])?);
+            grads[2] = Some(g.emit(ChannelSum { channels }, &[dz])?);
         }
         if g.wants(0) {
             grads[0] = match (self.training, grads[1], grads[2]) {
-                (true, Some(dscale), Some(dshift)) => Some(
-                    g.emit(BatchNormInputGrad { channels }, &[x, scale, mean, spread, dy, dscale, dshift])?,
-                ),
+                (true, Some(dscale), Some(dshift)) => {
+                    let op = BatchNormInputGrad { channels, clamp: Clamp::NONE };
+                    Some(g.emit(op, &[x, scale, mean, spread, dz, dscale, dshift])?)
+                }
                 _ => Some(g.emit(
                     BatchNormEvalInputGrad { channels, epsilon: self.epsilon },
-                    &[dy, scale, spread],
+                    &[dz, scale, spread],
                 )?),
             };
         }
@@ -207,7 +299,7 @@ impl Op for BatchNormalization {
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
-        &[(0, 0)]
+        &[(0, 0), (5, 0)]
     }
 
     fn updates(&self) -> &[(usize, usize)] {
@@ -215,8 +307,12 @@ impl Op for BatchNormalization {
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
-        let c = inputs.get(1).copied().flatten().map_or(0, Meta::bytes);
-        if self.training { 3 * c } else { c }
+        let Some(x) = get(inputs, 0) else { return 0 };
+        let d = self.channels(&x.dims);
+        match self.training {
+            true => room_bytes(d.partials(), 3 * d.c, x.dtype),
+            false => room_bytes(0, d.c, x.dtype),
+        }
     }
 
     fn in_mode(&self, mode: Mode) -> Option<Arc<dyn Op>> {
@@ -228,180 +324,6 @@ impl Op for BatchNormalization {
     fn remark(&self) -> Option<String> {
         (self.follow && self.momentum == NO_MOMENTUM)
             .then(|| "momentum 1 in the file would never update the running statistics: 0.9 is used".into())
-    }
-}
-
-fn same(meta: &Meta) -> Meta {
-    Meta::new(meta.dtype, &meta.dims)
-}
-
-pub(super) fn second<T>() -> Result<T, OpError> {
-    Err(OpError::NotDifferentiable("second derivatives are not supported".into()))
-}
-
-/// Gradient of a normalisation's scale and shift, outputs dscale (C) and dshift (C).
-/// Inputs x, dy, mean (absent: 0), and the inverse standard deviation, or the variance where `epsilon` is given.
-#[derive(Debug)]
-pub struct ChannelParamGrad {
-    pub channels: Channels,
-    pub stat: Stat,
-    pub epsilon: Option<f64>,
-}
-
-impl Op for ChannelParamGrad {
-    fn name(&self) -> &'static str {
-        "NormParamGrad"
-    }
-
-    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let channel = Meta::new(need(inputs, 0)?.dtype, &[self.channels.c]);
-        Ok(vec![channel.clone(), channel])
-    }
-
-    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        float_dispatch!(need(x, 0)?.dtype, T => {
-            let (input, dy) = (need(x, 0)?.get::<T>()?, need(x, 1)?.get::<T>()?);
-            let mean = get(x, 2).map(|m| m.get::<T>()).transpose()?;
-            let mut inv = need(x, 3)?.get::<T>()?;
-            let c = self.channels.c;
-            let scratch: &mut [T] = cx.room(3 * c)?;
-            let (own, spare) = scratch.split_at_mut_checked(c).ok_or_else(short)?;
-            if let Some(epsilon) = self.epsilon {
-                for (o, var) in own.iter_mut().zip(inv) {
-                    *o = T::of(1.0 / (var.to64() + epsilon).sqrt());
-                }
-                inv = own;
-            }
-            let [dscale, dshift] = y else { return Err(OpError::Internal("two outputs are needed".into())) };
-            let (spare0, spare1) = spare.split_at_mut_checked(c).ok_or_else(short)?;
-            let dscale = dscale.as_mut().map_or(Ok(spare0), |y| y.get::<T>())?;
-            let spare1 = spare1.get_mut(..c).ok_or_else(short)?;
-            let dshift = dshift.as_mut().map_or(Ok(spare1), |y| y.get::<T>())?;
-            norm::param_grad(input, dy, self.channels, self.stat, (mean, inv), dscale, dshift);
-            Ok(())
-        })
-    }
-
-    fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
-        3 * self.channels.c * inputs.first().copied().flatten().map_or(DType::F64, |m| m.dtype).size()
-    }
-
-    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
-        second()
-    }
-}
-
-/// `Σ dy` over each channel (C).
-#[derive(Debug)]
-pub struct ChannelSum {
-    pub channels: Channels,
-}
-
-impl Op for ChannelSum {
-    fn name(&self) -> &'static str {
-        "ChannelSum"
-    }
-
-    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        Ok(vec![Meta::new(need(inputs, 0)?.dtype, &[self.channels.c])])
-    }
-
-    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        float_dispatch!(need(x, 0)?.dtype, T => {
-            norm::channel_sum(need(x, 0)?.get::<T>()?, self.channels, out(y, 0)?.get::<T>()?);
-            Ok(())
-        })
-    }
-
-    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
-        second()
-    }
-}
-
-/// Gradient of the training form's input. Inputs x, scale, mean, inverse deviation, dy, dscale, dshift.
-#[derive(Debug)]
-pub struct BatchNormInputGrad {
-    pub channels: Channels,
-}
-
-impl Op for BatchNormInputGrad {
-    fn name(&self) -> &'static str {
-        "BatchNormInputGrad"
-    }
-
-    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        Ok(vec![same(need(inputs, 0)?)])
-    }
-
-    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let y = out(y, 0)?;
-        float_dispatch!(y.dtype, T => {
-            let get = |i: usize| get(x, i).map(|x| x.get::<T>()).transpose();
-            let need = |i: usize| need(x, i)?.get::<T>();
-            let g = norm::ChannelGrad {
-                scale: need(1)?,
-                mean: need(2)?,
-                inv: need(3)?,
-                dscale: need(5)?,
-                dshift: need(6)?,
-            };
-            norm::channel_input_grad(get(0)?, get(4)?, y.get::<T>()?, self.channels, g);
-            Ok(())
-        })
-    }
-
-    fn in_place(&self) -> &[(usize, usize)] {
-        &[(4, 0), (0, 0)]
-    }
-
-    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
-        second()
-    }
-}
-
-/// Gradient of the inference form's input, `dy·scale/√(var + ε)`. Inputs dy, scale, variance.
-#[derive(Debug)]
-pub struct BatchNormEvalInputGrad {
-    pub channels: Channels,
-    pub epsilon: f64,
-}
-
-impl Op for BatchNormEvalInputGrad {
-    fn name(&self) -> &'static str {
-        "BatchNormEvalInputGrad"
-    }
-
-    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        Ok(vec![same(need(inputs, 0)?)])
-    }
-
-    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let y = out(y, 0)?;
-        float_dispatch!(y.dtype, T => {
-            let dy = get(x, 0).map(|x| x.get::<T>()).transpose()?;
-            let (scale, var) = (need(x, 1)?.get::<T>()?, need(x, 2)?.get::<T>()?);
-            let scratch: &mut [T] = cx.room(2 * self.channels.c)?;
-            let (factor, zero) = scratch.split_at_mut_checked(self.channels.c).ok_or_else(short)?;
-            let zero = zero.get_mut(..self.channels.c).ok_or_else(short)?;
-            zero.fill(T::of(0.0));
-            for ((f, scale), var) in factor.iter_mut().zip(scale).zip(var) {
-                *f = T::of(scale.to64() / (var.to64() + self.epsilon).sqrt());
-            }
-            norm::channel_affine(dy, y.get::<T>()?, self.channels, zero, factor, zero);
-            Ok(())
-        })
-    }
-
-    fn in_place(&self) -> &[(usize, usize)] {
-        &[(0, 0)]
-    }
-
-    fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
-        2 * inputs.get(1).copied().flatten().map_or(0, Meta::bytes)
-    }
-
-    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
-        second()
     }
 }
 
@@ -419,7 +341,39 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
     let case = |opset: i64, dims: &[usize], c: usize| {
         running(Case::new("BatchNormalization", opset).input(dims).within(&[c], 0.5, 1.5).input(&[c]), c)
     };
+    let fused = |name: &str, (low, high): (f64, f64), dims: &[usize], c: usize| {
+        let op = BatchNormalization {
+            epsilon: 1e-5,
+            momentum: 0.9,
+            spatial: true,
+            training: false,
+            unbiased: false,
+            follow: false,
+            clamp: Clamp { low, high },
+        };
+        running(Case::of(op).named(name).input(dims).within(&[c], 0.5, 1.5).input(&[c]), c)
+    };
+    let (relu, relu6) = ((0.0, f64::INFINITY), (-0.4, 0.6));
     vec![
+        fused("relu", relu, &[3, 2, 4, 5], 2),
+        fused("relu, residual", relu, &[3, 2, 4, 5], 2).input(&[3, 2, 4, 5]),
+        fused("training, relu", relu, &[3, 2, 4, 5], 2).mode(Mode::TRAIN),
+        fused("training, clamp", relu6, &[3, 2, 23, 29], 2).mode(Mode::TRAIN),
+        fused("training, relu, residual", relu, &[3, 2, 4, 5], 2).input(&[3, 2, 4, 5]).mode(Mode::TRAIN),
+        fused("training, residual", (f64::NEG_INFINITY, f64::INFINITY), &[3, 2, 20], 2)
+            .input(&[3, 2, 20])
+            .mode(Mode::TRAIN),
+        fused("training, clamp, rows", relu6, &[300, 20], 20).mode(Mode::TRAIN).tolerance(1e-5),
+        fused("training, clamp, residual, rows", relu6, &[301, 20], 20)
+            .input(&[301, 20])
+            .mode(Mode::TRAIN)
+            .tolerance(1e-5),
+        fused("training, clamp, long rows", relu6, &[7, 600], 600).mode(Mode::TRAIN),
+        fused("training, clamp, residual, long rows", relu6, &[130, 700], 700)
+            .input(&[130, 700])
+            .mode(Mode::TRAIN)
+            .tolerance(1e-5),
+        case(9, &[1000, 140], 140).named("training, many rows").mode(Mode::TRAIN).tolerance(1e-5),
         case(15, &[2, 3, 5, 4], 3),
         case(15, &[3, 2, 23, 29], 2).named("long channels"),
         case(7, &[4, 3], 3).named("dense").float("epsilon", 1e-3),
@@ -501,7 +455,58 @@ mod tests {
         let data: Vec<f32> = (0..4096).map(|i| 10_000.0 + (i % 2) as f32).collect();
         let d = Channels { n: 2, c: 2, s: 1024 };
         let (mut mean, mut var) = ([0f32; 2], [0f32; 2]);
-        norm::channel_stats(&data, d, &mut mean, &mut var);
+        norm::channel_stats(&data, d, &mut mean, &mut var, &mut []);
         assert_eq!((mean, var), ([10_000.5; 2], [0.25; 2]));
+    }
+
+    #[test]
+    fn channels_in_rows_as_in_planes() {
+        // (planes: n, c, s; rows: n·s, 1 row of c)
+        for (n, c, s) in [(3, 5, 7), (2, 16, 500), (2, 96, 900), (3, 300, 60), (2, 513, 200)] {
+            let value = |n: usize, c: usize, s: usize| {
+                ((n * 31 + c * 17 + s * 3) as f32 * 0.7).sin() + 20.0 * c as f32
+            };
+            let planes: Vec<f32> = (0..n * c * s).map(|i| value(i / (c * s), i / s % c, i % s)).collect();
+            let rows: Vec<f32> = (0..n * c * s).map(|i| value(i / (c * s), i % c, i / c % s)).collect();
+            let stats = |x: &[f32], d: Channels| {
+                let (mut mean, mut var) = (vec![0f32; c], vec![0f32; c]);
+                norm::channel_stats(x, d, &mut mean, &mut var, &mut vec![f64::NAN; d.partials()]);
+                (mean, var)
+            };
+            let a = stats(&planes, Channels { n, c, s });
+            let b = stats(&rows, Channels { n: n * s, c, s: 1 });
+            for (a, b) in a.0.iter().zip(&b.0).chain(a.1.iter().zip(&b.1)) {
+                assert!((a - b).abs() <= 1e-5 * a.abs().max(1.0), "{n} {c} {s}: {a} {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn bits_do_not_depend_on_threads() {
+        use crate::kernels::elementwise::Clamp;
+        let pools: Vec<_> =
+            (1..5).map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap()).collect();
+        for (n, c) in [(9000, 16), (700, 300), (333, 1280)] {
+            let wave = |n: usize, k: f32| -> Vec<f32> { (0..n).map(|i| (i as f32 * k).sin()).collect() };
+            let t =
+                |dims: &[usize], k: f32| Tensor::from_slice(dims, &wave(dims.iter().product(), k)).unwrap();
+            let d = Channels { n, c, s: 1 };
+            let clamp = Clamp { low: 0.0, high: 0.9 };
+            let (x, dy, mean, inv) = (t(&[n, c], 0.7), t(&[n, c], 0.3), t(&[c], 0.2), t(&[c], 0.1));
+            let run = || {
+                let forward = op(0.9, Some(Mode::TRAIN));
+                let y = eval(forward.as_ref(), &[&x, &mean, &inv, &mean, &inv].map(Some)).unwrap();
+                let op = BatchNormParamGrad { channels: d, clamp };
+                let masked = eval(&op, &[&x, &dy, &mean, &inv, &mean, &inv].map(Some)).unwrap();
+                let both = eval(&op, &[&x, &dy, &mean, &inv, &mean, &inv, &y[0]].map(Some)).unwrap();
+                let sum = eval(&ChannelSum { channels: d }, &[Some(&dy)]).unwrap();
+                [y, masked, both, sum].concat()
+            };
+            let first = run();
+            for pool in &pools {
+                let again = pool.install(run);
+                assert!(first.iter().zip(&again).all(|(a, b)| a.bytes() == b.bytes()), "{n} {c}");
+            }
+        }
     }
 }

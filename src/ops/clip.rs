@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use crate::error::OpError;
-use crate::graph::GradBuilder;
-use crate::kernels::elementwise::{apply1, apply2, same};
+use crate::graph::{GradBuilder, ValueId};
+use crate::kernels::elementwise::{Clamp, apply1, apply2, same};
 use crate::kernels::isa::Wide;
 use crate::ops::binary::slice;
 use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
@@ -22,19 +22,42 @@ pub struct Clip {
 /// dX of [`Clip`] from (Y, dY) and the bounds as inputs 2 and 3, if they are.
 #[derive(Debug, Clone, Copy)]
 pub struct ClipGrad {
-    low: Option<f32>,
-    high: Option<f32>,
+    low: Option<f64>,
+    high: Option<f64>,
+}
+
+/// Where the output of the node being differentiated is clamped: dY where the clamp let pass, else 0.
+pub fn passed(g: &mut GradBuilder, clamp: Clamp<f64>) -> Result<ValueId, OpError> {
+    let dy = g.dy0()?;
+    if clamp.is_none() {
+        return Ok(dy);
+    }
+    let y = g.y(0)?;
+    g.emit(ClipGrad { low: Some(clamp.low), high: Some(clamp.high) }, &[y, dy])
 }
 
 /// A bound: the operand's value, else the attribute's.
-fn bound<T: Elem>(
+fn bound<T: Elem, A>(
     operand: Option<View>,
-    attr: Option<f32>,
-    of: impl Fn(f32) -> T,
+    attr: Option<A>,
+    of: impl Fn(A) -> T,
 ) -> Result<Option<T>, OpError> {
     match operand {
         Some(v) => Ok(v.get::<T>()?.first().copied()),
         None => Ok(attr.map(of)),
+    }
+}
+
+impl Clip {
+    /// The bounds that a float clip has, where they are known.
+    pub fn clamp(&self, inputs: &[Option<&Meta>]) -> Option<Clamp<f64>> {
+        let bound = |i: usize, attr: Option<f32>, none: f64| match get(inputs, i) {
+            Some(m) => m.value.as_ref()?.to_f64().first().copied(),
+            None => Some(attr.map_or(none, f64::from)),
+        };
+        let low = bound(1, self.low, f64::NEG_INFINITY)?;
+        let clamp = Clamp { low, high: bound(2, self.high, f64::INFINITY)? };
+        need(inputs, 0).ok()?.dtype.is_float().then_some(clamp)
     }
 }
 
@@ -111,7 +134,7 @@ impl Op for Clip {
             return Err(OpError::NotDifferentiable("Clip by its bounds".into()));
         }
         let (y, dy) = (g.y(0)?, g.dy0()?);
-        let op = ClipGrad { low: self.low, high: self.high };
+        let op = ClipGrad { low: self.low.map(f64::from), high: self.high.map(f64::from) };
         let inputs = [Some(y), Some(dy), g.x_opt(1), g.x_opt(2)];
         let dx = g.emit_all(op, &inputs, 1)?[0];
         Ok(Grads::from_slice(&[Some(dx), None, None]))
@@ -143,7 +166,8 @@ impl Op for ClipGrad {
             // NaN compares as outside.
             let low = bound(get(x, 2), self.low, |b| b as T)?.unwrap_or(T::NEG_INFINITY);
             let high = bound(get(x, 3), self.high, |b| b as T)?.unwrap_or(T::INFINITY);
-            let f = move |y: T, dy: T| if y > low && y < high { dy } else { 0.0 };
+            let clamp = Clamp { low, high };
+            let f = move |y: T, dy: T| if clamp.inside(y) { dy } else { 0.0 };
             let dx = dx.get::<T>()?;
             let walk = same(dx.len());
             apply2(dx, slice::<T>(get(x, 0))?, slice::<T>(get(x, 1))?, &walk, f);

@@ -7,18 +7,24 @@ use rayon::prelude::*;
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::conv::{self as kernel, Geometry};
+use crate::kernels::conv::{self as kernel, Epilogue, Geometry};
+use crate::kernels::elementwise::Clamp;
 use crate::kernels::par;
 use crate::kernels::pool::sum;
+use crate::ops::clip::passed;
 use crate::ops::window::Window;
 use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut};
 
 /// ONNX `Conv` (opset 1): X (N, C, spatial…), W (M, C/group, kernel…), B (M), over one to three dimensions.
+///
+/// Fused: Y = clamp(W * X + B + R), the residual R (N, M, spatial…) being input 3.
 #[derive(Debug, Clone)]
 pub struct Conv {
     pub window: Window,
     pub groups: usize,
+    /// What is done to the result last.
+    pub clamp: Clamp<f64>,
 }
 
 impl Conv {
@@ -27,7 +33,7 @@ impl Conv {
         if groups < 1 {
             return Err(OpError::Attribute(format!("'group' is {groups}")));
         }
-        Ok(Arc::new(Conv { window: Window::of(s.attrs)?, groups: groups as usize }))
+        Ok(Arc::new(Conv { window: Window::of(s.attrs)?, groups: groups as usize, clamp: Clamp::NONE }))
     }
 
     /// The sizes, and the output's dimensions.
@@ -96,16 +102,24 @@ impl Op for Conv {
                 )));
             }
         }
+        if let Some(r) = get(inputs, 3) {
+            same_type(x, r)?;
+            expect(&r.dims, &y)?;
+        }
         Ok(vec![Meta::new(x.dtype, &y)])
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let (b, x, w) = (get(x, 2), need(x, 0)?, need(x, 1)?);
+        let (b, r, x, w) = (get(x, 2), get(x, 3), need(x, 0)?, need(x, 1)?);
         let (g, _) = self.geometry(x.dims, w.dims)?;
         float_dispatch!(x.dtype, T => {
-            let b = b.map(|b| b.get::<T>()).transpose()?;
+            let last = Epilogue {
+                bias: b.map(|b| b.get::<T>()).transpose()?,
+                residual: r.map(|r| r.get::<T>()).transpose()?,
+                clamp: self.clamp.to(),
+            };
             let y = out(y, 0)?.get::<T>()?;
-            kernel::forward(&g, x.get::<T>()?, w.get::<T>()?, b, y, floats(cx.scratch)?);
+            kernel::forward(&g, x.get::<T>()?, w.get::<T>()?, last, y, floats(cx.scratch)?);
             Ok(())
         })
     }
@@ -116,8 +130,12 @@ impl Op for Conv {
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
-        let (x, w, dy) = (g.x(0)?, g.x(1)?, g.dy0()?);
+        // dY passes where the clamp let Y pass; it is dR then.
+        let (x, w, dy) = (g.x(0)?, g.x(1)?, passed(g, self.clamp)?);
         let mut grads = Grads::from_elem(None, g.inputs());
+        if g.wants(3) {
+            grads[3] = Some(dy);
+        }
         if g.wants(0) {
             // dX[i] = Σ_t W[t]ᵀ · dY[(i + pad − dilation·t) / stride]   (N, C, spatial…)
             let x = g.meta(x)?.dims.clone();
@@ -136,7 +154,7 @@ impl Op for Conv {
     }
 }
 
-/// The gradient of `Conv` with respect to its input, of dimensions `x`: from dY and W.
+/// The gradient of `Conv` with respect to its input, of dimensions `x`: from dY and W; an addend, input 2, is added.
 #[derive(Debug)]
 pub struct ConvInputGrad {
     pub conv: Conv,
@@ -153,15 +171,20 @@ impl Op for ConvInputGrad {
         same_type(dy, w)?;
         let (_, y) = self.conv.geometry(&self.x, &w.dims)?;
         expect(&dy.dims, &y)?;
+        if let Some(a) = get(inputs, 2) {
+            same_type(dy, a)?;
+            expect(&a.dims, &self.x)?;
+        }
         Ok(vec![Meta::new(dy.dtype, &self.x)])
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let (dy, w) = (need(x, 0)?, need(x, 1)?);
+        let (dy, w, addend) = (need(x, 0)?, need(x, 1)?, get(x, 2));
         let (g, _) = self.conv.geometry(&self.x, w.dims)?;
         float_dispatch!(dy.dtype, T => {
+            let addend = addend.map(|a| a.get::<T>()).transpose()?;
             let dx = out(y, 0)?.get::<T>()?;
-            kernel::input_grad(&g, dy.get::<T>()?, w.get::<T>()?, dx, floats(cx.scratch)?);
+            kernel::input_grad(&g, dy.get::<T>()?, w.get::<T>()?, addend, dx, floats(cx.scratch)?);
             Ok(())
         })
     }
@@ -221,7 +244,7 @@ impl Op for ConvWeightGrad {
 fn expect(got: &[usize], want: &[usize]) -> Result<(), OpError> {
     match got == want {
         true => Ok(()),
-        false => Err(OpError::Shape(format!("a gradient of {got:?} for an output of {want:?}"))),
+        false => Err(OpError::Shape(format!("an operand of {got:?} where {want:?} is needed"))),
     }
 }
 
@@ -271,7 +294,15 @@ pub(super) const ROWS: &[Row] = &[Row::new("Conv", 1, Conv::make)];
 pub(super) fn cases() -> Vec<super::cases::Case> {
     use super::cases::Case;
     let conv = |name: &str, x: &[usize], w: &[usize]| Case::new("Conv", 11).named(name).input(x).input(w);
+    let clamped = |name: &str, (low, high): (f64, f64)| {
+        let window = Window::of(&crate::ops::Attrs::default()).unwrap();
+        let op = Conv { window, groups: 1, clamp: Clamp { low, high } };
+        Case::of(op).named(name).input(&[2, 3, 5, 6]).input(&[4, 3, 3, 3])
+    };
     vec![
+        clamped("relu", (0.0, f64::INFINITY)).absent(),
+        clamped("clamp, residual", (-0.5, 1.0)).input(&[4]).input(&[2, 4, 3, 4]),
+        clamped("residual", (f64::NEG_INFINITY, f64::INFINITY)).absent().input(&[2, 4, 3, 4]),
         conv("2-D", &[2, 3, 5, 6], &[4, 3, 3, 3]),
         conv("bias and pads", &[2, 3, 5, 6], &[4, 3, 3, 3]).input(&[4]).ints("pads", &[1, 1, 1, 1]),
         conv("asymmetric pads", &[2, 3, 5, 6], &[4, 3, 2, 3]).ints("pads", &[1, 0, 0, 2]),
@@ -361,6 +392,7 @@ mod tests {
             let conv = Conv {
                 window: Window::of(attrs).unwrap(),
                 groups: attrs.int_or("group", 1).unwrap() as usize,
+                clamp: Clamp::NONE,
             };
             let (x, w) = (wave(&dims[0], 0.7), wave(&dims[1], 1.3));
             let y = eval(&conv, &[Some(&x), Some(&w)]).unwrap().remove(0);
@@ -408,7 +440,7 @@ mod tests {
                 pads: vec![],
                 ceil: false,
             };
-            let conv = Conv { window, groups };
+            let conv = Conv { window, groups, clamp: Clamp::NONE };
             let (tx, tw) = (wave(&x, 0.7).cast(DType::F32), wave(&w, 1.3).cast(DType::F32));
             let (_, y) = conv.geometry(&x, &w).unwrap();
             let dy = wave(&y, 0.9).cast(DType::F32);

@@ -4,6 +4,7 @@
 //! Gradient kernels, losses and optimizer updates are operators like the others; they have no row
 //! in the table because no file can name them.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -25,6 +26,7 @@ pub mod conv;
 pub mod dropout;
 pub mod expand;
 pub mod fill;
+pub mod fold;
 mod foreign;
 pub mod gather;
 pub mod join;
@@ -89,7 +91,7 @@ impl Mode {
 }
 
 /// An operator with its attributes.
-pub trait Op: Debug + Send + Sync {
+pub trait Op: Any + Debug + Send + Sync {
     /// ONNX's `op_type`, or a name of ours for gradients, losses and updates.
     fn name(&self) -> &'static str;
 
@@ -152,6 +154,13 @@ pub trait Op: Debug + Send + Sync {
     /// The output depends on the inputs alone (not on `Cx::seed`), so it may be computed once at plan time.
     fn is_pure(&self) -> bool {
         true
+    }
+}
+
+impl dyn Op {
+    /// The operator as one of type `T`, if it is: for passes that rewrite graphs.
+    pub fn as_a<T: Op>(&self) -> Option<&T> {
+        (self as &dyn Any).downcast_ref()
     }
 }
 

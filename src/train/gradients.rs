@@ -36,6 +36,7 @@ pub fn gradients(
     }
     let shapes = Shapes::of(batch)?;
     let mut net = Network::new(session, mode, &shapes, &HashMap::new())?;
+    net.fuse(&[], true)?;
     let attached = loss.attach(&mut net.graph, shapes.target.clone())?;
     let mut wrt: Vec<ValueId> = param_values(session, params);
     for (v, (_, meta)) in net.inputs.iter().zip(&shapes.inputs) {

@@ -129,6 +129,12 @@ impl Network {
         let statistics = graph::set_mode(&mut graph, mode)?;
         Ok(Network { graph, inputs, statistics })
     }
+
+    /// Joins operators, before a loss is attached; `taps` and the outputs are still computed. `weights_learn`: the
+    /// graph will be differentiated with respect to weights.
+    pub fn fuse(&mut self, taps: &[ValueId], weights_learn: bool) -> Result<()> {
+        graph::fuse(&mut self.graph, taps, weights_learn)
+    }
 }
 
 /// The state that passes the learning rate and the step's number to the updates.
@@ -311,6 +317,7 @@ pub struct Supervised {
 impl Supervised {
     pub fn new(session: &mut Session, recipe: &Recipe, shapes: &Shapes) -> Result<Self> {
         let mut net = Network::new(session, recipe.mode(), shapes, &HashMap::new())?;
+        net.fuse(&[], true)?;
         let attached = recipe.loss.attach(&mut net.graph, shapes.target.clone())?;
         let updates = update(session, &mut net.graph, recipe, attached.loss)?;
         let outputs = [Some(attached.loss), Some(attached.logits), updates.scale, updates.norm];
@@ -364,6 +371,7 @@ pub struct Evaluation {
 impl Evaluation {
     pub fn new(session: &mut Session, loss: &Loss, shapes: &Shapes) -> Result<Self> {
         let mut net = Network::new(session, Mode::EVAL, shapes, &HashMap::new())?;
+        net.fuse(&[], false)?;
         let attached = loss.attach(&mut net.graph, shapes.target.clone())?;
         let request = Request { outputs: vec![attached.loss, attached.logits], ..Request::default() };
         let program = session.compile(net.graph, request)?;

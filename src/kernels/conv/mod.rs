@@ -13,10 +13,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
+use crate::kernels::elementwise::Clamp;
+use crate::kernels::isa::vectorize;
+use crate::kernels::par;
 use crate::tensor::Float;
 
-pub use forward::{forward, forward_scratch};
-pub use input::{input_grad, input_grad_scratch};
+pub use forward::forward_scratch;
+pub use input::input_grad_scratch;
 pub use weight::{weight_grad, weight_grad_scratch};
 
 /// Sizes of a convolution. Fewer than three spatial dimensions are preceded by ones.
@@ -38,6 +41,57 @@ pub struct Geometry {
     pub dilation: [usize; 3],
     /// Zeros before the input.
     pub pad: [usize; 3],
+}
+
+/// What becomes of a convolution's sums: `clamp(sum + bias + residual)`.
+#[derive(Clone, Copy)]
+pub struct Epilogue<'a, T> {
+    /// One a channel.
+    pub bias: Option<&'a [T]>,
+    /// Of the output's shape.
+    pub residual: Option<&'a [T]>,
+    pub clamp: Clamp<T>,
+}
+
+/// `x` (N, C, X…), `w` (OC, C/groups, K…), `y` (N, OC, Y…).
+pub fn forward<T: Float>(g: &Geometry, x: &[T], w: &[T], last: Epilogue<T>, y: &mut [T], scratch: &mut [T]) {
+    forward::forward(g, x, w, last.bias, y, scratch);
+    let clamp = last.clamp;
+    match last.residual {
+        Some(r) => each(y, r, |y, r| clamp.of(y + r)),
+        None if clamp.is_none() => {}
+        None => par::pieces(y, |_, y| {
+            vectorize(
+                #[inline(always)]
+                || y.iter_mut().for_each(|y| *y = clamp.of(*y)),
+            )
+        }),
+    }
+}
+
+/// `dy` (N, OC, Y…), `w` (OC, C/groups, K…), `dx` (N, C, X…): the input's gradient, plus `addend`.
+pub fn input_grad<T: Float>(
+    g: &Geometry,
+    dy: &[T],
+    w: &[T],
+    addend: Option<&[T]>,
+    dx: &mut [T],
+    scratch: &mut [T],
+) {
+    input::input_grad(g, dy, w, dx, scratch);
+    if let Some(addend) = addend {
+        each(dx, addend, |dx, a| a + dx);
+    }
+}
+
+/// `y = f(y, a)` element by element.
+fn each<T: Float>(y: &mut [T], a: &[T], f: impl Fn(T, T) -> T + Sync) {
+    par::pieces(y, |start, y| {
+        vectorize(
+            #[inline(always)]
+            || y.iter_mut().zip(&a[start..]).for_each(|(y, &a)| *y = f(*y, a)),
+        )
+    });
 }
 
 /// Elements of a task's working set that should stay in the second-level cache.

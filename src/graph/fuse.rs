@@ -1,0 +1,323 @@
+//! Joins chains of operators into one, before a graph is differentiated and planned.
+
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use crate::error::{Error, Result};
+use crate::graph::{Graph, Node, NodeId, Source, ValueId};
+use crate::kernels::elementwise::Clamp;
+use crate::ops::Op;
+use crate::ops::batch_norm::BatchNormalization;
+use crate::ops::binary::Binary;
+use crate::ops::clip::Clip;
+use crate::ops::conv::{Conv, ConvInputGrad};
+use crate::ops::fold::FoldNorm;
+use crate::ops::unary::{Relu, Unary};
+use crate::plan::Request;
+use crate::tensor::Meta;
+
+/// Fuses a forward graph whose shapes are inferred: normalisations and convolutions with the sum and the activation
+/// that follow; and where no `weights_learn`, convolutions with a normalisation by given statistics.
+///
+/// The values in `keep` and the graph's outputs are computed as before. Others may vanish.
+pub fn fuse(graph: &mut Graph, keep: &[ValueId], weights_learn: bool) -> Result<()> {
+    let outputs = graph.outputs.clone();
+    let mut chains = Chains::new(graph, outputs.iter().chain(keep));
+    for i in 0..graph.nodes.len() {
+        let head = NodeId(i as u32);
+        let op = graph.node(head).op.clone();
+        if chains.dead[i] || graph.node(head).outputs.first().is_none_or(Option::is_none) {
+            continue;
+        }
+        if let Some(conv) = op.as_a::<Conv>() {
+            let norm = if weights_learn { None } else { chains.folded(graph, head) };
+            let tail = chains.tail(graph, norm.as_ref().map_or(head, |n| n.0));
+            if norm.is_some() || tail.is_longer() {
+                let norm = norm.map(|(id, epsilon)| (graph.node(id).inputs.clone(), epsilon));
+                chains.conv(graph, head, conv, norm, tail)?;
+            }
+        } else if let Some(norm) = op.as_a::<BatchNormalization>() {
+            let tail = chains.tail(graph, head);
+            if tail.is_longer() {
+                let mut node = graph.node(head).clone();
+                node.op = Arc::new(norm.then(tail.clamp));
+                node.inputs.truncate(5);
+                node.inputs.extend(tail.residual.map(Some));
+                chains.replace(graph, &tail, SmallVec::from_iter([node]));
+            }
+        }
+    }
+    chains.finish(graph);
+    Ok(())
+}
+
+/// Fuses the sums of a differentiated graph into the convolution gradients that they add to something.
+pub fn fuse_sums(graph: &mut Graph, request: &Request) {
+    let keep = request.outputs.iter().chain(&request.effects).chain(request.pins.keys());
+    let mut chains = Chains::new(graph, keep);
+    for i in 0..graph.nodes.len() {
+        let sum = graph.node(NodeId(i as u32));
+        let (Some(Binary::Add), [Some(a), Some(b)]) = (sum.op.as_a(), &sum.inputs[..]) else { continue };
+        let out = sum.outputs[0];
+        // The later of the two, that the other is there.
+        let mut both = [(*a, *b), (*b, *a)];
+        both.sort_by_key(|(v, _)| std::cmp::Reverse(source(graph, *v)));
+        let fits = |(v, other): &(ValueId, ValueId)| {
+            let id = source(graph, *v)?;
+            let node = graph.node(id);
+            let plain = node.op.as_a::<ConvInputGrad>().is_some() && node.inputs.len() == 2;
+            let same = same_shape(graph, *v, *other) && out.is_some_and(|out| same_shape(graph, *v, out));
+            (plain && same && chains.passing(*v)).then_some((id, *v, *other))
+        };
+        let Some((id, inner, addend)) = both.iter().find_map(fits) else { continue };
+        let Some(out) = out.filter(|out| source(graph, *out).is_some()) else { continue };
+        let mut node = graph.node(id).clone();
+        node.inputs.push(Some(addend));
+        let tail = Tail {
+            absorbed: SmallVec::from_iter([id, NodeId(i as u32)]),
+            inner: SmallVec::from_iter([inner]),
+            out,
+            residual: Some(addend),
+            clamp: Clamp::NONE,
+        };
+        chains.replace(graph, &tail, SmallVec::from_iter([node]));
+    }
+    chains.finish(graph);
+}
+
+/// The node that computes a value, unless it is known beforehand.
+fn source(graph: &Graph, v: ValueId) -> Option<NodeId> {
+    match graph.value(v).source {
+        Source::Node(n, _) => Some(n),
+        _ => None,
+    }
+}
+
+fn same_shape(graph: &Graph, a: ValueId, b: ValueId) -> bool {
+    match (&graph.value(a).meta, &graph.value(b).meta) {
+        (Some(a), Some(b)) => a.same_shape(b),
+        _ => false,
+    }
+}
+
+/// What follows a node and can be done by it.
+struct Tail {
+    /// The nodes that become one; it runs in the place of the last.
+    absorbed: SmallVec<[NodeId; 4]>,
+    /// The values that vanish.
+    inner: SmallVec<[ValueId; 4]>,
+    out: ValueId,
+    residual: Option<ValueId>,
+    clamp: Clamp<f64>,
+}
+
+impl Tail {
+    fn is_longer(&self) -> bool {
+        self.absorbed.len() > 1
+    }
+}
+
+/// The rewriting of a graph.
+struct Chains {
+    /// Per value: how often it is read, by the world outside too, and by which node last.
+    reads: Vec<(usize, Option<NodeId>)>,
+    /// Per node: what runs in its place.
+    replaced: Vec<Option<SmallVec<[Node; 2]>>>,
+    dead: Vec<bool>,
+}
+
+impl Chains {
+    fn new<'a>(graph: &Graph, keep: impl Iterator<Item = &'a ValueId>) -> Self {
+        let mut reads = vec![(0, None); graph.values.len()];
+        for (i, node) in graph.nodes.iter().enumerate() {
+            for v in node.inputs.iter().flatten() {
+                let read = &mut reads[v.index()];
+                *read = (read.0 + 1, Some(NodeId(i as u32)));
+            }
+        }
+        for v in keep {
+            reads[v.index()].0 += 2;
+        }
+        Chains { reads, replaced: vec![None; graph.nodes.len()], dead: vec![false; graph.nodes.len()] }
+    }
+
+    /// Nobody but one node reads the value.
+    fn passing(&self, v: ValueId) -> bool {
+        self.reads.get(v.index()).is_some_and(|r| r.0 == 1)
+    }
+
+    /// The only reader of a node's first output.
+    fn next(&self, graph: &Graph, v: ValueId) -> Option<NodeId> {
+        source(graph, v)?;
+        let (count, reader) = self.reads[v.index()];
+        reader.filter(|id| count == 1 && !self.dead[id.index()])
+    }
+
+    /// The normalisation by given statistics that alone reads a convolution's output, and its ε.
+    fn folded(&self, graph: &Graph, conv: NodeId) -> Option<(NodeId, f64)> {
+        let y = graph.node(conv).outputs.first().copied().flatten()?;
+        let id = self.next(graph, y)?;
+        let node = graph.node(id);
+        let norm = node.op.as_a::<BatchNormalization>().filter(|n| !n.training())?;
+        let unread = node.outputs.iter().skip(1).flatten().all(|v| self.reads[v.index()].0 == 0);
+        (unread && node.inputs.first() == Some(&Some(y))).then_some(())?;
+        Some((id, norm.channel_epsilon()?))
+    }
+
+    /// From a node on: perhaps a sum with something of the same shape, then perhaps an activation that clamps.
+    fn tail(&self, graph: &Graph, head: NodeId) -> Tail {
+        let out = graph.node(head).outputs.first().copied().flatten().unwrap_or(ValueId(0));
+        let mut tail = Tail {
+            absorbed: SmallVec::from_iter([head]),
+            inner: SmallVec::new(),
+            out,
+            residual: None,
+            clamp: Clamp::NONE,
+        };
+        if let Some((id, residual)) = self.sum(graph, tail.out)
+            && self.extend(graph, &mut tail, id)
+        {
+            tail.residual = Some(residual);
+        }
+        if let Some(id) = self.next(graph, tail.out)
+            && let Some(clamp) = activation(graph, id)
+            && self.extend(graph, &mut tail, id)
+        {
+            tail.clamp = clamp;
+        }
+        tail
+    }
+
+    /// The sum that alone reads `v`, and what is added.
+    fn sum(&self, graph: &Graph, v: ValueId) -> Option<(NodeId, ValueId)> {
+        let id = self.next(graph, v)?;
+        let node = graph.node(id);
+        let (Some(Binary::Add), [Some(a), Some(b)]) = (node.op.as_a(), &node.inputs[..]) else { return None };
+        let other = if *a == v { *b } else { *a };
+        let out = node.outputs.first().copied().flatten()?;
+        let float = graph.value(v).meta.as_ref().is_some_and(|m| m.dtype.is_float());
+        (float && same_shape(graph, v, other) && same_shape(graph, v, out)).then_some(())?;
+        // Of two that could take the sum, the later does.
+        let able = |id: NodeId| {
+            let op = &graph.node(id).op;
+            op.as_a::<Conv>().is_some() || op.as_a::<BatchNormalization>().is_some()
+        };
+        let later = source(graph, other).filter(|id| self.passing(other) && able(*id));
+        later.is_none_or(|id| Some(id) < source(graph, v)).then_some((id, other))
+    }
+
+    /// Takes a node with one output into the tail.
+    fn extend(&self, graph: &Graph, tail: &mut Tail, id: NodeId) -> bool {
+        let [Some(out)] = graph.node(id).outputs[..] else { return false };
+        if source(graph, out).is_none() {
+            return false;
+        }
+        tail.inner.push(tail.out);
+        tail.absorbed.push(id);
+        tail.out = out;
+        true
+    }
+
+    /// A convolution with what follows, a folded normalisation (its inputs and ε) among it.
+    fn conv(
+        &mut self,
+        graph: &mut Graph,
+        head: NodeId,
+        conv: &Conv,
+        norm: Option<(Vec<Option<ValueId>>, f64)>,
+        mut tail: Tail,
+    ) -> Result<()> {
+        let mut nodes = SmallVec::new();
+        let mut node = graph.node(head).clone();
+        node.op = Arc::new(Conv { clamp: tail.clamp, ..conv.clone() });
+        node.inputs.resize(3, None);
+        if let Some((norm, epsilon)) = norm {
+            let inner = node.outputs.first().copied().flatten();
+            tail.inner.extend(inner);
+            tail.absorbed.insert(0, head);
+            let inputs: Vec<Option<ValueId>> = node.inputs[1..].iter().chain(&norm[1..5]).copied().collect();
+            let fold = self.fold(graph, head, FoldNorm { epsilon }, inputs)?;
+            (node.inputs[1], node.inputs[2]) = (fold.outputs[0], fold.outputs[1]);
+            nodes.push(fold);
+        }
+        node.inputs.extend(tail.residual.map(Some));
+        nodes.push(node);
+        self.replace(graph, &tail, nodes);
+        Ok(())
+    }
+
+    fn fold(
+        &mut self,
+        graph: &mut Graph,
+        conv: NodeId,
+        op: FoldNorm,
+        inputs: Vec<Option<ValueId>>,
+    ) -> Result<Node> {
+        let metas: Vec<Option<&Meta>> =
+            inputs.iter().map(|v| v.and_then(|v| graph.value(v).meta.as_ref())).collect();
+        let metas = op.infer(&metas).map_err(|source| Error::Op { node: graph.describe(conv), source })?;
+        let mut outputs = Vec::new();
+        for (meta, what) in metas.into_iter().zip(["weights", "bias"]) {
+            // The source is set at the end.
+            let name = inputs[0].map_or("", |w| &graph.value(w).name);
+            let v = graph.add_value(format!("{name}/folded {what}"), Source::Node(conv, 0));
+            graph.value_mut(v).meta = Some(meta);
+            outputs.push(Some(v));
+            self.reads.push((1, None));
+        }
+        Ok(Node { name: String::new(), op: Arc::new(op), inputs, outputs })
+    }
+
+    /// Puts `nodes`, the last of which computes the tail's result, in the place of what the tail absorbed.
+    fn replace(&mut self, graph: &mut Graph, tail: &Tail, mut nodes: SmallVec<[Node; 2]>) {
+        if let Some(last) = nodes.last_mut() {
+            last.outputs[0] = Some(tail.out);
+        }
+        for id in &tail.absorbed {
+            self.dead[id.index()] = true;
+        }
+        for v in &tail.inner {
+            // Nobody reads it any more; whoever would is told that it is not computed.
+            graph.value_mut(*v).source = Source::Input;
+        }
+        if let Some(last) = tail.absorbed.last() {
+            self.replaced[last.index()] = Some(nodes);
+        }
+    }
+
+    /// Renumbers the nodes.
+    fn finish(self, graph: &mut Graph) {
+        let nodes = std::mem::take(&mut graph.nodes);
+        for ((node, replaced), dead) in nodes.into_iter().zip(self.replaced).zip(self.dead) {
+            match replaced {
+                Some(new) => graph.nodes.extend(new),
+                None if dead => {}
+                None => graph.nodes.push(node),
+            }
+        }
+        for i in 0..graph.nodes.len() {
+            for (o, v) in graph.nodes[i].outputs.iter().enumerate() {
+                let Some(v) = v else { continue };
+                let source = &mut graph.values[v.index()].source;
+                if matches!(source, Source::Node(..)) {
+                    *source = Source::Node(NodeId(i as u32), o);
+                }
+            }
+        }
+    }
+}
+
+/// The bounds, where a node is an activation that does nothing else than to keep within them.
+fn activation(graph: &Graph, id: NodeId) -> Option<Clamp<f64>> {
+    let node = graph.node(id);
+    let metas: Vec<Option<&Meta>> =
+        node.inputs.iter().map(|v| v.and_then(|v| graph.value(v).meta.as_ref())).collect();
+    if node.op.as_a::<Unary<Relu>>().is_some() {
+        return Some(Clamp { low: 0.0, high: f64::INFINITY });
+    }
+    node.op.as_a::<Clip>()?.clamp(&metas)
+}
+
+#[cfg(test)]
+mod tests;

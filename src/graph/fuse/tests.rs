@@ -1,0 +1,104 @@
+//! Fused graphs against unfused ones, on the committed networks.
+
+use std::collections::HashMap;
+
+use crate::exec::{Options, Session};
+use crate::graph::{Graph, ValueId, WeightId, grad};
+use crate::ops::Mode;
+use crate::ops::cases::close;
+use crate::plan::Request;
+use crate::tensor::{DType, Meta, Tensor};
+use crate::train::loss::Loss;
+use crate::train::step::{Network, Shapes, param_values};
+
+/// What is done to a network before its loss is attached.
+#[derive(Clone, Copy, PartialEq)]
+enum Fused {
+    No,
+    WeightsLearn,
+    WeightsStay,
+}
+
+fn count(graph: &Graph, op: &str) -> usize {
+    graph.nodes.iter().filter(|n| n.op.name() == op).count()
+}
+
+/// Loss, outputs, a value within the network, next statistics, and gradients of input and weights.
+fn step(network: &str, mode: Mode, tap: &str, fused: Fused) -> (Graph, Vec<Tensor>) {
+    let path = format!("{}/models/{network}.onnx", env!("CARGO_MANIFEST_DIR"));
+    let model = std::sync::Arc::new(crate::import::load(path).unwrap());
+    let mut session = Session::new(model.clone(), Options { threads: 1, ..Options::default() }).unwrap();
+    let weights = model.weights.iter().enumerate().filter(|(_, w)| w.trainable);
+    let params: Vec<WeightId> = weights.map(|(i, _)| WeightId(i as u32)).collect();
+    for w in &params {
+        session.make_mutable(*w).unwrap();
+    }
+    let spec = crate::finetune::input_specs(&model).remove(0);
+    let mut dims: Vec<usize> = spec.dims.iter().map(|d| d.unwrap_or(32)).collect();
+    dims[0] = 3;
+    let x: Vec<f32> = (0..dims.iter().product()).map(|i| (i as f32 * 0.37).sin() * 0.5).collect();
+    let x = Tensor::from_slice(&dims, &x).unwrap();
+    let labels = Tensor::ints(&[1, 7, 2]);
+    let shapes = Shapes { inputs: vec![(spec.name, x.meta())], target: Meta::new(DType::I64, &[3]) };
+    let mut net = Network::new(&session, mode, &shapes, &HashMap::new()).unwrap();
+    let tap = net.graph.find(tap).unwrap_or(net.graph.outputs[0]);
+    if fused != Fused::No {
+        net.fuse(&[tap], fused == Fused::WeightsLearn).unwrap();
+    }
+    let forward = net.graph.clone();
+    let loss = Loss::CrossEntropy { label_smoothing: 0.0 };
+    let attached = loss.attach(&mut net.graph, shapes.target.clone()).unwrap();
+    let mut wrt: Vec<ValueId> = net.inputs.clone();
+    if fused != Fused::WeightsStay {
+        wrt.extend(param_values(&session, &params));
+    }
+    let grads = grad(&mut net.graph, attached.loss, &wrt).unwrap();
+    let mut outputs = vec![attached.loss, attached.logits, tap];
+    outputs.extend(&net.statistics);
+    outputs.extend(wrt.iter().map(|v| grads[v]));
+    let request = Request { outputs: outputs.clone(), ..Request::default() };
+    let program = session.compile(net.graph, request).unwrap();
+    session.run(&program, &[(net.inputs[0], x.view()), (attached.target, labels.view())], 0).unwrap();
+    let read = |v: &ValueId| session.output(&program, *v).unwrap().to_tensor();
+    (forward, outputs.iter().map(read).collect())
+}
+
+fn agree(a: &[Tensor], b: &[Tensor], what: &str) {
+    for (i, (a, b)) in a.iter().zip(b).enumerate() {
+        assert_eq!(a.dims(), b.dims(), "{what}, {i}");
+        close(what, &format!("value {i}"), &a.to_f64(), &b.to_f64(), 2e-3);
+    }
+}
+
+#[test]
+fn fused_networks_compute_the_same() {
+    for network in ["resnet20", "dsnet"] {
+        for mode in [Mode::TRAIN, Mode::EVAL] {
+            let what = format!("{network} {mode:?}");
+            let (plain, expected) = step(network, mode, "", Fused::No);
+            let (fused, learned) = step(network, mode, "", Fused::WeightsLearn);
+            assert!(fused.nodes.len() < plain.nodes.len(), "{what}");
+            for op in ["Relu", "Clip", "Add"] {
+                assert_eq!(count(&fused, op), 0, "{what}: {op}\n{fused}");
+            }
+            assert_eq!(count(&fused, "BatchNormalization"), count(&plain, "BatchNormalization"));
+            agree(&expected, &learned, &what);
+            let (folded, stayed) = step(network, mode, "", Fused::WeightsStay);
+            let left = if mode == Mode::EVAL { 0 } else { count(&plain, "BatchNormalization") };
+            assert_eq!(count(&folded, "BatchNormalization"), left, "{what}\n{folded}");
+            agree(&stayed, &expected, &what);
+        }
+    }
+}
+
+#[test]
+fn what_is_kept_is_computed() {
+    let (plain, _) = step("resnet20", Mode::EVAL, "", Fused::No);
+    let inner = plain.nodes.iter().filter(|n| ["BatchNormalization", "Add"].contains(&n.op.name()));
+    for v in inner.map(|n| n.outputs[0].unwrap()).step_by(5) {
+        let name = &plain.value(v).name;
+        let (_, expected) = step("resnet20", Mode::EVAL, name, Fused::No);
+        let (_, fused) = step("resnet20", Mode::EVAL, name, Fused::WeightsStay);
+        agree(&fused, &expected, name);
+    }
+}

@@ -1,0 +1,539 @@
+//! Batch normalisation: sums per channel.
+//!
+//! Channels lie either in runs of `s` elements or, `s` being 1, side by side in each row. In the latter case few
+//! channels make short rows: their sums are then repeated over several rows, so that loops are long and additions
+//! do not wait on one another. Sums run over short blocks in the element type and are carried in `f64`.
+
+use rayon::prelude::*;
+
+use super::sweep::{sweep, zip_each};
+use super::{Moments, cut, sum, sum2};
+use crate::kernels::elementwise::Clamp;
+use crate::kernels::isa::vectorize;
+use crate::kernels::par::GRAIN;
+use crate::tensor::Float;
+
+/// Elements that are summed side by side.
+pub(super) const WIDTH: usize = 512;
+/// Elements a task of a reduction has at least, and tasks at most.
+const TASK: usize = 1 << 16;
+const TASKS: usize = 32;
+
+/// A tensor as `n` × `c` channels × `s` contiguous elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Channels {
+    pub n: usize,
+    pub c: usize,
+    pub s: usize,
+}
+
+impl Channels {
+    /// Elements of one channel.
+    pub fn count(self) -> usize {
+        self.n * self.s
+    }
+
+    fn start(self, n: usize, channel: usize) -> usize {
+        (n * self.c + channel) * self.s
+    }
+
+    /// Channels that one piece of work covers.
+    fn per_piece(self) -> usize {
+        (GRAIN / self.count().max(1)).max(1)
+    }
+
+    /// Rows of `c` that one task of a reduction covers, where `s` is 1.
+    fn per_task(self) -> usize {
+        let tasks = (self.n * self.c).div_ceil(TASK).clamp(1, TASKS);
+        self.n.div_ceil(tasks).max(1)
+    }
+
+    /// Elements of `f64` scratch that reductions need.
+    pub fn partials(self) -> usize {
+        if self.s == 1 { self.n.div_ceil(self.per_task()) * 2 * self.c } else { 0 }
+    }
+
+    /// Calls `f(first row, partial sums)` for each task of a reduction, where `s` is 1, with `2·c` zeros to add to.
+    fn tasks(self, partials: &mut [f64], f: impl Fn(usize, &mut [f64], &mut [f64]) + Sync) {
+        let partials = &mut partials[..self.partials()];
+        partials.par_chunks_mut((2 * self.c).max(1)).enumerate().for_each(|(i, part)| {
+            part.fill(0.0);
+            let (a, b) = part.split_at_mut(self.c);
+            vectorize(
+                #[inline(always)]
+                || f(i * self.per_task(), a, b),
+            );
+        });
+    }
+
+    /// The rows from `first` on that a task covers.
+    fn rows_of<T>(self, x: &[T], first: usize) -> &[T] {
+        &x[first * self.c..(first + self.per_task()).min(self.n) * self.c]
+    }
+}
+
+/// Some columns of consecutive rows of `c`. Where they are few, whole rows side by side.
+#[derive(Clone, Copy)]
+pub(super) struct Strip {
+    /// First column, and how many.
+    first: usize,
+    pub(super) columns: usize,
+    /// Elements swept side by side, a multiple of `columns`, and from one such group to the next.
+    pub(super) width: usize,
+    step: usize,
+}
+
+impl Strip {
+    pub(super) fn all(c: usize) -> impl Iterator<Item = Strip> {
+        let few = 2 * c <= WIDTH;
+        (0..c).step_by(if few { c.max(1) } else { WIDTH }).map(move |first| {
+            let columns = (c - first).min(WIDTH);
+            match few {
+                true => Strip { first, columns, width: WIDTH / c * c, step: WIDTH / c * c },
+                false => Strip { first, columns, width: columns, step: c },
+            }
+        })
+    }
+
+    /// Rows after which sums are carried over to `f64`; their elements stay in a near cache.
+    fn depth(c: usize) -> usize {
+        (16 * (WIDTH / c.max(1))).max(64)
+    }
+
+    /// The strip's values of each column, repeated over the width.
+    pub(super) fn spread<T: Copy>(self, values: &[T], lanes: &mut [T; WIDTH]) {
+        for lanes in lanes[..self.width].chunks_exact_mut(self.columns) {
+            lanes.copy_from_slice(&values[self.first..][..self.columns]);
+        }
+    }
+
+    /// Adds up what was swept side by side.
+    #[inline(always)]
+    fn gather<T: Float>(self, lanes: &[T; WIDTH], sums: &mut [f64]) {
+        for lanes in lanes[..self.width].chunks_exact(self.columns) {
+            for (s, x) in sums.iter_mut().zip(lanes) {
+                *s += x.to64();
+            }
+        }
+    }
+
+    /// `lanes[j] += Σ f(x, at[j])` over the groups of `x`, which starts at the strip's first column.
+    #[inline(always)]
+    fn add<T: Float>(self, x: &[T], at: &[T; WIDTH], lanes: &mut [T; WIDTH], f: impl Fn(T, T) -> T) {
+        let (w, step) = (self.width, self.step);
+        let (at, lanes) = (&at[..w], &mut lanes[..w]);
+        for x in x.chunks(4 * step) {
+            if x.len() >= 3 * step + w {
+                let (a, b, c, d) = (&x[..w], &x[step..][..w], &x[2 * step..][..w], &x[3 * step..][..w]);
+                for j in 0..w {
+                    let m = at[j];
+                    lanes[j] += (f(a[j], m) + f(b[j], m)) + (f(c[j], m) + f(d[j], m));
+                }
+                continue;
+            }
+            for x in x.chunks(step) {
+                for ((lane, &x), &m) in lanes.iter_mut().zip(x).zip(at) {
+                    *lane += f(x, m);
+                }
+            }
+        }
+    }
+
+    /// `scales[j] += Σ dz·(x − at[j])` and `shifts[j] += Σ dz` with `dz = f(j, x, dy)`, as [`Strip::add`].
+    #[inline(always)]
+    fn add_products<T: Float>(
+        self,
+        (x, dy): (&[T], &[T]),
+        at: &[T; WIDTH],
+        (scales, shifts): (&mut [T; WIDTH], &mut [T; WIDTH]),
+        f: impl Fn(usize, T, T) -> T,
+    ) {
+        let (w, step) = (self.width, self.step);
+        let (at, scales, shifts) = (&at[..w], &mut scales[..w], &mut shifts[..w]);
+        for (x, dy) in x.chunks(2 * step).zip(dy.chunks(2 * step)) {
+            if x.len() >= step + w {
+                let (xa, xb) = (&x[..w], &x[step..][..w]);
+                let (da, db) = (&dy[..w], &dy[step..][..w]);
+                for j in 0..w {
+                    let (za, zb) = (f(j, xa[j], da[j]), f(j, xb[j], db[j]));
+                    scales[j] += za * (xa[j] - at[j]) + zb * (xb[j] - at[j]);
+                    shifts[j] += za + zb;
+                }
+                continue;
+            }
+            for (x, dy) in x.chunks(step).zip(dy.chunks(step)) {
+                let n = x.len().min(w);
+                let (x, dy) = (&x[..n], &dy[..n]);
+                for j in 0..n {
+                    let z = f(j, x[j], dy[j]);
+                    scales[j] += z * (x[j] - at[j]);
+                    shifts[j] += z;
+                }
+            }
+        }
+    }
+}
+
+/// Merges the moments of `count` further rows into means and squared distances of `before` rows.
+#[inline(always)]
+fn merge(mean: &mut [f64], m2: &mut [f64], before: f64, other: (&[f64], &[f64]), count: f64) {
+    let total = before + count;
+    let (share, weight) = (count / total, before * count / total);
+    for (((mean, m2), &other), &own) in mean.iter_mut().zip(m2).zip(other.0).zip(other.1) {
+        let delta = other - *mean;
+        *mean += delta * share;
+        *m2 += own + delta * delta * weight;
+    }
+}
+
+/// Mean and population variance of each channel. `partials`: [`Channels::partials`] elements.
+pub fn channel_stats<T: Float>(
+    x: &[T],
+    d: Channels,
+    mean: &mut [T],
+    variance: &mut [T],
+    partials: &mut [f64],
+) {
+    if d.s != 1 {
+        let per = d.per_piece();
+        mean.par_chunks_mut(per).zip(variance.par_chunks_mut(per)).enumerate().for_each(
+            |(i, (mean, var))| {
+                vectorize(
+                    #[inline(always)]
+                    || {
+                        for (k, (mean, var)) in mean.iter_mut().zip(var).enumerate() {
+                            let of = |n| Moments::of(&x[d.start(n, i * per + k)..][..d.s]);
+                            let m = (0..d.n).map(of).fold(Moments::default(), Moments::merge);
+                            (*mean, *var) = (T::of(m.mean), T::of(m.variance()));
+                        }
+                    },
+                )
+            },
+        );
+        return;
+    }
+    d.tasks(
+        partials,
+        #[inline(always)]
+        |first, means, squares| row_moments(d.rows_of(x, first), d.c, means, squares),
+    );
+    let per = d.per_task();
+    let (sums, rest) = partials[..d.partials()].split_at_mut(2 * d.c.min(d.partials()));
+    let (means, squares) = sums.split_at_mut(sums.len() / 2);
+    for (i, part) in rest.chunks_exact((2 * d.c).max(1)).enumerate() {
+        let before = (i + 1) * per;
+        let count = per.min(d.n - before);
+        merge(means, squares, before as f64, part.split_at(d.c), count as f64);
+    }
+    mean.fill(T::zero());
+    variance.fill(T::zero());
+    for (mean, m) in mean.iter_mut().zip(means) {
+        *mean = T::of(*m);
+    }
+    for (variance, m2) in variance.iter_mut().zip(squares) {
+        *variance = T::of(*m2 / d.n.max(1) as f64);
+    }
+}
+
+/// Means and summed squared distances from them of the columns of `x`, rows of `c`.
+#[inline(always)]
+fn row_moments<T: Float>(x: &[T], c: usize, means: &mut [f64], squares: &mut [f64]) {
+    let (mut lanes, mut at) = ([T::zero(); WIDTH], [T::zero(); WIDTH]);
+    let (mut sums, mut own, mut centre) = ([0.0; WIDTH], [0.0; WIDTH], [T::zero(); WIDTH]);
+    for strip in Strip::all(c) {
+        let columns = strip.columns;
+        let (means, squares) = (&mut means[strip.first..][..columns], &mut squares[strip.first..][..columns]);
+        let (sums, own, centre) = (&mut sums[..columns], &mut own[..columns], &mut centre[..columns]);
+        let mut before = 0.0;
+        for x in x.chunks(Strip::depth(c) * c) {
+            let count = (x.len() / c) as f64;
+            let x = &x[strip.first..];
+            lanes[..strip.width].fill(T::zero());
+            strip.add(x, &at, &mut lanes, |x, _| x);
+            sums.fill(0.0);
+            strip.gather(&lanes, sums);
+            for (m, s) in centre.iter_mut().zip(sums.iter_mut()) {
+                *s /= count;
+                *m = T::of(*s);
+            }
+            Strip { first: 0, ..strip }.spread(centre, &mut at);
+            lanes[..strip.width].fill(T::zero());
+            strip.add(x, &at, &mut lanes, |x, m| (x - m) * (x - m));
+            own.fill(0.0);
+            strip.gather(&lanes, own);
+            for ((own, mean), m) in own.iter_mut().zip(&*sums).zip(&*centre) {
+                let off = mean - m.to64();
+                *own -= count * off * off;
+                *own = own.max(*own * 0.0);
+            }
+            merge(means, squares, before, (sums, own), count);
+            before += count;
+        }
+    }
+}
+
+/// Where the statistics of an element are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stat {
+    /// One pair a channel (batch normalisation).
+    Channel,
+    /// One pair a row of so many elements.
+    Row(usize),
+}
+
+/// Which output gradients pass the activation that follows a normalisation.
+#[derive(Clone, Copy)]
+pub enum Mask<'a, T> {
+    All,
+    /// Those whose result, recomputed as `(x − mean)·factor + shift` per channel, is inside.
+    Inside {
+        factor: &'a [T],
+        shift: &'a [T],
+        clamp: Clamp<T>,
+    },
+}
+
+/// `dscale = Σ dz·(x − mean)·inv` and `dshift = Σ dz` of each channel, `dz` being `dy` where the mask lets it pass.
+/// A channel's run of `s` elements lies within one row; masks are of batch normalisation only.
+#[allow(clippy::too_many_arguments)]
+pub fn param_grad<T: Float>(
+    x: &[T],
+    dy: &[T],
+    d: Channels,
+    stat: Stat,
+    (mean, inv): (Option<&[T]>, &[T]),
+    mask: Mask<T>,
+    (dscale, dshift): (&mut [T], &mut [T]),
+    partials: &mut [f64],
+) {
+    if d.s == 1 {
+        d.tasks(
+            partials,
+            #[inline(always)]
+            |first, scales, shifts| {
+                let (x, dy) = (d.rows_of(x, first), d.rows_of(dy, first));
+                match stat {
+                    Stat::Channel => column_products((x, dy), d.c, mean, mask, scales, shifts),
+                    Stat::Row(len) => {
+                        let at = |row: usize| {
+                            let i = (first + row) * d.c / len;
+                            (mean.map_or(T::zero(), |m| m[i]), inv[i])
+                        };
+                        row_products((x, dy), d.c, at, scales, shifts);
+                    }
+                }
+            },
+        );
+        let inv = matches!(stat, Stat::Channel).then_some(inv);
+        return finish(d, partials, inv, dscale, dshift);
+    }
+    let per = d.per_piece();
+    let at = |i: usize, channel: usize| match stat {
+        Stat::Channel => channel,
+        Stat::Row(len) => i / len,
+    };
+    let pieces = dscale.par_chunks_mut(per).zip(dshift.par_chunks_mut(per));
+    pieces.enumerate().for_each(|(i, (dscale, dshift))| {
+        vectorize(
+            #[inline(always)]
+            || {
+                for (k, (dscale, dshift)) in dscale.iter_mut().zip(dshift).enumerate() {
+                    let channel = i * per + k;
+                    let (mut scale, mut shift) = (0.0, 0.0);
+                    for n in 0..d.n {
+                        let start = d.start(n, channel);
+                        let (x, dy) = (&x[start..][..d.s], &dy[start..][..d.s]);
+                        let i = at(start, channel);
+                        let m = mean.map_or(T::zero(), |m| m[i]);
+                        let (of_scale, of_shift) = match mask {
+                            Mask::All => (sum2(dy, x, |dy, x| dy * (x - m)), sum(dy, |dy| dy)),
+                            Mask::Inside { factor, shift, clamp } => {
+                                let (a, b) = (factor[channel], shift[channel]);
+                                let z = |dy: T, x: T| {
+                                    if clamp.inside((x - m) * a + b) { dy } else { T::zero() }
+                                };
+                                (sum2(dy, x, |dy, x| z(dy, x) * (x - m)), sum2(dy, x, z))
+                            }
+                        };
+                        scale += of_scale * inv[i].to64();
+                        shift += of_shift;
+                    }
+                    *dscale = T::of(scale);
+                    *dshift = T::of(shift);
+                }
+            },
+        )
+    });
+}
+
+/// Adds up the tasks' sums; those of the scale are multiplied by `inv`.
+fn finish<T: Float>(d: Channels, partials: &[f64], inv: Option<&[T]>, dscale: &mut [T], dshift: &mut [T]) {
+    let parts = || partials[..d.partials()].chunks_exact((2 * d.c).max(1));
+    for (c, (dscale, dshift)) in dscale.iter_mut().zip(dshift).enumerate() {
+        let (scale, shift) = parts().fold((0.0, 0.0), |(a, b), p| (a + p[c], b + p[d.c + c]));
+        *dscale = T::of(scale * inv.map_or(1.0, |inv| inv[c].to64()));
+        *dshift = T::of(shift);
+    }
+}
+
+/// `scales += Σ dz·(x − mean)`, `shifts += Σ dz` over rows of `c`.
+#[inline(always)]
+fn column_products<T: Float>(
+    (x, dy): (&[T], &[T]),
+    c: usize,
+    mean: Option<&[T]>,
+    mask: Mask<T>,
+    scales: &mut [f64],
+    shifts: &mut [f64],
+) {
+    let [mut at, mut a, mut b, mut lanes, mut plain] = [[T::zero(); WIDTH]; 5];
+    for strip in Strip::all(c) {
+        let columns = strip.first..strip.first + strip.columns;
+        if let Some(mean) = mean {
+            strip.spread(mean, &mut at);
+        }
+        if let Mask::Inside { factor, shift, .. } = mask {
+            strip.spread(factor, &mut a);
+            strip.spread(shift, &mut b);
+        }
+        let depth = Strip::depth(c) * c;
+        for (x, dy) in x.chunks(depth).zip(dy.chunks(depth)) {
+            let of = (&x[strip.first..], &dy[strip.first..]);
+            lanes[..strip.width].fill(T::zero());
+            plain[..strip.width].fill(T::zero());
+            let sums = (&mut lanes, &mut plain);
+            match mask {
+                Mask::All => strip.add_products(of, &at, sums, |_, _, dy| dy),
+                Mask::Inside { clamp, .. } => {
+                    let (at, a, b) = (&at, &a, &b);
+                    strip.add_products(of, at, sums, |j, x, dy| {
+                        if clamp.inside((x - at[j]) * a[j] + b[j]) { dy } else { T::zero() }
+                    });
+                }
+            }
+            strip.gather(&lanes, &mut scales[columns.clone()]);
+            strip.gather(&plain, &mut shifts[columns.clone()]);
+        }
+    }
+}
+
+/// `scales += Σ dy·(x − mean)·inv`, `shifts += Σ dy` over rows of `c`, each of which has its own `(mean, inv)`.
+#[inline(always)]
+fn row_products<T: Float>(
+    (x, dy): (&[T], &[T]),
+    c: usize,
+    at: impl Fn(usize) -> (T, T),
+    scales: &mut [f64],
+    shifts: &mut [f64],
+) {
+    let (mut lanes, mut plain) = ([T::zero(); WIDTH], [T::zero(); WIDTH]);
+    for first in (0..c).step_by(WIDTH) {
+        let n = WIDTH.min(c - first);
+        let (lanes, plain) = (&mut lanes[..n], &mut plain[..n]);
+        let (scales, shifts) = (&mut scales[first..][..n], &mut shifts[first..][..n]);
+        let depth = Strip::depth(c);
+        for (block, (x, dy)) in x.chunks(depth * c).zip(dy.chunks(depth * c)).enumerate() {
+            lanes.fill(T::zero());
+            plain.fill(T::zero());
+            for (k, (x, dy)) in x.chunks_exact(c).zip(dy.chunks_exact(c)).enumerate() {
+                let (m, r) = at(block * depth + k);
+                let (x, dy) = (&x[first..][..n], &dy[first..][..n]);
+                for j in 0..n {
+                    lanes[j] += dy[j] * ((x[j] - m) * r);
+                    plain[j] += dy[j];
+                }
+            }
+            scales.iter_mut().zip(&*lanes).for_each(|(s, x)| *s += x.to64());
+            shifts.iter_mut().zip(&*plain).for_each(|(s, x)| *s += x.to64());
+        }
+    }
+}
+
+/// As [`param_grad`] of batch normalisation with a residual, whose activation let pass where the result `y` is
+/// inside; `dz` is written too, and holds `dy` where that is `None`.
+#[allow(clippy::too_many_arguments)]
+pub fn masked_param_grad<T: Float>(
+    x: &[T],
+    y: &[T],
+    dy: Option<&[T]>,
+    dz: &mut [T],
+    clamp: Clamp<T>,
+    d: Channels,
+    (mean, inv): (&[T], &[T]),
+    (dscale, dshift): (&mut [T], &mut [T]),
+    partials: &mut [f64],
+) {
+    let pass = |y: T, dy: T| if clamp.inside(y) { dy } else { T::zero() };
+    if d.s != 1 {
+        sweep(
+            dz,
+            d,
+            [],
+            #[inline(always)]
+            |start, dz, _| {
+                zip_each(cut(Some(y), start, dz.len()), cut(dy, start, dz.len()), dz, |_, y, dy| pass(y, dy))
+            },
+        );
+        let stat = Stat::Channel;
+        return param_grad(x, dz, d, stat, (Some(mean), inv), Mask::All, (dscale, dshift), partials);
+    }
+    // The mask is applied to a few rows, which are then summed while they are near.
+    let per = d.per_task();
+    let depth = Strip::depth(d.c) * d.c;
+    let parts = partials[..d.partials()].par_chunks_mut((2 * d.c).max(1));
+    parts.zip(dz.par_chunks_mut((per * d.c).max(1))).enumerate().for_each(|(i, (part, dz))| {
+        part.fill(0.0);
+        let (scales, shifts) = part.split_at_mut(d.c);
+        vectorize(
+            #[inline(always)]
+            || {
+                for (k, dz) in dz.chunks_mut(depth).enumerate() {
+                    let start = i * per * d.c + k * depth;
+                    let n = dz.len();
+                    zip_each(cut(Some(y), start, n), cut(dy, start, n), dz, |_, y, dy| pass(y, dy));
+                    let of = (&x[start..start + n], &*dz);
+                    column_products(of, d.c, Some(mean), Mask::All, scales, shifts);
+                }
+            },
+        );
+    });
+    finish(d, partials, Some(inv), dscale, dshift);
+}
+
+/// `Σ dy` of each channel. `partials`: [`Channels::partials`] elements.
+pub fn channel_sum<T: Float>(dy: &[T], d: Channels, out: &mut [T], partials: &mut [f64]) {
+    if d.s == 1 {
+        d.tasks(
+            partials,
+            #[inline(always)]
+            |first, sums, _| {
+                let at = [T::zero(); WIDTH];
+                let mut lanes = at;
+                for strip in Strip::all(d.c) {
+                    for dy in d.rows_of(dy, first).chunks(Strip::depth(d.c) * d.c) {
+                        lanes[..strip.width].fill(T::zero());
+                        strip.add(&dy[strip.first..], &at, &mut lanes, |dy, _| dy);
+                        strip.gather(&lanes, &mut sums[strip.first..][..strip.columns]);
+                    }
+                }
+            },
+        );
+        let parts = || partials[..d.partials()].chunks_exact((2 * d.c).max(1));
+        for (c, out) in out.iter_mut().enumerate() {
+            *out = T::of(parts().map(|p| p[c]).sum());
+        }
+        return;
+    }
+    let per = d.per_piece();
+    out.par_chunks_mut(per).enumerate().for_each(|(i, out)| {
+        vectorize(
+            #[inline(always)]
+            || {
+                for (k, out) in out.iter_mut().enumerate() {
+                    let rows = (0..d.n).map(|n| sum(&dy[d.start(n, i * per + k)..][..d.s], |x| x));
+                    *out = T::of(rows.sum());
+                }
+            },
+        )
+    });
+}

@@ -1,0 +1,190 @@
+//! Batch normalisation: sweeps whose coefficients are per channel.
+
+use super::channel::{Channels, Strip, WIDTH};
+use super::{cut, rows};
+use crate::kernels::elementwise::Clamp;
+use crate::kernels::par::GRAIN;
+use crate::tensor::Float;
+
+/// What is added to a normalised value.
+#[derive(Clone, Copy)]
+pub enum Residual<'a, T> {
+    None,
+    Given(&'a [T]),
+    /// It lies in the result's buffer.
+    InResult,
+}
+
+/// `y[j] = f(j, a[j], b[j])`; what is `None` of `a`, `b` lies in `y`.
+#[inline(always)]
+pub(super) fn zip_each<T: Float>(
+    a: Option<&[T]>,
+    b: Option<&[T]>,
+    y: &mut [T],
+    f: impl Fn(usize, T, T) -> T,
+) {
+    let n = y.len();
+    match (a.map(|a| &a[..n]), b.map(|b| &b[..n])) {
+        (Some(a), Some(b)) => (0..n).for_each(|j| y[j] = f(j, a[j], b[j])),
+        (Some(a), None) => (0..n).for_each(|j| y[j] = f(j, a[j], y[j])),
+        (None, Some(b)) => (0..n).for_each(|j| y[j] = f(j, y[j], b[j])),
+        (None, None) => (0..n).for_each(|j| y[j] = f(j, y[j], y[j])),
+    }
+}
+
+/// Calls `f(element, piece of y, coefficients)` for pieces of `y` in parallel; the coefficients are those of the
+/// piece's elements where channels lie side by side, else (`Err`) of the one channel it belongs to.
+#[inline(always)]
+pub(super) fn sweep<T: Float, const K: usize>(
+    y: &mut [T],
+    d: Channels,
+    coefficients: [&[T]; K],
+    f: impl Fn(usize, &mut [T], Result<[&[T]; K], [T; K]>) + Send + Sync,
+) {
+    if d.s != 1 {
+        return rows(
+            y,
+            d.s,
+            GRAIN,
+            #[inline(always)]
+            |row, piece| {
+                for (k, y) in piece.chunks_mut(d.s.max(1)).enumerate() {
+                    f((row + k) * d.s, y, Err(coefficients.map(|v| v[(row + k) % d.c])));
+                }
+            },
+        );
+    }
+    rows(
+        y,
+        d.c,
+        GRAIN,
+        #[inline(always)]
+        |row, piece| {
+            let mut lanes = [[T::zero(); WIDTH]; K];
+            let mut all = Strip::all(d.c);
+            let (mut width, mut coefficients) = (d.c.max(1), coefficients);
+            if let (Some(strip), None) = (all.next(), all.next())
+                && strip.width > strip.columns
+            {
+                lanes.iter_mut().zip(coefficients).for_each(|(lanes, values)| strip.spread(values, lanes));
+                for (c, lanes) in coefficients.iter_mut().zip(&lanes) {
+                    *c = lanes;
+                }
+                width = strip.width;
+            }
+            for (k, y) in piece.chunks_mut(width).enumerate() {
+                f(row * d.c + k * width, y, Ok(coefficients.map(|v| &v[..y.len()])));
+            }
+        },
+    );
+}
+
+/// `y = clamp((x − mean)·factor + shift + residual)` per channel; `y` holds `x` where that is `None`.
+#[allow(clippy::too_many_arguments)]
+pub fn channel_affine<T: Float>(
+    x: Option<&[T]>,
+    y: &mut [T],
+    d: Channels,
+    mean: &[T],
+    factor: &[T],
+    shift: &[T],
+    residual: Residual<T>,
+    clamp: Clamp<T>,
+) {
+    sweep(
+        y,
+        d,
+        [mean, factor, shift],
+        #[inline(always)]
+        |start, y, c| {
+            let x = cut(x, start, y.len());
+            let (r, add) = match residual {
+                Residual::None => (None, false),
+                Residual::Given(r) => (Some(&r[start..start + y.len()]), true),
+                Residual::InResult => (None, true),
+            };
+            match (c, add) {
+                (Ok([m, a, b]), true) => {
+                    zip_each(x, r, y, |j, x, r| clamp.of((x - m[j]) * a[j] + b[j] + r));
+                }
+                (Ok([m, a, b]), false) => {
+                    zip_each(x, None, y, |j, x, _| clamp.of((x - m[j]) * a[j] + b[j]));
+                }
+                (Err([m, a, b]), true) => zip_each(x, r, y, |_, x, r| clamp.of((x - m) * a + b + r)),
+                (Err([m, a, b]), false) => zip_each(x, None, y, |_, x, _| clamp.of((x - m) * a + b)),
+            }
+        },
+    );
+}
+
+/// What the gradient of batch normalisation reads of each channel.
+#[derive(Clone, Copy)]
+pub struct ChannelGrad<'a, T> {
+    pub scale: &'a [T],
+    pub mean: &'a [T],
+    pub inv: &'a [T],
+    pub dscale: &'a [T],
+    pub dshift: &'a [T],
+    /// The shift, and the activation that let `dy` pass where the result is inside.
+    pub passed: Option<(&'a [T], Clamp<T>)>,
+}
+
+/// `dx = scale·inv·(dz − dshift/M − x̂·dscale/M)` with `x̂ = (x − mean)·inv`, M elements a channel.
+/// At most one of `x`, `dy` is `None`: it lies in `dx`. `room`: `3·c` elements.
+pub fn channel_input_grad<T: Float>(
+    x: Option<&[T]>,
+    dy: Option<&[T]>,
+    dx: &mut [T],
+    d: Channels,
+    g: ChannelGrad<T>,
+    room: &mut [T],
+) {
+    let count = d.count().max(1) as f64;
+    let (factor, rest) = room.split_at_mut(d.c);
+    let (k1, k2) = rest.split_at_mut(d.c);
+    for c in 0..d.c {
+        let inv = g.inv[c].to64();
+        factor[c] = T::of(g.scale[c].to64() * inv);
+        k1[c] = T::of(g.dshift[c].to64() / count);
+        k2[c] = T::of(inv * g.dscale[c].to64() / count);
+    }
+    let (m, a, k1, k2) = (g.mean, &*factor, &*k1, &k2[..d.c]);
+    let near = |start: usize, n: usize| (cut(x, start, n), cut(dy, start, n));
+    let Some((shift, clamp)) = g.passed else {
+        return sweep(
+            dx,
+            d,
+            [m, a, k1, k2],
+            #[inline(always)]
+            |start, dx, c| {
+                let (x, dy) = near(start, dx.len());
+                match c {
+                    Ok([m, a, k1, k2]) => {
+                        zip_each(x, dy, dx, |j, x, dy| a[j] * (dy - k1[j] - (x - m[j]) * k2[j]));
+                    }
+                    Err([m, a, k1, k2]) => zip_each(x, dy, dx, |_, x, dy| a * (dy - k1 - (x - m) * k2)),
+                }
+            },
+        );
+    };
+    let each = |x: T, dy: T, m: T, a: T, b: T, k1: T, k2: T| {
+        let x = x - m;
+        let dz = if clamp.inside(x * a + b) { dy } else { T::zero() };
+        a * (dz - k1 - x * k2)
+    };
+    sweep(
+        dx,
+        d,
+        [m, a, shift, k1, k2],
+        #[inline(always)]
+        |start, dx, c| {
+            let (x, dy) = near(start, dx.len());
+            match c {
+                Ok([m, a, b, k1, k2]) => {
+                    zip_each(x, dy, dx, |j, x, dy| each(x, dy, m[j], a[j], b[j], k1[j], k2[j]));
+                }
+                Err([m, a, b, k1, k2]) => zip_each(x, dy, dx, |_, x, dy| each(x, dy, m, a, b, k1, k2)),
+            }
+        },
+    );
+}

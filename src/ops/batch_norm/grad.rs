@@ -1,0 +1,264 @@
+//! Gradients of normalisation per channel.
+
+use super::{room, room_bytes, short};
+use crate::error::OpError;
+use crate::float_dispatch;
+use crate::graph::GradBuilder;
+use crate::kernels::elementwise::Clamp;
+use crate::kernels::norm::{self, Channels, Mask, Residual, Stat};
+use crate::ops::{Cx, Grads, Op, get, need, out};
+use crate::tensor::{DType, Float, Meta, View, ViewMut};
+
+fn same(meta: &Meta) -> Meta {
+    Meta::new(meta.dtype, &meta.dims)
+}
+
+fn second<T>() -> Result<T, OpError> {
+    Err(OpError::NotDifferentiable("second derivatives are not supported".into()))
+}
+
+/// Gradient of a normalisation's scale and shift, outputs dscale (C) and dshift (C).
+/// Inputs x, dy, mean (absent: 0), and the inverse standard deviation, or the variance where `epsilon` is given.
+#[derive(Debug)]
+pub struct ChannelParamGrad {
+    pub channels: Channels,
+    pub stat: Stat,
+    pub epsilon: Option<f64>,
+}
+
+impl Op for ChannelParamGrad {
+    fn name(&self) -> &'static str {
+        "NormParamGrad"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let channel = Meta::new(need(inputs, 0)?.dtype, &[self.channels.c]);
+        Ok(vec![channel.clone(), channel])
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        float_dispatch!(need(x, 0)?.dtype, T => {
+            let (input, dy) = (need(x, 0)?.get::<T>()?, need(x, 1)?.get::<T>()?);
+            let mean = get(x, 2).map(|m| m.get::<T>()).transpose()?;
+            let mut inv = need(x, 3)?.get::<T>()?;
+            let c = self.channels.c;
+            let (partials, scratch) = room::<T>(cx, self.channels.partials(), 3 * c)?;
+            let (own, spare) = scratch.split_at_mut_checked(c).ok_or_else(short)?;
+            if let Some(epsilon) = self.epsilon {
+                for (o, var) in own.iter_mut().zip(inv) {
+                    *o = T::of(1.0 / (var.to64() + epsilon).sqrt());
+                }
+                inv = own;
+            }
+            let [dscale, dshift] = y else { return Err(OpError::Internal("two outputs are needed".into())) };
+            let (spare0, spare1) = spare.split_at_mut_checked(c).ok_or_else(short)?;
+            let dscale = dscale.as_mut().map_or(Ok(spare0), |y| y.get::<T>())?;
+            let spare1 = spare1.get_mut(..c).ok_or_else(short)?;
+            let dshift = dshift.as_mut().map_or(Ok(spare1), |y| y.get::<T>())?;
+            let sums = (dscale, dshift);
+            norm::param_grad(input, dy, self.channels, self.stat, (mean, inv), Mask::All, sums, partials);
+            Ok(())
+        })
+    }
+
+    fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
+        let dtype = get(inputs, 0).map_or(DType::F64, |m: &Meta| m.dtype);
+        room_bytes(self.channels.partials(), 3 * self.channels.c, dtype)
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        second()
+    }
+}
+
+/// `Σ dy` over each channel (C).
+#[derive(Debug)]
+pub struct ChannelSum {
+    pub channels: Channels,
+}
+
+impl Op for ChannelSum {
+    fn name(&self) -> &'static str {
+        "ChannelSum"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        Ok(vec![Meta::new(need(inputs, 0)?.dtype, &[self.channels.c])])
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        float_dispatch!(need(x, 0)?.dtype, T => {
+            let partials = cx.room(self.channels.partials())?;
+            norm::channel_sum(need(x, 0)?.get::<T>()?, self.channels, out(y, 0)?.get::<T>()?, partials);
+            Ok(())
+        })
+    }
+
+    fn scratch(&self, _: &[Option<&Meta>]) -> usize {
+        room_bytes(self.channels.partials(), 0, DType::F64)
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        second()
+    }
+}
+
+/// Gradients of the training form with an activation: outputs dscale (C) and dshift (C), and, where a residual was
+/// added, dz (N, C, …): dy where the activation let pass, else 0.
+/// Inputs x, dy, mean, inverse deviation, scale, shift, and, where a residual was added, y.
+#[derive(Debug)]
+pub struct BatchNormParamGrad {
+    pub channels: Channels,
+    pub clamp: Clamp<f64>,
+}
+
+impl Op for BatchNormParamGrad {
+    fn name(&self) -> &'static str {
+        "BatchNormParamGrad"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let x = need(inputs, 0)?;
+        let channel = Meta::new(x.dtype, &[self.channels.c]);
+        Ok(vec![channel.clone(), channel, same(x)])
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let [Some(dscale), Some(dshift), rest @ ..] = y else {
+            return Err(OpError::Internal("two outputs are needed".into()));
+        };
+        float_dispatch!(dscale.dtype, T => {
+            let of = |i: usize| need(x, i)?.get::<T>();
+            let (input, mean, inv) = (of(0)?, of(2)?, of(3)?);
+            let sums = (dscale.get::<T>()?, dshift.get::<T>()?);
+            let (d, clamp) = (self.channels, self.clamp.to::<T>());
+            let (partials, factor) = room::<T>(cx, d.partials(), d.c)?;
+            if let Some(y) = get(x, 6) {
+                let dy = get(x, 1).map(|dy| dy.get::<T>()).transpose()?;
+                let dz = out(rest, 0)?.get::<T>()?;
+                norm::masked_param_grad(
+                    input, y.get::<T>()?, dy, dz, clamp, d, (mean, inv), sums, partials,
+                );
+                return Ok(());
+            }
+            for ((f, inv), scale) in factor.iter_mut().zip(inv).zip(of(4)?) {
+                *f = T::of(scale.to64() * inv.to64());
+            }
+            let mask = Mask::Inside { factor, shift: of(5)?, clamp };
+            norm::param_grad(input, of(1)?, d, Stat::Channel, (Some(mean), inv), mask, sums, partials);
+            Ok(())
+        })
+    }
+
+    fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
+        let dtype = get(inputs, 0).map_or(DType::F64, |m: &Meta| m.dtype);
+        room_bytes(self.channels.partials(), self.channels.c, dtype)
+    }
+
+    fn in_place(&self) -> &[(usize, usize)] {
+        &[(1, 2)]
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        second()
+    }
+}
+
+/// Gradient of the training form's input. Inputs x, scale, mean, inverse deviation, dy, dscale, dshift, and, where
+/// dy is to pass the activation first, shift.
+#[derive(Debug)]
+pub struct BatchNormInputGrad {
+    pub channels: Channels,
+    pub clamp: Clamp<f64>,
+}
+
+impl Op for BatchNormInputGrad {
+    fn name(&self) -> &'static str {
+        "BatchNormInputGrad"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        Ok(vec![same(need(inputs, 0)?)])
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let y = out(y, 0)?;
+        float_dispatch!(y.dtype, T => {
+            let get = |i: usize| get(x, i).map(|x| x.get::<T>()).transpose();
+            let need = |i: usize| need(x, i)?.get::<T>();
+            let g = norm::ChannelGrad {
+                scale: need(1)?,
+                mean: need(2)?,
+                inv: need(3)?,
+                dscale: need(5)?,
+                dshift: need(6)?,
+                passed: get(7)?.map(|shift| (shift, self.clamp.to())),
+            };
+            let room = cx.room(3 * self.channels.c)?;
+            norm::channel_input_grad(get(0)?, get(4)?, y.get::<T>()?, self.channels, g, room);
+            Ok(())
+        })
+    }
+
+    fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
+        let dtype = get(inputs, 1).map_or(DType::F64, |m: &Meta| m.dtype);
+        room_bytes(0, 3 * self.channels.c, dtype)
+    }
+
+    fn in_place(&self) -> &[(usize, usize)] {
+        &[(4, 0), (0, 0)]
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        second()
+    }
+}
+
+/// Gradient of the inference form's input, `dy·scale/√(var + ε)`. Inputs dy, scale, variance.
+#[derive(Debug)]
+pub struct BatchNormEvalInputGrad {
+    pub channels: Channels,
+    pub epsilon: f64,
+}
+
+impl Op for BatchNormEvalInputGrad {
+    fn name(&self) -> &'static str {
+        "BatchNormEvalInputGrad"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        Ok(vec![same(need(inputs, 0)?)])
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let y = out(y, 0)?;
+        float_dispatch!(y.dtype, T => {
+            let dy = get(x, 0).map(|x| x.get::<T>()).transpose()?;
+            let (scale, var) = (need(x, 1)?.get::<T>()?, need(x, 2)?.get::<T>()?);
+            let scratch: &mut [T] = cx.room(2 * self.channels.c)?;
+            let (factor, zero) = scratch.split_at_mut_checked(self.channels.c).ok_or_else(short)?;
+            let zero = zero.get_mut(..self.channels.c).ok_or_else(short)?;
+            zero.fill(T::of(0.0));
+            for ((f, scale), var) in factor.iter_mut().zip(scale).zip(var) {
+                *f = T::of(scale.to64() / (var.to64() + self.epsilon).sqrt());
+            }
+            let clamp = Clamp::NONE.to();
+            norm::channel_affine(
+                dy, y.get::<T>()?, self.channels, zero, factor, zero, Residual::None, clamp,
+            );
+            Ok(())
+        })
+    }
+
+    fn in_place(&self) -> &[(usize, usize)] {
+        &[(0, 0)]
+    }
+
+    fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
+        2 * inputs.get(1).copied().flatten().map_or(0, Meta::bytes)
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        second()
+    }
+}
