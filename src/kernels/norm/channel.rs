@@ -238,8 +238,8 @@ pub fn channel_stats<T: Float>(
 /// Means and summed squared distances from them of the columns of `x`, rows of `c`.
 #[inline(always)]
 fn row_moments<T: Float>(x: &[T], c: usize, means: &mut [f64], squares: &mut [f64]) {
-    let (mut lanes, mut at) = ([T::zero(); WIDTH], [T::zero(); WIDTH]);
-    let (mut sums, mut own, mut centre) = ([0.0; WIDTH], [0.0; WIDTH], [T::zero(); WIDTH]);
+    let [mut lanes, mut squared, mut at, mut centre] = [[T::zero(); WIDTH]; 4];
+    let (mut sums, mut own) = ([0.0; WIDTH], [0.0; WIDTH]);
     for strip in Strip::all(c) {
         let columns = strip.columns;
         let (means, squares) = (&mut means[strip.first..][..columns], &mut squares[strip.first..][..columns]);
@@ -252,19 +252,21 @@ fn row_moments<T: Float>(x: &[T], c: usize, means: &mut [f64], squares: &mut [f6
             strip.add(x, &at, &mut lanes, |x, _| x);
             sums.fill(0.0);
             strip.gather(&lanes, sums);
-            for (m, s) in centre.iter_mut().zip(sums.iter_mut()) {
-                *s /= count;
-                *m = T::of(*s);
-            }
+            centre.iter_mut().zip(&*sums).for_each(|(m, s)| *m = T::of(s / count));
             Strip { first: 0, ..strip }.spread(centre, &mut at);
+            // Distances from about the mean, and their sum, which tells where the mean really is.
             lanes[..strip.width].fill(T::zero());
-            strip.add(x, &at, &mut lanes, |x, m| (x - m) * (x - m));
+            squared[..strip.width].fill(T::zero());
+            strip.add_products((x, x), &at, (&mut squared, &mut lanes), |j, x, _| x - at[j]);
+            sums.fill(0.0);
             own.fill(0.0);
-            strip.gather(&lanes, own);
-            for ((own, mean), m) in own.iter_mut().zip(&*sums).zip(&*centre) {
-                let off = mean - m.to64();
-                *own -= count * off * off;
+            strip.gather(&lanes, sums);
+            strip.gather(&squared, own);
+            for ((own, mean), m) in own.iter_mut().zip(&mut *sums).zip(&*centre) {
+                let off = *mean / count;
+                *own -= *mean * off;
                 *own = own.max(*own * 0.0);
+                *mean = m.to64() + off;
             }
             merge(means, squares, before, (sums, own), count);
             before += count;
