@@ -290,7 +290,7 @@ pub fn dot<T: Float>(a: &[T], b: &[T]) -> T {
 }
 
 /// A slice that several tasks write, each its own elements.
-pub(crate) struct Shared<'a, T>(*mut T, usize, PhantomData<&'a mut [T]>);
+pub(crate) struct Shared<'a, T>(*mut T, PhantomData<&'a mut [T]>);
 
 // SAFETY: access goes through `part`, whose callers promise disjointness, and `T` may move between threads.
 unsafe impl<T: Send> Send for Shared<'_, T> {}
@@ -299,27 +299,11 @@ unsafe impl<T: Send> Sync for Shared<'_, T> {}
 
 impl<'a, T> Shared<'a, T> {
     pub(crate) fn new(all: &'a mut [T]) -> Self {
-        Shared(all.as_mut_ptr(), all.len(), PhantomData)
+        Shared(all.as_mut_ptr(), PhantomData)
     }
 
     pub(crate) fn ptr(&self) -> *mut T {
         self.0
-    }
-
-    /// Where `len` elements from `from` on begin, checked against the whole.
-    pub(crate) fn at(&self, from: usize, len: usize) -> *mut T {
-        assert!(from <= self.1 && len <= self.1 - from, "part of a shared slice");
-        self.0.wrapping_add(from)
-    }
-
-    /// Elements `from..from + len`, checked against the whole.
-    ///
-    /// # Safety
-    /// No two parts that are alive at a time may overlap.
-    #[allow(clippy::mut_from_ref)]
-    pub(crate) unsafe fn part(&self, from: usize, len: usize) -> &'a mut [T] {
-        // SAFETY: within the slice, which is borrowed for 'a; exclusive by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.at(from, len), len) }
     }
 }
 
