@@ -10,6 +10,7 @@ use crate::tensor::Float;
 /// # Safety
 /// Methods may be called only where the processor has the instruction set, which is so inside a kernel that
 /// [`Vectors::dispatch`] runs. Pointers must be valid for the elements that are read or written: `LANES`, or `n`.
+#[allow(clippy::missing_safety_doc)] // The trait's own section holds for every method.
 pub unsafe trait Simd: Copy + Send + Sync + 'static {
     type Elem: Float;
     type V: Copy;
