@@ -16,8 +16,10 @@ use crate::kernels::simd::{Kernel, Simd, Vectors};
 use crate::kernels::tile::{Positions, along_columns, piece};
 use crate::tile_sizes;
 
-/// Elements of X and dY that a task should sweep over at a time, for the second-level cache.
+/// Elements of X and dY that a task should sweep over at a time, for the second-level cache; more of them where the
+/// sums, which are swept over each time, are large themselves.
 const CHUNK: usize = 1 << 16;
+const LARGE_CHUNK: usize = 1 << 18;
 /// Elements of all slabs' sums together, beyond which the outputs are divided instead of the positions.
 const SUMS: usize = 1 << 19;
 const TASKS: usize = 8;
@@ -26,7 +28,7 @@ const WORK: usize = 1 << 19;
 /// Input channels below which taps are merged.
 const FEW: usize = 8;
 /// Output channels whose weights are put in order together.
-const OUTPUTS: usize = 16;
+const OUTPUTS: usize = 8;
 
 /// The sum as this file computes it: X perhaps padded, a kernel row's taps perhaps merged.
 struct Plan {
@@ -106,9 +108,10 @@ impl Plan {
         let rows = self.y[self.axis];
         let per_row = volume(self.x) * self.c / self.x[self.axis] * self.stride[self.axis]
             + volume(self.y) / rows * self.groups * self.og;
+        let chunk = (self.size() / 2).clamp(CHUNK, LARGE_CHUNK);
         let (images, chunk) = match per_row * rows {
-            all if all <= CHUNK => ((CHUNK / all.max(1)).clamp(1, self.n), rows),
-            _ => (1, (CHUNK / per_row.max(1)).clamp(1, rows)),
+            all if all <= chunk => ((chunk / all.max(1)).clamp(1, self.n), rows),
+            _ => (1, (chunk / per_row.max(1)).clamp(1, rows)),
         };
         let chunks = self.n.div_ceil(images) * rows.div_ceil(chunk);
         let tasks = (self.n * volume(self.y) * self.size() / WORK).clamp(1, TASKS);
