@@ -1,25 +1,35 @@
 //! Matrix products on row-major slices.
 //!
-//! The `gemm` crate computes single-threaded inside tiles that depend on the problem alone, and over blocks of
-//! `KC` in order, so that the bits of a result do not depend on the number of threads. (It takes up to 512
-//! steps of K in one pass on every machine; longer ones it divides by the size of the cache.)
+//! B is packed in panels of two vectors' columns (unless rows of it can be read as they lie); register tiles of a few
+//! rows by one panel do the rest (`tile`). Work is divided by the extents alone and every element of C is summed in one
+//! order, so the bits of a result do not depend on the number of threads.
 
-#![allow(unsafe_code)]
+#![allow(unsafe_code, clippy::needless_range_loop)]
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use rayon::prelude::*;
 
 use crate::kernels::isa::vectorize;
 use crate::kernels::par;
+use crate::kernels::simd::{Kernel, Simd, Vectors};
+use crate::kernels::tile::{Positions, along_columns, along_rows, piece};
 use crate::tensor::Float;
+use crate::tile_sizes;
 
-/// Steps of the summed dimension that are accumulated in registers before they are added to `C`.
-pub const KC: usize = 512;
 /// Multiply-adds worth a task of their own.
-const TASK: usize = 1 << 20;
-/// Tiles that a large product is divided into at least.
-const TILES: usize = 32;
+const WORK: usize = 1 << 19;
+/// Multiply-adds of a product that is divided itself where there are several.
+const LARGE: usize = 1 << 23;
+/// Tasks that keep the threads of a small machine equally busy.
+const TASKS: usize = 16;
+/// Elements of A that stay in the second-level cache while B passes by.
+const BLOCK: usize = 1 << 17;
+/// Steps of the summed dimension at a time when A is read across its rows.
+const STEPS: usize = 128;
+/// Tasks that pack a B of their own at a time.
+const SLOTS: usize = 8;
 
 /// `C = alpha · op(A) · op(B) + beta · C` with `op(A)` of M×K, `op(B)` of K×N, row-major; `ld*` is the distance
 /// of rows as stored. With `beta` 0, `C` is not read.
@@ -44,13 +54,6 @@ impl<T: Float> Product<T> {
         Product { trans_a, trans_b, m, n, k, alpha: T::one(), lda, ldb, beta: T::zero(), ldc: n }
     }
 
-    /// The part of rows `i..i+m` and columns `j..j+n`, and where it begins in A, B and C.
-    fn part(&self, i: usize, m: usize, j: usize, n: usize) -> (Self, [usize; 3]) {
-        let a = if self.trans_a { i } else { i * self.lda };
-        let b = if self.trans_b { j * self.ldb } else { j };
-        (Product { m, n, ..*self }, [a, b, i * self.ldc + j])
-    }
-
     /// Elements that A, B and C must at least have.
     fn extents(&self) -> [usize; 3] {
         let extent = |rows: usize, cols: usize, ld: usize| match rows * cols {
@@ -62,100 +65,61 @@ impl<T: Float> Product<T> {
         let b = if self.trans_b { extent(n, k, self.ldb) } else { extent(k, n, self.ldb) };
         [a, b, extent(m, n, self.ldc)]
     }
+}
 
-    /// On the calling thread.
-    pub fn serial(&self, a: &[T], b: &[T], c: &mut [T]) {
-        let need = self.extents();
-        assert!(a.len() >= need[0] && b.len() >= need[1] && c.len() >= need[2], "operands of a product");
-        assert!(self.m <= 1 || self.ldc >= self.n, "rows of a product overlap");
-        // SAFETY: the slices hold all that the strides reach, and `c` is borrowed exclusively.
-        unsafe { self.raw(a.as_ptr(), b.as_ptr(), c.as_mut_ptr()) }
+impl<T: Vectors> Product<T> {
+    /// Elements of B in panels.
+    fn packed(&self) -> usize {
+        self.n.next_multiple_of(T::panel()) * self.k
     }
 
-    /// # Safety
-    /// The pointers must be valid for `extents()` elements, `c` for writing and without other users of the
-    /// elements of this product.
-    pub(crate) unsafe fn raw(&self, a: *const T, b: *const T, c: *mut T) {
-        let (lda, ldb, ldc) = (self.lda as isize, self.ldb as isize, self.ldc as isize);
-        let (a_rs, a_cs) = if self.trans_a { (1, lda) } else { (lda, 1) };
-        let (b_rs, b_cs) = if self.trans_b { (1, ldb) } else { (ldb, 1) };
-        let mut done = 0;
-        while done < self.k || done == 0 {
-            let k = KC.min(self.k - done);
-            let keep = if done == 0 { self.beta } else { T::one() };
-            // SAFETY: the caller's promise. `conj_dst` means nothing for real numbers; it keeps the crate from its
-            // matrix-vector routines, whose results depend on how the operands happen to be aligned.
-            unsafe {
-                gemm::gemm(
-                    self.m,
-                    self.n,
-                    k,
-                    c,
-                    1,
-                    ldc,
-                    keep != T::zero(),
-                    a.offset(done as isize * a_cs),
-                    a_cs,
-                    a_rs,
-                    b.offset(done as isize * b_rs),
-                    b_cs,
-                    b_rs,
-                    keep,
-                    self.alpha,
-                    true,
-                    false,
-                    false,
-                    gemm::Parallelism::None,
-                );
-            }
-            done += KC;
-        }
+    fn work(&self) -> usize {
+        self.m * self.n * self.k
     }
 
-    /// Extents of the tiles the product is divided into, by its size and the number of such products alone.
-    pub fn tiles(&self, batch: usize) -> (usize, usize) {
-        let (mut tm, mut tn) = (self.m.clamp(1, 128), self.n.clamp(1, 480));
-        loop {
-            let tiles = self.m.div_ceil(tm) * self.n.div_ceil(tn) * batch;
-            if tiles >= TILES || tm * tn * self.k < 2 * TASK {
-                return (tm, tn);
-            }
-            // Whole register tiles: 48 columns and 8 rows suit AVX-512, AVX2 and NEON.
-            if tn > 96 && tn >= tm {
-                tn = (tn / 2).next_multiple_of(48);
-            } else if tm > 16 {
-                tm = (tm / 2).next_multiple_of(8);
-            } else {
-                return (tm, tn);
-            }
+    fn is_vector(&self) -> bool {
+        self.m == 1 || self.n == 1
+    }
+
+    /// Rows of B are read where they lie.
+    fn direct(&self) -> bool {
+        self.trans_a && !self.trans_b
+    }
+
+    /// How many pieces the rows and the panels of C are divided into.
+    fn pieces(&self) -> (usize, usize) {
+        let tasks = (self.work() / WORK).clamp(1, TASKS);
+        let panels = self.n.div_ceil(T::panel());
+        // Panels first when B is the larger operand: each task then reads its own part of it.
+        let (rows, cols) = (self.m.div_ceil(8), panels);
+        if self.m >= self.n && !self.trans_a {
+            let m = tasks.min(rows);
+            (m, tasks.div_ceil(m).min(cols))
+        } else {
+            let n = tasks.min(cols);
+            (tasks.div_ceil(n).min(rows), n)
         }
     }
 }
 
-/// `C = alpha · op(A) · op(B) + beta · C`; see [`Product`].
-#[allow(clippy::too_many_arguments)]
-pub fn gemm<T: Float>(
-    trans_a: bool,
-    trans_b: bool,
-    m: usize,
-    n: usize,
-    k: usize,
-    alpha: T,
-    a: &[T],
-    lda: usize,
-    b: &[T],
-    ldb: usize,
-    beta: T,
-    c: &mut [T],
-    ldc: usize,
-) {
-    let p = Product { trans_a, trans_b, m, n, k, alpha, lda, ldb, beta, ldc };
-    many(&p, 1, |_| [0, 0], a, b, c, 0);
+/// `C = alpha · op(A) · op(B) + beta · C`; see [`Product`]. `scratch` has [`room`]`(p, 1)` elements.
+pub fn gemm<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], c: &mut [T], scratch: &mut [T]) {
+    many(p, 1, |_| [0, 0], a, b, c, 0, scratch);
+}
+
+/// Elements of scratch that [`many`] needs for a batch of products.
+pub fn room<T: Vectors>(p: &Product<T>, batch: usize) -> usize {
+    match () {
+        _ if p.is_vector() || p.direct() => 0,
+        _ if batch == 1 || p.work() >= LARGE => p.packed(),
+        _ => p.packed() * batch.min(SLOTS),
+    }
 }
 
 /// `batch` products of equal extents: the `i`th reads A and B from the offsets `at(i)` and writes C at
 /// `i · c_stride`.
-pub fn many<T: Float>(
+#[allow(clippy::too_many_arguments)]
+pub fn many<T: Vectors>(
     p: &Product<T>,
     batch: usize,
     at: impl Fn(usize) -> [usize; 2] + Sync,
@@ -163,6 +127,7 @@ pub fn many<T: Float>(
     b: &[T],
     c: &mut [T],
     c_stride: usize,
+    scratch: &mut [T],
 ) {
     let need = p.extents();
     if batch == 0 || need[2] == 0 {
@@ -171,40 +136,242 @@ pub fn many<T: Float>(
     assert!(p.m <= 1 || p.ldc >= p.n, "rows of a product overlap");
     assert!(batch == 1 || c_stride >= need[2], "products overlap");
     assert!(c.len() >= (batch - 1) * c_stride + need[2], "operands of a product");
-    let check = |[i, j]: [usize; 2]| {
+    let operands = |i: usize| {
+        let [i, j] = at(i);
         assert!(a.len() >= i + need[0] && b.len() >= j + need[1], "operands of a product");
+        (&a[i..], &b[j..])
     };
-    if p.m == 1 || p.n == 1 {
+    if p.is_vector() {
         for i in 0..batch {
-            let o = at(i);
-            check(o);
-            vector(p, &a[o[0]..], &b[o[1]..], &mut c[i * c_stride..]);
+            let (a, b) = operands(i);
+            vector(p, a, b, &mut c[i * c_stride..]);
         }
-        return;
-    }
-    let (tm, tn) = p.tiles(batch);
-    let (rows, cols) = (p.m.div_ceil(tm), p.n.div_ceil(tn));
-    let shared = Shared::new(c);
-    let tile = |t: usize| {
-        let (i, t) = (t / (rows * cols), t % (rows * cols));
-        let (row, col) = (t / cols * tm, t % cols * tn);
-        let (part, o) = p.part(row, tm.min(p.m - row), col, tn.min(p.n - col));
-        let offsets = at(i);
-        check(offsets);
-        // SAFETY: operands were checked above; no two tiles share an element of C.
-        unsafe {
-            part.raw(
-                a.as_ptr().add(offsets[0] + o[0]),
-                b.as_ptr().add(offsets[1] + o[1]),
-                shared.ptr().add(i * c_stride + o[2]),
-            )
+    } else if batch == 1 || p.work() >= LARGE {
+        for i in 0..batch {
+            let (a, b) = operands(i);
+            divided(p, a, b, &mut c[i * c_stride..], scratch);
         }
-    };
-    let tiles = batch * rows * cols;
-    if tiles == 1 || p.m * p.n * p.k * batch < 2 * TASK / 8 {
-        (0..tiles).for_each(tile);
     } else {
-        (0..tiles).into_par_iter().for_each(tile);
+        let shared = Shared::new(c);
+        let one = |i: usize, packed: &mut [T]| {
+            let (a, b) = operands(i);
+            let b = match p.direct() {
+                true => Columns { b, packed: false },
+                false => {
+                    let size = p.k * T::panel();
+                    packed.chunks_mut(size.max(1)).enumerate().for_each(|(q, out)| pack(p, b, q, out));
+                    Columns { b: packed, packed: true }
+                }
+            };
+            let c = shared.ptr().wrapping_add(i * c_stride);
+            let panels = 0..p.n.div_ceil(T::panel());
+            // SAFETY: the extents were checked above; no two products share elements of C.
+            unsafe { T::dispatch(Part { p, a, b, c, rows: 0..p.m, panels }) }
+        };
+        let slots =
+            if p.direct() { SLOTS.min(batch) } else { scratch.len() / p.packed().max(1) }.clamp(1, batch);
+        let share = |s: usize| batch * s / slots..batch * (s + 1) / slots;
+        if p.direct() || p.k == 0 {
+            (0..batch).into_par_iter().for_each(|i| one(i, &mut []));
+        } else {
+            let each = scratch.par_chunks_exact_mut(p.packed()).take(slots).enumerate();
+            each.for_each(|(s, slot)| share(s).for_each(|i| one(i, slot)));
+        }
+    }
+}
+
+/// One product, divided into tasks.
+fn divided<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], c: &mut [T], scratch: &mut [T]) {
+    let b = if p.direct() {
+        Columns { b, packed: false }
+    } else {
+        let packed = &mut scratch[..p.packed()];
+        let size = (p.k * T::panel()).max(1);
+        match packed.len() < par::GRAIN {
+            true => packed.chunks_mut(size).enumerate().for_each(|(q, out)| pack(p, b, q, out)),
+            false => packed.par_chunks_mut(size).enumerate().for_each(|(q, out)| pack(p, b, q, out)),
+        }
+        Columns { b: packed, packed: true }
+    };
+    let (rows, cols) = p.pieces();
+    let panels = p.n.div_ceil(T::panel());
+    let c = Shared::new(c);
+    let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
+    let run = |task: usize| {
+        let (i, j) = (task / cols, task % cols);
+        let part = Part { p, a, b, c: c.ptr(), rows: share(i, rows, p.m), panels: share(j, cols, panels) };
+        // SAFETY: the callers checked the extents; no two tasks share elements of C.
+        unsafe { T::dispatch(part) }
+    };
+    match rows * cols {
+        1 => run(0),
+        tasks => (0..tasks).into_par_iter().for_each(run),
+    }
+}
+
+/// Panel `q` of op(B): for each step of the summed dimension one row of columns, zeros beyond the last.
+fn pack<T: Vectors>(p: &Product<T>, b: &[T], q: usize, out: &mut [T]) {
+    let panel = T::panel();
+    let first = q * panel;
+    let cols = panel.min(p.n - first);
+    if cols < panel {
+        out.fill(T::zero());
+    }
+    if p.trans_b {
+        // Some steps at a time: whole cache lines of B are used.
+        const LINE: usize = 16;
+        for k in (0..p.k).step_by(LINE) {
+            let steps = LINE.min(p.k - k);
+            for j in 0..cols {
+                let b = &b[(first + j) * p.ldb + k..][..steps];
+                for (out, b) in out[k * panel + j..].iter_mut().step_by(panel).zip(b) {
+                    *out = *b;
+                }
+            }
+        }
+    } else {
+        for (k, out) in out.chunks_exact_mut(panel).enumerate() {
+            out[..cols].copy_from_slice(&b[k * p.ldb + first..][..cols]);
+        }
+    }
+}
+
+/// op(B) as tiles read it.
+#[derive(Clone, Copy)]
+struct Columns<'a, T> {
+    b: &'a [T],
+    /// In panels, rather than row-major with the product's distance of rows.
+    packed: bool,
+}
+
+/// Some rows and panels of one product.
+struct Part<'a, T> {
+    p: &'a Product<T>,
+    a: &'a [T],
+    b: Columns<'a, T>,
+    c: *mut T,
+    rows: Range<usize>,
+    panels: Range<usize>,
+}
+
+impl<T: Vectors> Kernel<T> for Part<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(self) {
+        let p = self.p;
+        let panel = 2 * S::LANES;
+        // Across rows of A: few steps at a time, whatever the number of rows.
+        let (steps, block) = match p.trans_a {
+            true => (STEPS, self.rows.len().max(1)),
+            false => (p.k.max(1), (BLOCK / p.k.max(1)).next_multiple_of(S::ROWS)),
+        };
+        let mut k = 0;
+        while k < p.k || k == 0 {
+            let count = steps.min(p.k - k);
+            let beta = if k == 0 { p.beta } else { T::one() };
+            let mut from = self.rows.start;
+            while from < self.rows.end {
+                let rows = block.min(self.rows.end - from);
+                for q in self.panels.clone() {
+                    let lanes = panel.min(p.n - q * panel);
+                    let n = if lanes > S::LANES { 2 } else { 1 };
+                    let (b, b_step) = match self.b.packed {
+                        true => (self.b.b.as_ptr().wrapping_add((q * p.k + k) * panel), panel),
+                        false => (self.b.b.as_ptr().wrapping_add(k * p.ldb + q * panel), p.ldb),
+                    };
+                    let pieces = rows.div_ceil(S::ROWS);
+                    for i in 0..pieces {
+                        let (start, m) = piece(rows, pieces, i);
+                        let row = from + start;
+                        let at = if p.trans_a { k * p.lda + row } else { row * p.lda + k };
+                        let tile = Tile {
+                            across: p.trans_a,
+                            packed: self.b.packed,
+                            a: self.a.as_ptr().wrapping_add(at),
+                            lda: p.lda,
+                            b,
+                            b_step,
+                            steps: count,
+                            alpha: p.alpha,
+                            beta,
+                            c: self.c.wrapping_add(row * p.ldc + q * panel),
+                            ldc: p.ldc,
+                            lanes,
+                        };
+                        // SAFETY: the part lies inside the product, whose operands have its extents.
+                        unsafe { tile_sizes!(m, n, S, tile_run(&tile)) }
+                    }
+                }
+                from += rows;
+            }
+            k += steps;
+        }
+    }
+}
+
+struct Tile<T> {
+    /// A's elements of one step are neighbours.
+    across: bool,
+    packed: bool,
+    a: *const T,
+    lda: usize,
+    b: *const T,
+    b_step: usize,
+    steps: usize,
+    alpha: T,
+    beta: T,
+    c: *mut T,
+    ldc: usize,
+    lanes: usize,
+}
+
+/// # Safety
+/// `a` must be valid for `M` rows of `steps`, `b` for as many rows of `N` vectors (if packed) or of `lanes`
+/// elements, `c` for `M` rows of `lanes`.
+#[inline(always)]
+unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(t: &Tile<S::Elem>) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let acc = if t.across {
+            let positions = Positions {
+                blocks: 1,
+                rows: 1,
+                steps: t.steps,
+                a_block: 0,
+                a_row: 0,
+                a_step: t.lda,
+                b_block: 0,
+                b_row: 0,
+                b_step: t.b_step,
+            };
+            let tail = if t.packed { S::LANES } else { t.lanes - (N - 1) * S::LANES };
+            along_columns::<S, M, N>(&positions, t.a, t.b, tail)
+        } else {
+            let mut rows = [t.a; M];
+            for i in 0..M {
+                rows[i] = t.a.wrapping_add(i * t.lda);
+            }
+            along_rows::<S, M, N>(&[(0, t.steps)], rows, t.b, t.b_step)
+        };
+        let (alpha, beta) = (S::splat(t.alpha), S::splat(t.beta));
+        let keep = t.beta != num_traits::zero();
+        for j in 0..N {
+            let part = (t.lanes - j * S::LANES).min(S::LANES);
+            for i in 0..M {
+                let c = t.c.add(i * t.ldc + j * S::LANES);
+                let mut v = S::mul(acc[i][j], alpha);
+                if part == S::LANES {
+                    if keep {
+                        v = S::fma(S::load(c), beta, v);
+                    }
+                    S::store(c, v);
+                } else {
+                    if keep {
+                        v = S::fma(S::load_part(c, part), beta, v);
+                    }
+                    S::store_part(c, v, part);
+                }
+            }
+        }
     }
 }
 
@@ -290,7 +457,7 @@ pub fn dot<T: Float>(a: &[T], b: &[T]) -> T {
 }
 
 /// A slice that several tasks write, each its own elements.
-pub(crate) struct Shared<'a, T>(*mut T, usize, PhantomData<&'a mut [T]>);
+pub(crate) struct Shared<'a, T>(*mut T, PhantomData<&'a mut [T]>);
 
 // SAFETY: access goes through `part`, whose callers promise disjointness, and `T` may move between threads.
 unsafe impl<T: Send> Send for Shared<'_, T> {}
@@ -299,27 +466,11 @@ unsafe impl<T: Send> Sync for Shared<'_, T> {}
 
 impl<'a, T> Shared<'a, T> {
     pub(crate) fn new(all: &'a mut [T]) -> Self {
-        Shared(all.as_mut_ptr(), all.len(), PhantomData)
+        Shared(all.as_mut_ptr(), PhantomData)
     }
 
     pub(crate) fn ptr(&self) -> *mut T {
         self.0
-    }
-
-    /// Where `len` elements from `from` on begin, checked against the whole.
-    pub(crate) fn at(&self, from: usize, len: usize) -> *mut T {
-        assert!(from <= self.1 && len <= self.1 - from, "part of a shared slice");
-        self.0.wrapping_add(from)
-    }
-
-    /// Elements `from..from + len`, checked against the whole.
-    ///
-    /// # Safety
-    /// No two parts that are alive at a time may overlap.
-    #[allow(clippy::mut_from_ref)]
-    pub(crate) unsafe fn part(&self, from: usize, len: usize) -> &'a mut [T] {
-        // SAFETY: within the slice, which is borrowed for 'a; exclusive by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.at(from, len), len) }
     }
 }
 
@@ -363,9 +514,9 @@ mod tests {
         }
     }
 
-    fn run<T: Float>(p: Product<T>, a: &[T], b: &[T], c: &[T]) -> Vec<T> {
+    fn run<T: Vectors>(p: Product<T>, a: &[T], b: &[T], c: &[T]) -> Vec<T> {
         let mut c = c.to_vec();
-        gemm(p.trans_a, p.trans_b, p.m, p.n, p.k, p.alpha, a, p.lda, b, p.ldb, p.beta, &mut c, p.ldc);
+        gemm(&p, a, b, &mut c, &mut vec![T::nan(); room(&p, 1)]);
         c
     }
 

@@ -16,6 +16,8 @@ pub mod par;
 pub mod pool;
 pub mod random;
 pub mod reduce;
+pub mod simd;
 pub mod softmax;
 pub mod strided;
+pub mod tile;
 pub mod update;

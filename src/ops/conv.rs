@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::conv::{self as kernel, Epilogue, Geometry, last};
+use crate::kernels::conv::{self as kernel, Epilogue, Geometry, Residual};
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::Channels;
@@ -60,6 +60,7 @@ impl Conv {
         }
         let r = self.window.resolve(&x[2..], &w[2..])?;
         let g = Geometry {
+            layout: self.layout,
             n: x[0],
             c: x[1],
             oc: w[0],
@@ -77,15 +78,25 @@ impl Conv {
     }
 }
 
-/// Bytes of scratch for as many elements.
-fn bytes(elements: usize, dtype: DType) -> usize {
-    elements * dtype.size()
+/// Bytes of scratch that a kernel needs, by its function for either element type.
+fn room(g: &Geometry, dtype: DType, [single, double]: [fn(&Geometry) -> usize; 2]) -> usize {
+    match dtype {
+        DType::F64 => double(g) * size_of::<f64>(),
+        _ => single(g) * size_of::<f32>(),
+    }
 }
 
 fn floats<T: Float>(scratch: &mut [u8]) -> Result<&mut [T], OpError> {
     let whole = scratch.len() / size_of::<T>() * size_of::<T>();
     bytemuck::try_cast_slice_mut(&mut scratch[..whole])
         .map_err(|e| OpError::Internal(format!("scratch: {e}")))
+}
+
+fn residual<T: Float>(x: Option<View>) -> Result<Residual<T>, OpError> {
+    Ok(match x {
+        Some(x) => Residual::Of(x.get::<T>()?),
+        None => Residual::None,
+    })
 }
 
 fn same_type(a: &Meta, b: &Meta) -> Result<(), OpError> {
@@ -127,26 +138,21 @@ impl Op for Conv {
         float_dispatch!(x.dtype, T => {
             let epilogue = Epilogue {
                 bias: b.map(|b| b.get::<T>()).transpose()?,
-                residual: r.map(|r| r.get::<T>()).transpose()?,
+                residual: residual(r)?,
                 clamp: self.clamp.to(),
             };
             let y = out(y, 0)?.get::<T>()?;
             let (x, w) = (x.get::<T>()?, w.get::<T>()?);
-            match self.layout {
-                Layout::First => kernel::forward(&g, x, w, epilogue, y, floats(cx.scratch)?),
-                Layout::Last => last::forward(&g, x, w, epilogue, y, floats(cx.scratch)?),
-            }
+            kernel::forward(&g, x, w, epilogue, y, floats(cx.scratch)?);
             Ok(())
         })
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Some(x), Some(w)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        let scratch = match self.layout {
-            Layout::First => kernel::forward_scratch,
-            Layout::Last => last::forward_scratch,
-        };
-        self.geometry(&x.dims, &w.dims).map_or(0, |(g, _)| bytes(scratch(&g), x.dtype))
+        self.geometry(&x.dims, &w.dims).map_or(0, |(g, _)| {
+            room(&g, x.dtype, [kernel::forward_scratch::<f32>, kernel::forward_scratch::<f64>])
+        })
     }
 
     fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
@@ -208,13 +214,8 @@ impl Op for ConvInputGrad {
         let (dy, w, addend) = (need(x, 0)?, need(x, 1)?, get(x, 2));
         let (g, _) = self.conv.geometry(&self.x, w.dims)?;
         float_dispatch!(dy.dtype, T => {
-            let addend = addend.map(|a| a.get::<T>()).transpose()?;
             let dx = out(y, 0)?.get::<T>()?;
-            let (dy, w) = (dy.get::<T>()?, w.get::<T>()?);
-            match self.conv.layout {
-                Layout::First => kernel::input_grad(&g, dy, w, addend, dx, floats(cx.scratch)?),
-                Layout::Last => last::input_grad(&g, dy, w, addend, dx, floats(cx.scratch)?),
-            }
+            kernel::input_grad(&g, dy.get::<T>()?, w.get::<T>()?, residual(addend)?, dx, floats(cx.scratch)?);
             Ok(())
         })
     }
@@ -222,11 +223,9 @@ impl Op for ConvInputGrad {
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let Some(w) = get(inputs, 1) else { return 0 };
         let g = self.conv.geometry(&self.x, &w.dims);
-        let scratch = match self.conv.layout {
-            Layout::First => kernel::input_grad_scratch,
-            Layout::Last => last::input_grad_scratch,
-        };
-        g.map_or(0, |(g, _)| bytes(scratch(&g), w.dtype))
+        g.map_or(0, |(g, _)| {
+            room(&g, w.dtype, [kernel::input_grad_scratch::<f32>, kernel::input_grad_scratch::<f64>])
+        })
     }
 
     fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
@@ -265,10 +264,7 @@ impl Op for ConvWeightGrad {
         float_dispatch!(dy.dtype, T => {
             let dw = out(y, 0)?.get::<T>()?;
             let (dy, x) = (dy.get::<T>()?, x.get::<T>()?);
-            match self.conv.layout {
-                Layout::First => kernel::weight_grad(&g, dy, x, dw, floats(cx.scratch)?),
-                Layout::Last => last::weight_grad(&g, dy, x, dw, floats(cx.scratch)?),
-            }
+            kernel::weight_grad(&g, dy, x, dw, floats(cx.scratch)?);
             Ok(())
         })
     }
@@ -276,11 +272,9 @@ impl Op for ConvWeightGrad {
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let Some(x) = get(inputs, 1) else { return 0 };
         let g = self.conv.geometry(&x.dims, &self.w);
-        let scratch = match self.conv.layout {
-            Layout::First => kernel::weight_grad_scratch,
-            Layout::Last => last::weight_grad_scratch,
-        };
-        g.map_or(0, |(g, _)| bytes(scratch(&g), x.dtype))
+        g.map_or(0, |(g, _)| {
+            room(&g, x.dtype, [kernel::weight_grad_scratch::<f32>, kernel::weight_grad_scratch::<f64>])
+        })
     }
 
     fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {

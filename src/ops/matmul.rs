@@ -7,7 +7,7 @@ use num_traits::{WrappingAdd, WrappingMul};
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::gemm::{Product, many};
+use crate::kernels::gemm::{Product, gemm, many, room};
 use crate::kernels::par;
 use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Elem, Float, Meta, View, ViewMut, broadcast};
@@ -63,7 +63,7 @@ impl Op for Gemm {
         Ok(vec![Meta::new(a.dtype, &[m, n])])
     }
 
-    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let (a, b, c) = (need(x, 0)?, need(x, 1)?, get(x, 2));
         let [m, n, k] = self.extents(a.dims, b.dims)?;
         let y = out(y, 0)?;
@@ -81,9 +81,16 @@ impl Op for Gemm {
                 spread(c.dims, c.get::<T>()?, n, y);
             }
             let p = Product { alpha: T::of(self.alpha as f64), beta, ..Product::dense(self.trans_a, self.trans_b, m, n, k) };
-            many(&p, 1, |_| [0, 0], a, b, y, 0);
+            let scratch = cx.room(room(&p, 1))?;
+            gemm(&p, a, b, y, scratch);
             Ok(())
         })
+    }
+
+    fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
+        let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
+        self.extents(&a.dims, &b.dims)
+            .map_or(0, |[m, n, k]| bytes(a.dtype, [self.trans_a, self.trans_b], [m, n, k], 1))
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -183,8 +190,19 @@ struct Stacked {
     a: Dims,
     b: Dims,
     stack: Dims,
+    trans: [bool; 2],
     m: usize,
     n: usize,
+    k: usize,
+}
+
+/// Bytes of scratch for `batch` products of [m, n, k].
+fn bytes(dtype: DType, [trans_a, trans_b]: [bool; 2], [m, n, k]: [usize; 3], batch: usize) -> usize {
+    match dtype {
+        DType::F64 => room(&Product::<f64>::dense(trans_a, trans_b, m, n, k), batch) * size_of::<f64>(),
+        DType::F32 => room(&Product::<f32>::dense(trans_a, trans_b, m, n, k), batch) * size_of::<f32>(),
+        _ => 0,
+    }
 }
 
 impl Stacked {
@@ -208,7 +226,7 @@ impl Stacked {
             return Err(OpError::Shape(format!("MatMul of {a:?} by {b:?}: {ka} columns, {kb} rows")));
         }
         let stack = broadcast(&pa[..pa.len() - 2], &pb[..pb.len() - 2])?;
-        Ok(Stacked { a: pa, b: pb, stack, m, n })
+        Ok(Stacked { a: pa, b: pb, stack, trans: [trans_a, trans_b], m, n, k: ka })
     }
 
     /// B is one matrix for the whole stack, and A is not repeated: the stack can be taken as more rows of A.
@@ -216,6 +234,20 @@ impl Stacked {
         let (a, b) = (self.a.len() - 2, self.b.len() - 2);
         let stack: usize = self.stack.iter().product();
         self.b[..b].iter().all(|&d| d == 1) && self.a[..a].iter().product::<usize>() == stack
+    }
+
+    /// The product of one pair of matrices, and how many there are.
+    fn product<T: Float>(&self) -> (Product<T>, usize) {
+        let [trans_a, trans_b] = self.trans;
+        match !trans_a && self.one_b() {
+            true => (Product::dense(false, trans_b, self.rows(), self.n, self.k), 1),
+            false => (Product::dense(trans_a, trans_b, self.m, self.n, self.k), self.stack.iter().product()),
+        }
+    }
+
+    fn scratch(&self, dtype: DType) -> usize {
+        let (p, batch) = self.product::<f32>();
+        bytes(dtype, self.trans, [p.m, p.n, p.k], batch)
     }
 
     fn rows(&self) -> usize {
@@ -242,9 +274,14 @@ impl Op for MatMul {
         Ok(vec![Meta::new(a.dtype, &dims)])
     }
 
-    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let (a, b) = (need(x, 0)?, need(x, 1)?);
-        stacked(a.dims, b.dims, false, false, a, b, out(y, 0)?)
+        stacked(cx, &Stacked::of(a.dims, b.dims, false, false)?, a, b, out(y, 0)?)
+    }
+
+    fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
+        let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
+        Stacked::of(&a.dims, &b.dims, false, false).map_or(0, |s| s.scratch(a.dtype))
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -313,8 +350,14 @@ impl Op for MatMulAs {
         Ok(vec![Meta::new(a.dtype, &self.y)])
     }
 
-    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        stacked(&self.a, &self.b, self.trans_a, self.trans_b, need(x, 0)?, need(x, 1)?, out(y, 0)?)
+    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let s = Stacked::of(&self.a, &self.b, self.trans_a, self.trans_b)?;
+        stacked(cx, &s, need(x, 0)?, need(x, 1)?, out(y, 0)?)
+    }
+
+    fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
+        let s = Stacked::of(&self.a, &self.b, self.trans_a, self.trans_b);
+        get(inputs, 0).and_then(|a| Some(s.ok()?.scratch(a.dtype))).unwrap_or(0)
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -322,18 +365,8 @@ impl Op for MatMulAs {
     }
 }
 
-fn stacked(
-    a_dims: &[usize],
-    b_dims: &[usize],
-    trans_a: bool,
-    trans_b: bool,
-    a: View,
-    b: View,
-    y: &mut ViewMut,
-) -> Result<(), OpError> {
-    let s = Stacked::of(a_dims, b_dims, trans_a, trans_b)?;
-    let k = s.a[s.a.len() - if trans_a { 2 } else { 1 }];
-    let (rank, count) = (s.stack.len(), s.stack.iter().product::<usize>());
+fn stacked(cx: &mut Cx, s: &Stacked, a: View, b: View, y: &mut ViewMut) -> Result<(), OpError> {
+    let (rank, k) = (s.stack.len(), s.k);
     // The offsets of the `i`th matrices, in elements.
     let at = |mut i: usize| {
         let (mut offset, mut step) = ([0, 0], [s.m * k, k * s.n]);
@@ -350,19 +383,17 @@ fn stacked(
         offset
     };
     if !a.dtype.is_float() {
-        return int_dispatch(
-            a.dtype,
-            &mut Ints { p: Product::dense(trans_a, trans_b, s.m, s.n, k), count, at: &at, a, b, y },
-        );
+        let p = Product::dense(s.trans[0], s.trans[1], s.m, s.n, k);
+        let count = s.stack.iter().product();
+        return int_dispatch(a.dtype, &mut Ints { p, count, at: &at, a, b, y });
     }
     float_dispatch!(a.dtype, T => {
         let (a, b, y) = (a.get::<T>()?, b.get::<T>()?, y.get::<T>()?);
-        if !trans_a && s.one_b() {
-            let p = Product::dense(false, trans_b, s.rows(), s.n, k);
-            many(&p, 1, |_| [0, 0], a, b, y, 0);
-        } else {
-            let p = Product::dense(trans_a, trans_b, s.m, s.n, k);
-            many(&p, count, at, a, b, y, s.m * s.n);
+        let (p, batch) = s.product::<T>();
+        let scratch = cx.room(room(&p, batch))?;
+        match batch {
+            1 => gemm(&p, a, b, y, scratch),
+            _ => many(&p, batch, at, a, b, y, p.m * p.n, scratch),
         }
         Ok(())
     })

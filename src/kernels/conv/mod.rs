@@ -1,13 +1,11 @@
-//! Convolution and its two gradients, over one to three spatial dimensions.
+//! Convolution and its two gradients, over one to three spatial dimensions, with the channels last.
 //!
-//! Dense convolutions are matrix products: with stride 1 on shifted views of a zero-padded copy, one product a
-//! kernel tap; otherwise on gathered patches. Depthwise ones are loops over rows. Work is divided into tasks by
-//! the problem alone; tasks that need scratch share a fixed number of slots.
+//! Dense convolutions multiply register tiles without patches in memory ([`dense`], [`weight`]); depthwise ones
+//! stream ([`depthwise`]). Tensors with their channels first are transposed in scratch memory. Work is divided into
+//! tasks by the problem alone; tasks that need scratch share a fixed number of slots.
 
+mod dense;
 mod depthwise;
-mod forward;
-mod input;
-pub mod last;
 mod weight;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,17 +13,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::prelude::*;
 
 use crate::kernels::elementwise::Clamp;
-use crate::kernels::isa::vectorize;
-use crate::kernels::par;
-use crate::tensor::Float;
-
-pub use forward::forward_scratch;
-pub use input::input_grad_scratch;
-pub use weight::{weight_grad, weight_grad_scratch};
+use crate::kernels::layout::Layout;
+use crate::kernels::simd::Vectors;
+use crate::kernels::strided;
 
 /// Sizes of a convolution. Fewer than three spatial dimensions are preceded by ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Geometry {
+    pub layout: Layout,
     /// Images.
     pub n: usize,
     /// Input and output channels, all groups together.
@@ -44,70 +39,47 @@ pub struct Geometry {
     pub pad: [usize; 3],
 }
 
-/// What becomes of a convolution's sums: `clamp(sum + bias + residual)`.
-#[derive(Clone, Copy)]
+/// What is added to a result while it is in registers.
+#[derive(Debug, Clone, Copy)]
+pub enum Residual<'a, T> {
+    None,
+    /// A tensor of the result's size.
+    Of(&'a [T]),
+    /// What the result's buffer holds.
+    InOutput,
+}
+
+/// What happens to the results before they are written: `clamp(result + bias + residual)`.
+#[derive(Debug, Clone, Copy)]
 pub struct Epilogue<'a, T> {
     /// One a channel.
     pub bias: Option<&'a [T]>,
-    /// Of the output's shape.
-    pub residual: Option<&'a [T]>,
+    pub residual: Residual<'a, T>,
     pub clamp: Clamp<T>,
 }
 
-/// `x` (N, C, X…), `w` (OC, C/groups, K…), `y` (N, OC, Y…).
-pub fn forward<T: Float>(g: &Geometry, x: &[T], w: &[T], last: Epilogue<T>, y: &mut [T], scratch: &mut [T]) {
-    forward::forward(g, x, w, last.bias, y, scratch);
-    finish(last, y);
-}
+impl<T: Vectors> Epilogue<'_, T> {
+    /// Results as they are.
+    pub fn none() -> Self {
+        Epilogue { bias: None, residual: Residual::None, clamp: Clamp::NONE.to() }
+    }
 
-/// The epilogue but for the bias.
-fn finish<T: Float>(last: Epilogue<T>, y: &mut [T]) {
-    let clamp = last.clamp;
-    match last.residual {
-        Some(r) => each(y, r, |y, r| clamp.of(y + r)),
-        None if clamp.is_none() => {}
-        None => par::pieces(y, |_, y| {
-            vectorize(
-                #[inline(always)]
-                || y.iter_mut().for_each(|y| *y = clamp.of(*y)),
-            )
-        }),
+    /// Of results that are all zero.
+    fn of_nothing(&self, channels: usize, y: &mut [T]) {
+        for (i, y) in y.iter_mut().enumerate() {
+            let residual = match self.residual {
+                Residual::None => T::zero(),
+                Residual::Of(r) => r[i],
+                Residual::InOutput => *y,
+            };
+            let v = residual + self.bias.map_or(T::zero(), |b| b[i % channels]);
+            *y = self.clamp.of(v);
+        }
     }
 }
 
-/// `dy` (N, OC, Y…), `w` (OC, C/groups, K…), `dx` (N, C, X…): the input's gradient, plus `addend`.
-pub fn input_grad<T: Float>(
-    g: &Geometry,
-    dy: &[T],
-    w: &[T],
-    addend: Option<&[T]>,
-    dx: &mut [T],
-    scratch: &mut [T],
-) {
-    input::input_grad(g, dy, w, dx, scratch);
-    if let Some(addend) = addend {
-        each(dx, addend, |dx, a| a + dx);
-    }
-}
-
-/// `y = f(y, a)` element by element.
-fn each<T: Float>(y: &mut [T], a: &[T], f: impl Fn(T, T) -> T + Sync) {
-    par::pieces(y, |start, y| {
-        vectorize(
-            #[inline(always)]
-            || y.iter_mut().zip(&a[start..]).for_each(|(y, &a)| *y = f(*y, a)),
-        )
-    });
-}
-
-/// Elements of a task's working set that should stay in the second-level cache.
-const CACHE: usize = 1 << 17;
 /// Tasks that have scratch of their own at a time.
 const SLOTS: usize = 8;
-/// Positions of a row block that are enough for the products to run at full speed.
-const POSITIONS: usize = 480;
-/// Slack at the end of rows, so that products may run over whole vectors.
-const SLACK: usize = 16;
 
 fn volume(d: [usize; 3]) -> usize {
     d.iter().product()
@@ -127,155 +99,160 @@ impl Geometry {
         volume(self.k)
     }
 
+    fn inputs(&self) -> usize {
+        self.n * self.c * volume(self.x)
+    }
+
+    fn outputs(&self) -> usize {
+        self.n * self.oc * volume(self.y)
+    }
+
     fn is_empty(&self) -> bool {
-        self.n * self.oc * volume(self.y) == 0 || self.c * volume(self.x) * self.taps() == 0
+        self.outputs() == 0 || self.inputs() * self.taps() == 0
     }
 
     fn depthwise(&self) -> bool {
-        self.cg() == 1 && self.groups > 1
+        self.groups > 1 && self.groups == self.c && self.groups == self.oc
     }
 
-    fn unit_stride(&self) -> bool {
-        self.stride == [1; 3]
-    }
-
-    /// The output is a product of the weights and the input as it lies.
-    fn pointwise(&self) -> bool {
-        self.k == [1; 3] && self.unit_stride() && self.x == self.y
-    }
-
-    /// Input extents that `rows` rows of output (along `axis`) read.
-    fn window(&self, rows: usize) -> [usize; 3] {
-        let mut y = self.y;
-        y[self.axis] = rows;
-        std::array::from_fn(|d| (y[d] - 1) * self.stride[d] + (self.k[d] - 1) * self.dilation[d] + 1)
-    }
-
-    /// Output positions of one row along `axis`.
-    fn row(&self) -> usize {
-        self.y[self.axis + 1..].iter().product()
-    }
-
-    /// Offset of a kernel tap within a window of the given extents.
-    fn tap(&self, t: usize, window: [usize; 3]) -> usize {
-        let [_, k1, k2] = self.k;
-        let [i, j, l] = [t / (k1 * k2), t / k2 % k1, t % k2];
-        let d = self.dilation;
-        (i * d[0] * window[1] + j * d[1]) * window[2] + l * d[2]
-    }
-
-    /// The output of `rows` rows as positions of their window (stride 1): extents, and one more than the last.
-    fn grid(&self, rows: usize) -> ([usize; 3], usize) {
-        let w = self.window(rows);
-        let mut y = self.y;
-        y[self.axis] = rows;
-        (y, ((y[0] - 1) * w[1] + y[1] - 1) * w[2] + y[2])
-    }
-
-    /// Rows a block along `axis`: `per_row` elements of working set a row, `positions` a row.
-    fn block_rows(&self, per_row: usize, positions: usize) -> usize {
-        let by_cache = CACHE / per_row.max(1);
-        let enough = POSITIONS.div_ceil(positions.max(1));
-        let rows = enough.min(by_cache).clamp(1, self.y[self.axis]);
-        // Blocks of about equal size.
-        self.y[self.axis].div_ceil(self.y[self.axis].div_ceil(rows))
-    }
-
-    /// First input coordinate (perhaps in the padding) read by the output rows from `row` on.
-    fn origin(&self, row: usize) -> [isize; 3] {
-        let mut o = self.pad.map(|p| -(p as isize));
-        o[self.axis] += (row * self.stride[self.axis]) as isize;
-        o
-    }
-}
-
-/// Calls `f` for the rows of a window at `origin` of a plane of extents `x`: window row, then the columns
-/// `from..to` that lie inside the plane and the plane's element at `from` (`from == to`: none).
-#[inline(always)]
-fn window_rows(
-    x: [usize; 3],
-    origin: [isize; 3],
-    window: [usize; 3],
-    mut f: impl FnMut(usize, usize, usize, usize),
-) {
-    let from = (-origin[2]).clamp(0, window[2] as isize) as usize;
-    let to = (x[2] as isize - origin[2]).clamp(from as isize, window[2] as isize) as usize;
-    for i in 0..window[0] {
-        for j in 0..window[1] {
-            let (a, b) = (origin[0] + i as isize, origin[1] + j as isize);
-            let row = i * window[1] + j;
-            if a < 0 || b < 0 || a >= x[0] as isize || b >= x[1] as isize || from == to {
-                f(row, 0, 0, 0);
-            } else {
-                let at = (a as usize * x[1] + b as usize) * x[2] + (origin[2] + from as isize) as usize;
-                f(row, from, to, at);
-            }
+    /// Scratch for copies of both tensors with the channels last.
+    fn copies(&self) -> usize {
+        match self.layout {
+            Layout::First => self.inputs() + self.outputs(),
+            Layout::Last => 0,
         }
     }
 }
 
-/// A window of a plane, zeros where it lies outside.
-#[inline(always)]
-fn gather_window<T: Float>(
-    plane: &[T],
-    x: [usize; 3],
-    origin: [isize; 3],
-    window: [usize; 3],
-    out: &mut [T],
+/// (N, C, positions) as (N, positions, C), or the other way round with the sizes exchanged.
+fn transpose<T: Vectors>(n: usize, c: usize, positions: usize, x: &[T], y: &mut [T]) {
+    let (c, p) = (c as isize, positions as isize);
+    let (dims, strides) = ([n, p as usize, c as usize], [c * p, 1, p]);
+    match size_of::<T>() {
+        4 => strided::read::<u32>(bytemuck::cast_slice(x), 0, &dims, &strides, bytemuck::cast_slice_mut(y)),
+        _ => strided::read::<u64>(bytemuck::cast_slice(x), 0, &dims, &strides, bytemuck::cast_slice_mut(y)),
+    }
+}
+
+/// Elements of scratch that [`forward`] needs.
+pub fn forward_scratch<T: Vectors>(g: &Geometry) -> usize {
+    if g.is_empty() {
+        return 0;
+    }
+    g.copies() + if g.depthwise() { depthwise::scratch(g) } else { dense::forward_scratch::<T>(g) }
+}
+
+/// `y = clamp(conv(x, w) + bias + residual)` with x (N, C, spatial…) and y (N, M, spatial…), or both with their
+/// channels last, and w (M, C/groups, k…).
+pub fn forward<T: Vectors>(
+    g: &Geometry,
+    x: &[T],
+    w: &[T],
+    epilogue: Epilogue<T>,
+    y: &mut [T],
+    scratch: &mut [T],
 ) {
-    window_rows(x, origin, window, |row, from, to, at| {
-        let out = &mut out[row * window[2]..][..window[2]];
-        out[..from].fill(T::zero());
-        copy(&plane[at..at + to - from], &mut out[from..to]);
-        out[to..].fill(T::zero());
-    });
+    if g.is_empty() {
+        return epilogue.of_nothing(g.oc.max(1), y);
+    }
+    let kernel = if g.depthwise() { depthwise::forward } else { dense::forward };
+    if g.layout == Layout::Last {
+        return kernel(g, x, w, epilogue, y, scratch);
+    }
+    let (xs, ys) = (volume(g.x), volume(g.y));
+    let (x_last, rest) = scratch.split_at_mut(g.inputs());
+    let (y_last, rest) = rest.split_at_mut(g.outputs());
+    transpose(g.n, g.c, xs, x, x_last);
+    let epilogue = before(g, g.oc, ys, epilogue, y, y_last);
+    kernel(g, x_last, w, epilogue, y_last, rest);
+    transpose(g.n, ys, g.oc, y_last, y);
 }
 
-/// Short copies without a call.
-#[inline(always)]
-fn copy<T: Copy>(from: &[T], to: &mut [T]) {
-    for (t, f) in to.iter_mut().zip(from) {
-        *t = *f;
+/// The epilogue for a result with its channels last: its residual is moved to the result's buffer.
+fn before<'a, T: Vectors>(
+    g: &Geometry,
+    c: usize,
+    positions: usize,
+    epilogue: Epilogue<'a, T>,
+    y: &[T],
+    y_last: &mut [T],
+) -> Epilogue<'a, T> {
+    match epilogue.residual {
+        Residual::None => return epilogue,
+        Residual::Of(r) => transpose(g.n, c, positions, r, y_last),
+        Residual::InOutput => transpose(g.n, c, positions, y, y_last),
     }
+    Epilogue { residual: Residual::InOutput, ..epilogue }
 }
 
-/// Every `step`th element of a row.
-#[inline(always)]
-fn every<T: Copy>(step: usize, row: &[T], out: &mut [T]) {
-    match step {
-        1 => copy(row, out),
-        2 => every_of::<T, 2>(row, out),
-        _ => out.iter_mut().zip(row.iter().step_by(step)).for_each(|(o, x)| *o = *x),
+/// Elements of scratch that [`input_grad`] needs.
+pub fn input_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
+    if g.is_empty() {
+        return 0;
     }
+    g.copies() + if g.depthwise() { depthwise::scratch(g) } else { dense::input_grad_scratch::<T>(g) }
 }
 
-/// With whole groups of `S` the loop becomes loads and shuffles.
-#[inline(always)]
-fn every_of<T: Copy, const S: usize>(row: &[T], out: &mut [T]) {
-    let whole = out.len().min(row.len() / S);
-    for (o, x) in out[..whole].iter_mut().zip(row.chunks_exact(S)) {
-        *o = x[0];
+/// `dx[i] = addend + Σ_t W[t]ᵀ·dy[(i + pad − dilation·t) / stride]`, in the layout of x.
+pub fn input_grad<T: Vectors>(
+    g: &Geometry,
+    dy: &[T],
+    w: &[T],
+    addend: Residual<T>,
+    dx: &mut [T],
+    scratch: &mut [T],
+) {
+    let epilogue = Epilogue { residual: addend, ..Epilogue::none() };
+    if g.is_empty() {
+        return epilogue.of_nothing(g.c.max(1), dx);
     }
-    for (i, o) in out.iter_mut().enumerate().skip(whole) {
-        *o = row[i * S];
+    let kernel = if g.depthwise() { depthwise::input_grad } else { dense::input_grad };
+    if g.layout == Layout::Last {
+        return kernel(g, dy, w, epilogue, dx, scratch);
     }
+    let (xs, ys) = (volume(g.x), volume(g.y));
+    let (x_last, rest) = scratch.split_at_mut(g.inputs());
+    let (y_last, rest) = rest.split_at_mut(g.outputs());
+    transpose(g.n, g.oc, ys, dy, y_last);
+    let epilogue = before(g, g.c, xs, epilogue, dx, x_last);
+    kernel(g, y_last, w, epilogue, x_last, rest);
+    transpose(g.n, xs, g.c, x_last, dx);
 }
 
-/// The weights of (OC, C/groups, taps) as one matrix of (OC/groups, C/groups) a group and tap.
-fn by_tap<T: Float>(g: &Geometry, w: &[T], out: &mut [T]) {
-    let (cg, og, taps) = (g.cg(), g.og(), g.taps());
-    out.par_chunks_mut(og * cg).enumerate().for_each(|(i, out)| {
-        let (group, t) = (i / taps, i % taps);
-        let w = &w[group * og * cg * taps..][..og * cg * taps];
-        for (o, w) in out.iter_mut().zip(w[t..].iter().step_by(taps)) {
-            *o = *w;
-        }
-    });
+/// Elements of scratch that [`weight_grad`] needs.
+pub fn weight_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
+    if g.is_empty() {
+        return 0;
+    }
+    g.copies()
+        + if g.depthwise() { depthwise::weight_grad_scratch(g) } else { weight::weight_grad_scratch::<T>(g) }
+}
+
+/// `dW[t] = Σ_{n,i} dY[i]·X[stride·i + dilation·t − pad]ᵀ` (M, C/groups, k…).
+pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], scratch: &mut [T]) {
+    if g.is_empty() {
+        return dw.fill(T::zero());
+    }
+    let kernel = if g.depthwise() { depthwise::weight_grad } else { weight::weight_grad };
+    if g.layout == Layout::Last {
+        return kernel(g, dy, x, dw, scratch);
+    }
+    let (x_last, rest) = scratch.split_at_mut(g.inputs());
+    let (y_last, rest) = rest.split_at_mut(g.outputs());
+    transpose(g.n, g.c, volume(g.x), x, x_last);
+    transpose(g.n, g.oc, volume(g.y), dy, y_last);
+    kernel(g, y_last, x_last, dw, rest);
 }
 
 /// Runs tasks `0..tasks`, each with a slot of `size` elements of `scratch`. Which slot a task gets is left to
 /// chance; what it computes may not depend on the slot's content.
 fn in_slots<T: Send>(tasks: usize, size: usize, scratch: &mut [T], f: impl Fn(usize, &mut [T]) + Sync) {
+    if tasks == 1 {
+        return f(0, &mut scratch[..size]);
+    }
+    if size == 0 {
+        return (0..tasks).into_par_iter().for_each(|task| f(task, &mut []));
+    }
     let next = AtomicUsize::new(0);
     let take = |slot: &mut [T]| {
         loop {
@@ -286,14 +263,5 @@ fn in_slots<T: Send>(tasks: usize, size: usize, scratch: &mut [T], f: impl Fn(us
             f(task, slot);
         }
     };
-    let slots = tasks.min(SLOTS);
-    if slots == 1 {
-        return take(&mut scratch[..size]);
-    }
-    scratch[..slots * size].par_chunks_exact_mut(size).for_each(take);
-}
-
-/// Elements of scratch that `in_slots` needs.
-fn slots(tasks: usize, size: usize) -> usize {
-    tasks.min(SLOTS) * size
+    scratch[..tasks.min(SLOTS) * size].par_chunks_exact_mut(size).for_each(take);
 }

@@ -1,283 +1,357 @@
-//! `dW = dY * X`: sums over images and positions, in a fixed number of chunks added up in order.
+//! The weight gradient of dense and grouped convolutions, channels last.
+//!
+//! `dW[t][c][o] = Σ_positions X[position + t][c]·dY[position][o]`: register tiles of a few input channels by two
+//! vectors of output channels, summed over all positions for which the tap lies inside the input. With few input
+//! channels (first layers) the taps of a kernel row are taken as channels of a zero-padded copy instead.
+//!
+//! The positions are divided into slabs with a sum each, by the sizes alone; the sums are added in order.
+#![allow(unsafe_code, clippy::needless_range_loop)]
 
 use rayon::prelude::*;
 
-use super::{Geometry, depthwise, in_slots, slots, volume, window_rows};
-use crate::kernels::gemm::{Product, Shared};
-use crate::kernels::isa::vectorize;
-use crate::tensor::Float;
+use crate::kernels::conv::{Geometry, volume};
+use crate::kernels::gemm::Shared;
+use crate::kernels::par;
+use crate::kernels::simd::{Kernel, Simd, Vectors};
+use crate::kernels::tile::{Positions, along_columns, piece};
+use crate::tile_sizes;
 
-/// Elements of partial sums at most, unless one chunk already takes more.
-const PARTIAL: usize = 1 << 20;
-const CHUNKS: usize = 8;
+/// Elements of X and dY that a task should sweep over at a time, for the second-level cache; more of them where the
+/// sums, which are swept over each time, are large themselves.
+const CHUNK: usize = 1 << 16;
+const LARGE_CHUNK: usize = 1 << 18;
+/// Elements of all slabs' sums together, beyond which the outputs are divided instead of the positions.
+const SUMS: usize = 1 << 19;
+const TASKS: usize = 8;
+/// Multiply-adds worth a task of their own.
+const WORK: usize = 1 << 19;
+/// Input channels below which taps are merged.
+const FEW: usize = 8;
+/// Output channels whose weights are put in order together.
+const OUTPUTS: usize = 8;
 
-/// How the sum is cut: (group, block of input channels, chunk of row blocks) is a task.
+/// The sum as this file computes it: X perhaps padded, a kernel row's taps perhaps merged.
 struct Plan {
-    channels: usize,
-    blocks: usize,
+    n: usize,
+    groups: usize,
+    /// Rows and columns of dW a group and tap.
+    m: usize,
+    og: usize,
+    k: [usize; 3],
+    dilation: [usize; 3],
+    stride: [usize; 3],
+    pad: [usize; 3],
+    /// Extents of X, elements a position, and between positions that follow each other in the sum.
+    x: [usize; 3],
+    c: usize,
+    y: [usize; 3],
+    axis: usize,
+    merged: bool,
+}
+
+/// How the work is divided: slabs of positions, chunks within them, pieces of the outputs.
+struct Division {
+    slabs: usize,
+    /// Images a chunk, or rows along the axis of one image.
+    images: usize,
     rows: usize,
-    row_blocks: usize,
-    chunks: usize,
-    /// Rows of the product are positions of the padded window, read in place; otherwise patches are gathered.
-    in_place: bool,
-    /// The output gradient lies as the product needs it.
-    dense: bool,
-    slot: [usize; 2],
+    /// Pieces of the rows of dW and of its panels of columns.
+    pieces: usize,
+    panels: usize,
 }
 
 impl Plan {
-    fn of(g: &Geometry) -> Self {
-        let (cg, og, taps) = (g.cg(), g.og(), g.taps());
-        let channels = cg.min(96usize.div_ceil(g.k[2]).next_multiple_of(16));
-        let blocks = cg.div_ceil(channels);
-        // A kernel row times channels lies contiguous in the window with channels last.
-        let in_place = g.unit_stride() && (g.dilation[2] == 1 || g.k[2] == 1) && g.k[2] * channels >= 24;
-        let w = g.window(1);
-        let row: usize = w[g.axis + 1..].iter().product();
-        let per_row = if in_place { (channels + og) * row } else { channels * (row + taps * g.row()) };
-        let rows = g.block_rows(per_row, row);
-        let row_blocks = g.y[g.axis].div_ceil(rows);
-        let dense = g.window(rows)[1..] == g.y[1..] && g.k[0] == 1;
-        let weights = g.oc * cg * taps;
-        let chunks = CHUNKS.min(g.n * row_blocks).min((PARTIAL / weights).max(1));
-        let window = volume(g.window(rows)) * channels;
-        let second = match (in_place, dense) {
-            (true, true) => 0,
-            (true, false) => og * g.grid(rows).1,
-            (false, _) => rows * g.row() * taps * channels,
+    fn new(g: &Geometry) -> Plan {
+        let merged = g.groups == 1 && g.c < FEW && g.dilation[2] == 1 && g.k[2] > 1;
+        let mut p = Plan {
+            n: g.n,
+            groups: g.groups,
+            m: g.cg(),
+            og: g.og(),
+            k: g.k,
+            dilation: g.dilation,
+            stride: g.stride,
+            pad: g.pad,
+            x: g.x,
+            c: g.c,
+            y: g.y,
+            axis: g.axis,
+            merged,
         };
-        Plan { channels, blocks, rows, row_blocks, chunks, in_place, dense, slot: [window, second] }
+        if merged {
+            p.m = g.k[2] * g.c;
+            p.k[2] = 1;
+            p.x = std::array::from_fn(|d| {
+                let last = (g.y[d] - 1) * g.stride[d] + (g.k[d] - 1) * g.dilation[d] + 1;
+                last.max(g.x[d] + g.pad[d])
+            });
+            p.pad = [0; 3];
+        }
+        p
     }
 
-    fn tasks(&self, g: &Geometry) -> usize {
-        g.groups * self.blocks * self.chunks
+    fn taps(&self) -> usize {
+        volume(self.k)
     }
 
-    /// Where a channel block's partial sums begin within those of a chunk, and the block's channels.
-    fn block(&self, g: &Geometry, group: usize, block: usize) -> (usize, usize) {
-        let first = block * self.channels;
-        let at = g.og() * g.taps() * (group * g.cg() + first);
-        (at, self.channels.min(g.cg() - first))
+    /// Elements of dW.
+    fn size(&self) -> usize {
+        self.groups * self.taps() * self.m * self.og
+    }
+
+    /// Elements of the padded copy of X.
+    fn copy(&self) -> usize {
+        if self.merged { self.n * volume(self.x) * self.c } else { 0 }
+    }
+
+    fn division(&self, panel: usize) -> Division {
+        let rows = self.y[self.axis];
+        let per_row = volume(self.x) * self.c / self.x[self.axis] * self.stride[self.axis]
+            + volume(self.y) / rows * self.groups * self.og;
+        let chunk = (self.size() / 2).clamp(CHUNK, LARGE_CHUNK);
+        let (images, chunk) = match per_row * rows {
+            all if all <= chunk => ((chunk / all.max(1)).clamp(1, self.n), rows),
+            _ => (1, (chunk / per_row.max(1)).clamp(1, rows)),
+        };
+        let chunks = self.n.div_ceil(images) * rows.div_ceil(chunk);
+        let tasks = (self.n * volume(self.y) * self.size() / WORK).clamp(1, TASKS);
+        let slabs = (SUMS / self.size().max(1)).clamp(1, tasks.min(self.n * rows));
+        // Smaller chunks rather than fewer slabs.
+        let (images, chunk) = match slabs <= chunks {
+            true => (images, chunk),
+            false if slabs <= self.n => (self.n / slabs, rows),
+            false => (1, (rows / slabs.div_ceil(self.n)).max(1)),
+        };
+        let groups_panels = self.groups * self.og.div_ceil(panel);
+        let panels = tasks.div_ceil(slabs).min(groups_panels);
+        let pieces = tasks.div_ceil(slabs * panels).min(self.taps());
+        Division { slabs, images, rows: chunk, pieces, panels: groups_panels.div_ceil(panels) }
     }
 }
 
-/// Elements of scratch that [`weight_grad`] needs.
-pub fn weight_grad_scratch(g: &Geometry) -> usize {
-    if g.is_empty() {
-        0
-    } else if g.depthwise() {
-        depthwise::weight_grad_scratch(g)
-    } else {
-        let p = Plan::of(g);
-        p.chunks * g.oc * g.cg() * g.taps() + slots(p.tasks(g), p.slot[0] + p.slot[1])
-    }
+struct Task<'a, T> {
+    plan: &'a Plan,
+    x: &'a [T],
+    dy: &'a [T],
+    /// (images, rows along the axis) of each chunk, in order.
+    chunks: std::ops::Range<usize>,
+    division: &'a Division,
+    taps: std::ops::Range<usize>,
+    panels: std::ops::Range<usize>,
+    /// (groups, taps, rows, columns); this task's elements of it are written.
+    sum: *mut T,
 }
 
-/// `dy` (N, OC, Y…), `x` (N, C, X…), `dw` (OC, C/groups, K…).
-pub fn weight_grad<T: Float>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], scratch: &mut [T]) {
-    if g.is_empty() {
-        return dw.fill(T::zero());
-    }
-    if g.depthwise() {
-        return depthwise::weight_grad(g, dy, x, dw, scratch);
-    }
-    let plan = Plan::of(g);
-    let (cg, og, taps) = (g.cg(), g.og(), g.taps());
-    let weights = g.oc * cg * taps;
-    let (partial, scratch) = scratch.split_at_mut(plan.chunks * weights);
-    {
-        let partial = Shared::new(partial);
-        in_slots(plan.tasks(g), plan.slot[0] + plan.slot[1], scratch, |task, slot| {
-            let (chunk, rest) = (task % plan.chunks, task / plan.chunks);
-            let (group, block) = (rest / plan.blocks, rest % plan.blocks);
-            let (at, channels) = plan.block(g, group, block);
-            // SAFETY: tasks differ in chunk, group or channels.
-            #[allow(unsafe_code)]
-            let sums = unsafe { partial.part(chunk * weights + at, og * taps * channels) };
-            let units = g.n * plan.row_blocks;
-            let (from, to) = (chunk * units / plan.chunks, (chunk + 1) * units / plan.chunks);
-            for unit in from..to {
-                let beta = if unit == from { T::zero() } else { T::one() };
-                one_block(g, &plan, unit, group, block, beta, [dy, x], slot, sums);
-            }
-        });
-    }
-    // From the layout of the products, (kernel row, OG, kernel column, channel) or (OG, tap, channel), to ONNX's.
-    let (k2, partial) = (g.k[2], &*partial);
-    dw.par_chunks_mut(cg * taps).enumerate().for_each(|(o, dw)| {
-        let (group, o) = (o / og, o % og);
-        for block in 0..plan.blocks {
-            let (at, channels) = plan.block(g, group, block);
-            for t in 0..taps {
-                let from = at
-                    + match plan.in_place {
-                        true => ((t / k2 * og + o) * k2 + t % k2) * channels,
-                        false => (o * taps + t) * channels,
-                    };
-                for c in 0..channels {
-                    let sum = (0..plan.chunks).map(|i| partial[i * weights + from + c]).sum();
-                    dw[(block * plan.channels + c) * taps + t] = sum;
+impl<T: Vectors> Kernel<T> for Task<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(self) {
+        let (p, d) = (self.plan, self.division);
+        let panel = 2 * S::LANES;
+        let per_group = p.og.div_ceil(panel);
+        let row_blocks = p.y[p.axis].div_ceil(d.rows);
+        let oc = p.groups * p.og;
+        let (xs, ys) = (strides(p.x, p.c), strides(p.y, oc));
+        for (nth, chunk) in self.chunks.clone().enumerate() {
+            let image = chunk / row_blocks * d.images;
+            let images = d.images.min(p.n - image);
+            let first_row = chunk % row_blocks * d.rows;
+            for t in self.taps.clone() {
+                let tap = [t / (p.k[1] * p.k[2]), t / p.k[2] % p.k[1], t % p.k[2]];
+                // Output positions for which the tap lies inside.
+                let (mut lo, mut hi) = ([0usize; 3], p.y);
+                lo[p.axis] = first_row;
+                hi[p.axis] = (first_row + d.rows).min(p.y[p.axis]);
+                let mut x_at = [0usize; 3];
+                for i in 0..3 {
+                    let o = tap[i] * p.dilation[i];
+                    lo[i] = lo[i].max(p.pad[i].saturating_sub(o).div_ceil(p.stride[i]));
+                    hi[i] = hi[i].min((p.x[i] + p.pad[i]).saturating_sub(o).div_ceil(p.stride[i])).max(lo[i]);
+                    x_at[i] = (lo[i] * p.stride[i] + o).saturating_sub(p.pad[i]);
                 }
-            }
-        }
-    });
-}
-
-/// Adds one block of output rows of one image to the sums of one block of channels.
-#[allow(clippy::too_many_arguments)]
-fn one_block<T: Float>(
-    g: &Geometry,
-    plan: &Plan,
-    unit: usize,
-    group: usize,
-    block: usize,
-    beta: T,
-    [dy, x]: [&[T]; 2],
-    slot: &mut [T],
-    sums: &mut [T],
-) {
-    let (image, first) = (unit / plan.row_blocks, unit % plan.row_blocks * plan.rows);
-    let (cg, og, taps, px, py) = (g.cg(), g.og(), g.taps(), volume(g.x), volume(g.y));
-    let channels = plan.channels.min(cg - block * plan.channels);
-    let rows = plan.rows.min(g.y[g.axis] - first);
-    let n = rows * g.row();
-    let window = g.window(rows);
-    let (last, second) = slot.split_at_mut(plan.slot[0]);
-    let x = &x[(image * g.c + group * cg + block * plan.channels) * px..][..channels * px];
-    let dy = &dy[(image * g.oc + group * og) * py + first * g.row()..];
-    vectorize(
-        #[inline(always)]
-        || channels_last(x, px, channels, g.x, g.origin(first), window, last),
-    );
-    let [_, _, k2] = g.k;
-    if !plan.in_place {
-        let patches = &mut second[..n * taps * channels];
-        gather_patches(g, last, channels, rows, window, patches);
-        let p = Product { lda: py, beta, ..Product::dense(false, false, og, taps * channels, n) };
-        return p.serial(dy, patches, sums);
-    }
-    let (y_dims, positions) = g.grid(rows);
-    let (dy, lda) = match plan.dense {
-        true => (dy, py),
-        false => {
-            vectorize(
-                #[inline(always)]
-                || {
-                    for (o, out) in second.chunks_exact_mut(positions).take(og).enumerate() {
-                        spread_rows(&dy[o * py..][..n], y_dims, window, out);
-                    }
-                },
-            );
-            (&*second, positions)
-        }
-    };
-    for r in 0..taps / k2 {
-        let from = g.tap(r * k2, window) * channels;
-        let p = Product {
-            lda,
-            ldb: channels,
-            beta,
-            ..Product::dense(false, false, og, k2 * channels, positions)
-        };
-        p.serial(dy, &last[from..], &mut sums[r * og * k2 * channels..]);
-    }
-}
-
-/// Rows of an output at the positions they have in its window, zeros between.
-#[inline(always)]
-fn spread_rows<T: Float>(rows: &[T], y: [usize; 3], window: [usize; 3], out: &mut [T]) {
-    let mut end = 0;
-    for (i, row) in rows.chunks_exact(y[2]).enumerate() {
-        let at = (i / y[1] * window[1] + i % y[1]) * window[2];
-        out[end..at].fill(T::zero());
-        end = at + y[2];
-        super::copy(row, &mut out[at..end]);
-    }
-}
-
-/// A window of several planes, channels last, zeros where it lies outside.
-#[inline(always)]
-fn channels_last<T: Float>(
-    x: &[T],
-    px: usize,
-    channels: usize,
-    dims: [usize; 3],
-    origin: [isize; 3],
-    window: [usize; 3],
-    out: &mut [T],
-) {
-    window_rows(dims, origin, window, |row, from, to, at| {
-        let out = &mut out[row * window[2] * channels..][..window[2] * channels];
-        out[..from * channels].fill(T::zero());
-        out[to * channels..].fill(T::zero());
-        if from == to {
-            return;
-        }
-        let out = &mut out[from * channels..to * channels];
-        let mut c = 0;
-        while c + 16 <= channels {
-            transpose::<T, 16>(x, px, at, c, channels, out);
-            c += 16;
-        }
-        for c in c..channels {
-            for (o, x) in out[c..].iter_mut().step_by(channels).zip(&x[c * px + at..]) {
-                *o = *x;
-            }
-        }
-    });
-}
-
-/// `N` channels from `c` on of a row.
-#[inline(always)]
-fn transpose<T: Float, const N: usize>(
-    x: &[T],
-    px: usize,
-    at: usize,
-    c: usize,
-    channels: usize,
-    out: &mut [T],
-) {
-    let len = out.len() / channels;
-    let rows: [&[T]; N] = std::array::from_fn(|i| &x[(c + i) * px + at..][..len]);
-    for (i, out) in out.chunks_exact_mut(channels).enumerate() {
-        let out = &mut out[c..c + N];
-        for j in 0..N {
-            out[j] = rows[j][i];
-        }
-    }
-}
-
-/// One row an output position: all taps of all channels.
-fn gather_patches<T: Float>(
-    g: &Geometry,
-    last: &[T],
-    channels: usize,
-    rows: usize,
-    window: [usize; 3],
-    out: &mut [T],
-) {
-    let mut y = g.y;
-    y[g.axis] = rows;
-    let [k0, k1, k2] = g.k;
-    // A kernel row is one run where its taps are neighbours.
-    let (runs, run) = if g.dilation[2] == 1 { (1, k2 * channels) } else { (k2, channels) };
-    vectorize(
-        #[inline(always)]
-        || {
-            let mut out = out.chunks_exact_mut(run);
-            for p in 0..volume(y) {
-                let [a, b, c] = [p / (y[1] * y[2]), p / y[2] % y[1], p % y[2]];
-                for (i, j) in (0..k0).flat_map(|i| (0..k1).map(move |j| (i, j))) {
-                    let (a, b) = (a * g.stride[0] + i * g.dilation[0], b * g.stride[1] + j * g.dilation[1]);
-                    for l in 0..runs {
-                        let c = c * g.stride[2] + l * g.dilation[2];
-                        let at = ((a * window[1] + b) * window[2] + c) * channels;
-                        if let Some(out) = out.next() {
-                            super::copy(&last[at..at + run], out);
+                let count = [hi[0] - lo[0], hi[1] - lo[1], hi[2] - lo[2]];
+                let empty = volume(count) == 0;
+                if empty && nth > 0 {
+                    continue;
+                }
+                // One block an image, unless there are three dimensions: then one a plane of one image.
+                for plane in 0..if p.axis == 0 { images * count[0].max(1) } else { 1 } {
+                    let (im, depth) = match p.axis {
+                        0 => (image + plane / count[0].max(1), plane % count[0].max(1)),
+                        _ => (image, 0),
+                    };
+                    let positions = Positions {
+                        blocks: if empty {
+                            0
+                        } else if p.axis == 0 {
+                            1
+                        } else {
+                            images
+                        },
+                        rows: count[1],
+                        steps: count[2],
+                        a_block: volume(p.x) * p.c,
+                        a_row: xs[1] * p.stride[1],
+                        a_step: xs[2] * p.stride[2],
+                        b_block: volume(p.y) * oc,
+                        b_row: ys[1],
+                        b_step: oc,
+                    };
+                    let x0 = im * volume(p.x) * p.c + dot(x_at, xs) + depth * p.stride[0] * xs[0];
+                    let y0 = im * volume(p.y) * oc + dot(lo, ys) + depth * ys[0];
+                    for q in self.panels.clone() {
+                        let (group, col) = (q / per_group, q % per_group * panel);
+                        let lanes = panel.min(p.og - col);
+                        let n = if lanes > S::LANES { 2 } else { 1 };
+                        let pieces = p.m.div_ceil(S::ROWS);
+                        for i in 0..pieces {
+                            let (row, m) = piece(p.m, pieces, i);
+                            let a = self.x.as_ptr().wrapping_add(x0 + group * p.m + row);
+                            let b = self.dy.as_ptr().wrapping_add(y0 + group * p.og + col);
+                            let at = ((group * p.taps() + t) * p.m + row) * p.og + col;
+                            let c = self.sum.wrapping_add(at);
+                            let add = nth > 0 || plane > 0;
+                            // SAFETY: `lo..hi` are positions whose operands lie inside; the sum's elements are
+                            // this task's.
+                            unsafe { tile_sizes!(m, n, S, tile_run(&positions, a, b, c, p.og, lanes, add)) }
                         }
                     }
                 }
             }
-        },
+        }
+    }
+}
+
+/// # Safety
+/// `a` and `b` must be valid at all positions, `c` for `M` rows of `lanes` elements.
+#[inline(always)]
+unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
+    p: &Positions,
+    a: *const S::Elem,
+    b: *const S::Elem,
+    c: *mut S::Elem,
+    ldc: usize,
+    lanes: usize,
+    add: bool,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let tail = lanes - (N - 1) * S::LANES;
+        let acc = along_columns::<S, M, N>(p, a, b, tail);
+        for i in 0..M {
+            for j in 0..N {
+                let (c, v) = (c.add(i * ldc + j * S::LANES), acc[i][j]);
+                if j + 1 < N || tail == S::LANES {
+                    S::store(c, if add { S::add(S::load(c), v) } else { v });
+                } else {
+                    S::store_part(c, if add { S::add(S::load_part(c, tail), v) } else { v }, tail);
+                }
+            }
+        }
+    }
+}
+
+fn strides(extents: [usize; 3], c: usize) -> [usize; 3] {
+    [extents[1] * extents[2] * c, extents[2] * c, c]
+}
+
+fn dot(at: [usize; 3], steps: [usize; 3]) -> usize {
+    at[0] * steps[0] + at[1] * steps[1] + at[2] * steps[2]
+}
+
+/// Elements of scratch that [`weight_grad`] needs.
+pub fn weight_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
+    let p = Plan::new(g);
+    p.copy() + p.division(T::panel()).slabs * p.size()
+}
+
+/// dW (M, C/groups, k…) from dY (N, spatial…, M) and X (N, spatial…, C).
+pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], scratch: &mut [T]) {
+    assert!(
+        x.len() == g.n * g.c * volume(g.x) && dy.len() == g.n * g.oc * volume(g.y),
+        "operands of a convolution"
     );
+    let p = Plan::new(g);
+    let d = p.division(T::panel());
+    let (copy, sums) = scratch.split_at_mut(p.copy());
+    let x = if p.merged {
+        pad(g, &p, x, copy);
+        &*copy
+    } else {
+        x
+    };
+    let size = p.size();
+    let sums = &mut sums[..d.slabs * size];
+    let chunks = p.n.div_ceil(d.images) * p.y[p.axis].div_ceil(d.rows);
+    let panels = p.groups * p.og.div_ceil(T::panel());
+    let per_slab = panels.div_ceil(d.panels) * d.pieces;
+    let shared = Shared::new(sums);
+    let run = |task: usize| {
+        let (slab, rest) = (task / per_slab, task % per_slab);
+        let (piece, q) = (rest % d.pieces, rest / d.pieces);
+        let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
+        let task = Task {
+            plan: &p,
+            x,
+            dy,
+            chunks: share(slab, d.slabs, chunks),
+            division: &d,
+            taps: share(piece, d.pieces, p.taps()),
+            panels: q * d.panels..panels.min((q + 1) * d.panels),
+            sum: shared.ptr().wrapping_add(slab * size),
+        };
+        // SAFETY: the operands have the geometry's extents; tasks write different elements of the sums.
+        unsafe { T::dispatch(task) }
+    };
+    let tasks = d.slabs * per_slab;
+    match tasks {
+        1 => run(0),
+        _ => (0..tasks).into_par_iter().for_each(run),
+    }
+    gather(g, &p, d.slabs, sums, dw);
+}
+
+/// X with zeros around it.
+fn pad<T: Vectors>(g: &Geometry, p: &Plan, x: &[T], out: &mut [T]) {
+    let lines = p.x[0] * p.x[1];
+    let line = p.x[2] * g.c;
+    out.par_chunks_mut(lines * line).zip(x.par_chunks(volume(g.x) * g.c)).for_each(|(out, x)| {
+        for (i, out) in out.chunks_mut(line).enumerate() {
+            let inside = |d: usize, at: usize| at.checked_sub(g.pad[d]).filter(|i| *i < g.x[d]);
+            match (inside(0, i / p.x[1]), inside(1, i % p.x[1])) {
+                (Some(a), Some(b)) => {
+                    let (from, len) = (g.pad[2] * g.c, g.x[2] * g.c);
+                    out[..from].fill(T::zero());
+                    out[from..from + len].copy_from_slice(&x[(a * g.x[1] + b) * len..][..len]);
+                    out[from + len..].fill(T::zero());
+                }
+                _ => out.fill(T::zero()),
+            }
+        }
+    });
+}
+
+/// Adds the slabs' sums of (groups, taps, rows, columns) to the first and puts it in the order of the weights.
+fn gather<T: Vectors>(g: &Geometry, p: &Plan, slabs: usize, sums: &mut [T], dw: &mut [T]) {
+    let (cg, og, taps) = (g.cg(), g.og(), g.taps());
+    let (first, rest) = sums.split_at_mut(p.size());
+    par::pieces(first, |start, piece| {
+        for s in 0..slabs - 1 {
+            let more = &rest[s * p.size() + start..][..piece.len()];
+            piece.iter_mut().zip(more).for_each(|(a, b)| *a += *b);
+        }
+    });
+    // Some output channels at a time, so that whole cache lines are read.
+    par::rows(dw, OUTPUTS * cg * taps, CHUNK / 4, |block, dw| {
+        for (j, dw) in dw.chunks_mut(OUTPUTS * cg * taps).enumerate() {
+            let o = (block + j) * OUTPUTS;
+            for c in 0..cg {
+                for t in 0..taps {
+                    for (k, dw) in dw.chunks_mut(cg * taps).enumerate() {
+                        let o = o + k;
+                        dw[c * taps + t] = first[((o / og * taps + t) * cg + c) * og + o % og];
+                    }
+                }
+            }
+        }
+    });
 }

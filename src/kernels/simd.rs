@@ -1,0 +1,301 @@
+//! Vectors of each instruction set behind one trait, and the choice between them: a kernel is written once,
+//! generic over [`Simd`], and compiled for each level.
+#![allow(unsafe_code)]
+
+use crate::kernels::isa::{Isa, isa};
+use crate::tensor::Float;
+
+/// The vectors of one instruction set. All methods are inlined into kernels that were compiled for that set.
+///
+/// # Safety
+/// Methods may be called only where the processor has the instruction set, which is so inside a kernel that
+/// [`Vectors::dispatch`] runs. Pointers must be valid for the elements that are read or written: `LANES`, or `n`.
+#[allow(clippy::missing_safety_doc)] // The trait's own section holds for every method.
+pub unsafe trait Simd: Copy + Send + Sync + 'static {
+    type Elem: Float;
+    type V: Copy;
+    const LANES: usize;
+    /// Rows of the register tile of matrix products: with two vectors a row, all accumulators, the two vectors of
+    /// B and a broadcast of A stay in registers.
+    const ROWS: usize;
+
+    unsafe fn splat(x: Self::Elem) -> Self::V;
+    unsafe fn load(p: *const Self::Elem) -> Self::V;
+    unsafe fn store(p: *mut Self::Elem, v: Self::V);
+    /// The first `n < LANES` elements, zeros after them.
+    unsafe fn load_part(p: *const Self::Elem, n: usize) -> Self::V;
+    unsafe fn store_part(p: *mut Self::Elem, v: Self::V, n: usize);
+    /// `a·b + c`
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    /// Where one of them is no number: `b` (so `max(bound, x)` keeps an x that is none).
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// As `max`.
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
+}
+
+/// A loop nest to be compiled for each instruction set. Write `run` as `#[inline(always)]`.
+pub trait Kernel<T> {
+    /// # Safety
+    /// The processor must have `S`'s instruction set, and the kernel's own promises must hold.
+    unsafe fn run<S: Simd<Elem = T>>(self);
+}
+
+/// Element types with vectors.
+pub trait Vectors: Float {
+    /// Runs a kernel with the widest vectors of the level in use.
+    ///
+    /// # Safety
+    /// The kernel's own promises.
+    unsafe fn dispatch<K: Kernel<Self>>(kernel: K);
+
+    /// Columns of the register tile that `dispatch` will choose: two vectors.
+    fn panel() -> usize;
+}
+
+impl Vectors for f32 {
+    #[inline]
+    unsafe fn dispatch<K: Kernel<f32>>(kernel: K) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+            unsafe fn avx512<K: Kernel<f32>>(kernel: K) {
+                // SAFETY: the caller's promise.
+                unsafe { kernel.run::<x86::Avx512>() }
+            }
+            #[target_feature(enable = "avx2,fma")]
+            unsafe fn avx2<K: Kernel<f32>>(kernel: K) {
+                // SAFETY: the caller's promise.
+                unsafe { kernel.run::<x86::Avx2>() }
+            }
+            match isa() {
+                // SAFETY: `isa` reports a level only where the processor has its features; else the caller's promise.
+                Isa::Avx512 => return unsafe { avx512(kernel) },
+                // SAFETY: as above.
+                Isa::Avx2 => return unsafe { avx2(kernel) },
+                Isa::Portable => {}
+            }
+        }
+        #[cfg(target_arch = "aarch64")]
+        if isa() > Isa::Portable {
+            // SAFETY: NEON is part of the target's baseline; else the caller's promise.
+            return unsafe { kernel.run::<arm::Neon>() };
+        }
+        // SAFETY: plain arithmetic runs everywhere; else the caller's promise.
+        unsafe { kernel.run::<Plain<f32>>() }
+    }
+
+    fn panel() -> usize {
+        let lanes = match isa() {
+            Isa::Avx512 => 16,
+            Isa::Avx2 => 8,
+            Isa::Portable => <Plain<f32> as Simd>::LANES,
+        };
+        2 * lanes
+    }
+}
+
+impl Vectors for f64 {
+    #[inline]
+    unsafe fn dispatch<K: Kernel<f64>>(kernel: K) {
+        // SAFETY: plain arithmetic runs everywhere; else the caller's promise.
+        unsafe { kernel.run::<Plain<f64>>() }
+    }
+
+    fn panel() -> usize {
+        2 * Plain::<f64>::LANES
+    }
+}
+
+/// Four elements in plain arithmetic, which compilers turn into the baseline's vectors.
+#[derive(Clone, Copy)]
+pub struct Plain<T>(std::marker::PhantomData<fn() -> T>);
+
+#[inline(always)]
+fn each<T: Copy>(f: impl Fn(usize) -> T) -> [T; 4] {
+    [f(0), f(1), f(2), f(3)]
+}
+
+// SAFETY: no instruction beyond the baseline is used.
+unsafe impl<T: Float> Simd for Plain<T> {
+    type Elem = T;
+    type V = [T; 4];
+    const LANES: usize = 4;
+    const ROWS: usize = 4;
+
+    #[inline(always)]
+    unsafe fn splat(x: T) -> [T; 4] {
+        [x; 4]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const T) -> [T; 4] {
+        // SAFETY: the caller's promise; arrays of elements have the elements' alignment.
+        unsafe { p.cast::<[T; 4]>().read() }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut T, v: [T; 4]) {
+        // SAFETY: the caller's promise.
+        unsafe { p.cast::<[T; 4]>().write(v) }
+    }
+    #[inline(always)]
+    unsafe fn load_part(p: *const T, n: usize) -> [T; 4] {
+        // SAFETY: only the first `n` elements are read.
+        each(|i| if i < n { unsafe { *p.add(i) } } else { T::zero() })
+    }
+    #[inline(always)]
+    unsafe fn store_part(p: *mut T, v: [T; 4], n: usize) {
+        for (i, x) in v.iter().enumerate().take(n) {
+            // SAFETY: only the first `n` elements are written.
+            unsafe { *p.add(i) = *x }
+        }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: [T; 4], b: [T; 4], c: [T; 4]) -> [T; 4] {
+        each(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    unsafe fn add(a: [T; 4], b: [T; 4]) -> [T; 4] {
+        each(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    unsafe fn mul(a: [T; 4], b: [T; 4]) -> [T; 4] {
+        each(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    unsafe fn max(a: [T; 4], b: [T; 4]) -> [T; 4] {
+        each(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    unsafe fn min(a: [T; 4], b: [T; 4]) -> [T; 4] {
+        each(|i| if a[i] < b[i] { a[i] } else { b[i] })
+    }
+}
+
+/// Implements [`Simd`] for `f32` by one intrinsic a method.
+macro_rules! vectors {
+    ($(#[$doc:meta])* $name:ident, $v:ty, $lanes:literal, $rows:literal,
+     $splat:path, $load:path, $store:path, $add:path, $mul:path, $max:path, $min:path,
+     fma: |$a:ident, $b:ident, $c:ident| $fma:expr,
+     load_part: |$lp:ident, $ln:ident| $load_part:expr,
+     store_part: |$sp:ident, $sv:ident, $sn:ident| $store_part:expr) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy)]
+        pub struct $name;
+
+        // SAFETY: every method is one instruction of the set (or a few), on as many elements as the trait says.
+        unsafe impl Simd for $name {
+            type Elem = f32;
+            type V = $v;
+            const LANES: usize = $lanes;
+            const ROWS: usize = $rows;
+
+            #[inline(always)]
+            unsafe fn splat(x: f32) -> $v {
+                // SAFETY: the caller's promise, as in all methods below.
+                unsafe { $splat(x) }
+            }
+            #[inline(always)]
+            unsafe fn load(p: *const f32) -> $v {
+                // SAFETY: see `splat`.
+                unsafe { $load(p) }
+            }
+            #[inline(always)]
+            unsafe fn store(p: *mut f32, v: $v) {
+                // SAFETY: see `splat`.
+                unsafe { $store(p, v) }
+            }
+            #[inline(always)]
+            unsafe fn load_part($lp: *const f32, $ln: usize) -> $v {
+                // SAFETY: see `splat`.
+                unsafe { $load_part }
+            }
+            #[inline(always)]
+            unsafe fn store_part($sp: *mut f32, $sv: $v, $sn: usize) {
+                // SAFETY: see `splat`.
+                unsafe { $store_part }
+            }
+            #[inline(always)]
+            unsafe fn fma($a: $v, $b: $v, $c: $v) -> $v {
+                // SAFETY: see `splat`.
+                unsafe { $fma }
+            }
+            #[inline(always)]
+            unsafe fn add(a: $v, b: $v) -> $v {
+                // SAFETY: see `splat`.
+                unsafe { $add(a, b) }
+            }
+            #[inline(always)]
+            unsafe fn mul(a: $v, b: $v) -> $v {
+                // SAFETY: see `splat`.
+                unsafe { $mul(a, b) }
+            }
+            #[inline(always)]
+            unsafe fn max(a: $v, b: $v) -> $v {
+                // SAFETY: see `splat`.
+                unsafe { $max(a, b) }
+            }
+            #[inline(always)]
+            unsafe fn min(a: $v, b: $v) -> $v {
+                // SAFETY: see `splat`.
+                unsafe { $min(a, b) }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+pub mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::Simd;
+
+    vectors!(
+        /// AVX-512: 16 lanes, masked tails.
+        Avx512, __m512, 16, 8,
+        _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps, _mm512_mul_ps, _mm512_max_ps, _mm512_min_ps,
+        fma: |a, b, c| _mm512_fmadd_ps(a, b, c),
+        load_part: |p, n| _mm512_maskz_loadu_ps((1u32 << n) as u16 - 1, p),
+        store_part: |p, v, n| _mm512_mask_storeu_ps(p, (1u32 << n) as u16 - 1, v)
+    );
+
+    /// Lanes below `n` as AVX2's masks want them.
+    #[inline(always)]
+    unsafe fn below(n: usize) -> __m256i {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)) }
+    }
+
+    vectors!(
+        /// AVX2 with FMA: 8 lanes, masked tails.
+        Avx2, __m256, 8, 6,
+        _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps, _mm256_mul_ps, _mm256_max_ps, _mm256_min_ps,
+        fma: |a, b, c| _mm256_fmadd_ps(a, b, c),
+        load_part: |p, n| _mm256_maskload_ps(p, below(n)),
+        store_part: |p, v, n| _mm256_maskstore_ps(p, below(n), v)
+    );
+}
+
+#[cfg(target_arch = "aarch64")]
+pub mod arm {
+    use std::arch::aarch64::*;
+
+    use super::Simd;
+
+    vectors!(
+        /// NEON: 4 lanes.
+        Neon, float32x4_t, 4, 8,
+        vdupq_n_f32, vld1q_f32, vst1q_f32, vaddq_f32, vmulq_f32, vmaxq_f32, vminq_f32,
+        fma: |a, b, c| vfmaq_f32(c, a, b),
+        load_part: |p, n| {
+            let mut all = [0.0f32; 4];
+            std::ptr::copy_nonoverlapping(p, all.as_mut_ptr(), n);
+            vld1q_f32(all.as_ptr())
+        },
+        store_part: |p, v, n| {
+            let mut all = [0.0f32; 4];
+            vst1q_f32(all.as_mut_ptr(), v);
+            std::ptr::copy_nonoverlapping(all.as_ptr(), p, n);
+        }
+    );
+}

@@ -1,0 +1,151 @@
+//! Register tiles: the inner loops of every matrix product and dense convolution.
+//!
+//! A tile of up to `S::ROWS` rows by one or two vectors is accumulated in registers over the whole summed dimension:
+//! each step loads the vectors of B and multiplies them by one broadcast element of A a row.
+//!
+//! Loops here and in the kernels around are written with indices and without closures: what an iterator hides in a
+//! function of its own would be compiled without the instruction set.
+#![allow(unsafe_code, clippy::needless_range_loop)]
+
+use crate::kernels::simd::Simd;
+
+/// A tile's accumulators.
+pub type Acc<S, const M: usize, const N: usize> = [[<S as Simd>::V; N]; M];
+
+/// `Σ` over the runs `(offset, steps)` of A's elements `a[i][offset..offset + steps]` times `N` vectors of B, which
+/// advances by `b_step` elements.
+///
+/// # Safety
+/// `a[i]` must be valid at the runs' elements, `b` for `N·LANES` elements at each step, and `S`'s instructions be there.
+#[inline(always)]
+pub unsafe fn along_rows<S: Simd, const M: usize, const N: usize>(
+    runs: &[(isize, usize)],
+    a: [*const S::Elem; M],
+    mut b: *const S::Elem,
+    b_step: usize,
+) -> Acc<S, M, N> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut acc = [[S::splat(num_traits::zero()); N]; M];
+        for &(offset, steps) in runs {
+            for o in offset..offset + steps as isize {
+                let mut row = [S::splat(num_traits::zero()); N];
+                for j in 0..N {
+                    row[j] = S::load(b.add(j * S::LANES));
+                }
+                b = b.wrapping_add(b_step);
+                for i in 0..M {
+                    let x = S::splat(*a[i].offset(o));
+                    for j in 0..N {
+                        acc[i][j] = S::fma(x, row[j], acc[i][j]);
+                    }
+                }
+            }
+        }
+        acc
+    }
+}
+
+/// The positions that [`along_columns`] sums over: `blocks` of `rows` of `steps`, and how far A and B advance.
+#[derive(Debug, Clone, Copy)]
+pub struct Positions {
+    pub blocks: usize,
+    pub rows: usize,
+    pub steps: usize,
+    pub a_block: usize,
+    pub a_row: usize,
+    pub a_step: usize,
+    pub b_block: usize,
+    pub b_row: usize,
+    pub b_step: usize,
+}
+
+/// `Σ` over positions of `M` adjacent elements of A times `N` vectors of B, the last of which has `tail` lanes
+/// (`LANES`: a whole one).
+///
+/// # Safety
+/// `a` and `b` must be valid at all positions, and `S`'s instructions be there.
+#[inline(always)]
+pub unsafe fn along_columns<S: Simd, const M: usize, const N: usize>(
+    p: &Positions,
+    a: *const S::Elem,
+    b: *const S::Elem,
+    tail: usize,
+) -> Acc<S, M, N> {
+    // SAFETY: the caller's promise. (Two loops rather than a test in one: the masked one is slower.)
+    unsafe {
+        match tail == S::LANES {
+            true => columns::<S, M, N, true>(p, a, b, tail),
+            false => columns::<S, M, N, false>(p, a, b, tail),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn columns<S: Simd, const M: usize, const N: usize, const WHOLE: bool>(
+    p: &Positions,
+    a: *const S::Elem,
+    b: *const S::Elem,
+    tail: usize,
+) -> Acc<S, M, N> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut acc = [[S::splat(num_traits::zero()); N]; M];
+        for block in 0..p.blocks {
+            for row in 0..p.rows {
+                let mut a = a.add(block * p.a_block + row * p.a_row);
+                let mut b = b.add(block * p.b_block + row * p.b_row);
+                for _ in 0..p.steps {
+                    let mut row = [S::splat(num_traits::zero()); N];
+                    for j in 0..N {
+                        row[j] = match WHOLE || j + 1 < N {
+                            true => S::load(b.add(j * S::LANES)),
+                            false => S::load_part(b.add(j * S::LANES), tail),
+                        };
+                    }
+                    for i in 0..M {
+                        let x = S::splat(*a.add(i));
+                        for j in 0..N {
+                            acc[i][j] = S::fma(x, row[j], acc[i][j]);
+                        }
+                    }
+                    a = a.wrapping_add(p.a_step);
+                    b = b.wrapping_add(p.b_step);
+                }
+            }
+        }
+        acc
+    }
+}
+
+/// Calls `$f::<S, M, 1 or 2>(…)` for a number of rows `1..=8` and of vectors.
+#[macro_export]
+macro_rules! tile_sizes {
+    ($m:expr, $n:expr, $s:ident, $f:ident($($arg:expr),* $(,)?)) => {
+        match ($m, $n) {
+            (1, 1) => $f::<$s, 1, 1>($($arg),*),
+            (2, 1) => $f::<$s, 2, 1>($($arg),*),
+            (3, 1) => $f::<$s, 3, 1>($($arg),*),
+            (4, 1) => $f::<$s, 4, 1>($($arg),*),
+            (5, 1) => $f::<$s, 5, 1>($($arg),*),
+            (6, 1) => $f::<$s, 6, 1>($($arg),*),
+            (7, 1) => $f::<$s, 7, 1>($($arg),*),
+            (_, 1) => $f::<$s, 8, 1>($($arg),*),
+            (1, _) => $f::<$s, 1, 2>($($arg),*),
+            (2, _) => $f::<$s, 2, 2>($($arg),*),
+            (3, _) => $f::<$s, 3, 2>($($arg),*),
+            (4, _) => $f::<$s, 4, 2>($($arg),*),
+            (5, _) => $f::<$s, 5, 2>($($arg),*),
+            (6, _) => $f::<$s, 6, 2>($($arg),*),
+            (7, _) => $f::<$s, 7, 2>($($arg),*),
+            (_, _) => $f::<$s, 8, 2>($($arg),*),
+        }
+    };
+}
+
+/// The `i`th of `pieces` pieces of `0..total` that differ by one at most: start and length.
+#[inline(always)]
+pub fn piece(total: usize, pieces: usize, i: usize) -> (usize, usize) {
+    let start = total * i / pieces;
+    (start, total * (i + 1) / pieces - start)
+}
