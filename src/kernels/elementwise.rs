@@ -40,6 +40,12 @@ impl<T: Float> Clamp<T> {
     pub fn inside(self, y: T) -> bool {
         (y > self.low) & (y < self.high)
     }
+
+    /// `dy` where `y` is inside, else 0; without a branch, so that loops are vectorised.
+    #[inline(always)]
+    pub fn pass(self, y: T, dy: T) -> T {
+        std::hint::select_unpredictable(self.inside(y), dy, T::zero())
+    }
 }
 
 /// How `N` operands are read along a result of given dimensions: adjacent axes along which every operand

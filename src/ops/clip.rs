@@ -171,7 +171,7 @@ impl Op for ClipGrad {
             let low = bound(get(x, 2), self.low, |b| b as T)?.unwrap_or(T::NEG_INFINITY);
             let high = bound(get(x, 3), self.high, |b| b as T)?.unwrap_or(T::INFINITY);
             let clamp = Clamp { low, high };
-            let f = move |y: T, dy: T| if clamp.inside(y) { dy } else { 0.0 };
+            let f = move |y: T, dy: T| clamp.pass(y, dy);
             let dx = dx.get::<T>()?;
             let walk = same(dx.len());
             apply2(dx, slice::<T>(get(x, 0))?, slice::<T>(get(x, 1))?, &walk, f);

@@ -356,9 +356,7 @@ pub fn param_grad<T: Float>(
                             Mask::All => (sum2(dy, x, |dy, x| dy * (x - m)), sum(dy, |dy| dy)),
                             Mask::Inside { factor, shift, clamp } => {
                                 let (a, b) = (factor[channel], shift[channel]);
-                                let z = |dy: T, x: T| {
-                                    if clamp.inside((x - m) * a + b) { dy } else { T::zero() }
-                                };
+                                let z = |dy: T, x: T| clamp.pass((x - m) * a + b, dy);
                                 (sum2(dy, x, |dy, x| z(dy, x) * (x - m)), sum2(dy, x, z))
                             }
                         };
@@ -413,9 +411,7 @@ fn column_products<T: Float>(
                 Mask::All => strip.add_products(of, &at, sums, |_, _, dy| dy),
                 Mask::Inside { clamp, .. } => {
                     let (at, a, b) = (&at, &a, &b);
-                    strip.add_products(of, at, sums, |j, x, dy| {
-                        if clamp.inside((x - at[j]) * a[j] + b[j]) { dy } else { T::zero() }
-                    });
+                    strip.add_products(of, at, sums, |j, x, dy| clamp.pass((x - at[j]) * a[j] + b[j], dy));
                 }
             }
             strip.gather(&lanes, &mut scales[columns.clone()]);
@@ -470,7 +466,6 @@ pub fn masked_param_grad<T: Float>(
     (dscale, dshift): (&mut [T], &mut [T]),
     partials: &mut [f64],
 ) {
-    let pass = |y: T, dy: T| if clamp.inside(y) { dy } else { T::zero() };
     if d.s != 1 {
         sweep(
             dz,
@@ -478,7 +473,9 @@ pub fn masked_param_grad<T: Float>(
             [],
             #[inline(always)]
             |start, dz, _| {
-                zip_each(cut(Some(y), start, dz.len()), cut(dy, start, dz.len()), dz, |_, y, dy| pass(y, dy))
+                zip_each(cut(Some(y), start, dz.len()), cut(dy, start, dz.len()), dz, |_, y, dy| {
+                    clamp.pass(y, dy)
+                })
             },
         );
         let stat = Stat::Channel;
@@ -497,7 +494,7 @@ pub fn masked_param_grad<T: Float>(
                 for (k, dz) in dz.chunks_mut(depth).enumerate() {
                     let start = i * per * d.c + k * depth;
                     let n = dz.len();
-                    zip_each(cut(Some(y), start, n), cut(dy, start, n), dz, |_, y, dy| pass(y, dy));
+                    zip_each(cut(Some(y), start, n), cut(dy, start, n), dz, |_, y, dy| clamp.pass(y, dy));
                     let of = (&x[start..start + n], &*dz);
                     column_products(of, d.c, Some(mean), Mask::All, scales, shifts);
                 }

@@ -167,11 +167,6 @@ pub fn channel_input_grad<T: Float>(
             },
         );
     };
-    let each = |x: T, dy: T, m: T, a: T, b: T, k1: T, k2: T| {
-        let x = x - m;
-        let dz = if clamp.inside(x * a + b) { dy } else { T::zero() };
-        a * (dz - k1 - x * k2)
-    };
     sweep(
         dx,
         d,
@@ -181,10 +176,17 @@ pub fn channel_input_grad<T: Float>(
             let (x, dy) = near(start, dx.len());
             match c {
                 Ok([m, a, b, k1, k2]) => {
-                    zip_each(x, dy, dx, |j, x, dy| each(x, dy, m[j], a[j], b[j], k1[j], k2[j]));
+                    zip_each(x, dy, dx, |j, x, dy| each(clamp, x, dy, [m[j], a[j], b[j], k1[j], k2[j]]));
                 }
-                Err([m, a, b, k1, k2]) => zip_each(x, dy, dx, |_, x, dy| each(x, dy, m, a, b, k1, k2)),
+                Err(c) => zip_each(x, dy, dx, |_, x, dy| each(clamp, x, dy, c)),
             }
         },
     );
+}
+
+/// `dx` of one element whose result was `(x − m)·a + b`.
+#[inline(always)]
+fn each<T: Float>(clamp: Clamp<T>, x: T, dy: T, [m, a, b, k1, k2]: [T; 5]) -> T {
+    let x = x - m;
+    a * (clamp.pass(x * a + b, dy) - k1 - x * k2)
 }
