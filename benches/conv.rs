@@ -5,6 +5,7 @@
 use divan::Bencher;
 use divan::counter::ItemsCount;
 use retune::kernels::elementwise::Clamp;
+use retune::kernels::layout::Layout;
 use retune::ops::conv::{Conv, ConvInputGrad, ConvWeightGrad};
 use retune::ops::window::{AutoPad, Window};
 use retune::ops::{Cx, Op};
@@ -76,7 +77,7 @@ fn setup(s: &Shape) -> Setup {
         pads: vec![s.kernel / 2; 4],
         ceil: false,
     };
-    let conv = Conv { window, groups: s.groups, clamp: Clamp::NONE };
+    let conv = Conv { window, groups: s.groups, clamp: Clamp::NONE, layout: Layout::First };
     let wave = |dims: &[usize]| {
         let data: Vec<f32> = (0..dims.iter().product()).map(|i| (i as f32 * 0.37).sin()).collect();
         Tensor::from_slice(dims, &data).expect("as many elements as the shape has")

@@ -28,6 +28,9 @@ pub struct Options {
     /// Every value in memory of its own (for tests; results do not depend on it). The environment variable
     /// `RETUNE_MEMORY=separate` asks for the same.
     pub no_reuse: bool,
+    /// Every tensor in ONNX's own order (for tests; results differ by rounding). The environment variable
+    /// `RETUNE_LAYOUT=first` asks for the same.
+    pub channels_first: bool,
 }
 
 /// The bytes of a constant operand.
@@ -201,8 +204,11 @@ impl Session {
     pub fn compile(&mut self, mut graph: Graph, mut request: Request) -> Result<Program> {
         graph::fuse_sums(&mut graph, &request);
         self.fold_frozen(&mut graph)?;
-        request.no_reuse |=
-            self.options.no_reuse || std::env::var("RETUNE_MEMORY").is_ok_and(|m| m == "separate");
+        let asked = |name: &str, mode: &str| std::env::var(name).is_ok_and(|m| m == mode);
+        request.no_reuse |= self.options.no_reuse || asked("RETUNE_MEMORY", "separate");
+        if !self.options.channels_first && !asked("RETUNE_LAYOUT", "first") {
+            graph::layout(&mut graph, &request)?;
+        }
         let plan = plan::plan(&graph, &request)?;
         let mut constants = Vec::with_capacity(plan.constants.len());
         for c in &plan.constants {

@@ -4,6 +4,7 @@
 mod fuse;
 mod grad;
 mod infer;
+mod layout;
 mod passes;
 
 use std::fmt;
@@ -16,6 +17,7 @@ use crate::tensor::{DType, Meta, Tensor};
 pub use fuse::{fuse, fuse_sums};
 pub use grad::{GradBuilder, Gradients, grad};
 pub use infer::{Bindings, Inferred};
+pub use layout::layout;
 pub use passes::{inline, logits, set_mode};
 
 macro_rules! id {

@@ -6,6 +6,7 @@ pub mod gemm;
 pub mod index;
 pub mod integer;
 pub mod isa;
+pub mod layout;
 pub mod loss;
 pub mod lrn;
 pub mod math;

@@ -1,5 +1,7 @@
 //! Pooling over one to three spatial dimensions: rows of outputs at a time, one tap after the other.
 
+pub mod last;
+
 use rayon::prelude::*;
 
 use crate::kernels::isa::vectorize;
@@ -183,8 +185,9 @@ fn argmax_plane<T: Ordered>(g: &Geometry, x: &[T], y: &mut [T], arg: &mut [u32])
     });
 }
 
-/// `dx[argmax[i]] += dy[i]`, plane by plane, of `px` inputs and `py` outputs.
-pub fn max_grad<T: Float>(px: usize, py: usize, dy: &[T], argmax: &[u32], dx: &mut [T]) {
+/// `dx[argmax[i]] += dy[i]`, plane by plane.
+pub fn max_grad<T: Float>(g: &Geometry, dy: &[T], argmax: &[u32], dx: &mut [T]) {
+    let [px, py] = g.planes();
     if px == 0 {
         return;
     }

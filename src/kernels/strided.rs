@@ -4,6 +4,7 @@
 use bytemuck::Pod;
 use smallvec::SmallVec;
 
+use crate::kernels::layout::axis_at;
 use crate::kernels::par::{GRAIN, pieces, rows};
 
 /// One (signed) step per axis, in elements.
@@ -204,6 +205,21 @@ pub struct Placement {
 }
 
 impl Placement {
+    /// The same placement in a tensor whose channels lie last.
+    pub fn last(&self) -> Placement {
+        let rank = self.target.len();
+        let axes = || (0..rank).map(|i| axis_at(i, rank));
+        let of = |e: &Extents| axes().map(|a| e[a]).collect();
+        Placement {
+            source: of(&self.source),
+            target: of(&self.target),
+            from: of(&self.from),
+            to: of(&self.to),
+            step: axes().map(|a| self.step[a]).collect(),
+            count: of(&self.count),
+        }
+    }
+
     fn whole(&self, axis: usize) -> bool {
         let n = self.target[axis];
         self.source[axis] == n && self.count[axis] == n && self.step[axis] == 1

@@ -8,9 +8,11 @@ use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::elementwise::Clamp;
+use crate::kernels::layout::Layout;
 use crate::kernels::norm::{self, Channels, Residual, Stat};
 use crate::ops::clip::passed;
-use crate::ops::{Cx, Grads, Mode, Op, Row, Spec, get, need, out};
+use crate::ops::layout::rank_of;
+use crate::ops::{ChannelsLast, Cx, Grads, Mode, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
 
 use grad::{BatchNormEvalInputGrad, BatchNormInputGrad, BatchNormParamGrad};
@@ -34,6 +36,7 @@ pub struct BatchNormalization {
     momentum: f32,
     /// `false`: statistics per element of a sample rather than per channel (before opset 9).
     spatial: bool,
+    layout: Layout,
     training: bool,
     unbiased: bool,
     /// The running statistics really follow the batches (the file's 1.0 taken as 0.9).
@@ -49,6 +52,7 @@ impl BatchNormalization {
             epsilon: spec.attrs.float_or("epsilon", 1e-5)? as f64,
             momentum: spec.attrs.float_or("momentum", 0.9)?,
             spatial: spec.opset >= 9 || spec.attrs.int_or("spatial", 1)? != 0,
+            layout: Layout::First,
             training,
             unbiased: false,
             follow: false,
@@ -77,11 +81,16 @@ impl BatchNormalization {
     }
 
     fn channels(&self, dims: &[usize]) -> Channels {
-        match (self.spatial, dims) {
+        let dims = &self.layout.ordinary(dims)[..];
+        let channels = match (self.spatial, dims) {
             (_, []) => Channels { n: 1, c: 1, s: 1 },
             (_, [n]) => Channels { n: *n, c: 1, s: 1 },
             (true, [n, c, rest @ ..]) => Channels { n: *n, c: *c, s: rest.iter().product() },
             (false, [n, rest @ ..]) => Channels { n: *n, c: rest.iter().product(), s: 1 },
+        };
+        match self.layout {
+            Layout::First => channels,
+            Layout::Last => channels.last(),
         }
     }
 
@@ -250,6 +259,12 @@ impl Op for BatchNormalization {
         float_dispatch!(out(y, 0)?.dtype, T => self.run::<T>(cx, x, y))
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        rank_of(inputs, 0).filter(|_| self.spatial)?;
+        let op = BatchNormalization { layout: Layout::Last, ..self.clone() };
+        Some(ChannelsLast::by(op, &[true, false, false, false, false, true], &[true]))
+    }
+
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         if (1..5).any(|i| g.dy(i).is_some()) {
             return Err(OpError::NotDifferentiable("gradient through the running statistics".into()));
@@ -343,6 +358,7 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
     };
     let fused = |name: &str, (low, high): (f64, f64), dims: &[usize], c: usize| {
         let op = BatchNormalization {
+            layout: Layout::First,
             epsilon: 1e-5,
             momentum: 0.9,
             spatial: true,

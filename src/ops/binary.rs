@@ -10,7 +10,7 @@ use crate::kernels::isa::Wide;
 use crate::kernels::math::Math;
 use crate::ops::cast::CastTo;
 use crate::ops::unary::{Neg, Unary};
-use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Elem, Meta, View, ViewMut, broadcast};
 use crate::{dtype_dispatch, float_dispatch, int_dispatch};
 
@@ -109,6 +109,10 @@ impl Op for Binary {
         } else {
             int_dispatch!(y.dtype, T => self.integers::<T>(x, y))
         }
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        ChannelsLast::elementwise(inputs, outputs)
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -312,6 +316,10 @@ impl Op for BinaryGrad {
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let y = out(y, 0)?;
         float_dispatch!(y.dtype, T => self.floats::<T>(x, y))
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        ChannelsLast::elementwise(inputs, outputs)
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {

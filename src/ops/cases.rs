@@ -4,6 +4,8 @@
 //! Gradient reference: the f64 instance of the operator, a vector-Jacobian product along a random
 //! direction against central differences.
 
+mod last;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -296,8 +298,10 @@ fn gradients(
     for loss in built.losses.clone() {
         let grads = grad(&mut built.graph, loss, &wrt).unwrap_or_else(|e| panic!("{}: {e}", case.name));
         let wanted: Vec<ValueId> = wrt.iter().map(|v| grads[v]).collect();
-        let out = interpret(&built.graph, &feeds(case, &built, values), &wanted)
-            .unwrap_or_else(|e| panic!("{}: gradient: {e}", case.name));
+        let fed = feeds(case, &built, values);
+        let out =
+            interpret(&built.graph, &fed, &wanted).unwrap_or_else(|e| panic!("{}: gradient: {e}", case.name));
+        last::check(&case.name, &built.graph, &fed);
         if total.is_empty() {
             total = out.iter().map(|t| vec![0.0; t.len()]).collect();
         }
@@ -330,6 +334,7 @@ pub fn check(case: &Case) {
         }
     }
     if case.forward_only {
+        last::check(&case.name, &built.graph, &feeds(case, &built, &values));
         return;
     }
     let loss = |values: &[Option<Tensor>], weights: &mut Vec<Tensor>| -> f64 {

@@ -9,7 +9,8 @@ use crate::dtype_dispatch;
 use crate::error::OpError;
 use crate::graph::GradBuilder;
 use crate::kernels::par;
-use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::ops::layout::rank_of;
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Elem, Meta, View, ViewMut};
 
 /// ONNX `Cast` (opset 6 to 25) and `CastLike` (opset 15).
@@ -57,6 +58,10 @@ impl Op for CastTo {
                 Ok(())
             }),
         })
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], _outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        rank_of(inputs, 0).map(|_| ChannelsLast::same(&[true], &[true]))
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -120,6 +125,10 @@ impl Op for Identity {
         Ok(())
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        ChannelsLast::elementwise(inputs, outputs)
+    }
+
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         // dX = dY
         Ok(Grads::from_slice(&[Some(g.dy0()?)]))
@@ -155,8 +164,10 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
     vec![
         Case::new("Cast", 6).int("to", to(DType::F64)).input(&[2, 3]),
         Case::new("Cast", 13).named("int").int("to", to(DType::I32)).within(&[9], -9.0, 9.0).forward_only(),
+        Case::new("Cast", 9).named("images").int("to", to(DType::F32)).input(&[2, 3, 4]).forward_only(),
         Case::new("CastLike", 15).input(&[2, 3]).fixed(Tensor::scalar(1.0)),
         Case::new("Identity", 13).input(&[2, 3]),
+        Case::new("Identity", 13).named("images").input(&[2, 3, 4]),
         Case::new("Identity", 13).named("scalar").input(&[]),
     ]
 }

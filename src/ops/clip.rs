@@ -7,7 +7,7 @@ use crate::graph::{GradBuilder, ValueId};
 use crate::kernels::elementwise::{Clamp, apply1, apply2, same};
 use crate::kernels::isa::Wide;
 use crate::ops::binary::slice;
-use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Elem, Meta, View, ViewMut};
 use crate::{float_dispatch, int_dispatch};
 
@@ -127,6 +127,10 @@ impl Op for Clip {
         }
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        ChannelsLast::elementwise(inputs, outputs)
+    }
+
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         // dX = dY where low < Y < high. On a bound itself, where the derivative does not exist, it is 0 as in
         // PyTorch's ReLU6; so Y, which the next layer keeps anyway, is enough and X is not kept.
@@ -175,6 +179,10 @@ impl Op for ClipGrad {
         })
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        ChannelsLast::elementwise(inputs, outputs)
+    }
+
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
         Err(OpError::NotDifferentiable("second derivatives (Clip)".into()))
     }
@@ -205,6 +213,7 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         case(13).named("inputs").fixed(low()).fixed(Tensor::scalar(2.0)),
         case(13).named("max").absent().fixed(Tensor::scalar(2.0)),
         case(13).named("neither"),
+        Case::new("Clip", 13).named("images").within(&[2, 3, 4, 5], -0.9, 0.9).fixed(low()),
         Case::new("Clip", 12)
             .named("int64")
             .fixed(Tensor::ints(&[-5, 0, 9]))

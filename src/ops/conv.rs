@@ -2,18 +2,17 @@
 
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::conv::{self as kernel, Epilogue, Geometry};
+use crate::kernels::conv::{self as kernel, Epilogue, Geometry, last};
 use crate::kernels::elementwise::Clamp;
-use crate::kernels::par;
-use crate::kernels::pool::sum;
+use crate::kernels::layout::Layout;
+use crate::kernels::norm::Channels;
+use crate::ops::batch_norm::ChannelSum;
 use crate::ops::clip::passed;
 use crate::ops::window::Window;
-use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut};
 
 /// ONNX `Conv` (opset 1): X (N, C, spatial…), W (M, C/group, kernel…), B (M), over one to three dimensions.
@@ -25,6 +24,8 @@ pub struct Conv {
     pub groups: usize,
     /// What is done to the result last.
     pub clamp: Clamp<f64>,
+    /// Of X and Y, and of their gradients; the weights lie as in the file.
+    pub layout: Layout,
 }
 
 impl Conv {
@@ -33,11 +34,22 @@ impl Conv {
         if groups < 1 {
             return Err(OpError::Attribute(format!("'group' is {groups}")));
         }
-        Ok(Arc::new(Conv { window: Window::of(s.attrs)?, groups: groups as usize, clamp: Clamp::NONE }))
+        Ok(Arc::new(Conv {
+            window: Window::of(s.attrs)?,
+            groups: groups as usize,
+            clamp: Clamp::NONE,
+            layout: Layout::First,
+        }))
+    }
+
+    /// This convolution with the channels of X and Y last.
+    fn last(&self) -> Conv {
+        Conv { layout: Layout::Last, ..self.clone() }
     }
 
     /// The sizes, and the output's dimensions.
-    fn geometry(&self, x: &[usize], w: &[usize]) -> Result<(Geometry, Vec<usize>), OpError> {
+    fn geometry(&self, x: &[usize], w: &[usize]) -> Result<(Geometry, Dims), OpError> {
+        let x = &self.layout.ordinary(x);
         let bad = || OpError::Shape(format!("Conv of {x:?} with weights of {w:?} in {} groups", self.groups));
         if x.len() < 3
             || w.len() != x.len()
@@ -60,7 +72,7 @@ impl Conv {
             dilation: r.dilation,
             pad: r.pad,
         };
-        let y = r.output([x[0], w[0]]);
+        let y = self.layout.of(&r.output([x[0], w[0]]));
         Ok((g, y))
     }
 }
@@ -113,20 +125,32 @@ impl Op for Conv {
         let (b, r, x, w) = (get(x, 2), get(x, 3), need(x, 0)?, need(x, 1)?);
         let (g, _) = self.geometry(x.dims, w.dims)?;
         float_dispatch!(x.dtype, T => {
-            let last = Epilogue {
+            let epilogue = Epilogue {
                 bias: b.map(|b| b.get::<T>()).transpose()?,
                 residual: r.map(|r| r.get::<T>()).transpose()?,
                 clamp: self.clamp.to(),
             };
             let y = out(y, 0)?.get::<T>()?;
-            kernel::forward(&g, x.get::<T>()?, w.get::<T>()?, last, y, floats(cx.scratch)?);
+            let (x, w) = (x.get::<T>()?, w.get::<T>()?);
+            match self.layout {
+                Layout::First => kernel::forward(&g, x, w, epilogue, y, floats(cx.scratch)?),
+                Layout::Last => last::forward(&g, x, w, epilogue, y, floats(cx.scratch)?),
+            }
             Ok(())
         })
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Some(x), Some(w)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        self.geometry(&x.dims, &w.dims).map_or(0, |(g, _)| bytes(kernel::forward_scratch(&g), x.dtype))
+        let scratch = match self.layout {
+            Layout::First => kernel::forward_scratch,
+            Layout::Last => last::forward_scratch,
+        };
+        self.geometry(&x.dims, &w.dims).map_or(0, |(g, _)| bytes(scratch(&g), x.dtype))
+    }
+
+    fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        Some(ChannelsLast::by(self.last(), &[true, false, false, true], &[true]).wanted())
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -148,7 +172,9 @@ impl Op for Conv {
         }
         if g.wants(2) {
             // db = Σ_{n,i} dY[n, :, i]   (M)
-            grads[2] = Some(g.emit(ChannelSum, &[dy])?);
+            let (geometry, _) = self.geometry(&g.meta(x)?.dims, &g.meta(w)?.dims)?;
+            let channels = Channels { n: geometry.n, c: geometry.oc, s: geometry.y.iter().product() };
+            grads[2] = Some(g.emit(ChannelSum { channels }, &[dy])?);
         }
         Ok(grads)
     }
@@ -184,7 +210,11 @@ impl Op for ConvInputGrad {
         float_dispatch!(dy.dtype, T => {
             let addend = addend.map(|a| a.get::<T>()).transpose()?;
             let dx = out(y, 0)?.get::<T>()?;
-            kernel::input_grad(&g, dy.get::<T>()?, w.get::<T>()?, addend, dx, floats(cx.scratch)?);
+            let (dy, w) = (dy.get::<T>()?, w.get::<T>()?);
+            match self.conv.layout {
+                Layout::First => kernel::input_grad(&g, dy, w, addend, dx, floats(cx.scratch)?),
+                Layout::Last => last::input_grad(&g, dy, w, addend, dx, floats(cx.scratch)?),
+            }
             Ok(())
         })
     }
@@ -192,7 +222,16 @@ impl Op for ConvInputGrad {
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let Some(w) = get(inputs, 1) else { return 0 };
         let g = self.conv.geometry(&self.x, &w.dims);
-        g.map_or(0, |(g, _)| bytes(kernel::input_grad_scratch(&g), w.dtype))
+        let scratch = match self.conv.layout {
+            Layout::First => kernel::input_grad_scratch,
+            Layout::Last => last::input_grad_scratch,
+        };
+        g.map_or(0, |(g, _)| bytes(scratch(&g), w.dtype))
+    }
+
+    fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        let op = ConvInputGrad { conv: self.conv.last(), x: Layout::Last.of(&self.x) };
+        Some(ChannelsLast::by(op, &[true, false, true], &[true]).wanted())
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -225,7 +264,11 @@ impl Op for ConvWeightGrad {
         let (g, _) = self.conv.geometry(x.dims, &self.w)?;
         float_dispatch!(dy.dtype, T => {
             let dw = out(y, 0)?.get::<T>()?;
-            kernel::weight_grad(&g, dy.get::<T>()?, x.get::<T>()?, dw, floats(cx.scratch)?);
+            let (dy, x) = (dy.get::<T>()?, x.get::<T>()?);
+            match self.conv.layout {
+                Layout::First => kernel::weight_grad(&g, dy, x, dw, floats(cx.scratch)?),
+                Layout::Last => last::weight_grad(&g, dy, x, dw, floats(cx.scratch)?),
+            }
             Ok(())
         })
     }
@@ -233,7 +276,16 @@ impl Op for ConvWeightGrad {
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let Some(x) = get(inputs, 1) else { return 0 };
         let g = self.conv.geometry(&x.dims, &self.w);
-        g.map_or(0, |(g, _)| bytes(kernel::weight_grad_scratch(&g), x.dtype))
+        let scratch = match self.conv.layout {
+            Layout::First => kernel::weight_grad_scratch,
+            Layout::Last => last::weight_grad_scratch,
+        };
+        g.map_or(0, |(g, _)| bytes(scratch(&g), x.dtype))
+    }
+
+    fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        let op = ConvWeightGrad { conv: self.conv.last(), w: self.w.clone() };
+        Some(ChannelsLast::by(op, &[true, true], &[]).wanted())
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -248,46 +300,6 @@ fn expect(got: &[usize], want: &[usize]) -> Result<(), OpError> {
     }
 }
 
-/// `y[c] = Σ_{n,i} x[n, c, i]` of (N, C, …): the gradient of a bias.
-#[derive(Debug)]
-pub struct ChannelSum;
-
-impl Op for ChannelSum {
-    fn name(&self) -> &'static str {
-        "ChannelSum"
-    }
-
-    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let x = need(inputs, 0)?;
-        let Some(&c) = x.dims.get(1) else {
-            return Err(OpError::Shape(format!("{:?} has no channels", x.dims.as_slice())));
-        };
-        Ok(vec![Meta::new(x.dtype, &[c])])
-    }
-
-    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let x = need(x, 0)?;
-        let (images, channels) = (x.dims[0], x.dims[1]);
-        let plane: usize = x.dims[2..].iter().product();
-        float_dispatch!(x.dtype, T => {
-            let (x, y) = (x.get::<T>()?, out(y, 0)?.get::<T>()?);
-            let grain = (par::GRAIN / (images * plane).max(1)).max(1);
-            y.par_chunks_mut(grain).enumerate().for_each(|(i, y)| {
-                for (j, y) in y.iter_mut().enumerate() {
-                    let c = i * grain + j;
-                    let sum: f64 = (0..images).map(|n| sum(&x[(n * channels + c) * plane..][..plane])).sum();
-                    *y = T::of(sum);
-                }
-            });
-            Ok(())
-        })
-    }
-
-    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
-        Err(OpError::NotDifferentiable("second derivatives of Conv".into()))
-    }
-}
-
 pub(super) const ROWS: &[Row] = &[Row::new("Conv", 1, Conv::make)];
 
 #[cfg(test)]
@@ -296,7 +308,7 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
     let conv = |name: &str, x: &[usize], w: &[usize]| Case::new("Conv", 11).named(name).input(x).input(w);
     let clamped = |name: &str, (low, high): (f64, f64)| {
         let window = Window::of(&crate::ops::Attrs::default()).unwrap();
-        let op = Conv { window, groups: 1, clamp: Clamp { low, high } };
+        let op = Conv { window, groups: 1, clamp: Clamp { low, high }, layout: Layout::First };
         Case::of(op).named(name).input(&[2, 3, 5, 6]).input(&[4, 3, 3, 3])
     };
     vec![
@@ -393,6 +405,7 @@ mod tests {
                 window: Window::of(attrs).unwrap(),
                 groups: attrs.int_or("group", 1).unwrap() as usize,
                 clamp: Clamp::NONE,
+                layout: Layout::First,
             };
             let (x, w) = (wave(&dims[0], 0.7), wave(&dims[1], 1.3));
             let y = eval(&conv, &[Some(&x), Some(&w)]).unwrap().remove(0);
@@ -440,7 +453,7 @@ mod tests {
                 pads: vec![],
                 ceil: false,
             };
-            let conv = Conv { window, groups, clamp: Clamp::NONE };
+            let conv = Conv { window, groups, clamp: Clamp::NONE, layout: Layout::First };
             let (tx, tw) = (wave(&x, 0.7).cast(DType::F32), wave(&w, 1.3).cast(DType::F32));
             let (_, y) = conv.geometry(&x, &w).unwrap();
             let dy = wave(&y, 0.9).cast(DType::F32);
@@ -451,7 +464,6 @@ mod tests {
                     eval(&conv, &[Some(&tx), Some(&tw)]).unwrap().remove(0),
                     eval(&input, &[Some(&dy), Some(&tw)]).unwrap().remove(0),
                     eval(&weight, &[Some(&dy), Some(&tx)]).unwrap().remove(0),
-                    eval(&ChannelSum, &[Some(&dy)]).unwrap().remove(0),
                 ]
             };
             let first = run();

@@ -6,7 +6,7 @@ use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::random::{Stream, apply_mask};
-use crate::ops::{Cx, Grads, Mode, Op, Row, Spec, get, need, out};
+use crate::ops::{ChannelsLast, Cx, Grads, Mode, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
 
 /// When elements are dropped.
@@ -128,6 +128,10 @@ impl Op for Dropout {
         })
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        ChannelsLast::elementwise(inputs, outputs)
+    }
+
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         // dx = dy·mask/(1 − ratio)
         let dy = g.dy0()?;
@@ -216,6 +220,10 @@ impl Op for DropoutGrad {
 
     fn in_place(&self) -> &[(usize, usize)] {
         &[(0, 0)]
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        ChannelsLast::elementwise(inputs, outputs)
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {

@@ -4,16 +4,21 @@ use std::sync::Arc;
 
 use crate::error::OpError;
 use crate::graph::GradBuilder;
+use crate::kernels::layout::last;
 use crate::kernels::strided::{Extents, Strides, dense, read};
 use crate::ops::bytes::{by_size, sized, to_dims, units, units_mut};
+use crate::ops::layout::rank_of;
 use crate::ops::reduce::SumTo;
 use crate::ops::view::reshape;
-use crate::ops::{Cx, Grads, Op, Row, need, out};
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, get, need, out};
 use crate::tensor::{Dims, Meta, View, ViewMut, broadcast};
 
 /// ONNX `Expand` (opset 8 on): X broadcast with a shape, in both directions.
 #[derive(Debug)]
-pub struct Expand;
+pub struct Expand {
+    /// The shape; `None`: input 1.
+    pub to: Option<Dims>,
+}
 
 impl Op for Expand {
     fn name(&self) -> &'static str {
@@ -22,7 +27,10 @@ impl Op for Expand {
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let x = need(inputs, 0)?;
-        let shape = to_dims(&need(inputs, 1)?.ints(1)?)?;
+        let shape = match &self.to {
+            Some(to) => to.clone(),
+            None => to_dims(&need(inputs, 1)?.ints(1)?)?,
+        };
         Ok(vec![sized(x.dtype, &broadcast(&x.dims, &shape)?)?])
     }
 
@@ -39,6 +47,12 @@ impl Op for Expand {
             read::<T>(units(x.bytes)?, 0, y.dims, &strides, units_mut(y.bytes)?);
             Ok(())
         })
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        rank_of(outputs, 0)?;
+        let op = Expand { to: Some(last(&get(outputs, 0)?.dims)) };
+        Some(ChannelsLast::by(op, &[get(inputs, 0)?.len() != 1], &[true]).taking(1))
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -120,8 +134,10 @@ impl Op for Tile {
     }
 }
 
-pub(super) const ROWS: &[Row] =
-    &[Row::new("Expand", 8, |_| Ok(Arc::new(Expand))), Row::new("Tile", 6, |_| Ok(Arc::new(Tile)))];
+pub(super) const ROWS: &[Row] = &[
+    Row::new("Expand", 8, |_| Ok(Arc::new(Expand { to: None }))),
+    Row::new("Tile", 6, |_| Ok(Arc::new(Tile))),
+];
 
 #[cfg(test)]
 pub(super) fn cases() -> Vec<super::cases::Case> {
@@ -131,6 +147,7 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
     vec![
         Case::new("Expand", 8).input(&[3, 1]).fixed(ints(&[2, 3, 4])),
         Case::new("Expand", 13).named("both ways").input(&[3, 1, 2]).fixed(ints(&[4, 1])),
+        Case::new("Expand", 13).named("channels").input(&[3, 1, 1]).fixed(ints(&[2, 3, 2, 2])),
         Case::new("Expand", 13).named("scalar").input(&[]).fixed(ints(&[2, 2])),
         Case::new("Tile", 6).input(&[2, 3]).fixed(ints(&[2, 2])),
         Case::new("Tile", 13).named("one axis").input(&[2, 1, 3]).fixed(ints(&[1, 3, 1])),

@@ -4,11 +4,13 @@ use std::sync::Arc;
 
 use crate::error::OpError;
 use crate::graph::GradBuilder;
+use crate::kernels::layout::{last, position};
 use crate::kernels::par::{GRAIN, pieces, rows};
 use crate::kernels::strided::{Extents, read};
 use crate::ops::bytes::{same_type, sized};
-use crate::ops::slice::Crop;
-use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::ops::layout::{moved_axis, rank_of};
+use crate::ops::slice::{Crop, Cut};
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{Dims, Meta, View, ViewMut, axis};
 
 /// ONNX `Concat` (opset 4 on): one or more tensors that differ along `axis` only.
@@ -74,6 +76,11 @@ impl Op for Concat {
         Ok(())
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        let op = Concat { axis: moved_axis(self.axis, rank_of(inputs, 0)?)? };
+        Some(ChannelsLast::by(op, &vec![true; inputs.len()], &[true]))
+    }
+
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         // dXᵢ is the part of dY where Xᵢ went.
         let dy = g.dy0()?;
@@ -90,7 +97,7 @@ impl Op for Concat {
                 (true, false) => {
                     let mut start = Extents::from_elem(0, dims.len());
                     start[a] = at;
-                    Some(g.emit(Crop { start, count: dims }, &[dy])?)
+                    Some(g.emit(Crop { cut: Cut::dense(start, dims) }, &[dy])?)
                 }
             };
             grads.push(dx);
@@ -204,6 +211,18 @@ impl Op for Split {
         Ok(())
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        let rank = rank_of(inputs, 0)?;
+        let (a, sizes) = self.parts(inputs).ok()?;
+        let op = Split {
+            axis: position(a, rank) as i64,
+            sizes: Some(sizes.iter().map(|&s| s as i64).collect()),
+            sizes_from_input: false,
+            ..*self
+        };
+        Some(ChannelsLast::by(op, &[true], &vec![true; outputs.len()]).taking(1))
+    }
+
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         // dX = the parts' gradients side by side, zero where a part has none.
         let x = g.meta(g.x(0)?)?.clone();
@@ -258,6 +277,12 @@ impl Op for SplitGrad {
         Ok(())
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        let axis = position(self.axis, rank_of(outputs, 0)?);
+        let op = SplitGrad { axis, sizes: self.sizes.clone(), dims: last(&self.dims) };
+        Some(ChannelsLast::by(op, &vec![true; inputs.len()], &[true]))
+    }
+
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
         crate::ops::bytes::second_derivative()
     }
@@ -280,6 +305,18 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         Case::new("Concat", 13).int("axis", 1).input(&[2, 3]).input(&[2, 1]).input(&[2, 0]),
         Case::new("Concat", 4).named("axis 0").int("axis", 0).input(&[2, 3]).input(&[1, 3]),
         Case::new("Concat", 13).named("negative").int("axis", -2).input(&[2, 3, 2]).input(&[2, 1, 2]),
+        Case::new("Concat", 13)
+            .named("images")
+            .int("axis", 1)
+            .input(&[2, 3, 2, 3])
+            .input(&[2, 2, 2, 3])
+            .input(&[2, 1, 2, 3]),
+        Case::new("Split", 13)
+            .named("images")
+            .outputs(2)
+            .int("axis", 1)
+            .input(&[2, 5, 2, 3])
+            .fixed(Tensor::ints(&[2, 3])),
         Case::new("Concat", 13).named("one").int("axis", 0).input(&[2, 3]),
         Case::new("Split", 11).outputs(3).int("axis", 1).input(&[2, 6, 2]),
         Case::new("Split", 2).named("sizes").outputs(2).ints("split", &[1, 3]).input(&[4, 2]),

@@ -7,7 +7,7 @@ use crate::graph::GradBuilder;
 use crate::kernels::elementwise::{Walk, apply1, apply2, apply3, same};
 use crate::kernels::isa::Wide;
 use crate::ops::binary::slice;
-use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Elem, Meta, View, ViewMut, broadcast};
 use crate::{dtype_dispatch, float_dispatch};
 
@@ -70,6 +70,10 @@ impl Op for Logic {
         })
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        ChannelsLast::elementwise(inputs, outputs)
+    }
+
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
         no_gradient()
     }
@@ -101,6 +105,10 @@ impl Op for Not {
         let walk = same(y.len());
         apply1(y, slice::<u8>(get(x, 0))?, &walk, |x: u8| (x == 0) as u8);
         Ok(())
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        ChannelsLast::elementwise(inputs, outputs)
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -153,6 +161,10 @@ impl Op for Classify {
         })
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        ChannelsLast::elementwise(inputs, outputs)
+    }
+
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
         no_gradient()
     }
@@ -182,6 +194,10 @@ impl Op for Where {
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let y = out(y, 0)?;
         dtype_dispatch!(y.dtype, T => choose::<T>(x, y))
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        ChannelsLast::elementwise(inputs, outputs)
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -256,6 +272,7 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
     let mut cases = Vec::new();
     for op in ["Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"] {
         cases.push(Case::new(op, 13).input(&[2, 3]).input(&[3]).forward_only());
+        cases.push(Case::new(op, 13).named("images").input(&[2, 3, 4]).input(&[3, 1]).forward_only());
         let ints = (Tensor::ints(&[1, 2, 3]), Tensor::ints(&[2, 2, 2]));
         cases.push(Case::new(op, 13).named("int64").fixed(ints.0).fixed(ints.1).forward_only());
     }

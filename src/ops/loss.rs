@@ -10,7 +10,8 @@ use crate::graph::GradBuilder;
 use crate::kernels::loss::{self, Classes, Hard, Labels};
 use crate::kernels::math::Math;
 use crate::kernels::softmax::softmax;
-use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::ops::layout::rank_of;
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Elem, Float, Meta, View, ViewMut};
 
 /// What becomes of the items' losses.
@@ -460,6 +461,12 @@ impl Op for Mse {
         })
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        let (a, b) = (get(inputs, 0)?, get(inputs, 1)?);
+        rank_of(inputs, 0).filter(|_| a.dims == b.dims)?;
+        Some(ChannelsLast::same(&[true, true], &[]))
+    }
+
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         // da = 2(a − b)/elements · dloss,  db = −da
         let (a, b, dy) = (g.x(0)?, g.x(1)?, g.dy0()?);
@@ -501,6 +508,12 @@ impl Op for MseGrad {
         &[(0, 0), (1, 0)]
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        let (a, b) = (get(inputs, 0)?, get(inputs, 1)?);
+        rank_of(inputs, 0).filter(|_| a.dims == b.dims)?;
+        Some(ChannelsLast::same(&[true, true], &[true]))
+    }
+
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
         second()
     }
@@ -537,6 +550,7 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         Case::of(BceWithLogits).within(&[2, 3], -3.0, 3.0).fixed(floats(&[2, 3], &[0., 1., 0.5, 1., 1., 0.])),
         Case::of(BceWithLogits).named("labels").input(&[4, 1]).fixed(ints(&[4], &[0, 1, 1, 0])),
         Case::of(Mse).input(&[3, 4]).input(&[3, 4]),
+        Case::of(Mse).named("images").input(&[2, 3, 2, 4]).input(&[2, 3, 2, 4]),
         Case::of(Mse).named("column").input(&[5, 1]).input(&[5]),
         Case::of(Mse).named("long").input(&[40_000]).fixed(Tensor::zeros(DType::F64, &[40_000])),
     ];

@@ -30,6 +30,7 @@ pub mod fold;
 mod foreign;
 pub mod gather;
 pub mod join;
+pub mod layout;
 pub mod logic;
 pub mod loss;
 pub mod matmul;
@@ -51,6 +52,7 @@ pub mod view;
 pub mod window;
 
 pub use foreign::Foreign;
+pub use layout::ChannelsLast;
 pub use table::{Row, create, table};
 
 /// Gradients with respect to a node's inputs, in input order; `None` where there is none.
@@ -138,6 +140,12 @@ pub trait Op: Any + Debug + Send + Sync {
 
     /// The same operator in another mode; `None` where the mode makes no difference.
     fn in_mode(&self, _mode: Mode) -> Option<Arc<dyn Op>> {
+        None
+    }
+
+    /// The form that works on operands whose channel axis (1) lies last, given their ordinary dimensions;
+    /// `None` where there is none. It computes the same elements.
+    fn channels_last(&self, _inputs: &[Option<&Meta>], _outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
         None
     }
 

@@ -6,10 +6,12 @@ use std::sync::Arc;
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
+use crate::kernels::layout::Layout;
 use crate::kernels::lrn::{Lrn as Kernel, lrn, lrn_grad};
 use crate::kernels::norm::{RowNorm, Stat};
 use crate::ops::batch_norm::{ChannelParamGrad, ChannelSum};
-use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::ops::layout::rank_of;
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{Dims, Meta, View, ViewMut, axis};
 
 /// Which rows are normalised, and how scale and shift are laid over them.
@@ -279,6 +281,7 @@ impl Op for SampleNormInputGrad {
 #[derive(Debug)]
 pub struct Lrn {
     kernel: Kernel,
+    layout: Layout,
 }
 
 impl Lrn {
@@ -295,13 +298,15 @@ impl Lrn {
                 beta: spec.attrs.float_or("beta", 0.75)? as f64,
                 bias: spec.attrs.float_or("bias", 1.0)? as f64,
             },
+            layout: Layout::First,
         }))
     }
 }
 
 /// (channels, elements of a channel)
-fn planes(dims: &[usize]) -> Result<(usize, usize), OpError> {
+fn planes(dims: &[usize], layout: Layout) -> Result<(usize, usize), OpError> {
     match dims {
+        [_, .., c] if layout == Layout::Last => Ok((*c, 1)),
         [_, c, rest @ ..] => Ok((*c, rest.iter().product())),
         _ => Err(OpError::Shape(format!("x of shape {dims:?}: (N, C, …) is needed"))),
     }
@@ -314,23 +319,31 @@ impl Op for Lrn {
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let x = need(inputs, 0)?;
-        planes(&x.dims)?;
+        planes(&x.dims, self.layout)?;
         Ok(vec![Meta::new(x.dtype, &x.dims)])
     }
 
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let y = out(y, 0)?;
-        let (c, s) = planes(y.dims)?;
+        let (c, s) = planes(y.dims, self.layout)?;
         float_dispatch!(y.dtype, T => {
             lrn(self.kernel, need(x, 0)?.get::<T>()?, y.get::<T>()?, c, s);
             Ok(())
         })
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        rank_of(inputs, 0)?;
+        let op = Lrn { kernel: self.kernel, layout: Layout::Last };
+        Some(ChannelsLast::by(op, &[true], &[true]))
+    }
+
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         // d = bias + alpha/size·Σ x²:  dx = dy·d^−beta − 2·alpha·beta/size · x · Σ dy·x·d^(−beta−1)
         let (x, dy) = (g.x(0)?, g.dy0()?);
-        Ok(Grads::from_slice(&[Some(g.emit(LrnGrad { kernel: self.kernel }, &[x, dy])?)]))
+        Ok(Grads::from_slice(&[Some(
+            g.emit(LrnGrad { kernel: self.kernel, layout: self.layout }, &[x, dy])?,
+        )]))
     }
 }
 
@@ -338,6 +351,7 @@ impl Op for Lrn {
 #[derive(Debug)]
 struct LrnGrad {
     kernel: Kernel,
+    layout: Layout,
 }
 
 impl Op for LrnGrad {
@@ -352,7 +366,7 @@ impl Op for LrnGrad {
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let dx = out(y, 0)?;
-        let (c, s) = planes(dx.dims)?;
+        let (c, s) = planes(dx.dims, self.layout)?;
         float_dispatch!(dx.dtype, T => {
             let (x, dy) = (need(x, 0)?.get::<T>()?, need(x, 1)?.get::<T>()?);
             let (d, terms) = cx.room::<T>(2 * x.len())?.split_at_mut(x.len());
@@ -363,6 +377,12 @@ impl Op for LrnGrad {
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         2 * get(inputs, 0).map_or(0, Meta::bytes)
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        rank_of(inputs, 0)?;
+        let op = LrnGrad { kernel: self.kernel, layout: Layout::Last };
+        Some(ChannelsLast::by(op, &[true, true], &[true]))
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {

@@ -5,11 +5,13 @@ use std::sync::Arc;
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
+use crate::kernels::layout::last;
 use crate::kernels::pad::{Border, fold, mirror};
 use crate::kernels::strided::{Extents, Placement, Strides};
 use crate::ops::bytes::{Ints, by_size, ints, same_type, second_derivative, sized, units, units_mut};
+use crate::ops::layout::{rank_of, reordered};
 use crate::ops::slice::SliceGrad;
-use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Meta, View, ViewMut, axis};
 
 /// ONNX `Pad`: pads (begins, then ends; negative ones crop) and the constant as attributes before opset 11, as
@@ -144,6 +146,24 @@ impl Op for Pad {
         })
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        let rank = rank_of(inputs, 0)?;
+        let pads = self.before(inputs).ok()?;
+        // The constant becomes an attribute, which is a float.
+        let value = match (&self.fixed, get(inputs, 2)) {
+            (Some((_, value)), _) => *value,
+            (None, None) => 0.0,
+            (None, Some(c)) => {
+                let value = c.value.as_ref()?.to_f64().first().copied().unwrap_or(0.0);
+                Some(value as f32).filter(|f| f64::from(*f) == value)?
+            }
+        };
+        let (before, after) = pads.split_at(rank);
+        let pads = reordered::<_, Ints>(before).into_iter().chain(reordered::<_, Ints>(after)).collect();
+        let op = Pad { border: self.border, fixed: Some((pads, value)) };
+        Some(ChannelsLast::by(op, &[true], &[true]).taking(1))
+    }
+
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         // Constant: dX = the part of dY where X went. Otherwise: dX[j] = Σ dY[i] over the i that show X[j].
         if g.wants(2) {
@@ -191,6 +211,14 @@ impl Op for PadGrad {
             fold::<T>(dy.get()?, dy.dims, &self.pads, self.border, dx.dims, dx.get()?);
             Ok(())
         })
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        let rank = rank_of(inputs, 0)?;
+        let (before, after) = self.pads.split_at(rank);
+        let pads = reordered::<_, Ints>(before).into_iter().chain(reordered::<_, Ints>(after)).collect();
+        let op = PadGrad { border: self.border, pads, dims: last(&self.dims) };
+        Some(ChannelsLast::by(op, &[true], &[true]))
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {

@@ -5,9 +5,12 @@ use std::sync::Arc;
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::pool::{self as kernel, Geometry, NOWHERE, Ordered};
+use crate::kernels::layout::Layout;
+use crate::kernels::pool::{self as kernel, Geometry, NOWHERE, Ordered, last};
+use crate::kernels::reduce::{Plan, SumOf, reduce};
+use crate::ops::layout::rank_of;
 use crate::ops::window::{Resolved, Window};
-use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut};
 
 fn geometry(r: &Resolved) -> Geometry {
@@ -15,25 +18,32 @@ fn geometry(r: &Resolved) -> Geometry {
     Geometry { x, y, k, stride, dilation, pad, pad_end }
 }
 
-/// The sizes for an input of (N, C, spatial…), and the output's dimensions.
-fn resolve(window: &Window, x: &[usize]) -> Result<(Geometry, Dims), OpError> {
+/// The sizes for an input of (N, C, spatial…) in the given layout, and the output's dimensions.
+fn resolve(window: &Window, layout: Layout, x: &[usize]) -> Result<(Geometry, Dims), OpError> {
+    let x = &layout.ordinary(x);
     if x.len() < 3 {
         return Err(OpError::Shape(format!("pooling of {x:?}: no spatial dimensions")));
     }
     let r = window.resolve(&x[2..], &[])?;
-    Ok((geometry(&r), Dims::from_vec(r.output([x[0], x[1]]))))
+    Ok((geometry(&r), layout.of(&r.output([x[0], x[1]]))))
 }
 
 /// A window over the whole of each plane.
-fn whole(x: &[usize]) -> Result<(Geometry, Dims), OpError> {
+fn whole(layout: Layout, x: &[usize]) -> Result<(Geometry, Dims), OpError> {
+    let x = &layout.ordinary(x);
     if x.len() < 2 {
         return Err(OpError::Shape(format!("global pooling of {x:?}")));
     }
     let (extent, one) = ([1, 1, x[2..].iter().product()], [1; 3]);
     let g =
         Geometry { x: extent, y: one, k: extent, stride: one, dilation: one, pad: [0; 3], pad_end: [0; 3] };
-    let dims = (0..x.len()).map(|d| if d < 2 { x[d] } else { 1 }).collect();
-    Ok((g, dims))
+    let dims: Dims = (0..x.len()).map(|d| if d < 2 { x[d] } else { 1 }).collect();
+    Ok((g, layout.of(&dims)))
+}
+
+/// Channels of a tensor of (N, spatial…, C).
+fn channels(x: &[usize]) -> usize {
+    x.last().copied().unwrap_or(0)
 }
 
 fn second(of: &str) -> OpError {
@@ -47,12 +57,14 @@ pub struct MaxPool {
     pub window: Window,
     /// Indices count the spatial dimensions with the first one fastest.
     pub column_major: bool,
+    /// Of X and all outputs. What Indices and places count does not depend on it.
+    pub layout: Layout,
 }
 
 impl MaxPool {
     fn make(s: &Spec) -> Result<Arc<dyn Op>, OpError> {
         let column_major = s.attrs.flag("storage_order")?;
-        Ok(Arc::new(MaxPool { window: Window::of(s.attrs)?, column_major }))
+        Ok(Arc::new(MaxPool { window: Window::of(s.attrs)?, column_major, layout: Layout::First }))
     }
 }
 
@@ -63,29 +75,37 @@ impl Op for MaxPool {
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let x = need(inputs, 0)?;
-        let (_, y) = resolve(&self.window, &x.dims)?;
+        let (_, y) = resolve(&self.window, self.layout, &x.dims)?;
         max_metas(x, &y)
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let x = need(x, 0)?;
-        let (g, _) = resolve(&self.window, x.dims)?;
-        max_forward(&g, self.column_major, cx, x, y)
+        let (g, _) = resolve(&self.window, self.layout, x.dims)?;
+        max_forward(&g, self.layout, self.column_major, cx, x, y)
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
-        let y = get(inputs, 0).and_then(|x| resolve(&self.window, &x.dims).ok());
+        let y = get(inputs, 0).and_then(|x| resolve(&self.window, self.layout, &x.dims).ok());
         y.map_or(0, |(_, y)| y.iter().product::<usize>() * size_of::<u32>())
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        rank_of(inputs, 0)?;
+        let op = MaxPool { layout: Layout::Last, ..self.clone() };
+        Some(ChannelsLast::by(op, &[true], &[true; 3]))
+    }
+
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
-        max_vjp(g)
+        max_vjp(g, Some(&self.window))
     }
 }
 
 /// ONNX `GlobalMaxPool` (opset 1): the maximum of each plane; further outputs as of [`MaxPool`].
 #[derive(Debug)]
-pub struct GlobalMaxPool;
+pub struct GlobalMaxPool {
+    pub layout: Layout,
+}
 
 impl Op for GlobalMaxPool {
     fn name(&self) -> &'static str {
@@ -94,23 +114,29 @@ impl Op for GlobalMaxPool {
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let x = need(inputs, 0)?;
-        let (_, y) = whole(&x.dims)?;
+        let (_, y) = whole(self.layout, &x.dims)?;
         max_metas(x, &y)
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let x = need(x, 0)?;
-        let (g, _) = whole(x.dims)?;
-        max_forward(&g, false, cx, x, y)
+        let (g, _) = whole(self.layout, x.dims)?;
+        max_forward(&g, self.layout, false, cx, x, y)
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
-        let y = get(inputs, 0).and_then(|x| whole(&x.dims).ok());
+        let y = get(inputs, 0).and_then(|x| whole(self.layout, &x.dims).ok());
         y.map_or(0, |(_, y)| y.iter().product::<usize>() * size_of::<u32>())
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        rank_of(inputs, 0)?;
+        let op = GlobalMaxPool { layout: Layout::Last };
+        Some(ChannelsLast::by(op, &[true], &[true; 3]))
+    }
+
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
-        max_vjp(g)
+        max_vjp(g, None)
     }
 }
 
@@ -121,37 +147,41 @@ fn max_metas(x: &Meta, y: &[usize]) -> Result<Vec<Meta>, OpError> {
     Ok(vec![Meta::new(x.dtype, y), Meta::new(DType::I64, y), Meta::new(DType::U32, y)])
 }
 
-fn max_vjp(g: &mut GradBuilder) -> Result<Grads, OpError> {
+fn max_vjp(g: &mut GradBuilder, window: Option<&Window>) -> Result<Grads, OpError> {
     // dX[argmax(i)] += dY[i]   (N, C, spatial…)
     let (dy, argmax) = (g.dy0()?, g.y(2)?);
     let x = g.x(0)?;
     let x = g.meta(x)?.dims.clone();
-    Ok(Grads::from_elem(Some(g.emit(MaxPoolGrad { x }, &[dy, argmax])?), 1))
+    let op = MaxPoolGrad { window: window.cloned(), x, layout: Layout::First };
+    Ok(Grads::from_elem(Some(g.emit(op, &[dy, argmax])?), 1))
 }
 
 fn max_forward(
     g: &Geometry,
+    layout: Layout,
     column_major: bool,
     cx: &mut Cx,
     x: View,
     y: &mut [Option<ViewMut>],
 ) -> Result<(), OpError> {
     match x.dtype {
-        DType::F32 => max_typed::<f32>(g, column_major, cx, x, y),
-        DType::F64 => max_typed::<f64>(g, column_major, cx, x, y),
-        DType::I8 => max_typed::<i8>(g, column_major, cx, x, y),
-        DType::U8 => max_typed::<u8>(g, column_major, cx, x, y),
+        DType::F32 => max_typed::<f32>(g, layout, column_major, cx, x, y),
+        DType::F64 => max_typed::<f64>(g, layout, column_major, cx, x, y),
+        DType::I8 => max_typed::<i8>(g, layout, column_major, cx, x, y),
+        DType::U8 => max_typed::<u8>(g, layout, column_major, cx, x, y),
         other => Err(OpError::Type(format!("maximum pooling of {other}"))),
     }
 }
 
 fn max_typed<T: Ordered>(
     g: &Geometry,
+    layout: Layout,
     column_major: bool,
     cx: &mut Cx,
     x: View,
     y: &mut [Option<ViewMut>],
 ) -> Result<(), OpError> {
+    let c = channels(x.dims);
     let x = x.get::<T>()?;
     let [y, rest @ ..] = y else { return Err(OpError::Internal("no output".into())) };
     let y = y.as_mut().ok_or_else(|| OpError::Internal("output 0 has no buffer".into()))?.get::<T>()?;
@@ -170,11 +200,15 @@ fn max_typed<T: Ordered>(
         }
         None => None,
     };
+    let mut max = |argmax: Option<&mut [u32]>| match layout {
+        Layout::First => kernel::max(g, x, y, argmax),
+        Layout::Last => last::max(g, c, x, y, argmax),
+    };
     let Some(argmax) = argmax else {
-        kernel::max(g, x, y, None);
+        max(None);
         return Ok(());
     };
-    kernel::max(g, x, y, Some(argmax));
+    max(Some(argmax));
     let Some(indices) = indices else { return Ok(()) };
     let (px, py) = (g.x.iter().product::<usize>(), g.y.iter().product::<usize>().max(1));
     for (i, (index, &at)) in indices.get::<i64>()?.iter_mut().zip(&*argmax).enumerate() {
@@ -187,15 +221,31 @@ fn max_typed<T: Ordered>(
             }
             false => at,
         };
-        *index = if at == NOWHERE as usize { -1 } else { (i / py * px + spatial) as i64 };
+        let plane = match layout {
+            Layout::First => i / py,
+            Layout::Last => i / (py * c) * c + i % c,
+        };
+        *index = if at == NOWHERE as usize { -1 } else { (plane * px + spatial) as i64 };
     }
     Ok(())
 }
 
 /// The gradient of a maximum pooling of an input of dimensions `x`: from dY and each maximum's place in its plane.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct MaxPoolGrad {
+    /// `None`: the whole plane.
+    pub window: Option<Window>,
     pub x: Dims,
+    pub layout: Layout,
+}
+
+impl MaxPoolGrad {
+    fn resolve(&self) -> Result<(Geometry, Dims), OpError> {
+        match &self.window {
+            Some(window) => resolve(window, self.layout, &self.x),
+            None => whole(self.layout, &self.x),
+        }
+    }
 }
 
 impl Op for MaxPoolGrad {
@@ -205,7 +255,7 @@ impl Op for MaxPoolGrad {
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let (dy, argmax) = (need(inputs, 0)?, need(inputs, 1)?);
-        if dy.dims != argmax.dims || dy.dims.get(..2) != self.x.get(..2) {
+        if dy.dims != argmax.dims || dy.dims != self.resolve()?.1 {
             return Err(OpError::Shape(format!("{self:?} of {:?} and {:?}", dy.dims, argmax.dims)));
         }
         Ok(vec![Meta::new(dy.dtype, &self.x)])
@@ -213,12 +263,22 @@ impl Op for MaxPoolGrad {
 
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let (dy, argmax) = (need(x, 0)?, need(x, 1)?.get::<u32>()?);
-        let plane = |d: &[usize]| d[2..].iter().product::<usize>();
-        let (px, py) = (plane(&self.x), plane(dy.dims));
+        let (g, _) = self.resolve()?;
         float_dispatch!(dy.dtype, T => {
-            kernel::max_grad(px, py, dy.get::<T>()?, argmax, out(y, 0)?.get::<T>()?);
+            let (dy, dx) = (dy.get::<T>()?, out(y, 0)?.get::<T>()?);
+            match self.layout {
+                Layout::First => kernel::max_grad(&g, dy, argmax, dx),
+                Layout::Last => last::max_grad(&g, channels(&self.x), dy, argmax, dx),
+            }
             Ok(())
         })
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        rank_of(inputs, 0)?;
+        let op =
+            MaxPoolGrad { window: self.window.clone(), x: Layout::Last.of(&self.x), layout: Layout::Last };
+        Some(ChannelsLast::by(op, &[true; 2], &[true]))
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -232,12 +292,13 @@ pub struct AveragePool {
     pub window: Window,
     /// `count_include_pad`: zeros of the padding enter the mean.
     pub include_pad: bool,
+    pub layout: Layout,
 }
 
 impl AveragePool {
     fn make(s: &Spec) -> Result<Arc<dyn Op>, OpError> {
         let include_pad = s.attrs.flag("count_include_pad")?;
-        Ok(Arc::new(AveragePool { window: Window::of(s.attrs)?, include_pad }))
+        Ok(Arc::new(AveragePool { window: Window::of(s.attrs)?, include_pad, layout: Layout::First }))
     }
 }
 
@@ -248,16 +309,27 @@ impl Op for AveragePool {
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let x = need(inputs, 0)?;
-        Ok(vec![Meta::new(x.dtype, &resolve(&self.window, &x.dims)?.1)])
+        Ok(vec![Meta::new(x.dtype, &resolve(&self.window, self.layout, &x.dims)?.1)])
     }
 
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let x = need(x, 0)?;
-        let (g, _) = resolve(&self.window, x.dims)?;
+        let (g, _) = resolve(&self.window, self.layout, x.dims)?;
         float_dispatch!(x.dtype, T => {
-            kernel::average(&g, self.include_pad, x.get::<T>()?, out(y, 0)?.get::<T>()?);
+            let c = channels(x.dims);
+            let (x, y) = (x.get::<T>()?, out(y, 0)?.get::<T>()?);
+            match self.layout {
+                Layout::First => kernel::average(&g, self.include_pad, x, y),
+                Layout::Last => last::average(&g, c, self.include_pad, x, y),
+            }
             Ok(())
         })
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        rank_of(inputs, 0)?;
+        let op = AveragePool { layout: Layout::Last, ..self.clone() };
+        Some(ChannelsLast::by(op, &[true], &[true]))
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -282,7 +354,7 @@ impl Op for AveragePoolGrad {
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let dy = need(inputs, 0)?;
-        let (_, y) = resolve(&self.pool.window, &self.x)?;
+        let (_, y) = resolve(&self.pool.window, self.pool.layout, &self.x)?;
         if dy.dims != y {
             return Err(OpError::Shape(format!("{self:?} of {:?}", dy.dims)));
         }
@@ -291,18 +363,29 @@ impl Op for AveragePoolGrad {
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let dy = need(x, 0)?;
-        let (g, _) = resolve(&self.pool.window, &self.x)?;
+        let (g, _) = resolve(&self.pool.window, self.pool.layout, &self.x)?;
         float_dispatch!(dy.dtype, T => {
             let scratch = &mut cx.scratch[..dy.bytes.len()];
             let scratch = bytemuck::try_cast_slice_mut(scratch)
                 .map_err(|e| OpError::Internal(format!("scratch: {e}")))?;
-            kernel::average_grad(&g, self.pool.include_pad, dy.get::<T>()?, out(y, 0)?.get::<T>()?, scratch);
+            let (dy, dx, pads) = (dy.get::<T>()?, out(y, 0)?.get::<T>()?, self.pool.include_pad);
+            match self.pool.layout {
+                Layout::First => kernel::average_grad(&g, pads, dy, dx, scratch),
+                Layout::Last => last::average_grad(&g, channels(&self.x), pads, dy, dx, scratch),
+            }
             Ok(())
         })
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         get(inputs, 0).map_or(0, Meta::bytes)
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        rank_of(inputs, 0)?;
+        let pool = AveragePool { layout: Layout::Last, ..self.pool.clone() };
+        let op = AveragePoolGrad { pool, x: Layout::Last.of(&self.x) };
+        Some(ChannelsLast::by(op, &[true], &[true]))
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -312,7 +395,9 @@ impl Op for AveragePoolGrad {
 
 /// ONNX `GlobalAveragePool` (opset 1): the mean of each plane, (N, C, 1…).
 #[derive(Debug)]
-pub struct GlobalAveragePool;
+pub struct GlobalAveragePool {
+    pub layout: Layout,
+}
 
 impl Op for GlobalAveragePool {
     fn name(&self) -> &'static str {
@@ -321,23 +406,37 @@ impl Op for GlobalAveragePool {
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let x = need(inputs, 0)?;
-        Ok(vec![Meta::new(x.dtype, &whole(&x.dims)?.1)])
+        Ok(vec![Meta::new(x.dtype, &whole(self.layout, &x.dims)?.1)])
     }
 
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let x = need(x, 0)?;
-        let plane = x.dims[2..].iter().product();
+        let (g, _) = whole(self.layout, x.dims)?;
+        let (n, plane, c) = (x.dims[0], g.x[2], channels(x.dims));
         float_dispatch!(x.dtype, T => {
-            kernel::mean_of_planes(plane, x.get::<T>()?, out(y, 0)?.get::<T>()?);
+            let (x, y) = (x.get::<T>()?, out(y, 0)?.get::<T>()?);
+            match self.layout {
+                Layout::First => kernel::mean_of_planes(plane, x, y),
+                Layout::Last => {
+                    let mean = SumOf { f: |x: T| x, finish: |sum| sum / plane as f64 };
+                    reduce(y, x, &Plan::new(&[n, plane, c], |d| d == 1), &mean);
+                }
+            }
             Ok(())
         })
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        rank_of(inputs, 0)?;
+        let op = GlobalAveragePool { layout: Layout::Last };
+        Some(ChannelsLast::by(op, &[true], &[true]))
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         // dX = dY / plane, over each plane   (N, C, spatial…)
         let (x, dy) = (g.x(0)?, g.dy0()?);
         let x = g.meta(x)?.dims.clone();
-        Ok(Grads::from_elem(Some(g.emit(SpreadMean { x }, &[dy])?), 1))
+        Ok(Grads::from_elem(Some(g.emit(SpreadMean { x, layout: Layout::First }, &[dy])?), 1))
     }
 }
 
@@ -345,6 +444,7 @@ impl Op for GlobalAveragePool {
 #[derive(Debug)]
 pub struct SpreadMean {
     pub x: Dims,
+    pub layout: Layout,
 }
 
 impl Op for SpreadMean {
@@ -354,7 +454,7 @@ impl Op for SpreadMean {
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let dy = need(inputs, 0)?;
-        if dy.dims != whole(&self.x)?.1 {
+        if dy.dims != whole(self.layout, &self.x)?.1 {
             return Err(OpError::Shape(format!("{self:?} of {:?}", dy.dims)));
         }
         Ok(vec![Meta::new(dy.dtype, &self.x)])
@@ -362,11 +462,21 @@ impl Op for SpreadMean {
 
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let dy = need(x, 0)?;
-        let plane: usize = self.x[2..].iter().product();
+        let plane = whole(self.layout, &self.x)?.0.x[2];
         float_dispatch!(dy.dtype, T => {
-            kernel::spread(plane, T::of(1.0 / plane as f64), dy.get::<T>()?, out(y, 0)?.get::<T>()?);
+            let (dy, dx, scale) = (dy.get::<T>()?, out(y, 0)?.get::<T>()?, T::of(1.0 / plane as f64));
+            match self.layout {
+                Layout::First => kernel::spread(plane, scale, dy, dx),
+                Layout::Last => last::spread(plane, channels(&self.x), scale, dy, dx),
+            }
             Ok(())
         })
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        rank_of(inputs, 0)?;
+        let op = SpreadMean { x: Layout::Last.of(&self.x), layout: Layout::Last };
+        Some(ChannelsLast::by(op, &[true], &[true]))
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -393,8 +503,8 @@ impl LpPool {
 
     fn resolve(&self, x: &[usize]) -> Result<(Geometry, Dims), OpError> {
         match &self.window {
-            Some(window) => resolve(window, x),
-            None => whole(x),
+            Some(window) => resolve(window, Layout::First, x),
+            None => whole(Layout::First, x),
         }
     }
 }
@@ -461,137 +571,14 @@ impl Op for LpPoolGrad {
 
 pub(super) const ROWS: &[Row] = &[
     Row::new("AveragePool", 7, AveragePool::make),
-    Row::new("GlobalAveragePool", 1, |_| Ok(Arc::new(GlobalAveragePool))),
+    Row::new("GlobalAveragePool", 1, |_| Ok(Arc::new(GlobalAveragePool { layout: Layout::First }))),
     Row::new("GlobalLpPool", 2, |s| LpPool::of(s, None)),
-    Row::new("GlobalMaxPool", 1, |_| Ok(Arc::new(GlobalMaxPool))),
+    Row::new("GlobalMaxPool", 1, |_| Ok(Arc::new(GlobalMaxPool { layout: Layout::First }))),
     Row::new("LpPool", 2, |s| LpPool::of(s, Some(Window::of(s.attrs)?))),
     Row::new("MaxPool", 1, MaxPool::make),
 ];
 
 #[cfg(test)]
-pub(super) fn cases() -> Vec<super::cases::Case> {
-    use super::cases::Case;
-    use crate::tensor::Tensor;
-    /// Name, input, kernel, then attributes.
-    type Shape<'a> = (&'a str, &'a [usize], &'a [i64], &'a [(&'a str, &'a [i64])]);
-    let shapes: [Shape; 10] = [
-        ("2-D", &[2, 3, 5, 6], &[2, 3], &[]),
-        ("stride 2", &[2, 3, 6, 6], &[2, 2], &[("strides", &[2, 2])]),
-        ("3×3 stride 2", &[2, 2, 7, 40], &[3, 3], &[("strides", &[2, 2]), ("pads", &[1, 1, 1, 1])]),
-        ("asymmetric pads", &[1, 2, 5, 6], &[3, 3], &[("pads", &[0, 2, 1, 0])]),
-        ("stride 3", &[1, 2, 8, 9], &[2, 2], &[("strides", &[3, 3])]),
-        ("dilation", &[1, 2, 8, 9], &[2, 3], &[("dilations", &[2, 3]), ("pads", &[1, 2, 1, 2])]),
-        ("1-D", &[2, 3, 9], &[3], &[("strides", &[2]), ("pads", &[1, 1])]),
-        ("3-D", &[1, 2, 4, 5, 6], &[2, 2, 3], &[("strides", &[1, 2, 2]), ("pads", &[1, 0, 1, 0, 1, 1])]),
-        ("no images", &[0, 2, 4, 4], &[2, 2], &[]),
-        ("larger", &[3, 9, 20, 20], &[3, 3], &[("pads", &[1, 1, 1, 1])]),
-    ];
-    let mut cases = Vec::new();
-    for op in ["MaxPool", "AveragePool", "LpPool"] {
-        for (name, x, kernel, attrs) in &shapes {
-            for variant in ["", " ceil", " SAME_UPPER", " SAME_LOWER", " counting pads"] {
-                let mut case =
-                    Case::new(op, 19).named(&format!("{name}{variant}")).ints("kernel_shape", kernel);
-                for (key, value) in *attrs {
-                    if !(*key == "pads" && variant.starts_with(" SAME")) {
-                        case = case.ints(key, value);
-                    }
-                }
-                case = match variant {
-                    " ceil" => case.int("ceil_mode", 1),
-                    " counting pads" if op == "AveragePool" => {
-                        case.int("ceil_mode", 1).int("count_include_pad", 1)
-                    }
-                    " SAME_UPPER" | " SAME_LOWER" => case.string("auto_pad", variant.trim()),
-                    "" => case,
-                    _ => continue,
-                };
-                // Away from the kinks at zero.
-                cases.push(if op == "LpPool" { case.within(x, 0.2, 1.0) } else { case.input(x) });
-            }
-        }
-    }
-    for op in ["GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"] {
-        for x in
-            [&[2, 3, 4, 5][..], &[2, 3, 7], &[1, 2, 3, 4, 5], &[2, 3, 1, 1], &[0, 3, 2, 2], &[2, 40, 30, 30]]
-        {
-            cases.push(Case::new(op, 13).named(&format!("{x:?}")).within(x, 0.2, 1.0));
-        }
-    }
-    for p in [1, 3, 4] {
-        let case =
-            Case::new("LpPool", 11).named(&format!("p = {p}")).int("p", p).ints("kernel_shape", &[2, 2]);
-        cases.push(case.within(&[1, 2, 5, 5], 0.2, 1.0));
-    }
-    cases.push(
-        Case::new("MaxPool", 12)
-            .named("integers")
-            .ints("kernel_shape", &[2, 2])
-            .fixed(Tensor::from_slice(&[1, 1, 2, 2], &[1u8, 7, 3, 2]).unwrap())
-            .forward_only(),
-    );
-    cases.push(
-        Case::new("MaxPool", 12)
-            .named("with Indices")
-            .outputs(2)
-            .ints("kernel_shape", &[2, 2])
-            .input(&[1, 2, 4, 5]),
-    );
-    cases
-}
-
+mod cases;
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ops::{Attr, Attrs, eval};
-    use crate::tensor::Tensor;
-
-    #[test]
-    fn pool_cases() {
-        cases().iter().for_each(crate::ops::cases::check);
-    }
-
-    fn window(attrs: &[(&str, &[i64])]) -> Window {
-        let mut a = Attrs::default();
-        for (name, value) in attrs {
-            a.0.insert(name.to_string(), Attr::Ints(value.to_vec()));
-        }
-        Window::of(&a).unwrap()
-    }
-
-    #[test]
-    fn the_first_of_equal_maxima_and_column_major_indices() {
-        let x =
-            Tensor::from_slice(&[1, 2, 2, 3], &[1f32, 4., 4., 4., 0., 0., 2., 2., 3., 3., 9., 1.]).unwrap();
-        let mut op = MaxPool { window: window(&[("kernel_shape", &[2, 2])]), column_major: false };
-        let out = eval(&op, &[Some(&x)]).unwrap();
-        assert_eq!(out[0].to_f64(), [4., 4., 9., 9.]);
-        assert_eq!(out[1].to_ints().unwrap(), [1, 1, 10, 10]);
-        assert_eq!(out[2].to_ints().unwrap(), [1, 1, 4, 4]);
-        op.column_major = true;
-        let out = eval(&op, &[Some(&x)]).unwrap();
-        assert_eq!(out[1].to_ints().unwrap(), [2, 2, 9, 9]);
-    }
-
-    #[test]
-    fn nan_wins_and_padding_never_does() {
-        let x = Tensor::from_slice(&[1, 1, 3], &[-1f32, f32::NAN, -3.]).unwrap();
-        let op =
-            MaxPool { window: window(&[("kernel_shape", &[2]), ("pads", &[1, 1])]), column_major: false };
-        let y = eval(&op, &[Some(&x)]).unwrap()[0].to_f64();
-        assert!(y[0] == -1.0 && y[1].is_nan() && y[2].is_nan() && y[3] == -3.0, "{y:?}");
-    }
-
-    #[test]
-    fn ceil_mode_leaves_out_windows_that_begin_in_the_end_padding() {
-        // PyTorch: max_pool1d of 3 elements, kernel 1, stride 2, padding 0, ceil: 2 outputs; of 4 elements, kernel
-        // 2, stride 3, padding 1, ceil: 2.
-        let mut w = window(&[("kernel_shape", &[1]), ("strides", &[2])]);
-        w.ceil = true;
-        assert_eq!(w.resolve(&[3], &[]).unwrap().y, [1, 1, 2]);
-        let mut w = window(&[("kernel_shape", &[2]), ("strides", &[3]), ("pads", &[1, 1])]);
-        w.ceil = true;
-        assert_eq!(w.resolve(&[4], &[]).unwrap().y, [1, 1, 2]);
-        assert_eq!(w.resolve(&[2], &[]).unwrap().y, [1, 1, 1]);
-    }
-}
+pub(super) use cases::cases;

@@ -6,7 +6,8 @@ use crate::error::OpError;
 use crate::graph::GradBuilder;
 use crate::kernels::strided::{Extents, Placement, Strides, dense, read};
 use crate::ops::bytes::{Ints, by_size, ints, second_derivative, units, units_mut};
-use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::ops::layout::{rank_of, reordered};
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{Dims, Meta, View, ViewMut, axis};
 
 /// ONNX `Slice`: starts, ends and axes as attributes before opset 10; as inputs, with steps, after.
@@ -18,10 +19,10 @@ pub struct Slice {
 
 /// A slice with every axis resolved: element `i` of the result is `start + i·step` of X.
 #[derive(Debug, Clone)]
-struct Cut {
-    start: Extents,
-    step: Strides,
-    count: Dims,
+pub struct Cut {
+    pub start: Extents,
+    pub step: Strides,
+    pub count: Dims,
 }
 
 impl Cut {
@@ -67,6 +68,37 @@ impl Cut {
             cut.count[a] = count as usize;
         }
         Ok(cut)
+    }
+
+    /// `count` neighbouring elements from `start` along each axis.
+    pub fn dense(start: Extents, count: Dims) -> Cut {
+        Cut { step: Strides::from_elem(1, count.len()), start, count }
+    }
+
+    fn fits(&self, dims: &[usize]) -> bool {
+        let ends = |i: usize| {
+            let last = self.start[i] as isize + self.step[i] * (self.count[i] as isize - 1);
+            self.count[i] == 0 || (self.start[i] < dims[i] && (0..dims[i] as isize).contains(&last))
+        };
+        dims.len() == self.count.len() && (0..dims.len()).all(ends)
+    }
+
+    /// Where the slice's elements go in a tensor of dimensions `dims`.
+    fn placement(&self, dims: &[usize]) -> Placement {
+        let count = Extents::from_slice(&self.count);
+        Placement {
+            source: count.clone(),
+            target: Extents::from_slice(dims),
+            from: Extents::from_elem(0, count.len()),
+            to: self.start.clone(),
+            step: self.step.clone(),
+            count,
+        }
+    }
+
+    /// The same slice of a tensor whose channels lie last.
+    fn last(&self) -> Cut {
+        Cut { start: reordered(&self.start), step: reordered(&self.step), count: reordered(&self.count) }
     }
 
     fn read(&self, x: &View, y: &mut ViewMut) -> Result<(), OpError> {
@@ -126,6 +158,12 @@ impl Op for Slice {
         cut.read(&data, out(y, 0)?)
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        rank_of(inputs, 0)?;
+        let cut = self.cut(inputs).ok()?.last();
+        Some(ChannelsLast::by(Crop { cut }, &[true], &[true]).taking(1))
+    }
+
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         // dX[start + i·step] = dY[i], and 0 elsewhere.
         let dy = g.dy0()?;
@@ -133,17 +171,7 @@ impl Op for Slice {
             .map(|i| g.x_opt(i).map(|v| g.meta(v).cloned()).transpose())
             .collect::<Result<_, _>>()?;
         let refs: Vec<Option<&Meta>> = metas.iter().map(Option::as_ref).collect();
-        let cut = self.cut(&refs)?;
-        let dims = Extents::from_slice(&need(&refs, 0)?.dims);
-        let count = Extents::from_slice(&cut.count);
-        let placement = Placement {
-            source: count.clone(),
-            target: dims,
-            from: Extents::from_elem(0, count.len()),
-            to: cut.start,
-            step: cut.step,
-            count,
-        };
+        let placement = self.cut(&refs)?.placement(&need(&refs, 0)?.dims);
         let dx = g.emit(SliceGrad { placement }, &[dy])?;
         Ok(Grads::from_slice(&[Some(dx)]))
     }
@@ -172,16 +200,20 @@ impl Op for SliceGrad {
         })
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        rank_of(inputs, 0).filter(|_| rank_of(outputs, 0).is_some())?;
+        Some(ChannelsLast::by(SliceGrad { placement: self.placement.last() }, &[true], &[true]))
+    }
+
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
         second_derivative()
     }
 }
 
-/// A dense region of X: `count` elements from `start` along each axis.
+/// A region of X: every axis resolved.
 #[derive(Debug)]
 pub struct Crop {
-    pub start: Extents,
-    pub count: Dims,
+    pub cut: Cut,
 }
 
 impl Op for Crop {
@@ -191,31 +223,25 @@ impl Op for Crop {
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let x = need(inputs, 0)?;
-        let fits =
-            x.rank() == self.count.len() && (0..x.rank()).all(|i| self.start[i] + self.count[i] <= x.dims[i]);
-        if !fits {
+        if !self.cut.fits(&x.dims) {
             return Err(OpError::Internal(format!("{self:?} of {:?}", x.dims.as_slice())));
         }
-        Ok(vec![Meta::new(x.dtype, &self.count)])
+        Ok(vec![Meta::new(x.dtype, &self.cut.count)])
     }
 
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let step = Strides::from_elem(1, self.count.len());
-        Cut { start: self.start.clone(), step, count: self.count.clone() }.read(&need(x, 0)?, out(y, 0)?)
+        self.cut.read(&need(x, 0)?, out(y, 0)?)
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        rank_of(inputs, 0)?;
+        Some(ChannelsLast::by(Crop { cut: self.cut.last() }, &[true], &[true]))
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         // dX is dY at `start` and 0 elsewhere.
         let dy = g.dy0()?;
-        let count = Extents::from_slice(&self.count);
-        let placement = Placement {
-            source: count.clone(),
-            target: Extents::from_slice(&g.meta(g.x(0)?)?.dims),
-            from: Extents::from_elem(0, count.len()),
-            to: self.start.clone(),
-            step: Strides::from_elem(1, count.len()),
-            count,
-        };
+        let placement = self.cut.placement(&g.meta(g.x(0)?)?.dims);
         let dx = g.emit(SliceGrad { placement }, &[dy])?;
         Ok(Grads::from_slice(&[Some(dx)]))
     }
@@ -249,7 +275,7 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
             .fixed(ints(&[-2, -1])),
         slice("empty", &[4, 3]).fixed(ints(&[3])).fixed(ints(&[1])),
         slice("clamped", &[4]).fixed(ints(&[-100])).fixed(ints(&[100])).absent().fixed(ints(&[3])),
-        Case::of(Crop { start: Extents::from_slice(&[1, 0]), count: Dims::from_slice(&[2, 3]) })
+        Case::of(Crop { cut: Cut::dense(Extents::from_slice(&[1, 0]), Dims::from_slice(&[2, 3])) })
             .input(&[4, 3]),
     ]
 }

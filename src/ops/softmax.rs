@@ -6,7 +6,8 @@ use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::softmax;
-use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::ops::layout::{moved_axis, rank_of};
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{Meta, View, ViewMut, axis};
 
 /// Over which elements an operator normalises.
@@ -68,6 +69,12 @@ impl Op for Softmax {
         })
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        let rank = rank_of(inputs, 0).filter(|_| !self.over.flatten)?;
+        let over = Over { axis: moved_axis(self.over.axis, rank)?, flatten: false };
+        Some(ChannelsLast::by(Softmax { over, log: self.log }, &[true], &[true]))
+    }
+
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         // Softmax: dx = y·(dy − Σ dy·y);  LogSoftmax: dx = dy − exp(y)·Σ dy
         let (y, dy) = (g.y(0)?, g.dy0()?);
@@ -109,6 +116,14 @@ impl Op for SoftmaxGrad {
 
     fn in_place(&self) -> &[(usize, usize)] {
         &[(1, 0)]
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        // Over the channels.
+        let dims = rank_of(inputs, 0).and_then(|_| get(inputs, 0)).map(|y| &y.dims)?;
+        let inner = dims[2..].iter().product::<usize>();
+        (self.len == dims[1] && self.inner == inner)
+            .then(|| ChannelsLast::by(SoftmaxGrad { inner: 1, ..*self }, &[true, true], &[true]))
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {

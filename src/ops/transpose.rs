@@ -4,9 +4,12 @@ use std::sync::Arc;
 
 use crate::error::OpError;
 use crate::graph::GradBuilder;
+use crate::kernels::layout::{axis_at, last, position};
 use crate::kernels::strided::{Strides, dense, read};
 use crate::ops::bytes::{by_size, units, units_mut};
-use crate::ops::{Cx, Grads, Op, Row, Spec, need, out};
+use crate::ops::layout::rank_of;
+use crate::ops::view::ReshapeTo;
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{Dims, Meta, View, ViewMut, axis};
 
 /// ONNX `Transpose`: Y's axis `i` is X's axis `perm[i]`; without `perm` the axes are reversed.
@@ -66,6 +69,28 @@ impl Op for Transpose {
             read::<T>(units(x.bytes)?, 0, y.dims, &strides, units_mut(y.bytes)?);
             Ok(())
         })
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        let rank = rank_of(inputs, 0)?;
+        let (x, y) = (get(inputs, 0)?, get(outputs, 0)?);
+        // From and to channels last, Y's place i holds X's place:
+        let place = |i: usize, from: bool, to: bool| {
+            let axis = self.source(if to { axis_at(i, rank) } else { i }, rank);
+            if from { position(axis, rank) } else { axis }
+        };
+        let perm = |from, to| (0..rank).map(|i| place(i, from, to)).collect::<Dims>();
+        let view = |p: &Dims| p.iter().filter(|&&a| x.dims[axis_at(a, rank)] != 1).is_sorted();
+        // Where one of both lies that way only, the permutation may come down to a view.
+        if view(&perm(true, false)) {
+            return Some(ChannelsLast::by(ReshapeTo { dims: y.dims.clone() }, &[true], &[false]));
+        }
+        let plain = |p: &Dims| p.iter().filter(|&&a| x.dims[a] != 1).is_sorted();
+        if plain(&perm(false, true)) {
+            return Some(ChannelsLast::by(ReshapeTo { dims: last(&y.dims) }, &[false], &[true]));
+        }
+        let both = self.source(0, rank) == 0 && self.source(1, rank) == 1;
+        both.then(|| ChannelsLast::by(Transpose { perm: Some(perm(true, true)) }, &[true], &[true]))
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -179,6 +204,8 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
     vec![
         Case::new("Transpose", 13).input(&[3, 17]),
         Case::new("Transpose", 1).named("perm").ints("perm", &[2, 0, 3, 1]).input(&[2, 9, 4, 10]),
+        Case::new("Transpose", 13).named("to channels last").ints("perm", &[0, 2, 3, 1]).input(&[2, 3, 4, 5]),
+        Case::new("Transpose", 13).named("rows and columns").ints("perm", &[0, 1, 3, 2]).input(&[2, 3, 4, 5]),
         Case::new("Transpose", 13).named("scalar").input(&[]),
         Case::new("Transpose", 13).named("empty").input(&[2, 0, 3]),
         Case::new("DepthToSpace", 11).int("blocksize", 2).input(&[2, 12, 2, 3]),

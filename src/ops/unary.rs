@@ -10,7 +10,7 @@ use crate::kernels::integer::Integer;
 use crate::kernels::isa::Wide;
 use crate::kernels::math::Math;
 use crate::ops::binary::slice;
-use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{Meta, View, ViewMut};
 use crate::{float_dispatch, int_dispatch};
 
@@ -65,6 +65,10 @@ impl<K: Kind> Op for Unary<K> {
             }
             _ => float_dispatch!(y.dtype, T => apply(x, y, #[inline(always)] |x: T| k.f(x))),
         }
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        ChannelsLast::elementwise(inputs, outputs)
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -127,6 +131,10 @@ impl<K: Kind> Op for UnaryGrad<K> {
             apply2(y, slice::<T>(v)?, slice::<T>(dy)?, &walk, #[inline(always)] |v: T, dy: T| k.vjp(v, dy));
             Ok(())
         })
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        ChannelsLast::elementwise(inputs, outputs)
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {

@@ -8,7 +8,7 @@ use crate::kernels::elementwise::{Walk, apply1, apply2, same};
 use crate::kernels::isa::Wide;
 use crate::kernels::math::Math;
 use crate::ops::binary::{Binary, BinaryGrad, EITHER, Mul, apply};
-use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Meta, View, ViewMut, broadcast};
 use crate::{float_dispatch, int_dispatch};
 
@@ -58,6 +58,10 @@ impl Op for Variadic {
                 fold::<T>(x, y, f)
             })
         }
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        ChannelsLast::elementwise(inputs, outputs)
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {

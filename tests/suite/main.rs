@@ -7,6 +7,7 @@ mod contract;
 mod finetune;
 mod gradients;
 mod icp;
+mod layout;
 mod memory;
 mod onnx_cases;
 mod real_models;

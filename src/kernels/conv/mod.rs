@@ -7,6 +7,7 @@
 mod depthwise;
 mod forward;
 mod input;
+pub mod last;
 mod weight;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -56,6 +57,11 @@ pub struct Epilogue<'a, T> {
 /// `x` (N, C, X…), `w` (OC, C/groups, K…), `y` (N, OC, Y…).
 pub fn forward<T: Float>(g: &Geometry, x: &[T], w: &[T], last: Epilogue<T>, y: &mut [T], scratch: &mut [T]) {
     forward::forward(g, x, w, last.bias, y, scratch);
+    finish(last, y);
+}
+
+/// The epilogue but for the bias.
+fn finish<T: Float>(last: Epilogue<T>, y: &mut [T]) {
     let clamp = last.clamp;
     match last.residual {
         Some(r) => each(y, r, |y, r| clamp.of(y + r)),

@@ -28,6 +28,11 @@ pub struct Channels {
 }
 
 impl Channels {
+    /// The same channels where they lie last: a channel's elements are one `c` apart.
+    pub fn last(self) -> Channels {
+        Channels { n: self.n * self.s, c: self.c, s: 1 }
+    }
+
     /// Elements of one channel.
     pub fn count(self) -> usize {
         self.n * self.s

@@ -6,7 +6,8 @@ use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::norm::{self, Channels, Mask, Residual, Stat};
-use crate::ops::{Cx, Grads, Op, get, need, out};
+use crate::ops::layout::rank_of;
+use crate::ops::{ChannelsLast, Cx, Grads, Op, get, need, out};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
 
 fn same(meta: &Meta) -> Meta {
@@ -15,6 +16,11 @@ fn same(meta: &Meta) -> Meta {
 
 fn second<T>() -> Result<T, OpError> {
     Err(OpError::NotDifferentiable("second derivatives are not supported".into()))
+}
+
+/// That axis 1 of the first operand is what `channels` counts (it is not where statistics are per element).
+fn per_channel(inputs: &[Option<&Meta>], channels: Channels) -> Option<usize> {
+    rank_of(inputs, 0).filter(|_| get(inputs, 0).is_some_and(|x| x.dims[1] == channels.c))
 }
 
 /// Gradient of a normalisation's scale and shift, outputs dscale (C) and dshift (C).
@@ -66,6 +72,12 @@ impl Op for ChannelParamGrad {
         room_bytes(self.channels.partials(), 3 * self.channels.c, dtype)
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        per_channel(inputs, self.channels).filter(|_| self.stat == Stat::Channel)?;
+        let op = ChannelParamGrad { channels: self.channels.last(), ..*self };
+        Some(ChannelsLast::by(op, &[true, true], &[]))
+    }
+
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
         second()
     }
@@ -96,6 +108,11 @@ impl Op for ChannelSum {
 
     fn scratch(&self, _: &[Option<&Meta>]) -> usize {
         room_bytes(self.channels.partials(), 0, DType::F64)
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        per_channel(inputs, self.channels)?;
+        Some(ChannelsLast::by(ChannelSum { channels: self.channels.last() }, &[true], &[]))
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -159,6 +176,13 @@ impl Op for BatchNormParamGrad {
         &[(1, 2)]
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        per_channel(inputs, self.channels)?;
+        let op = BatchNormParamGrad { channels: self.channels.last(), clamp: self.clamp };
+        let flags = [true, true, false, false, false, false, true];
+        Some(ChannelsLast::by(op, &flags, &[false, false, true]))
+    }
+
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
         second()
     }
@@ -209,6 +233,12 @@ impl Op for BatchNormInputGrad {
         &[(4, 0), (0, 0)]
     }
 
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        per_channel(inputs, self.channels)?;
+        let op = BatchNormInputGrad { channels: self.channels.last(), clamp: self.clamp };
+        Some(ChannelsLast::by(op, &[true, false, false, false, true], &[true]))
+    }
+
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
         second()
     }
@@ -256,6 +286,12 @@ impl Op for BatchNormEvalInputGrad {
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         2 * inputs.get(1).copied().flatten().map_or(0, Meta::bytes)
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        per_channel(inputs, self.channels)?;
+        let op = BatchNormEvalInputGrad { channels: self.channels.last(), ..*self };
+        Some(ChannelsLast::by(op, &[true], &[true]))
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {

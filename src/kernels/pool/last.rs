@@ -1,0 +1,209 @@
+//! Pooling of (N, spatial…, C), all channels of a position at a time. Gradients are gathered: each input position
+//! adds up the windows it lies in, so that every task writes memory of its own.
+
+use rayon::prelude::*;
+
+use super::{Geometry, NOWHERE, Ordered, beats};
+use crate::kernels::isa::vectorize;
+use crate::kernels::par::{self, GRAIN};
+use crate::tensor::Float;
+
+/// Splits a plane's position into its coordinates.
+#[inline(always)]
+fn coordinates(position: usize, extents: [usize; 3]) -> [usize; 3] {
+    let [_, h, w] = extents;
+    [position / (h * w), position / w % h, position % w]
+}
+
+/// Calls `f` for the input positions in the window of output `o`, in row-major order.
+#[inline(always)]
+fn taps(g: &Geometry, o: [usize; 3], mut f: impl FnMut(usize)) {
+    for i in 0..g.k[0] {
+        let Some(a) = g.at(0, o[0], i) else { continue };
+        for j in 0..g.k[1] {
+            let Some(b) = g.at(1, o[1], j) else { continue };
+            for l in 0..g.k[2] {
+                let Some(c) = g.at(2, o[2], l) else { continue };
+                f((a * g.x[1] + b) * g.x[2] + c);
+            }
+        }
+    }
+}
+
+/// The outputs in dimension `d` whose windows hold input coordinate `i`.
+#[inline(always)]
+fn holders(g: &Geometry, d: usize, i: usize) -> impl Iterator<Item = usize> + use<> {
+    let (s, dilation) = (g.stride[d], g.dilation[d]);
+    let at = i + g.pad[d];
+    let from = (at + 1).saturating_sub((g.k[d] - 1) * dilation + 1).div_ceil(s);
+    let to = (at / s + 1).min(g.y[d]);
+    (from..to).filter(move |o| dilation == 1 || (at - o * s).is_multiple_of(dilation))
+}
+
+/// Calls `f` for the outputs whose windows hold the input position `i`, in row-major order.
+#[inline(always)]
+fn windows(g: &Geometry, i: [usize; 3], mut f: impl FnMut(usize)) {
+    for a in holders(g, 0, i[0]) {
+        for b in holders(g, 1, i[1]) {
+            for c in holders(g, 2, i[2]) {
+                f((a * g.y[1] + b) * g.y[2] + c);
+            }
+        }
+    }
+}
+
+/// Elements a task, where each costs some `taps`.
+fn grain(taps: usize) -> usize {
+    GRAIN / taps.div_ceil(4).max(1)
+}
+
+/// `f(image, position, row)` for the rows of `c` channels of a tensor of planes of `extents`.
+fn each_row<T: Send>(
+    y: &mut [T],
+    c: usize,
+    extents: [usize; 3],
+    taps: usize,
+    f: impl Fn(usize, [usize; 3], &mut [T]) + Sync + Send,
+) {
+    let plane: usize = extents.iter().product();
+    par::rows(y, c, grain(taps), |first, piece| {
+        for (r, row) in piece.chunks_exact_mut(c.max(1)).enumerate() {
+            let at = first + r;
+            f(at / plane, coordinates(at % plane, extents), row);
+        }
+    });
+}
+
+/// The maximum of each window and, if wanted, where in the plane it first occurs. NaN wins.
+pub fn max<T: Ordered>(g: &Geometry, c: usize, x: &[T], y: &mut [T], argmax: Option<&mut [u32]>) {
+    let [px, py] = g.planes();
+    if y.is_empty() {
+        return;
+    }
+    let Some(argmax) = argmax else {
+        each_row(y, c, g.y, g.taps(), |n, o, y| {
+            vectorize(
+                #[inline(always)]
+                || {
+                    y.fill(T::LOWEST);
+                    taps(g, o, |p| {
+                        let x = &x[(n * px + p) * c..][..c];
+                        y.iter_mut().zip(x).for_each(|(y, &x)| *y = if beats(x, *y) { x } else { *y });
+                    });
+                },
+            )
+        });
+        return;
+    };
+    let task = (grain(g.taps()) / c).max(1);
+    let pieces = y.par_chunks_mut(task * c).zip(argmax.par_chunks_mut(task * c));
+    pieces.enumerate().for_each(|(i, (y, argmax))| {
+        vectorize(
+            #[inline(always)]
+            || {
+                for (r, (y, arg)) in y.chunks_exact_mut(c).zip(argmax.chunks_exact_mut(c)).enumerate() {
+                    let at = i * task + r;
+                    let x = &x[at / py * px * c..][..px * c];
+                    y.fill(T::LOWEST);
+                    arg.fill(NOWHERE);
+                    taps(g, coordinates(at % py, g.y), |p| {
+                        for ((y, arg), &x) in y.iter_mut().zip(&mut *arg).zip(&x[p * c..][..c]) {
+                            // A window of nothing but the lowest value has a maximum too: its first element.
+                            let take = beats(x, *y) || *arg == NOWHERE;
+                            *y = if take { x } else { *y };
+                            *arg = if take { p as u32 } else { *arg };
+                        }
+                    });
+                }
+            },
+        )
+    });
+}
+
+/// `dx[argmax[i]] += dy[i]`.
+pub fn max_grad<T: Float>(g: &Geometry, c: usize, dy: &[T], argmax: &[u32], dx: &mut [T]) {
+    let [_, py] = g.planes();
+    each_row(dx, c, g.x, g.taps(), |n, i, dx| {
+        let here = ((i[0] * g.x[1] + i[1]) * g.x[2] + i[2]) as u32;
+        vectorize(
+            #[inline(always)]
+            || {
+                dx.fill(T::zero());
+                windows(g, i, |o| {
+                    let at = (n * py + o) * c;
+                    let (dy, argmax) = (&dy[at..at + c], &argmax[at..at + c]);
+                    for ((dx, &dy), &arg) in dx.iter_mut().zip(dy).zip(argmax) {
+                        *dx += if arg == here { dy } else { T::zero() };
+                    }
+                });
+            },
+        )
+    });
+}
+
+/// What a window's sum is divided by.
+#[inline(always)]
+fn count<T: Float>(g: &Geometry, include_pad: bool, o: [usize; 3]) -> T {
+    let count: usize = (0..3).map(|d| g.count(d, o[d], include_pad)).product();
+    T::of(count.max(1) as f64)
+}
+
+/// The mean of each window, over the elements inside the input or also its padding.
+pub fn average<T: Float>(g: &Geometry, c: usize, include_pad: bool, x: &[T], y: &mut [T]) {
+    let [px, _] = g.planes();
+    each_row(y, c, g.y, g.taps(), |n, o, y| {
+        let count = count::<T>(g, include_pad, o);
+        vectorize(
+            #[inline(always)]
+            || {
+                y.fill(T::zero());
+                taps(g, o, |p| {
+                    let x = &x[(n * px + p) * c..][..c];
+                    y.iter_mut().zip(x).for_each(|(y, &x)| *y += x);
+                });
+                y.iter_mut().for_each(|y| *y /= count);
+            },
+        )
+    });
+}
+
+/// The gradient of [`average`]. `scratch`: as large as `dy`.
+pub fn average_grad<T: Float>(
+    g: &Geometry,
+    c: usize,
+    include_pad: bool,
+    dy: &[T],
+    dx: &mut [T],
+    scratch: &mut [T],
+) {
+    let [_, py] = g.planes();
+    let shares = &mut scratch[..dy.len()];
+    each_row(shares, c, g.y, 1, |n, o, share| {
+        let count = count::<T>(g, include_pad, o);
+        let at = n * py + (o[0] * g.y[1] + o[1]) * g.y[2] + o[2];
+        share.iter_mut().zip(&dy[at * c..]).for_each(|(s, &d)| *s = d / count);
+    });
+    let shares = &*shares;
+    each_row(dx, c, g.x, g.taps(), |n, i, dx| {
+        vectorize(
+            #[inline(always)]
+            || {
+                dx.fill(T::zero());
+                windows(g, i, |o| {
+                    let share = &shares[(n * py + o) * c..][..c];
+                    dx.iter_mut().zip(share).for_each(|(dx, &s)| *dx += s);
+                });
+            },
+        )
+    });
+}
+
+/// Each row of `c` elements of `dy`, times `scale`, to every position of its plane.
+pub fn spread<T: Float>(plane: usize, c: usize, scale: T, dy: &[T], dx: &mut [T]) {
+    par::rows(dx, c, GRAIN, |first, dx| {
+        for (r, dx) in dx.chunks_exact_mut(c.max(1)).enumerate() {
+            let dy = &dy[(first + r) / plane * c..][..c];
+            dx.iter_mut().zip(dy).for_each(|(dx, &d)| *dx = d * scale);
+        }
+    });
+}
