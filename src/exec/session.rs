@@ -59,6 +59,9 @@ pub struct Program {
     constants: Vec<Frozen>,
 }
 
+/// The inputs of a `FoldNorm`, and the bits of its ε.
+type Fold = (Vec<Option<ValueId>>, u64);
+
 /// Memory a session holds or maps, in bytes.
 #[derive(Debug, Clone, Copy, Default, serde::Serialize)]
 pub struct Usage {
@@ -92,8 +95,8 @@ pub struct Session {
     store: Store,
     states: Vec<Option<StateId>>,
     frozen: HashMap<WeightId, Frozen>,
-    /// What `FoldNorm` makes of weights that do not change, by its inputs and ε.
-    folded: HashMap<(Vec<Option<ValueId>>, u64), Vec<Arc<Tensor>>>,
+    /// What `FoldNorm` makes of weights that do not change.
+    folded: HashMap<Fold, Vec<Arc<Tensor>>>,
     arena: Buffer,
     programs: usize,
     profile: bool,
