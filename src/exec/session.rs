@@ -59,6 +59,9 @@ pub struct Program {
     constants: Vec<Frozen>,
 }
 
+/// The inputs of a `FoldNorm`, and the bits of its ε.
+type Fold = (Vec<Option<ValueId>>, u64);
+
 /// Memory a session holds or maps, in bytes.
 #[derive(Debug, Clone, Copy, Default, serde::Serialize)]
 pub struct Usage {
@@ -68,7 +71,7 @@ pub struct Usage {
     pub gradients: usize,
     pub step: usize,
     pub arena: usize,
-    /// Frozen weights copied to the heap because they are unaligned or of another type.
+    /// Frozen weights copied to the heap because they are unaligned, of another type, or folded.
     pub frozen: usize,
 }
 
@@ -92,6 +95,8 @@ pub struct Session {
     store: Store,
     states: Vec<Option<StateId>>,
     frozen: HashMap<WeightId, Frozen>,
+    /// What `FoldNorm` makes of weights that do not change.
+    folded: HashMap<Fold, Vec<Arc<Tensor>>>,
     arena: Buffer,
     programs: usize,
     profile: bool,
@@ -117,6 +122,7 @@ impl Session {
             pool,
             store: Store::default(),
             frozen: HashMap::new(),
+            folded: HashMap::new(),
             arena: Buffer::default(),
             programs: 0,
             profile: false,
@@ -220,28 +226,37 @@ impl Session {
     }
 
     /// Folds normalisations into weights once where neither changes.
-    fn fold_frozen(&self, graph: &mut Graph) -> Result<()> {
+    fn fold_frozen(&mut self, graph: &mut Graph) -> Result<()> {
         for i in 0..graph.nodes.len() {
             let node = &graph.nodes[i];
-            let frozen = |v: &Option<ValueId>| match v.map(|v| &graph.value(v).source) {
-                Some(Source::Constant(t)) => Ok(Some(Some(t.as_ref().clone()))),
-                Some(Source::Weight(w)) => self.model.load_weight(*w).map(|t| Some(Some(t))),
-                Some(_) => Ok(None),
-                None => Ok(Some(None)),
+            let Some(fold) = node.op.as_a::<FoldNorm>() else { continue };
+            // Weights and constants of the file are the same values in every graph of the session.
+            let mut sources = node.inputs.iter().flatten().map(|v| (v, &graph.value(*v).source));
+            let of_the_file = |v: &ValueId| {
+                let source = self.model.graph.values.get(v.index()).map(|v| &v.source);
+                matches!(source, Some(Source::Weight(_) | Source::Constant(_)))
             };
-            if node.op.as_a::<FoldNorm>().is_none() {
+            let stays = |s: &Source| matches!(s, Source::Weight(_) | Source::Constant(_));
+            if !sources.all(|(v, s)| stays(s) && of_the_file(v)) {
                 continue;
             }
-            let Some(inputs) = node.inputs.iter().map(frozen).collect::<Result<Option<Vec<_>>>>()? else {
-                continue;
-            };
-            let inputs: Vec<Option<&Tensor>> = inputs.iter().map(Option::as_ref).collect();
-            let folded = eval(node.op.as_ref(), &inputs)
-                .map_err(|source| Error::Op { node: graph.describe(NodeId(i as u32)), source })?;
+            let key = (node.inputs.clone(), fold.epsilon.to_bits());
+            if !self.folded.contains_key(&key) {
+                let load = |v: &Option<ValueId>| match v.map(|v| &graph.value(v).source) {
+                    Some(Source::Constant(t)) => Ok(Some(t.as_ref().clone())),
+                    Some(Source::Weight(w)) => self.model.load_weight(*w).map(Some),
+                    _ => Ok(None),
+                };
+                let inputs = node.inputs.iter().map(load).collect::<Result<Vec<_>>>()?;
+                let inputs: Vec<Option<&Tensor>> = inputs.iter().map(Option::as_ref).collect();
+                let folded = eval(fold, &inputs)
+                    .map_err(|source| Error::Op { node: graph.describe(NodeId(i as u32)), source })?;
+                self.folded.insert(key.clone(), folded.into_iter().map(Arc::new).collect());
+            }
             let outputs = node.outputs.clone();
-            for (v, t) in outputs.into_iter().zip(folded) {
+            for (v, t) in outputs.into_iter().zip(&self.folded[&key]) {
                 if let Some(v) = v {
-                    graph.value_mut(v).source = Source::Constant(Arc::new(t));
+                    graph.value_mut(v).source = Source::Constant(t.clone());
                 }
             }
         }
@@ -370,6 +385,7 @@ impl Session {
                     Frozen::Owned(t) => t.bytes().len(),
                     Frozen::Mapped(_) => 0,
                 })
+                .chain(self.folded.values().flatten().map(|t| t.bytes().len()))
                 .sum(),
         }
     }

@@ -26,8 +26,10 @@ const LARGE: usize = 1 << 23;
 const TASKS: usize = 16;
 /// Elements of A that stay in the second-level cache while B passes by.
 const BLOCK: usize = 1 << 17;
-/// Steps of the summed dimension at a time when A is read across its rows.
-const STEPS: usize = 128;
+/// Steps of the summed dimension that are added up in registers before they are added to C: of few, sums are more
+/// accurate and B's panel stays in the cache. Fewer when A is read across its rows.
+const STEPS: usize = 512;
+const STEPS_ACROSS: usize = 128;
 /// Tasks that pack a B of their own at a time.
 const SLOTS: usize = 8;
 
@@ -261,8 +263,8 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
         let panel = 2 * S::LANES;
         // Across rows of A: few steps at a time, whatever the number of rows.
         let (steps, block) = match p.trans_a {
-            true => (STEPS, self.rows.len().max(1)),
-            false => (p.k.max(1), (BLOCK / p.k.max(1)).next_multiple_of(S::ROWS)),
+            true => (STEPS_ACROSS, self.rows.len().max(1)),
+            false => (STEPS, (BLOCK / p.k.clamp(1, STEPS)).next_multiple_of(S::ROWS)),
         };
         let mut k = 0;
         while k < p.k || k == 0 {

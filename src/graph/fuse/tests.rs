@@ -102,3 +102,24 @@ fn what_is_kept_is_computed() {
         agree(&fused, &expected, name);
     }
 }
+
+#[test]
+fn weights_that_never_change_are_folded_once() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/models/dsnet.onnx");
+    let model = std::sync::Arc::new(crate::import::load(path).unwrap());
+    let mut session = Session::new(model.clone(), Options { threads: 1, ..Options::default() }).unwrap();
+    let spec = crate::finetune::input_specs(&model).remove(0);
+    let mut frozen = Vec::new();
+    for batch in [1, 2] {
+        let mut dims: Vec<usize> = spec.dims.iter().map(|d| d.unwrap_or(32)).collect();
+        dims[0] = batch;
+        let inputs = vec![(spec.name.clone(), Meta::new(DType::F32, &dims))];
+        let shapes = Shapes { inputs, target: Meta::new(DType::I64, &[batch]) };
+        let loss = Loss::CrossEntropy { label_smoothing: 0.0 };
+        let plan = crate::train::step::Evaluation::new(&mut session, &loss, &shapes).unwrap();
+        assert_eq!(count(&plan.program.graph, "BatchNormalization"), 0);
+        assert!(plan.program.plan.steps.iter().all(|s| s.op.name() != "FoldNorm"));
+        frozen.push(session.usage().frozen);
+    }
+    assert!(frozen[0] > 0 && frozen[0] == frozen[1], "{frozen:?}");
+}
