@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::exec::{Options, Program, Session, Usage};
 use crate::finetune::Config;
 use crate::graph::WeightId;
+use crate::kernels::peak;
 use crate::tensor::{DType, Tensor};
 use crate::train::data::{Batch, Dataset};
 use crate::train::loss::Loss;
@@ -64,22 +65,41 @@ struct Report {
     min_ms: f64,
     max_ms: f64,
     samples_per_second: f64,
+    /// From the start of the process to the end of the first run.
+    cold_start_ms: f64,
+    /// Of matrix products and convolutions, in billions of operations a second, and as a share of what the
+    /// processor's multiply-adds reach on registers.
+    gflops: f64,
+    percent_of_peak: f64,
+    peak_gflops: f64,
+    /// Of a sweep over arrays beyond the caches.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peak_gigabytes: Option<f64>,
     peak_bytes: usize,
     memory: Usage,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     profile: Vec<KernelTime>,
 }
 
-/// Time of all kernel calls of one operator in one program, a run.
+/// Time of one kernel call in one program, a run.
 #[derive(Serialize)]
 struct KernelTime {
     program: String,
     op: String,
     node: String,
+    /// Dimensions of the operands that are read and written.
+    operands: String,
     ms: f64,
+    /// Of matrix products and convolutions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gflops: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    percent_of_peak: Option<f64>,
+    /// Bytes of all operands by the time.
+    gigabytes_per_second: f64,
 }
 
-pub fn main(args: &Args) -> anyhow::Result<u8> {
+pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
     anyhow::ensure!(args.precision == "f32", "--precision {}: only f32 is supported so far", args.precision);
     anyhow::ensure!(args.runs > 0 && args.batch > 0, "--runs and --batch must be at least 1");
     let model = super::data::load(&args.model)?;
@@ -88,14 +108,16 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
     let loss = Loss::CrossEntropy { label_smoothing: 0.0 };
     let shapes = super::plan::with_target(&session, &inputs, &loss)?;
     let batch = synthetic(&shapes)?;
-    let mut times = Vec::with_capacity(args.runs);
+    let mut runs = Runs { start, wanted: args.runs, cold: None, times: Vec::with_capacity(args.runs) };
     let mut profile = Vec::new();
+    let work;
     match args.mode {
         ModeName::Forward => {
             let plan = Evaluation::new(&mut session, &loss, &shapes)?;
             let fed = feeds(&plan.inputs, plan.attached.target, &batch)?;
             session.set_profiling(args.profile);
-            time(args.runs, &mut times, || Ok(session.run(&plan.program, &fed, 0)?))?;
+            runs.time(|| Ok(session.run(&plan.program, &fed, 0)?))?;
+            work = multiply_adds(&plan.program);
             gather(&session, "forward", &plan.program, &mut profile);
         }
         ModeName::Train | ModeName::Icp => {
@@ -123,18 +145,26 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
             let at = At { epoch: 1, epochs: 2, step: 1, steps: 2, seed: 0 };
             // A learning rate of nothing keeps the weights, and so the work, the same.
             step::set_step(&mut session, 1e-9, 1);
-            time(args.runs, &mut times, || {
+            runs.time(|| {
                 method.learn(&mut session, &recipe, &batch, &at)?;
                 Ok(())
             })?;
+            let times = |name: &str| if name == "perturb" { args.icp_steps } else { 1 };
+            work = method.programs().iter().map(|(name, p)| times(name) * multiply_adds(p)).sum();
             for (name, program) in method.programs() {
                 gather(&session, name, program, &mut profile);
             }
         }
     }
+    let times = &mut runs.times;
     times.sort();
     let ms = |d: Duration| d.as_secs_f64() * 1e3;
     let median = ms(times[times.len() / 2]);
+    let peak_gflops = session.install(peak::gflops);
+    for k in &mut profile {
+        k.percent_of_peak = k.gflops.map(|g| g / peak_gflops * 100.0);
+    }
+    let gflops = 2.0 * work as f64 / median * 1e-6;
     let report = Report {
         mode: args.mode,
         batch: args.batch,
@@ -145,6 +175,11 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
         min_ms: ms(times[0]),
         max_ms: ms(times[times.len() - 1]),
         samples_per_second: args.batch as f64 / median * 1e3,
+        cold_start_ms: ms(runs.cold.unwrap_or_default()),
+        gflops,
+        percent_of_peak: gflops / peak_gflops * 100.0,
+        peak_gflops,
+        peak_gigabytes: args.profile.then(|| session.install(peak::gigabytes)),
         peak_bytes: session.usage().total(),
         memory: session.usage(),
         profile,
@@ -162,27 +197,55 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
             report.threads,
             super::human_bytes(report.peak_bytes)
         );
+        println!(
+            "{:.1} GFLOP/s of {:.1} ({:.0}%); first run finished {:.1} ms after the start",
+            report.gflops, report.peak_gflops, report.percent_of_peak, report.cold_start_ms
+        );
+        if let Some(peak) = report.peak_gigabytes {
+            println!("memory {peak:.1} GB/s; by kernel call, a run: ms, % of peak, GB/s of operands");
+        }
         for k in &report.profile {
-            println!("{:9.3} ms  {:8} {:22} {}", k.ms, k.program, k.op, k.node);
+            let percent = k.percent_of_peak.map_or(String::from("   "), |p| format!("{p:3.0}%"));
+            println!(
+                "{:9.3} {percent:4} {:6.1}  {:8} {:22} {}  {}",
+                k.ms, k.gigabytes_per_second, k.program, k.op, k.node, k.operands
+            );
         }
     }
     Ok(0)
 }
 
 /// Two runs to warm up, then the timed ones.
-fn time(
-    runs: usize,
-    times: &mut Vec<Duration>,
-    mut run: impl FnMut() -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
-    for i in 0..runs + 2 {
-        let start = Instant::now();
-        run()?;
-        if i >= 2 {
-            times.push(start.elapsed());
+struct Runs {
+    start: Instant,
+    wanted: usize,
+    cold: Option<Duration>,
+    times: Vec<Duration>,
+}
+
+impl Runs {
+    fn time(&mut self, mut run: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
+        for i in 0..self.wanted + 2 {
+            let start = Instant::now();
+            run()?;
+            if i >= 2 {
+                self.times.push(start.elapsed());
+            }
+            self.cold.get_or_insert_with(|| self.start.elapsed());
         }
+        Ok(())
     }
-    Ok(())
+}
+
+fn multiply_adds(program: &Program) -> usize {
+    program.plan.steps.iter().map(|step| work_of(program, step)).sum()
+}
+
+fn work_of(program: &Program, step: &crate::plan::Step) -> usize {
+    let node = program.graph.node(step.node);
+    let metas: Vec<_> =
+        node.inputs.iter().map(|v| v.and_then(|v| program.graph.value(v).meta.as_ref())).collect();
+    step.op.multiply_adds(&metas)
 }
 
 /// A batch of normal-looking inputs and labels.
@@ -214,11 +277,20 @@ fn synthetic(shapes: &Shapes) -> anyhow::Result<Batch> {
 fn gather(session: &Session, name: &str, program: &Program, out: &mut Vec<KernelTime>) {
     let Some(profile) = session.profile(program) else { return };
     for (step, time) in program.plan.steps.iter().zip(&profile.steps) {
+        let seconds = time.as_secs_f64() / profile.runs.max(1) as f64;
+        let work = work_of(program, step);
+        let operands = || step.x.iter().chain(&step.y).filter(|o| !o.dims.is_empty());
+        let bytes: usize = operands().map(|o| o.dims.iter().product::<usize>() * o.dtype.size()).sum();
+        let dims = operands().map(|o| format!("{:?}", o.dims.as_slice())).collect::<Vec<_>>();
         out.push(KernelTime {
             program: name.into(),
             op: step.op.name().into(),
             node: program.graph.describe(step.node),
-            ms: time.as_secs_f64() * 1e3 / profile.runs.max(1) as f64,
+            operands: dims.join(" "),
+            ms: seconds * 1e3,
+            gflops: (work > 0).then(|| 2.0 * work as f64 / seconds * 1e-9),
+            percent_of_peak: None,
+            gigabytes_per_second: bytes as f64 / seconds * 1e-9,
         });
     }
 }

@@ -57,6 +57,7 @@ const NOT_MET: u8 = 3;
 
 /// Parses the arguments of the process and does what they say.
 pub fn main() -> ExitCode {
+    let start = std::time::Instant::now();
     let cli = Cli::parse();
     let done = match &cli.command {
         Command::Inspect(a) => inspect::main(a),
@@ -66,7 +67,7 @@ pub fn main() -> ExitCode {
         Command::Eval(a) => eval::main(a),
         Command::Finetune(a) => finetune::main(a),
         Command::Test(a) => test::main(a),
-        Command::Bench(a) => bench::main(a),
+        Command::Bench(a) => bench::main(a, start),
         Command::Demo(a) => demo::main(a),
     };
     match done {

@@ -138,6 +138,11 @@ impl Session {
         self.pool.current_num_threads()
     }
 
+    /// Runs something on the session's threads.
+    pub fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(f)
+    }
+
     pub fn store(&self) -> &Store {
         &self.store
     }

@@ -13,6 +13,7 @@ pub mod math;
 pub mod norm;
 pub mod pad;
 pub mod par;
+pub mod peak;
 pub mod pool;
 pub mod random;
 pub mod reduce;

@@ -159,6 +159,11 @@ impl Op for Conv {
         Some(ChannelsLast::by(self.last(), &[true, false, false, true], &[true]).wanted())
     }
 
+    fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
+        let (Some(x), Some(w)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
+        self.geometry(&x.dims, &w.dims).map_or(0, |(g, _)| g.multiply_adds())
+    }
+
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         // dY passes where the clamp let Y pass; it is dR then.
         let (x, w, dy) = (g.x(0)?, g.x(1)?, passed(g, self.clamp)?);
@@ -233,6 +238,11 @@ impl Op for ConvInputGrad {
         Some(ChannelsLast::by(op, &[true, false, true], &[true]).wanted())
     }
 
+    fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
+        let Some(w) = get(inputs, 1) else { return 0 };
+        self.conv.geometry(&self.x, &w.dims).map_or(0, |(g, _)| g.multiply_adds())
+    }
+
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
         Err(OpError::NotDifferentiable("second derivatives of Conv".into()))
     }
@@ -280,6 +290,11 @@ impl Op for ConvWeightGrad {
     fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
         let op = ConvWeightGrad { conv: self.conv.last(), w: self.w.clone() };
         Some(ChannelsLast::by(op, &[true, true], &[]).wanted())
+    }
+
+    fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
+        let Some(x) = get(inputs, 1) else { return 0 };
+        self.conv.geometry(&x.dims, &self.w).map_or(0, |(g, _)| g.multiply_adds())
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {

@@ -93,6 +93,11 @@ impl Op for Gemm {
             .map_or(0, |[m, n, k]| bytes(a.dtype, [self.trans_a, self.trans_b], [m, n, k], 1))
     }
 
+    fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
+        let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
+        self.extents(&a.dims, &b.dims).map_or(0, |mnk| mnk.iter().product())
+    }
+
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         let (a, b, dy) = (g.x(0)?, g.x(1)?, g.dy0()?);
         let (ta, tb) = (self.trans_a, self.trans_b);
@@ -284,6 +289,11 @@ impl Op for MatMul {
         Stacked::of(&a.dims, &b.dims, false, false).map_or(0, |s| s.scratch(a.dtype))
     }
 
+    fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
+        let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
+        Stacked::of(&a.dims, &b.dims, false, false).map_or(0, |s| s.rows() * s.n * s.k)
+    }
+
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         let (a, b, dy) = (g.x(0)?, g.x(1)?, g.dy0()?);
         let (da, db) = (g.meta(a)?.dims.clone(), g.meta(b)?.dims.clone());
@@ -358,6 +368,10 @@ impl Op for MatMulAs {
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let s = Stacked::of(&self.a, &self.b, self.trans_a, self.trans_b);
         get(inputs, 0).and_then(|a| Some(s.ok()?.scratch(a.dtype))).unwrap_or(0)
+    }
+
+    fn multiply_adds(&self, _: &[Option<&Meta>]) -> usize {
+        Stacked::of(&self.a, &self.b, self.trans_a, self.trans_b).map_or(0, |s| s.rows() * s.n * s.k)
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {

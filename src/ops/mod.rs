@@ -133,6 +133,11 @@ pub trait Op: Any + Debug + Send + Sync {
         0
     }
 
+    /// Multiply-adds of matrix products and convolutions; nothing for other operators.
+    fn multiply_adds(&self, _inputs: &[Option<&Meta>]) -> usize {
+        0
+    }
+
     /// Recomputing the output costs little beside keeping it.
     fn cheap(&self) -> bool {
         false

@@ -287,8 +287,10 @@ fn pack<T: Vectors>(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut
             for (t, tap) in plan.order.iter().enumerate() {
                 let w = &w[i * i_step + *tap as usize..];
                 let row = &mut out[(t * ci + i) * panel..][..lanes];
-                for (row, w) in row.iter_mut().zip(w.iter().step_by(o_step)) {
-                    *row = *w;
+                // By index: stepping iterators compile to much slower loops.
+                let w = &w[..(lanes - 1) * o_step + 1];
+                for lane in 0..lanes {
+                    row[lane] = w[lane * o_step];
                 }
             }
         }

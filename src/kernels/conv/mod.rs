@@ -99,6 +99,11 @@ impl Geometry {
         volume(self.k)
     }
 
+    /// Of the convolution and of each of its gradients; padding counts.
+    pub fn multiply_adds(&self) -> usize {
+        self.outputs() * self.cg() * self.taps()
+    }
+
     fn inputs(&self) -> usize {
         self.n * self.c * volume(self.x)
     }
