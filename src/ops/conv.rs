@@ -34,6 +34,10 @@ impl Conv {
         if groups < 1 {
             return Err(OpError::Attribute(format!("'group' is {groups}")));
         }
+        // The fourth is ours.
+        if s.inputs > 3 {
+            return Err(OpError::Shape(format!("Conv with {} inputs", s.inputs)));
+        }
         Ok(Arc::new(Conv {
             window: Window::of(s.attrs)?,
             groups: groups as usize,
@@ -92,9 +96,11 @@ fn floats<T: Float>(scratch: &mut [u8]) -> Result<&mut [T], OpError> {
         .map_err(|e| OpError::Internal(format!("scratch: {e}")))
 }
 
-fn residual<T: Float>(x: Option<View>) -> Result<Residual<T>, OpError> {
-    Ok(match x {
-        Some(x) => Residual::Of(x.get::<T>()?),
+/// Operand `i`, which is added to the result: one that is there but not given lies in the result.
+fn residual<'a, T: Float>(x: &[Option<View<'a>>], i: usize) -> Result<Residual<'a, T>, OpError> {
+    Ok(match x.get(i) {
+        Some(Some(x)) => Residual::Of(x.get::<T>()?),
+        Some(None) => Residual::InOutput,
         None => Residual::None,
     })
 }
@@ -133,16 +139,16 @@ impl Op for Conv {
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let (b, r, x, w) = (get(x, 2), get(x, 3), need(x, 0)?, need(x, 1)?);
-        let (g, _) = self.geometry(x.dims, w.dims)?;
-        float_dispatch!(x.dtype, T => {
+        let (b, input, w) = (get(x, 2), need(x, 0)?, need(x, 1)?);
+        let (g, _) = self.geometry(input.dims, w.dims)?;
+        float_dispatch!(input.dtype, T => {
             let epilogue = Epilogue {
                 bias: b.map(|b| b.get::<T>()).transpose()?,
-                residual: residual(r)?,
+                residual: residual(x, 3)?,
                 clamp: self.clamp.to(),
             };
             let y = out(y, 0)?.get::<T>()?;
-            let (x, w) = (x.get::<T>()?, w.get::<T>()?);
+            let (x, w) = (input.get::<T>()?, w.get::<T>()?);
             kernel::forward(&g, x, w, epilogue, y, floats(cx.scratch)?);
             Ok(())
         })
@@ -157,6 +163,10 @@ impl Op for Conv {
 
     fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
         Some(ChannelsLast::by(self.last(), &[true, false, false, true], &[true]).wanted())
+    }
+
+    fn in_place(&self) -> &[(usize, usize)] {
+        &[(3, 0)]
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
@@ -216,11 +226,11 @@ impl Op for ConvInputGrad {
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let (dy, w, addend) = (need(x, 0)?, need(x, 1)?, get(x, 2));
+        let (dy, w) = (need(x, 0)?, need(x, 1)?);
         let (g, _) = self.conv.geometry(&self.x, w.dims)?;
         float_dispatch!(dy.dtype, T => {
             let dx = out(y, 0)?.get::<T>()?;
-            kernel::input_grad(&g, dy.get::<T>()?, w.get::<T>()?, residual(addend)?, dx, floats(cx.scratch)?);
+            kernel::input_grad(&g, dy.get::<T>()?, w.get::<T>()?, residual(x, 2)?, dx, floats(cx.scratch)?);
             Ok(())
         })
     }
@@ -236,6 +246,10 @@ impl Op for ConvInputGrad {
     fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
         let op = ConvInputGrad { conv: self.conv.last(), x: Layout::Last.of(&self.x) };
         Some(ChannelsLast::by(op, &[true, false, true], &[true]).wanted())
+    }
+
+    fn in_place(&self) -> &[(usize, usize)] {
+        &[(2, 0)]
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {

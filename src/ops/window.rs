@@ -2,6 +2,7 @@
 
 use crate::error::OpError;
 use crate::ops::Attrs;
+use crate::tensor::Dims;
 
 /// ONNX's `auto_pad`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -134,7 +135,7 @@ impl Window {
 
 impl Resolved {
     /// Dimensions of the output with the given leading ones.
-    pub fn output(&self, lead: [usize; 2]) -> Vec<usize> {
+    pub fn output(&self, lead: [usize; 2]) -> Dims {
         lead.iter().chain(&self.y[self.axis..]).copied().collect()
     }
 }

@@ -71,10 +71,10 @@ fn gradients_do_not_depend_on_the_layout() {
     }
 }
 
-/// Kernel calls of a training step that permute more than a few elements, by their operand's dimensions.
-fn transposes(model: &Path, x: &[usize]) -> Vec<Vec<usize>> {
+/// A training step of every parameter on `x` images, and its session.
+pub fn step(model: &Path, x: &[usize], threads: usize) -> (Session, Supervised) {
     let model = Arc::new(retune::import::load(model).unwrap());
-    let mut session = Session::new(model.clone(), Options::default()).unwrap();
+    let mut session = Session::new(model.clone(), Options { threads, ..Options::default() }).unwrap();
     let params = (0..model.weights.len() as u32).map(WeightId).filter(|w| model.weight(*w).trainable);
     let recipe = Recipe {
         loss: Loss::CrossEntropy { label_smoothing: 0.0 },
@@ -88,6 +88,12 @@ fn transposes(model: &Path, x: &[usize]) -> Vec<Vec<usize>> {
     let image = Meta::new(DType::F32, x);
     let shapes = Shapes { inputs: vec![("image".into(), image)], target: Meta::new(DType::I64, &x[..1]) };
     let step = Supervised::new(&mut session, &recipe, &shapes).unwrap();
+    (session, step)
+}
+
+/// Kernel calls of a training step that permute more than a few elements, by their operand's dimensions.
+fn transposes(model: &Path, x: &[usize]) -> Vec<Vec<usize>> {
+    let (_, step) = step(model, x, 1);
     let calls = step.program.plan.steps.iter().filter(|s| s.op.name() == "Transpose");
     calls.map(|s| s.x[0].dims.to_vec()).filter(|d| d.iter().product::<usize>() > 4096).collect()
 }
