@@ -8,7 +8,9 @@ use bytes::Bytes;
 use crate::error::{Error, Result};
 use crate::exec::run::{self, Memory, Profile};
 use crate::exec::store::{Purpose, Store};
-use crate::graph::{self, Bindings, Graph, Inferred, NodeId, Source, StateId, ValueId, WeightId};
+use crate::graph::{
+    self, Bindings, Graph, Inferred, NodeId, PinnedLayouts, Source, StateId, ValueId, WeightId,
+};
 use crate::import::{Model, Role};
 use crate::ops::eval;
 use crate::ops::fold::FoldNorm;
@@ -97,6 +99,7 @@ pub struct Session {
     frozen: HashMap<WeightId, Frozen>,
     /// What `FoldNorm` makes of weights that do not change.
     folded: HashMap<Fold, Vec<Arc<Tensor>>>,
+    pinned: PinnedLayouts,
     arena: Buffer,
     programs: usize,
     profile: bool,
@@ -123,6 +126,7 @@ impl Session {
             store: Store::default(),
             frozen: HashMap::new(),
             folded: HashMap::new(),
+            pinned: PinnedLayouts::new(),
             arena: Buffer::default(),
             programs: 0,
             profile: false,
@@ -215,7 +219,7 @@ impl Session {
         let asked = |name: &str, mode: &str| std::env::var(name).is_ok_and(|m| m == mode);
         request.no_reuse |= self.options.no_reuse || asked("RETUNE_MEMORY", "separate");
         if !self.options.channels_first && !asked("RETUNE_LAYOUT", "first") {
-            graph::layout(&mut graph, &request)?;
+            graph::layout(&mut graph, &mut request, &mut self.pinned)?;
         }
         let plan = plan::plan(&graph, &request)?;
         let mut constants = Vec::with_capacity(plan.constants.len());

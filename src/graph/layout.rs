@@ -8,8 +8,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::error::{Error, OpError};
-use crate::graph::{Graph, Node, NodeId, Source, ValueId, op_type};
-use crate::kernels::layout::{axis_at, last, position};
+use crate::graph::{Graph, Node, NodeId, Source, StateId, ValueId, op_type};
+use crate::kernels::layout::{Layout, axis_at, last, position};
 use crate::ops::layout::{ChannelsLast, extended, free};
 use crate::ops::transpose::Transpose;
 use crate::ops::view::ReshapeTo;
@@ -17,20 +17,23 @@ use crate::ops::{Op, eval};
 use crate::plan::Request;
 use crate::tensor::{Dims, Meta};
 
-/// Puts convolutional parts of a graph whose shapes are inferred into channels-last layout. Values that the
-/// request names keep their dimensions; others may come to have theirs permuted.
-pub fn layout(graph: &mut Graph, request: &Request) -> Result<(), Error> {
+/// How states that values are pinned in lie: as the first program that wrote them found it best.
+pub type PinnedLayouts = HashMap<StateId, Layout>;
+
+/// Puts convolutional parts of a graph whose shapes are inferred into channels-last layout. Outputs and effects of
+/// the request keep their dimensions; others may come to have theirs permuted.
+pub fn layout(graph: &mut Graph, request: &mut Request, pinned: &mut PinnedLayouts) -> Result<(), Error> {
     let forms = choose(graph);
-    if forms.iter().all(Option::is_none) {
-        return Ok(());
-    }
     let mut promised = vec![false; graph.values.len()];
-    for v in request.outputs.iter().chain(&request.effects).chain(request.pins.keys()) {
+    let first = |s: &StateId| pinned.get(s) == Some(&Layout::First);
+    let in_order = request.pins.iter().filter(|(_, s)| first(s)).map(|(v, _)| v);
+    for v in request.outputs.iter().chain(&request.effects).chain(in_order) {
         promised[v.index()] = true;
     }
     let old = std::mem::take(&mut graph.nodes);
     let moved = vec![false; graph.values.len()];
     let mut pass = Pass { graph, promised, moved, twins: HashMap::new(), ordinary: HashMap::new() };
+    pass.states(pinned);
     for (node, form) in old.into_iter().zip(forms) {
         let op = node.op.clone();
         let done = match form {
@@ -39,7 +42,7 @@ pub fn layout(graph: &mut Graph, request: &Request) -> Result<(), Error> {
         };
         done.map_err(|source| Error::Op { node: format!("layout of {}", op_type(op.as_ref())), source })?;
     }
-    Ok(())
+    pass.pin(request, pinned).map_err(|source| Error::Op { node: "layout of pinned values".into(), source })
 }
 
 fn metas<'g>(graph: &'g Graph, values: &[Option<ValueId>]) -> Vec<Option<&'g Meta>> {
@@ -139,6 +142,34 @@ struct Pass<'g> {
 }
 
 impl Pass<'_> {
+    /// Marks the states that lie with their channels last.
+    fn states(&mut self, pinned: &PinnedLayouts) {
+        for (value, moved) in self.graph.values.iter_mut().zip(&mut self.moved) {
+            if let (Source::State(s), Some(meta)) = (&value.source, &mut value.meta)
+                && pinned.get(s) == Some(&Layout::Last)
+            {
+                meta.dims = last(&meta.dims);
+                *moved = true;
+            }
+        }
+    }
+
+    /// Settles how pinned values lie, in the order of their states.
+    fn pin(&mut self, request: &mut Request, pinned: &mut PinnedLayouts) -> Result<(), OpError> {
+        let mut pins: Vec<(ValueId, StateId)> = request.pins.drain().collect();
+        pins.sort_by_key(|p| p.1);
+        for (v, state) in pins {
+            let moved = self.moved[v.index()];
+            let here = if moved { Layout::Last } else { Layout::First };
+            let v = match *pinned.entry(state).or_insert(here) {
+                Layout::Last if !moved => self.twin(v, self.dims(v).len())?,
+                _ => v,
+            };
+            request.pins.insert(v, state);
+        }
+        Ok(())
+    }
+
     fn as_it_is(&mut self, mut node: Node) -> Result<(), OpError> {
         let known = |v: &ValueId| matches!(self.graph.value(*v).source, Source::Constant(_));
         if !node.outputs.iter().flatten().all(known) {

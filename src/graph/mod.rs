@@ -17,7 +17,7 @@ use crate::tensor::{DType, Meta, Tensor};
 pub use fuse::{fuse, fuse_sums};
 pub use grad::{GradBuilder, Gradients, grad};
 pub use infer::{Bindings, Inferred};
-pub use layout::layout;
+pub use layout::{PinnedLayouts, layout};
 pub use passes::{inline, logits, set_mode};
 
 macro_rules! id {

@@ -25,7 +25,8 @@ pub struct Request {
     pub outputs: Vec<ValueId>,
     /// Values that are the next content of a state (see `Op::updates`): computed for that effect alone.
     pub effects: Vec<ValueId>,
-    /// Values that are stored in a state's memory instead of the arena, to outlive the run.
+    /// Values that are stored in a state's memory instead of the arena, for other programs of the session: in
+    /// what order of axes is the session's affair.
     pub pins: HashMap<ValueId, StateId>,
     /// What the memory of these values is reported as (gradients; the rest are activations).
     pub kinds: HashMap<ValueId, Kind>,

@@ -106,3 +106,15 @@ fn only_the_input_is_converted() {
     let mobilenet = shipped("tests/fixtures/mobilenetv2.onnx");
     assert_eq!(transposes(&mobilenet, &[8, 3, 32, 32]), [[8, 3, 32, 32]]);
 }
+
+/// Teacher's features pass to the student as they lie.
+#[test]
+fn features_are_not_converted() {
+    let model = shipped("models/resnet20.onnx");
+    let args = ["bench", text(&model), "--batch", "4", "--threads", "1", "--runs", "1", "--mode", "icp"];
+    let report = json(&[&args[..], &["--profile", "--json"]].concat(), 0);
+    let calls = report["profile"].as_array().unwrap();
+    assert!(calls.iter().any(|c| c["op"] == "Mse"));
+    let transposes: Vec<_> = calls.iter().filter(|c| c["op"] == "Transpose").collect();
+    assert!(transposes.is_empty(), "{transposes:?}");
+}
