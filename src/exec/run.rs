@@ -51,7 +51,7 @@ pub(super) fn run(
 
 fn call(step: &Step, memory: &mut Memory) -> std::result::Result<(), OpError> {
     // States that are written leave the store for the call, so that others can be read meanwhile.
-    let mut taken: SmallVec<[Option<Buffer>; 4]> =
+    let mut taken: SmallVec<[Option<Buffer>; 8]> =
         step.store.iter().map(|c| c.write.then(|| memory.store.take(c.state))).collect();
     let done = with_states(step, memory, &mut taken);
     for (cut, data) in step.store.iter().zip(taken) {
@@ -68,7 +68,7 @@ fn with_states(
     taken: &mut [Option<Buffer>],
 ) -> std::result::Result<(), OpError> {
     let store = &*memory.store;
-    let mut written: SmallVec<[Option<&mut [u8]>; 4]> =
+    let mut written: SmallVec<[Option<&mut [u8]>; 8]> =
         taken.iter_mut().map(|b| b.as_mut().map(Buffer::bytes_mut)).collect();
     let cuts = step.arena.iter().map(|c| (c.range.start, c.range.end, c.write));
     let mut arena = carve(memory.arena, cuts);
@@ -86,7 +86,7 @@ fn with_states(
         };
         x.push(Some(View { dtype: o.dtype, dims: &o.dims, bytes }));
     }
-    let mut y: SmallVec<[Option<ViewMut>; 4]> = SmallVec::new();
+    let mut y: SmallVec<[Option<ViewMut>; 8]> = SmallVec::new();
     for o in &step.y {
         let len = o.dims.iter().product::<usize>() * o.dtype.size();
         let bytes = match o.place {

@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use crate::kernels::isa::vectorize;
 use crate::kernels::par;
 use crate::kernels::simd::{Kernel, Simd, Vectors};
-use crate::kernels::tile::{Positions, along_columns, along_rows, piece};
+use crate::kernels::tile::{Pieces, Positions, along_columns, along_rows};
 use crate::tensor::Float;
 use crate::tile_sizes;
 
@@ -280,9 +280,9 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                         true => (self.b.b.as_ptr().wrapping_add((q * p.k + k) * panel), panel),
                         false => (self.b.b.as_ptr().wrapping_add(k * p.ldb + q * panel), p.ldb),
                     };
-                    let pieces = rows.div_ceil(S::ROWS);
-                    for i in 0..pieces {
-                        let (start, m) = piece(rows, pieces, i);
+                    let pieces = Pieces::of(rows, S::ROWS);
+                    for i in 0..pieces.count {
+                        let (start, m) = (pieces.start(i), pieces.len(i));
                         let row = from + start;
                         let at = if p.trans_a { k * p.lda + row } else { row * p.lda + k };
                         let tile = Tile {

@@ -143,9 +143,30 @@ macro_rules! tile_sizes {
     };
 }
 
-/// The `i`th of `pieces` pieces of `0..total` that differ by one at most: start and length.
-#[inline(always)]
-pub fn piece(total: usize, pieces: usize, i: usize) -> (usize, usize) {
-    let start = total * i / pieces;
-    (start, total * (i + 1) / pieces - start)
+/// `0..total` in pieces of at most some length that differ by one at most, longer ones first.
+#[derive(Debug, Clone, Copy)]
+pub struct Pieces {
+    pub count: usize,
+    short: usize,
+    longer: usize,
+}
+
+impl Pieces {
+    #[inline(always)]
+    pub fn of(total: usize, most: usize) -> Pieces {
+        let count = total.div_ceil(most);
+        let (short, longer) = if count == 0 { (0, 0) } else { (total / count, total % count) };
+        Pieces { count, short, longer }
+    }
+
+    /// Of the `i`th.
+    #[inline(always)]
+    pub fn len(&self, i: usize) -> usize {
+        self.short + usize::from(i < self.longer)
+    }
+
+    #[inline(always)]
+    pub fn start(&self, i: usize) -> usize {
+        i * self.short + i.min(self.longer)
+    }
 }

@@ -12,13 +12,15 @@ use smallvec::SmallVec;
 use crate::kernels::conv::{Epilogue, Geometry, Residual, SLOTS, in_slots, volume};
 use crate::kernels::gemm::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors};
-use crate::kernels::tile::{along_rows, piece};
+use crate::kernels::tile::{Pieces, along_rows};
 use crate::tile_sizes;
 
 /// Elements of input and output that a task should keep in the second-level cache.
 const CHUNK: usize = 1 << 16;
 /// Tasks that are enough to keep the threads of a small machine equally busy.
 const TASKS: usize = 16;
+/// Elements of packed weights that stay near while all of them are used for each tile.
+const NEAR: usize = 1 << 14;
 /// Multiply-adds worth a task of their own.
 const WORK: usize = 1 << 19;
 
@@ -398,21 +400,19 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
     unsafe fn run<S: Simd<Elem = T>>(self) {
         let plan = self.plan;
         let (ci, co, panel) = (plan.ci, plan.co, 2 * S::LANES);
+        let per_group = plan.panels(panel);
         let (c, oc) = (plan.groups * ci, plan.groups * co);
         let a_strides = strides(self.window, c);
         let size = plan.steps() * panel;
-        for p in self.panels.clone() {
-            let (group, first) = (p / plan.panels(panel), p % plan.panels(panel) * panel);
-            let lanes = panel.min(co - first);
-            let channel = group * co + first;
+        // Few weights stay in the near cache: all panels for a tile of positions, so that results are written in
+        // order. Many: a panel at a time for all positions.
+        let together = if self.panels.len() * size <= NEAR { self.panels.len() } else { 1 };
+        for first in self.panels.clone().step_by(together.max(1)) {
             for grid in &plan.grids {
                 let mut extents = grid.extents;
                 let rows = self.rows.start.min(extents[plan.axis])..self.rows.end.min(extents[plan.axis]);
                 extents[plan.axis] = rows.len();
                 let total = self.images.len() * volume(extents);
-                if total == 0 {
-                    continue;
-                }
                 let mut walk = Walk {
                     extents,
                     at: [0; 3],
@@ -424,15 +424,12 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                     a: 0,
                     y: 0,
                 };
-                let y0 = self.images.start * walk.y_image
-                    + grid.origin
-                    + rows.start * grid.out_step[plan.axis]
-                    + channel;
-                let b = self.weights[p * size + grid.first * ci * panel..].as_ptr();
-                let tile = Tile {
+                let y0 =
+                    self.images.start * walk.y_image + grid.origin + rows.start * grid.out_step[plan.axis];
+                let mut tile = Tile {
                     runs: &grid.runs,
-                    b,
-                    bias: self.epilogue.bias.map(|b| b[channel..].as_ptr()),
+                    b: self.weights.as_ptr(),
+                    bias: None,
                     residual: match self.epilogue.residual {
                         Residual::None => None,
                         Residual::Of(r) => Some(r.as_ptr()),
@@ -441,20 +438,30 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                     low: self.epilogue.clamp.low,
                     high: self.epilogue.clamp.high,
                     y: self.y,
-                    lanes,
+                    input: 0,
+                    channel: 0,
+                    lanes: 0,
                 };
-                let pieces = total.div_ceil(S::ROWS);
-                for i in 0..pieces {
-                    let m = piece(total, pieces, i).1;
+                let pieces = Pieces::of(total, S::ROWS);
+                for i in 0..pieces.count {
+                    let m = pieces.len(i);
                     let (mut a, mut y) = ([self.a; 8], [0usize; 8]);
                     for i in 0..m {
-                        a[i] = self.a.wrapping_add(walk.a + group * ci);
+                        a[i] = self.a.wrapping_add(walk.a);
                         y[i] = y0 + walk.y;
                         walk.next();
                     }
-                    let n = if lanes > S::LANES { 2 } else { 1 };
-                    // SAFETY: the walk stays inside the task's rows, whose windows `a` holds; see `tile_run`.
-                    unsafe { tile_sizes!(m, n, S, tile_run(&tile, &a, &y)) }
+                    for p in first..(first + together).min(self.panels.end) {
+                        let (group, first) = (p / per_group, p % per_group * panel);
+                        tile.lanes = panel.min(co - first);
+                        tile.input = group * ci;
+                        tile.channel = group * co + first;
+                        tile.b = self.weights.as_ptr().wrapping_add(p * size + grid.first * ci * panel);
+                        tile.bias = self.epilogue.bias.map(|b| b.as_ptr().wrapping_add(tile.channel));
+                        let n = if tile.lanes > S::LANES { 2 } else { 1 };
+                        // SAFETY: the walk stays inside the task's rows, whose windows `a` holds; see `tile_run`.
+                        unsafe { tile_sizes!(m, n, S, tile_run(&tile, &a, &y)) }
+                    }
                 }
             }
         }
@@ -469,6 +476,9 @@ struct Tile<'a, T> {
     low: T,
     high: T,
     y: *mut T,
+    /// The group's first input channel, and the panel's first output channel and their number.
+    input: usize,
+    channel: usize,
     lanes: usize,
 }
 
@@ -485,7 +495,9 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
     // SAFETY: the caller's promise. With one vector a row the packed rows still are two vectors wide.
     unsafe {
         let mut rows = [a[0]; M];
-        rows.copy_from_slice(&a[..M]);
+        for i in 0..M {
+            rows[i] = a[i].wrapping_add(t.input);
+        }
         let mut acc = along_rows::<S, M, N>(t.runs, rows, t.b, 2 * S::LANES);
         let (low, high) = (S::splat(t.low), S::splat(t.high));
         for j in 0..N {
@@ -500,12 +512,12 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
             for i in 0..M {
                 let mut v = acc[i][j];
                 if let Some(r) = t.residual {
-                    v = S::add(v, load::<S>(r.add(y[i] + at), part));
+                    v = S::add(v, load::<S>(r.add(y[i] + t.channel + at), part));
                 }
                 v = S::min(high, S::max(low, v));
                 match part == S::LANES {
-                    true => S::store(t.y.add(y[i] + at), v),
-                    false => S::store_part(t.y.add(y[i] + at), v, part),
+                    true => S::store(t.y.add(y[i] + t.channel + at), v),
+                    false => S::store_part(t.y.add(y[i] + t.channel + at), v, part),
                 }
             }
         }

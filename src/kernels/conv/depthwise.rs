@@ -1,17 +1,18 @@
 //! Depthwise convolution (one input and one output channel a group) and its gradients, channels last.
 //!
-//! Vectors run over channels. All three stream: a row of outputs is computed from the few rows of inputs it needs,
-//! several positions at a time where no tap falls outside. Bound by memory, not by arithmetic.
+//! Vectors run over channels. All three stream: a row of results is computed from the few rows it needs, several
+//! positions at a time where no tap falls outside. Bound by memory, not by arithmetic.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
 use rayon::prelude::*;
+use smallvec::SmallVec;
 
 use crate::kernels::conv::{Epilogue, Geometry, Residual, volume};
 use crate::kernels::gemm::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors};
 
 /// Multiply-adds worth a task of their own.
-const WORK: usize = 1 << 17;
+const WORK: usize = 1 << 18;
 /// Positions computed at a time.
 const POSITIONS: usize = 4;
 /// Sums of the weight gradient, each over a share of the rows.
@@ -23,38 +24,66 @@ fn split(t: usize, k: [usize; 3]) -> [usize; 3] {
     [t / (k[1] * k[2]), t / k[2] % k[1], t % k[2]]
 }
 
-/// Rows of outputs, along the last dimension, of all images.
-fn rows(n: usize, y: [usize; 3]) -> usize {
-    n * y[0] * y[1]
-}
-
-/// Rows a task: enough work, and not so many that few tasks remain.
-fn rows_each(total: usize, work_a_row: usize) -> usize {
-    WORK.div_ceil(work_a_row.max(1)).clamp(1, total.max(1))
-}
-
-/// Weights (C, 1, k…) as (k…, C), perhaps with the taps in reverse.
-fn by_tap<T: Vectors>(c: usize, taps: usize, reverse: bool, w: &[T], out: &mut [T]) {
-    for (t, out) in out.chunks_exact_mut(c).enumerate().take(taps) {
-        let t = if reverse { taps - 1 - t } else { t };
-        for (out, w) in out.iter_mut().zip(w[t..].iter().step_by(taps)) {
-            *out = *w;
+/// Weights (C, 1, k…) as (k…, C).
+fn by_tap<T: Vectors>(c: usize, taps: usize, w: &[T], out: &mut [T]) {
+    for channel in 0..c {
+        for t in 0..taps {
+            out[t * c + channel] = w[channel * taps + t];
         }
     }
 }
 
-/// The values along one dimension that a tap may have for the position `at`: taps `t` with
-/// `0 ≤ at·stride + t·dilation − pad < extent`.
-#[inline(always)]
-fn inside(at: usize, stride: usize, dilation: usize, pad: usize, k: usize, extent: usize) -> (usize, usize) {
-    let start = at * stride;
-    let from = pad.saturating_sub(start).div_ceil(dilation).min(k);
-    let to = (extent + pad).saturating_sub(start).div_ceil(dilation).clamp(from, k);
-    (from, to)
+/// Which positions of the source the positions of the target sum over: `x` and `y` of a convolution, or, for the
+/// gradient, `dy` and `dx`.
+#[derive(Clone, Copy)]
+struct Direction<'a> {
+    g: &'a Geometry,
+    source: [usize; 3],
+    target: [usize; 3],
+    gradient: bool,
 }
 
-struct Forward<'a, T> {
-    g: &'a Geometry,
+impl Direction<'_> {
+    /// Target positions a source position apart sum over source positions `step` apart, in each of `residues` classes.
+    fn step(&self, d: usize) -> usize {
+        if self.gradient { 1 } else { self.g.stride[d] }
+    }
+
+    fn residues(&self, d: usize) -> usize {
+        if self.gradient { self.g.stride[d] } else { 1 }
+    }
+
+    /// The source position, perhaps outside, of tap `t` for the target position `q·residues + r`, less `q·step`.
+    fn offset(&self, d: usize, r: usize, t: usize) -> Option<isize> {
+        let (g, t) = (self.g, (t * self.g.dilation[d]) as isize);
+        if !self.gradient {
+            return Some(t - g.pad[d] as isize);
+        }
+        let (at, s) = ((r + g.pad[d]) as isize - t, g.stride[d] as isize);
+        (at.rem_euclid(s) == 0).then(|| at.div_euclid(s))
+    }
+
+    /// The source position of tap `t` for target position `i`, if it lies inside.
+    fn inside(&self, d: usize, i: usize, t: usize) -> Option<usize> {
+        let n = self.residues(d);
+        let at = (i / n * self.step(d)) as isize + self.offset(d, i % n, t)?;
+        (at >= 0 && at < self.source[d] as isize).then_some(at as usize)
+    }
+}
+
+/// One tap for a row of the target: elements from the row's first to the tap's source and weights.
+#[derive(Clone, Copy)]
+struct Tap {
+    /// Of the first source position of the tap's row.
+    x: usize,
+    /// Along the row, in positions.
+    offset: isize,
+    w: usize,
+}
+
+/// Some rows of a target, all images' rows counted.
+struct Rows<'a, T> {
+    way: Direction<'a>,
     x: &'a [T],
     /// (k…, C)
     w: &'a [T],
@@ -63,135 +92,126 @@ struct Forward<'a, T> {
     rows: std::ops::Range<usize>,
 }
 
-impl<T: Vectors> Kernel<T> for Forward<'_, T> {
+impl<T: Vectors> Kernel<T> for Rows<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
-        let g = self.g;
-        let c = g.c;
-        let [_, _, k2] = g.k;
-        let (s, d, pad) = (g.stride[2], g.dilation[2], g.pad[2]);
-        // Positions of a row for which no tap falls outside.
-        let first = pad.div_ceil(s).min(g.y[2]);
-        let last = match (g.x[2] + pad).checked_sub((k2 - 1) * d + 1) {
-            Some(room) => (room / s + 1).clamp(first, g.y[2]),
-            None => first,
-        };
+        let (way, g) = (self.way, self.way.g);
+        let (extent, step) = (way.source[2], way.step(2));
         for row in self.rows.clone() {
-            let [image, o0, o1] = split(row, [g.n, g.y[0], g.y[1]]);
-            let (a0, b0) = inside(o0, g.stride[0], g.dilation[0], g.pad[0], g.k[0], g.x[0]);
-            let (a1, b1) = inside(o1, g.stride[1], g.dilation[1], g.pad[1], g.k[1], g.x[1]);
-            let line = Line {
-                g,
-                x: self.x,
-                w: self.w,
-                epilogue: &self.epilogue,
-                y: self.y,
-                y_row: row * g.y[2] * c,
-                image,
-                origin: [o0 * g.stride[0], o1 * g.stride[1]],
-                taps: [(a0, b0), (a1, b1)],
-            };
-            // SAFETY: the taps given lie inside the input; the row's outputs are this task's.
-            unsafe {
-                for o in 0..first {
-                    line.edge::<S>(o);
+            let [image, i0, i1] = split(row, [g.n, way.target[0], way.target[1]]);
+            for r in 0..way.residues(2).min(way.target[2]) {
+                let mut taps: SmallVec<[Tap; 64]> = SmallVec::new();
+                for t in 0..g.taps() {
+                    let [t0, t1, t2] = split(t, g.k);
+                    let (a, b) = (way.inside(0, i0, t0), way.inside(1, i1, t1));
+                    if let (Some(a), Some(b), Some(offset)) = (a, b, way.offset(2, r, t2)) {
+                        let x = ((image * way.source[0] + a) * way.source[1] + b) * extent * g.c;
+                        taps.push(Tap { x, offset, w: t * g.c });
+                    }
                 }
-                let mut o = first;
-                while o + POSITIONS <= last {
-                    line.positions::<S, POSITIONS>(o, 0, k2);
-                    o += POSITIONS;
-                }
-                while o < last {
-                    line.positions::<S, 1>(o, 0, k2);
-                    o += 1;
-                }
-                for o in last..g.y[2] {
-                    line.edge::<S>(o);
+                // Positions for which no tap falls outside.
+                let least = taps.iter().map(|t| t.offset).min().unwrap_or(0);
+                let most = taps.iter().map(|t| t.offset).max().unwrap_or(0);
+                let count = (way.target[2] - r).div_ceil(way.residues(2));
+                let first = ((-least).max(0) as usize).div_ceil(step).min(count);
+                let last = match extent as isize - 1 - most {
+                    room if room < 0 => first,
+                    room => (room as usize / step + 1).clamp(first, count),
+                };
+                let line = Line {
+                    taps: &taps,
+                    x: self.x.as_ptr(),
+                    w: self.w.as_ptr(),
+                    c: g.c,
+                    extent: extent as isize,
+                    step,
+                    epilogue: &self.epilogue,
+                    y: self.y,
+                    y_row: (row * way.target[2] + r) * g.c,
+                    y_step: way.residues(2) * g.c,
+                };
+                // SAFETY: taps that fall outside are left out; the row's results are this task's.
+                unsafe {
+                    for q in 0..first {
+                        line.positions::<S, 1, false>(q);
+                    }
+                    let mut q = first;
+                    while q + POSITIONS <= last {
+                        line.positions::<S, POSITIONS, true>(q);
+                        q += POSITIONS;
+                    }
+                    while q < last {
+                        line.positions::<S, 1, true>(q);
+                        q += 1;
+                    }
+                    for q in last..count {
+                        line.positions::<S, 1, false>(q);
+                    }
                 }
             }
         }
     }
 }
 
-/// One row of outputs.
+/// The results of one row (and residue).
 struct Line<'a, T> {
-    g: &'a Geometry,
-    x: &'a [T],
-    w: &'a [T],
+    taps: &'a [Tap],
+    x: *const T,
+    w: *const T,
+    c: usize,
+    extent: isize,
+    step: usize,
     epilogue: &'a Epilogue<'a, T>,
     y: *mut T,
     y_row: usize,
-    image: usize,
-    origin: [usize; 2],
-    /// Of the first two dimensions, from and to.
-    taps: [(usize, usize); 2],
+    y_step: usize,
 }
 
 impl<T: Vectors> Line<'_, T> {
+    /// `P` positions from `q` on; not all of their taps need lie inside unless `INSIDE`.
     #[inline(always)]
-    unsafe fn edge<S: Simd<Elem = T>>(&self, o: usize) {
-        let g = self.g;
-        let (a, b) = inside(o, g.stride[2], g.dilation[2], g.pad[2], g.k[2], g.x[2]);
-        // SAFETY: the caller's promise.
-        unsafe { self.positions::<S, 1>(o, a, b) }
-    }
-
-    /// `P` positions from `o`, taps `from..to` of the last dimension.
-    #[inline(always)]
-    unsafe fn positions<S: Simd<Elem = T>, const P: usize>(&self, o: usize, from: usize, to: usize) {
-        let c = self.g.c;
-        let mut at = 0;
+    unsafe fn positions<S: Simd<Elem = T>, const P: usize, const INSIDE: bool>(&self, q: usize) {
+        let mut channel = 0;
         // SAFETY: the caller's promise: vectors end at the last channel.
         unsafe {
-            while at + S::LANES <= c {
-                self.vectors::<S, P, true>(o, from, to, at, S::LANES);
-                at += S::LANES;
+            while channel + S::LANES <= self.c {
+                self.vectors::<S, P, INSIDE, true>(q, channel, S::LANES);
+                channel += S::LANES;
             }
-            if at < c {
-                self.vectors::<S, P, false>(o, from, to, at, c - at);
+            if channel < self.c {
+                self.vectors::<S, P, INSIDE, false>(q, channel, self.c - channel);
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn vectors<S: Simd<Elem = T>, const P: usize, const WHOLE: bool>(
+    unsafe fn vectors<S: Simd<Elem = T>, const P: usize, const INSIDE: bool, const WHOLE: bool>(
         &self,
-        o: usize,
-        from: usize,
-        to: usize,
+        q: usize,
         channel: usize,
         lanes: usize,
     ) {
-        let g = self.g;
-        let c = g.c;
         // SAFETY: the caller's promise.
         unsafe {
             let mut acc = [match self.epilogue.bias {
                 Some(b) => load::<S, WHOLE>(b.as_ptr().add(channel), lanes),
                 None => S::splat(T::zero()),
             }; P];
-            let (s, d) = (g.stride[2], g.dilation[2]);
-            for k0 in self.taps[0].0..self.taps[0].1 {
-                for k1 in self.taps[1].0..self.taps[1].1 {
-                    let i0 = self.origin[0] + k0 * g.dilation[0] - g.pad[0];
-                    let i1 = self.origin[1] + k1 * g.dilation[1] - g.pad[1];
-                    let line = ((self.image * g.x[0] + i0) * g.x[1] + i1) * g.x[2];
-                    let x = self.x.as_ptr().wrapping_add(
-                        (line + o * s).wrapping_sub(g.pad[2]).wrapping_mul(c).wrapping_add(channel),
-                    );
-                    let w = self.w.as_ptr().add((k0 * g.k[1] + k1) * g.k[2] * c + channel);
-                    for k2 in from..to {
-                        let w = load::<S, WHOLE>(w.add(k2 * c), lanes);
-                        for i in 0..P {
-                            let x = load::<S, WHOLE>(x.wrapping_add((i * s + k2 * d) * c), lanes);
-                            acc[i] = S::fma(x, w, acc[i]);
-                        }
-                    }
+            let (first, step) = ((q * self.step) as isize, self.step * self.c);
+            for tap in self.taps {
+                let at = first + tap.offset;
+                if !INSIDE && (at < 0 || at >= self.extent) {
+                    continue;
+                }
+                let x = self.x.add(tap.x + at as usize * self.c + channel);
+                let w = load::<S, WHOLE>(self.w.add(tap.w + channel), lanes);
+                for i in 0..P {
+                    acc[i] = S::fma(load::<S, WHOLE>(x.add(i * step), lanes), w, acc[i]);
                 }
             }
             let (low, high) = (S::splat(self.epilogue.clamp.low), S::splat(self.epilogue.clamp.high));
             for i in 0..P {
-                let at = self.y_row + (o + i) * c + channel;
+                let at = self.y_row + (q + i) * self.y_step + channel;
                 let y = self.y.add(at);
                 let mut v = acc[i];
                 match self.epilogue.residual {
@@ -228,111 +248,8 @@ pub fn forward<T: Vectors>(
     y: &mut [T],
     scratch: &mut [T],
 ) {
-    by_tap(g.c, g.taps(), false, w, scratch);
-    sweep(g, x, scratch, epilogue, y);
-}
-
-fn sweep<T: Vectors>(g: &Geometry, x: &[T], w: &[T], epilogue: Epilogue<T>, y: &mut [T]) {
-    assert!(
-        x.len() == g.n * g.c * volume(g.x) && y.len() == g.n * g.c * volume(g.y),
-        "operands of a convolution"
-    );
-    let total = rows(g.n, g.y);
-    let each = rows_each(total, g.y[2] * g.c * g.taps());
-    let y = Shared::new(y);
-    tasks(total, each, |rows| {
-        // SAFETY: tasks write different rows of `y`; the extents were checked.
-        unsafe { T::dispatch(Forward { g, x, w, epilogue, y: y.ptr(), rows }) }
-    });
-}
-
-fn tasks(total: usize, each: usize, f: impl Fn(std::ops::Range<usize>) + Sync) {
-    let range = |i: usize| i * each..total.min((i + 1) * each);
-    match total.div_ceil(each) {
-        1 => f(0..total),
-        n => (0..n).into_par_iter().for_each(|i| f(range(i))),
-    }
-}
-
-struct InputGrad<'a, T> {
-    g: &'a Geometry,
-    dy: &'a [T],
-    w: &'a [T],
-    epilogue: Epilogue<'a, T>,
-    dx: *mut T,
-    rows: std::ops::Range<usize>,
-}
-
-/// The output position that tap `t` of dimension `d` reads input position `i` for, if there is one.
-#[inline(always)]
-fn output(g: &Geometry, d: usize, i: usize, t: usize) -> Option<usize> {
-    let at = (i + g.pad[d]).checked_sub(t * g.dilation[d])?;
-    let o = at / g.stride[d];
-    (o * g.stride[d] == at && o < g.y[d]).then_some(o)
-}
-
-impl<T: Vectors> Kernel<T> for InputGrad<'_, T> {
-    #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(self) {
-        let g = self.g;
-        for row in self.rows.clone() {
-            let [image, i0, i1] = split(row, [g.n, g.x[0], g.x[1]]);
-            for i2 in 0..g.x[2] {
-                let at = (row * g.x[2] + i2) * g.c;
-                let mut channel = 0;
-                // SAFETY: vectors end at the last channel.
-                unsafe {
-                    while channel + S::LANES <= g.c {
-                        self.vector::<S, true>(image, [i0, i1, i2], at, channel, S::LANES);
-                        channel += S::LANES;
-                    }
-                    if channel < g.c {
-                        self.vector::<S, false>(image, [i0, i1, i2], at, channel, g.c - channel);
-                    }
-                }
-            }
-        }
-    }
-}
-
-impl<T: Vectors> InputGrad<'_, T> {
-    /// One position's channels from `channel` on.
-    #[inline(always)]
-    unsafe fn vector<S: Simd<Elem = T>, const WHOLE: bool>(
-        &self,
-        image: usize,
-        i: [usize; 3],
-        at: usize,
-        channel: usize,
-        lanes: usize,
-    ) {
-        let g = self.g;
-        // SAFETY: the caller's promise; taps without an output position are left out.
-        unsafe {
-            let mut acc = S::splat(T::zero());
-            for t0 in 0..g.k[0] {
-                let Some(o0) = output(g, 0, i[0], t0) else { continue };
-                for t1 in 0..g.k[1] {
-                    let Some(o1) = output(g, 1, i[1], t1) else { continue };
-                    for t2 in 0..g.k[2] {
-                        let Some(o2) = output(g, 2, i[2], t2) else { continue };
-                        let o = ((image * g.y[0] + o0) * g.y[1] + o1) * g.y[2] + o2;
-                        let t = (t0 * g.k[1] + t1) * g.k[2] + t2;
-                        let dy = load::<S, WHOLE>(self.dy.as_ptr().add(o * g.c + channel), lanes);
-                        let w = load::<S, WHOLE>(self.w.as_ptr().add(t * g.c + channel), lanes);
-                        acc = S::fma(dy, w, acc);
-                    }
-                }
-            }
-            let dx = self.dx.add(at + channel);
-            match self.epilogue.residual {
-                Residual::None => {}
-                Residual::Of(r) => acc = S::add(acc, load::<S, WHOLE>(r.as_ptr().add(at + channel), lanes)),
-                Residual::InOutput => acc = S::add(acc, load::<S, WHOLE>(dx, lanes)),
-            }
-            if WHOLE { S::store(dx, acc) } else { S::store_part(dx, acc, lanes) }
-        }
-    }
+    let way = Direction { g, source: g.x, target: g.y, gradient: false };
+    sweep(way, x, w, epilogue, y, scratch);
 }
 
 /// `dx = addend + the gradient`; of the epilogue only the residual counts.
@@ -344,26 +261,36 @@ pub fn input_grad<T: Vectors>(
     dx: &mut [T],
     scratch: &mut [T],
 ) {
-    // With unit stride it is a convolution with the taps in reverse.
-    let pad: [Option<usize>; 3] =
-        std::array::from_fn(|d| ((g.k[d] - 1) * g.dilation[d]).checked_sub(g.pad[d]));
-    if let ([1, 1, 1], [Some(a), Some(b), Some(c)]) = (g.stride, pad) {
-        by_tap(g.c, g.taps(), true, w, scratch);
-        return sweep(&Geometry { x: g.y, y: g.x, pad: [a, b, c], ..g.clone() }, dy, scratch, epilogue, dx);
-    }
-    assert!(
-        dx.len() == g.n * g.c * volume(g.x) && dy.len() == g.n * g.c * volume(g.y),
-        "operands of a convolution"
-    );
-    by_tap(g.c, g.taps(), false, w, scratch);
+    let way = Direction { g, source: g.y, target: g.x, gradient: true };
+    sweep(way, dy, w, epilogue, dx, scratch);
+}
+
+fn sweep<T: Vectors>(
+    way: Direction,
+    x: &[T],
+    w: &[T],
+    epilogue: Epilogue<T>,
+    y: &mut [T],
+    scratch: &mut [T],
+) {
+    let g = way.g;
+    let size = |e: [usize; 3]| g.n * g.c * volume(e);
+    assert!(x.len() == size(way.source) && y.len() == size(way.target), "operands of a convolution");
+    by_tap(g.c, g.taps(), w, scratch);
     let w: &[T] = scratch;
-    let total = rows(g.n, g.x);
-    let each = rows_each(total, g.x[2] * g.c * g.taps());
-    let dx = Shared::new(dx);
-    tasks(total, each, |rows| {
-        // SAFETY: tasks write different rows of `dx`; the extents were checked.
-        unsafe { T::dispatch(InputGrad { g, dy, w, epilogue, dx: dx.ptr(), rows }) }
-    });
+    let total = g.n * way.target[0] * way.target[1];
+    let work = way.target[2] * g.c * g.taps();
+    let each = WORK.div_ceil(work.max(1)).clamp(1, total);
+    let y = Shared::new(y);
+    let one = |i: usize| {
+        let rows = i * each..total.min((i + 1) * each);
+        // SAFETY: tasks write different rows of `y`; the extents were checked.
+        unsafe { T::dispatch(Rows { way, x, w, epilogue, y: y.ptr(), rows }) }
+    };
+    match total.div_ceil(each) {
+        1 => one(0),
+        tasks => (0..tasks).into_par_iter().for_each(one),
+    }
 }
 
 struct WeightGrad<'a, T> {
@@ -519,7 +446,7 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], sc
         x.len() == g.n * g.c * volume(g.x) && dy.len() == g.n * g.c * volume(g.y),
         "operands of a convolution"
     );
-    let (total, size) = (rows(g.n, g.y), g.taps() * g.c);
+    let (total, size) = (g.n * g.y[0] * g.y[1], g.taps() * g.c);
     let slabs = (total * g.y[2] * size / WORK).clamp(1, SLABS.min(total));
     let sums = &mut scratch[..slabs * size];
     let one = |(slab, sum): (usize, &mut [T])| {
@@ -531,9 +458,13 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], sc
         1 => one((0, sums)),
         _ => sums.par_chunks_exact_mut(size).enumerate().for_each(one),
     }
-    let taps = g.taps();
-    for (i, dw) in dw.iter_mut().enumerate() {
-        let at = i % taps * g.c + i / taps;
-        *dw = (1..slabs).fold(scratch[at], |sum, s| sum + scratch[s * size + at]);
+    for s in 1..slabs {
+        let (first, more) = scratch.split_at_mut(s * size);
+        first[..size].iter_mut().zip(&more[..size]).for_each(|(a, b)| *a += *b);
+    }
+    for (channel, dw) in dw.chunks_exact_mut(g.taps()).enumerate() {
+        for (t, dw) in dw.iter_mut().enumerate() {
+            *dw = scratch[t * g.c + channel];
+        }
     }
 }

@@ -13,7 +13,7 @@ use crate::kernels::conv::{Geometry, volume};
 use crate::kernels::gemm::Shared;
 use crate::kernels::par;
 use crate::kernels::simd::{Kernel, Simd, Vectors};
-use crate::kernels::tile::{Positions, along_columns, piece};
+use crate::kernels::tile::{Pieces, Positions, along_columns};
 use crate::tile_sizes;
 
 /// Elements of X and dY that a task should sweep over at a time, for the second-level cache; more of them where the
@@ -202,9 +202,9 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                         let (group, col) = (q / per_group, q % per_group * panel);
                         let lanes = panel.min(p.og - col);
                         let n = if lanes > S::LANES { 2 } else { 1 };
-                        let pieces = p.m.div_ceil(S::ROWS);
-                        for i in 0..pieces {
-                            let (row, m) = piece(p.m, pieces, i);
+                        let pieces = Pieces::of(p.m, S::ROWS);
+                        for i in 0..pieces.count {
+                            let (row, m) = (pieces.start(i), pieces.len(i));
                             let a = self.x.as_ptr().wrapping_add(x0 + group * p.m + row);
                             let b = self.dy.as_ptr().wrapping_add(y0 + group * p.og + col);
                             let at = ((group * p.taps() + t) * p.m + row) * p.og + col;
