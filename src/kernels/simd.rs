@@ -52,6 +52,9 @@ pub trait Vectors: Float {
 
     /// Columns of the register tile that `dispatch` will choose: two vectors.
     fn panel() -> usize;
+
+    /// And its rows.
+    fn rows() -> usize;
 }
 
 impl Vectors for f32 {
@@ -87,12 +90,24 @@ impl Vectors for f32 {
     }
 
     fn panel() -> usize {
-        let lanes = match isa() {
-            Isa::Avx512 => 16,
-            Isa::Avx2 => 8,
-            Isa::Portable => <Plain<f32> as Simd>::LANES,
-        };
-        2 * lanes
+        2 * level().0
+    }
+
+    fn rows() -> usize {
+        level().1
+    }
+}
+
+/// Lanes of float32 vectors and rows of register tiles at the level in use.
+fn level() -> (usize, usize) {
+    match isa() {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => (x86::Avx512::LANES, x86::Avx512::ROWS),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => (x86::Avx2::LANES, x86::Avx2::ROWS),
+        #[cfg(target_arch = "aarch64")]
+        level if level > Isa::Portable => (arm::Neon::LANES, arm::Neon::ROWS),
+        _ => (Plain::<f32>::LANES, Plain::<f32>::ROWS),
     }
 }
 
@@ -105,6 +120,10 @@ impl Vectors for f64 {
 
     fn panel() -> usize {
         2 * Plain::<f64>::LANES
+    }
+
+    fn rows() -> usize {
+        Plain::<f64>::ROWS
     }
 }
 

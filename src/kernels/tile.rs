@@ -149,6 +149,7 @@ pub struct Pieces {
     pub count: usize,
     short: usize,
     longer: usize,
+    total: usize,
 }
 
 impl Pieces {
@@ -156,13 +157,18 @@ impl Pieces {
     pub fn of(total: usize, most: usize) -> Pieces {
         let count = total.div_ceil(most);
         let (short, longer) = if count == 0 { (0, 0) } else { (total / count, total % count) };
-        Pieces { count, short, longer }
+        Pieces { count, short, longer, total }
+    }
+
+    /// Pieces of exactly `size`, but for the last.
+    pub fn by(total: usize, size: usize) -> Pieces {
+        Pieces { count: total.div_ceil(size), short: size, longer: 0, total }
     }
 
     /// Of the `i`th.
     #[inline(always)]
     pub fn len(&self, i: usize) -> usize {
-        self.short + usize::from(i < self.longer)
+        (self.short + usize::from(i < self.longer)).min(self.total - self.start(i))
     }
 
     #[inline(always)]

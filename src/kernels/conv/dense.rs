@@ -19,6 +19,8 @@ use crate::tile_sizes;
 const CHUNK: usize = 1 << 16;
 /// Tasks that are enough to keep the threads of a small machine equally busy.
 const TASKS: usize = 16;
+/// Elements of the buffer that weights pass through while they are packed.
+const BUFFER: usize = 1 << 12;
 /// Elements of packed weights that stay near while all of them are used for each tile.
 const NEAR: usize = 1 << 14;
 /// Multiply-adds worth a task of their own.
@@ -224,13 +226,17 @@ impl Plan {
             + volume(self.target) / rows.max(1) * self.groups * self.co;
         let work = volume(self.target) * self.steps() * self.groups * self.co / self.grids.len().max(1);
         let tasks = (self.n * work / WORK).clamp(1, TASKS);
-        let (images, rows_each) = if per_row * rows <= CHUNK || rows == 1 {
-            let images = (CHUNK / (per_row * rows).max(1)).clamp(1, self.n.div_ceil(tasks).max(1));
+        // Many weights are read from afar for each task: they had better serve many positions.
+        let chunk = (self.packed(panel) / 8).clamp(CHUNK, 4 * CHUNK);
+        let (images, rows_each) = if per_row * rows <= chunk || rows == 1 {
+            let images =
+                (chunk / (per_row * rows).max(1)).clamp(1, self.n.div_ceil(tasks).max(self.n / 2).max(1));
+            let images = self.n.div_ceil(self.n.div_ceil(images));
             let split = tasks.div_ceil(self.n.div_ceil(images)).min(rows);
             (images, if images == 1 { rows.div_ceil(split) } else { rows })
         } else {
             let split = tasks.div_ceil(self.n).min(rows);
-            (1, (CHUNK / per_row.max(1)).clamp(1, rows.div_ceil(split)))
+            (1, (chunk / per_row.max(1)).clamp(1, rows.div_ceil(split)))
         };
         let units = self.n.div_ceil(images) * rows.div_ceil(rows_each);
         let panels = self.groups * self.panels(panel);
@@ -284,15 +290,30 @@ fn pack<T: Vectors>(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut
         if lanes < panel {
             out.fill(T::zero());
         }
-        // Neighbouring taps and inputs are neighbours in `w`: its cache lines stay while they are used up.
-        for i in 0..ci {
-            for (t, tap) in plan.order.iter().enumerate() {
-                let w = &w[i * i_step + *tap as usize..];
-                let row = &mut out[(t * ci + i) * panel..][..lanes];
-                // By index: stepping iterators compile to much slower loops.
-                let w = &w[..(lanes - 1) * o_step + 1];
-                for lane in 0..lanes {
-                    row[lane] = w[lane * o_step];
+        // The rows of `w` that make up a panel may be far apart: a run of each is brought near first.
+        let width = (BUFFER / (lanes * total)).min(ci);
+        let mut near = [T::zero(); BUFFER];
+        for i0 in (0..ci).step_by(width.max(1)) {
+            let count = width.clamp(1, ci - i0);
+            let (w, o_step) = match forward && width > 1 {
+                true => {
+                    for lane in 0..lanes {
+                        let from = &w[lane * o_step + i0 * i_step..][..count * total];
+                        near[lane * count * total..][..count * total].copy_from_slice(from);
+                    }
+                    (&near[..], count * total)
+                }
+                false => (&w[i0 * i_step..], o_step),
+            };
+            for i in 0..count {
+                for (t, tap) in plan.order.iter().enumerate() {
+                    let w = &w[i * i_step + *tap as usize..];
+                    let row = &mut out[(t * ci + i0 + i) * panel..][..lanes];
+                    // By index: stepping iterators compile to much slower loops.
+                    let w = &w[..(lanes - 1) * o_step + 1];
+                    for lane in 0..lanes {
+                        row[lane] = w[lane * o_step];
+                    }
                 }
             }
         }

@@ -23,12 +23,16 @@ const LARGE_CHUNK: usize = 1 << 18;
 /// Elements of all slabs' sums together, beyond which the outputs are divided instead of the positions.
 const SUMS: usize = 1 << 19;
 const TASKS: usize = 8;
+/// Elements of dW from which on its operands are packed.
+const LARGE: usize = 1 << 16;
 /// Multiply-adds worth a task of their own.
 const WORK: usize = 1 << 19;
 /// Input channels below which taps are merged.
 const FEW: usize = 8;
 /// Output channels whose weights are put in order together.
-const OUTPUTS: usize = 8;
+const OUTPUTS: usize = 16;
+/// Elements of the buffer in which they are.
+const NEAR: usize = 1 << 12;
 
 /// The sum as this file computes it: X perhaps padded, a kernel row's taps perhaps merged.
 struct Plan {
@@ -94,9 +98,14 @@ impl Plan {
         volume(self.k)
     }
 
-    /// Elements of dW.
-    fn size(&self) -> usize {
-        self.groups * self.taps() * self.m * self.og
+    /// Panels of output channels.
+    fn panels(&self, panel: usize) -> usize {
+        self.groups * self.og.div_ceil(panel)
+    }
+
+    /// Elements of one sum: (panels, taps, rows, panel).
+    fn size(&self, panel: usize) -> usize {
+        self.panels(panel) * panel * self.taps() * self.m
     }
 
     /// Elements of the padded copy of X.
@@ -104,41 +113,100 @@ impl Plan {
         if self.merged { self.n * volume(self.x) * self.c } else { 0 }
     }
 
+    /// Are X and dY worth packing? Each strip of them is used for many others where dW is large, and positions far
+    /// apart compete for the same cache lines.
+    fn packs(&self, panel: usize) -> bool {
+        self.groups == 1 && self.size(panel) >= LARGE && self.division(panel).slabs == 1
+    }
+
+    /// The strips of X and of dY, and the elements that they take packed.
+    fn strips<T: Vectors>(&self) -> [(Pieces, usize); 2] {
+        let (rows, panel) = (Pieces::of(self.m, T::rows()), T::panel());
+        let columns = Pieces::by(self.og, panel);
+        [
+            (rows, rows.count * self.n * volume(self.x) * T::rows()),
+            (columns, columns.count * self.n * volume(self.y) * panel),
+        ]
+    }
+
     fn division(&self, panel: usize) -> Division {
         let rows = self.y[self.axis];
         let per_row = volume(self.x) * self.c / self.x[self.axis] * self.stride[self.axis]
             + volume(self.y) / rows * self.groups * self.og;
-        let chunk = (self.size() / 2).clamp(CHUNK, LARGE_CHUNK);
+        let chunk = (self.size(panel) / 2).clamp(CHUNK, LARGE_CHUNK);
         let (images, chunk) = match per_row * rows {
             all if all <= chunk => ((chunk / all.max(1)).clamp(1, self.n), rows),
             _ => (1, (chunk / per_row.max(1)).clamp(1, rows)),
         };
         let chunks = self.n.div_ceil(images) * rows.div_ceil(chunk);
-        let tasks = (self.n * volume(self.y) * self.size() / WORK).clamp(1, TASKS);
-        let slabs = (SUMS / self.size().max(1)).clamp(1, tasks.min(self.n * rows));
+        let tasks = (self.n * volume(self.y) * self.size(panel) / WORK).clamp(1, TASKS);
+        let slabs = (SUMS / self.size(panel).max(1)).clamp(1, tasks.min(self.n * rows));
         // Smaller chunks rather than fewer slabs.
         let (images, chunk) = match slabs <= chunks {
             true => (images, chunk),
             false if slabs <= self.n => (self.n / slabs, rows),
             false => (1, (rows / slabs.div_ceil(self.n)).max(1)),
         };
-        let groups_panels = self.groups * self.og.div_ceil(panel);
+        let groups_panels = self.panels(panel);
         let panels = tasks.div_ceil(slabs).min(groups_panels);
         let pieces = tasks.div_ceil(slabs * panels).min(self.taps());
         Division { slabs, images, rows: chunk, pieces, panels: groups_panels.div_ceil(panels) }
     }
 }
 
+/// X or dY: some channels of each position, in strips of neighbours.
+#[derive(Clone, Copy)]
+struct Side<'a, T> {
+    data: &'a [T],
+    /// Elements from a position to the next.
+    step: usize,
+    /// Each strip has its positions next to one another, so many elements after those of the strip before.
+    packed: Option<usize>,
+}
+
+impl<T: Vectors> Side<'_, T> {
+    /// Strip `i`, which begins at `channel`, of the position `at`.
+    #[inline(always)]
+    fn at(&self, i: usize, channel: usize, at: usize) -> *const T {
+        let strip = match self.packed {
+            Some(size) => i * size,
+            None => channel,
+        };
+        self.data.as_ptr().wrapping_add(strip + at * self.step)
+    }
+}
+
+/// Copies `positions` of `c` channels so that strips of at most `width` channels lie each by itself, `width`
+/// elements a position.
+fn pack<'a, T: Vectors>(
+    x: &[T],
+    positions: usize,
+    c: usize,
+    strips: Pieces,
+    width: usize,
+    out: &'a mut [T],
+) -> Side<'a, T> {
+    let size = positions * width;
+    out.par_chunks_exact_mut(size).enumerate().for_each(|(i, out)| {
+        let (start, len) = (strips.start(i), strips.len(i));
+        for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(c)) {
+            out[..len].copy_from_slice(&x[start..start + len]);
+            out[len..].fill(T::zero());
+        }
+    });
+    Side { data: out, step: width, packed: Some(size) }
+}
+
 struct Task<'a, T> {
     plan: &'a Plan,
-    x: &'a [T],
-    dy: &'a [T],
+    x: Side<'a, T>,
+    dy: Side<'a, T>,
     /// (images, rows along the axis) of each chunk, in order.
     chunks: std::ops::Range<usize>,
     division: &'a Division,
     taps: std::ops::Range<usize>,
     panels: std::ops::Range<usize>,
-    /// (groups, taps, rows, columns); this task's elements of it are written.
+    /// (panels, taps, rows, panel); this task's elements of it are written.
     sum: *mut T,
 }
 
@@ -149,8 +217,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
         let panel = 2 * S::LANES;
         let per_group = p.og.div_ceil(panel);
         let row_blocks = p.y[p.axis].div_ceil(d.rows);
-        let oc = p.groups * p.og;
-        let (xs, ys) = (strides(p.x, p.c), strides(p.y, oc));
+        let (xs, ys) = (strides(p.x), strides(p.y));
         for (nth, chunk) in self.chunks.clone().enumerate() {
             let image = chunk / row_blocks * d.images;
             let images = d.images.min(p.n - image);
@@ -189,30 +256,32 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                         },
                         rows: count[1],
                         steps: count[2],
-                        a_block: volume(p.x) * p.c,
-                        a_row: xs[1] * p.stride[1],
-                        a_step: xs[2] * p.stride[2],
-                        b_block: volume(p.y) * oc,
-                        b_row: ys[1],
-                        b_step: oc,
+                        a_block: volume(p.x) * self.x.step,
+                        a_row: xs[1] * p.stride[1] * self.x.step,
+                        a_step: p.stride[2] * self.x.step,
+                        b_block: volume(p.y) * self.dy.step,
+                        b_row: ys[1] * self.dy.step,
+                        b_step: self.dy.step,
                     };
-                    let x0 = im * volume(p.x) * p.c + dot(x_at, xs) + depth * p.stride[0] * xs[0];
-                    let y0 = im * volume(p.y) * oc + dot(lo, ys) + depth * ys[0];
+                    let x0 = im * volume(p.x) + dot(x_at, xs) + depth * p.stride[0] * xs[0];
+                    let y0 = im * volume(p.y) + dot(lo, ys) + depth * ys[0];
                     for q in self.panels.clone() {
                         let (group, col) = (q / per_group, q % per_group * panel);
                         let lanes = panel.min(p.og - col);
                         let n = if lanes > S::LANES { 2 } else { 1 };
+                        // Packed rows are whole.
+                        let tail =
+                            if self.dy.packed.is_some() { S::LANES } else { lanes - (n - 1) * S::LANES };
                         let pieces = Pieces::of(p.m, S::ROWS);
                         for i in 0..pieces.count {
                             let (row, m) = (pieces.start(i), pieces.len(i));
-                            let a = self.x.as_ptr().wrapping_add(x0 + group * p.m + row);
-                            let b = self.dy.as_ptr().wrapping_add(y0 + group * p.og + col);
-                            let at = ((group * p.taps() + t) * p.m + row) * p.og + col;
-                            let c = self.sum.wrapping_add(at);
+                            let a = self.x.at(i, group * p.m + row, x0);
+                            let b = self.dy.at(q, group * p.og + col, y0);
+                            let c = self.sum.wrapping_add(((q * p.taps() + t) * p.m + row) * panel);
                             let add = nth > 0 || plane > 0;
                             // SAFETY: `lo..hi` are positions whose operands lie inside; the sum's elements are
                             // this task's.
-                            unsafe { tile_sizes!(m, n, S, tile_run(&positions, a, b, c, p.og, lanes, add)) }
+                            unsafe { tile_sizes!(m, n, S, tile_run(&positions, a, b, c, tail, add)) }
                         }
                     }
                 }
@@ -222,36 +291,30 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
 }
 
 /// # Safety
-/// `a` and `b` must be valid at all positions, `c` for `M` rows of `lanes` elements.
+/// `a` and `b` must be valid at all positions, `c` for `M` rows of two vectors.
 #[inline(always)]
 unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
     p: &Positions,
     a: *const S::Elem,
     b: *const S::Elem,
     c: *mut S::Elem,
-    ldc: usize,
-    lanes: usize,
+    tail: usize,
     add: bool,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let tail = lanes - (N - 1) * S::LANES;
         let acc = along_columns::<S, M, N>(p, a, b, tail);
         for i in 0..M {
             for j in 0..N {
-                let (c, v) = (c.add(i * ldc + j * S::LANES), acc[i][j]);
-                if j + 1 < N || tail == S::LANES {
-                    S::store(c, if add { S::add(S::load(c), v) } else { v });
-                } else {
-                    S::store_part(c, if add { S::add(S::load_part(c, tail), v) } else { v }, tail);
-                }
+                let (c, v) = (c.add((2 * i + j) * S::LANES), acc[i][j]);
+                S::store(c, if add { S::add(S::load(c), v) } else { v });
             }
         }
     }
 }
 
-fn strides(extents: [usize; 3], c: usize) -> [usize; 3] {
-    [extents[1] * extents[2] * c, extents[2] * c, c]
+fn strides(extents: [usize; 3]) -> [usize; 3] {
+    [extents[1] * extents[2], extents[2], 1]
 }
 
 fn dot(at: [usize; 3], steps: [usize; 3]) -> usize {
@@ -261,7 +324,8 @@ fn dot(at: [usize; 3], steps: [usize; 3]) -> usize {
 /// Elements of scratch that [`weight_grad`] needs.
 pub fn weight_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
     let p = Plan::new(g);
-    p.copy() + p.division(T::panel()).slabs * p.size()
+    let packed = if p.packs(T::panel()) { p.strips::<T>().iter().map(|s| s.1).sum() } else { 0 };
+    p.copy() + packed + p.division(T::panel()).slabs * p.size(T::panel())
 }
 
 /// dW (M, C/groups, k…) from dY (N, spatial…, M) and X (N, spatial…, C).
@@ -279,10 +343,20 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], sc
     } else {
         x
     };
-    let size = p.size();
+    let (x, dy, sums) = if p.packs(T::panel()) {
+        let [(rows, a), (columns, b)] = p.strips::<T>();
+        let (pa, rest) = sums.split_at_mut(a);
+        let (pb, sums) = rest.split_at_mut(b);
+        let x = pack(x, p.n * volume(p.x), p.c, rows, T::rows(), pa);
+        (x, pack(dy, p.n * volume(p.y), p.og, columns, T::panel(), pb), sums)
+    } else {
+        let plain = |data, step| Side { data, step, packed: None };
+        (plain(x, p.c), plain(dy, g.oc), sums)
+    };
+    let size = p.size(T::panel());
     let sums = &mut sums[..d.slabs * size];
     let chunks = p.n.div_ceil(d.images) * p.y[p.axis].div_ceil(d.rows);
-    let panels = p.groups * p.og.div_ceil(T::panel());
+    let panels = p.panels(T::panel());
     let per_slab = panels.div_ceil(d.panels) * d.pieces;
     let shared = Shared::new(sums);
     let run = |task: usize| {
@@ -330,26 +404,53 @@ fn pad<T: Vectors>(g: &Geometry, p: &Plan, x: &[T], out: &mut [T]) {
     });
 }
 
-/// Adds the slabs' sums of (groups, taps, rows, columns) to the first and puts it in the order of the weights.
+/// Adds the slabs' sums to the first and puts it in the order of the weights.
 fn gather<T: Vectors>(g: &Geometry, p: &Plan, slabs: usize, sums: &mut [T], dw: &mut [T]) {
-    let (cg, og, taps) = (g.cg(), g.og(), g.taps());
-    let (first, rest) = sums.split_at_mut(p.size());
+    let panel = T::panel();
+    let (cg, og, taps, size) = (g.cg(), g.og(), g.taps(), p.size(panel));
+    let (first, rest) = sums.split_at_mut(size);
     par::pieces(first, |start, piece| {
         for s in 0..slabs - 1 {
-            let more = &rest[s * p.size() + start..][..piece.len()];
+            let more = &rest[s * size + start..][..piece.len()];
             piece.iter_mut().zip(more).for_each(|(a, b)| *a += *b);
         }
     });
-    // Some output channels at a time, so that whole cache lines are read.
-    par::rows(dw, OUTPUTS * cg * taps, CHUNK / 4, |block, dw| {
-        for (j, dw) in dw.chunks_mut(OUTPUTS * cg * taps).enumerate() {
-            let o = (block + j) * OUTPUTS;
-            for c in 0..cg {
-                for t in 0..taps {
+    // Taps that were merged with the input channels are in the right order all the same.
+    let at = |o: usize, t: usize, c: usize| {
+        let (group, o) = (o / og, o % og);
+        (((group * og.div_ceil(panel) + o / panel) * taps + t) * cg + c) * panel + o % panel
+    };
+    // By blocks of output and input channels, which are put in order near by: what is read and what is written
+    // are whole cache lines.
+    let outputs = OUTPUTS.min(panel);
+    let width = (NEAR / (outputs * taps)).clamp(1, cg);
+    par::rows(dw, outputs * cg * taps, CHUNK / 4, |block, dw| {
+        let mut near = [T::zero(); NEAR];
+        for (j, dw) in dw.chunks_mut(outputs * cg * taps).enumerate() {
+            let o = (block + j) * outputs;
+            let outputs = dw.len() / (cg * taps);
+            for c0 in (0..cg).step_by(width) {
+                let width = width.min(cg - c0);
+                let run = width * taps;
+                // Not in one panel, or too large a kernel: element by element.
+                if o % og % panel + outputs > panel || o % og + outputs > og || outputs * run > NEAR {
                     for (k, dw) in dw.chunks_mut(cg * taps).enumerate() {
-                        let o = o + k;
-                        dw[c * taps + t] = first[((o / og * taps + t) * cg + c) * og + o % og];
+                        for (i, dw) in dw[c0 * taps..][..run].iter_mut().enumerate() {
+                            *dw = first[at(o + k, i % taps, c0 + i / taps)];
+                        }
                     }
+                    continue;
+                }
+                for t in 0..taps {
+                    let from = at(o, t, c0);
+                    for c in 0..width {
+                        for (k, x) in first[from + c * panel..][..outputs].iter().enumerate() {
+                            near[k * run + c * taps + t] = *x;
+                        }
+                    }
+                }
+                for (dw, near) in dw.chunks_mut(cg * taps).zip(near.chunks(run)) {
+                    dw[c0 * taps..][..run].copy_from_slice(near);
                 }
             }
         }
