@@ -83,21 +83,38 @@ impl<T: Vectors> Product<T> {
         self.m == 1 || self.n == 1
     }
 
-    /// Rows of B are read where they lie.
+    /// Rows of B are read where they lie, unless A is packed, too.
     fn direct(&self) -> bool {
         self.trans_a && !self.trans_b
     }
 
-    /// How many pieces the rows and the panels of C are divided into.
+    fn packs_b(&self) -> bool {
+        !self.direct() || self.packed_a() > 0
+    }
+
+    /// Rows of C in tiles' strips.
+    fn strips(&self) -> Pieces {
+        Pieces::of(self.m, T::rows())
+    }
+
+    /// Elements of A in strips, for products that read it across its rows so often that it is packed.
+    fn packed_a(&self) -> usize {
+        if self.trans_a && self.work() >= LARGE { self.strips().count * T::rows() * self.k } else { 0 }
+    }
+
+    /// How many pieces the strips and the panels of C are divided into.
     fn pieces(&self) -> (usize, usize) {
         let tasks = (self.work() / WORK).clamp(1, TASKS);
-        let panels = self.n.div_ceil(T::panel());
-        // Panels first when B is the larger operand: each task then reads its own part of it.
-        let (rows, cols) = (self.m.div_ceil(8), panels);
-        if self.m >= self.n && !self.trans_a {
+        let (rows, cols) = (self.strips().count, self.n.div_ceil(T::panel()));
+        if self.trans_a {
+            // Either operand is read by a few tasks only.
+            let m = tasks.isqrt().min(rows);
+            (m, tasks.div_ceil(m).min(cols))
+        } else if self.m >= self.n {
             let m = tasks.min(rows);
             (m, tasks.div_ceil(m).min(cols))
         } else {
+            // B is the larger operand: each task then reads its own part of it.
             let n = tasks.min(cols);
             (tasks.div_ceil(n).min(rows), n)
         }
@@ -112,8 +129,9 @@ pub fn gemm<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], c: &mut [T], scratch: 
 /// Elements of scratch that [`many`] needs for a batch of products.
 pub fn room<T: Vectors>(p: &Product<T>, batch: usize) -> usize {
     match () {
-        _ if p.is_vector() || p.direct() => 0,
-        _ if batch == 1 || p.work() >= LARGE => p.packed(),
+        _ if p.is_vector() => 0,
+        _ if batch == 1 || p.work() >= LARGE => p.packed_a() + if p.packs_b() { p.packed() } else { 0 },
+        _ if p.direct() => 0,
         _ => p.packed() * batch.min(SLOTS),
     }
 }
@@ -167,8 +185,9 @@ pub fn many<T: Vectors>(
             };
             let c = shared.ptr().wrapping_add(i * c_stride);
             let panels = 0..p.n.div_ceil(T::panel());
+            let a = Rows { a, packed: false };
             // SAFETY: the extents were checked above; no two products share elements of C.
-            unsafe { T::dispatch(Part { p, a, b, c, rows: 0..p.m, panels }) }
+            unsafe { T::dispatch(Part { p, a, b, c, strips: 0..p.strips().count, panels }) }
         };
         let slots =
             if p.direct() { SLOTS.min(batch) } else { scratch.len() / p.packed().max(1) }.clamp(1, batch);
@@ -184,16 +203,25 @@ pub fn many<T: Vectors>(
 
 /// One product, divided into tasks.
 fn divided<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], c: &mut [T], scratch: &mut [T]) {
-    let b = if p.direct() {
-        Columns { b, packed: false }
-    } else {
-        let packed = &mut scratch[..p.packed()];
+    let (packed_a, rest) = scratch.split_at_mut(p.packed_a());
+    let strips = p.strips();
+    let a = match packed_a.is_empty() {
+        true => Rows { a, packed: false },
+        false => {
+            pack_rows(p, a, strips, packed_a);
+            Rows { a: packed_a, packed: true }
+        }
+    };
+    let b = if p.packs_b() {
+        let packed = &mut rest[..p.packed()];
         let size = (p.k * T::panel()).max(1);
         match packed.len() < par::GRAIN {
             true => packed.chunks_mut(size).enumerate().for_each(|(q, out)| pack(p, b, q, out)),
             false => packed.par_chunks_mut(size).enumerate().for_each(|(q, out)| pack(p, b, q, out)),
         }
         Columns { b: packed, packed: true }
+    } else {
+        Columns { b, packed: false }
     };
     let (rows, cols) = p.pieces();
     let panels = p.n.div_ceil(T::panel());
@@ -201,7 +229,14 @@ fn divided<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], c: &mut [T], scratch: &
     let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
     let run = |task: usize| {
         let (i, j) = (task / cols, task % cols);
-        let part = Part { p, a, b, c: c.ptr(), rows: share(i, rows, p.m), panels: share(j, cols, panels) };
+        let part = Part {
+            p,
+            a,
+            b,
+            c: c.ptr(),
+            strips: share(i, rows, strips.count),
+            panels: share(j, cols, panels),
+        };
         // SAFETY: the callers checked the extents; no two tasks share elements of C.
         unsafe { T::dispatch(part) }
     };
@@ -238,6 +273,37 @@ fn pack<T: Vectors>(p: &Product<T>, b: &[T], q: usize, out: &mut [T]) {
     }
 }
 
+/// A, stored K×M, in strips: for each step of the summed dimension the strip's rows of op(A). Some steps at a time
+/// for all strips, so that A is read in order.
+fn pack_rows<T: Vectors>(p: &Product<T>, a: &[T], strips: Pieces, out: &mut [T]) {
+    let width = T::rows();
+    let size = p.k * width;
+    let shared = Shared::new(out);
+    let some = |block: usize| {
+        for k in block * STEPS_ACROSS..p.k.min((block + 1) * STEPS_ACROSS) {
+            for i in 0..strips.count {
+                let (start, len) = (strips.start(i), strips.len(i));
+                let from = &a[k * p.lda + start..][..len];
+                // SAFETY: a strip's step has `width` elements, written by this task alone.
+                let to = unsafe {
+                    std::slice::from_raw_parts_mut(shared.ptr().wrapping_add(i * size + k * width), width)
+                };
+                to[..len].copy_from_slice(from);
+                to[len..].fill(T::zero());
+            }
+        }
+    };
+    (0..p.k.div_ceil(STEPS_ACROSS)).into_par_iter().for_each(some);
+}
+
+/// op(A) as tiles read it.
+#[derive(Clone, Copy)]
+struct Rows<'a, T> {
+    a: &'a [T],
+    /// In strips, rather than as the product says.
+    packed: bool,
+}
+
 /// op(B) as tiles read it.
 #[derive(Clone, Copy)]
 struct Columns<'a, T> {
@@ -246,13 +312,13 @@ struct Columns<'a, T> {
     packed: bool,
 }
 
-/// Some rows and panels of one product.
+/// Some strips and panels of one product.
 struct Part<'a, T> {
     p: &'a Product<T>,
-    a: &'a [T],
+    a: Rows<'a, T>,
     b: Columns<'a, T>,
     c: *mut T,
-    rows: Range<usize>,
+    strips: Range<usize>,
     panels: Range<usize>,
 }
 
@@ -261,18 +327,20 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
     unsafe fn run<S: Simd<Elem = T>>(self) {
         let p = self.p;
         let panel = 2 * S::LANES;
+        let strips = p.strips();
         // Across rows of A: few steps at a time, whatever the number of rows.
-        let (steps, block) = match p.trans_a {
-            true => (STEPS_ACROSS, self.rows.len().max(1)),
-            false => (STEPS, (BLOCK / p.k.clamp(1, STEPS)).next_multiple_of(S::ROWS)),
+        let (steps, block) = match (p.trans_a, self.a.packed) {
+            (true, false) => (STEPS_ACROSS, self.strips.len().max(1)),
+            (true, true) => (2 * STEPS_ACROSS, self.strips.len().max(1)),
+            _ => (STEPS, (BLOCK / p.k.clamp(1, STEPS)).div_ceil(S::ROWS)),
         };
         let mut k = 0;
         while k < p.k || k == 0 {
             let count = steps.min(p.k - k);
             let beta = if k == 0 { p.beta } else { T::one() };
-            let mut from = self.rows.start;
-            while from < self.rows.end {
-                let rows = block.min(self.rows.end - from);
+            let mut from = self.strips.start;
+            while from < self.strips.end {
+                let to = (from + block).min(self.strips.end);
                 for q in self.panels.clone() {
                     let lanes = panel.min(p.n - q * panel);
                     let n = if lanes > S::LANES { 2 } else { 1 };
@@ -280,16 +348,18 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                         true => (self.b.b.as_ptr().wrapping_add((q * p.k + k) * panel), panel),
                         false => (self.b.b.as_ptr().wrapping_add(k * p.ldb + q * panel), p.ldb),
                     };
-                    let pieces = Pieces::of(rows, S::ROWS);
-                    for i in 0..pieces.count {
-                        let (start, m) = (pieces.start(i), pieces.len(i));
-                        let row = from + start;
-                        let at = if p.trans_a { k * p.lda + row } else { row * p.lda + k };
+                    for i in from..to {
+                        let (row, m) = (strips.start(i), strips.len(i));
+                        let (at, lda) = match (p.trans_a, self.a.packed) {
+                            (true, true) => ((i * p.k + k) * S::ROWS, S::ROWS),
+                            (true, false) => (k * p.lda + row, p.lda),
+                            _ => (row * p.lda + k, p.lda),
+                        };
                         let tile = Tile {
                             across: p.trans_a,
                             packed: self.b.packed,
-                            a: self.a.as_ptr().wrapping_add(at),
-                            lda: p.lda,
+                            a: self.a.a.as_ptr().wrapping_add(at),
+                            lda,
                             b,
                             b_step,
                             steps: count,
@@ -303,7 +373,7 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                         unsafe { tile_sizes!(m, n, S, tile_run(&tile)) }
                     }
                 }
-                from += rows;
+                from = to;
             }
             k += steps;
         }

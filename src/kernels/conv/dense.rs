@@ -229,8 +229,8 @@ impl Plan {
         // Many weights are read from afar for each task: they had better serve many positions.
         let chunk = (self.packed(panel) / 8).clamp(CHUNK, 4 * CHUNK);
         let (images, rows_each) = if per_row * rows <= chunk || rows == 1 {
-            let images =
-                (chunk / (per_row * rows).max(1)).clamp(1, self.n.div_ceil(tasks).max(self.n / 2).max(1));
+            let most = self.n.div_ceil(if chunk > CHUNK { 2 } else { tasks });
+            let images = (chunk / (per_row * rows).max(1)).clamp(1, most.max(1));
             let images = self.n.div_ceil(self.n.div_ceil(images));
             let split = tasks.div_ceil(self.n.div_ceil(images)).min(rows);
             (images, if images == 1 { rows.div_ceil(split) } else { rows })
