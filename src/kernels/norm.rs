@@ -4,6 +4,7 @@
 //! block and merged exactly, so a large mean does not cost digits.
 
 mod channel;
+mod fold;
 mod sweep;
 
 use rayon::prelude::*;

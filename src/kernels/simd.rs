@@ -33,6 +33,10 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     /// As `max`.
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
+    /// `x` where `low < y < high`, else 0.
+    unsafe fn pass(y: Self::V, low: Self::V, high: Self::V, x: Self::V) -> Self::V;
+    /// Brings the cache line at `p`, any address, near.
+    unsafe fn prefetch(p: *const Self::Elem);
 }
 
 /// A loop nest to be compiled for each instruction set. Write `run` as `#[inline(always)]`.
@@ -189,6 +193,12 @@ unsafe impl<T: Float> Simd for Plain<T> {
     unsafe fn min(a: [T; 4], b: [T; 4]) -> [T; 4] {
         each(|i| if a[i] < b[i] { a[i] } else { b[i] })
     }
+    #[inline(always)]
+    unsafe fn pass(y: [T; 4], low: [T; 4], high: [T; 4], x: [T; 4]) -> [T; 4] {
+        each(|i| std::hint::select_unpredictable((y[i] > low[i]) & (y[i] < high[i]), x[i], T::zero()))
+    }
+    #[inline(always)]
+    unsafe fn prefetch(_: *const T) {}
 }
 
 /// Implements [`Simd`] for `f32` by one intrinsic a method.
@@ -196,6 +206,8 @@ macro_rules! vectors {
     ($(#[$doc:meta])* $name:ident, $v:ty, $lanes:literal, $rows:literal,
      $splat:path, $load:path, $store:path, $add:path, $mul:path, $max:path, $min:path,
      fma: |$a:ident, $b:ident, $c:ident| $fma:expr,
+     pass: |$py:ident, $low:ident, $high:ident, $px:ident| $pass:expr,
+     prefetch: |$at:ident| $prefetch:expr,
      load_part: |$lp:ident, $ln:ident| $load_part:expr,
      store_part: |$sp:ident, $sv:ident, $sn:ident| $store_part:expr) => {
         $(#[$doc])*
@@ -259,6 +271,16 @@ macro_rules! vectors {
                 // SAFETY: see `splat`.
                 unsafe { $min(a, b) }
             }
+            #[inline(always)]
+            unsafe fn pass($py: $v, $low: $v, $high: $v, $px: $v) -> $v {
+                // SAFETY: see `splat`.
+                unsafe { $pass }
+            }
+            #[inline(always)]
+            unsafe fn prefetch($at: *const f32) {
+                // SAFETY: see `splat`.
+                unsafe { $prefetch }
+            }
         }
     };
 }
@@ -274,6 +296,11 @@ pub mod x86 {
         Avx512, __m512, 16, 8,
         _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps, _mm512_mul_ps, _mm512_max_ps, _mm512_min_ps,
         fma: |a, b, c| _mm512_fmadd_ps(a, b, c),
+        pass: |y, low, high, x| {
+            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(y, low);
+            _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask::<_CMP_LT_OQ>(above, y, high), x)
+        },
+        prefetch: |p| _mm_prefetch::<_MM_HINT_T0>(p.cast()),
         load_part: |p, n| _mm512_maskz_loadu_ps((1u32 << n) as u16 - 1, p),
         store_part: |p, v, n| _mm512_mask_storeu_ps(p, (1u32 << n) as u16 - 1, v)
     );
@@ -290,6 +317,11 @@ pub mod x86 {
         Avx2, __m256, 8, 6,
         _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps, _mm256_mul_ps, _mm256_max_ps, _mm256_min_ps,
         fma: |a, b, c| _mm256_fmadd_ps(a, b, c),
+        pass: |y, low, high, x| {
+            let inside = _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(y, low), _mm256_cmp_ps::<_CMP_LT_OQ>(y, high));
+            _mm256_and_ps(inside, x)
+        },
+        prefetch: |p| _mm_prefetch::<_MM_HINT_T0>(p.cast()),
         load_part: |p, n| _mm256_maskload_ps(p, below(n)),
         store_part: |p, v, n| _mm256_maskstore_ps(p, below(n), v)
     );
@@ -306,6 +338,11 @@ pub mod arm {
         Neon, float32x4_t, 4, 8,
         vdupq_n_f32, vld1q_f32, vst1q_f32, vaddq_f32, vmulq_f32, vmaxq_f32, vminq_f32,
         fma: |a, b, c| vfmaq_f32(c, a, b),
+        pass: |y, low, high, x| {
+            let inside = vandq_u32(vcgtq_f32(y, low), vcltq_f32(y, high));
+            vreinterpretq_f32_u32(vandq_u32(inside, vreinterpretq_u32_f32(x)))
+        },
+        prefetch: |_p| {},
         load_part: |p, n| {
             let mut all = [0.0f32; 4];
             std::ptr::copy_nonoverlapping(p, all.as_mut_ptr(), n);

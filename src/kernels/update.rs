@@ -4,6 +4,9 @@ use crate::kernels::isa::vectorize;
 use crate::kernels::par::{GRAIN, reduce};
 use crate::tensor::Float;
 
+/// Elements that are updated together.
+const RUN: usize = 256;
+
 /// `(param, states) = f(param, states, grad)`, element by element, in fixed pieces.
 pub fn sweep<T: Float, const N: usize>(
     param: &mut [T],
@@ -16,12 +19,28 @@ pub fn sweep<T: Float, const N: usize>(
         vectorize(
             #[inline(always)]
             || {
-                let (states, grad) = (states.map(|s| &mut s[..len]), &grad[..len]);
-                for i in 0..len {
-                    let (p, s) = f(param[i], std::array::from_fn(|k| states[k][i]), grad[i]);
-                    param[i] = p;
-                    for k in 0..N {
-                        states[k][i] = s[k];
+                let mut states = states.map(|s| &mut s[..len]);
+                let grad = &grad[..len];
+                // Through buffers of one fixed length, which cannot overlap: only so is the loop vectorised.
+                let [mut p, mut g] = [[T::zero(); RUN]; 2];
+                let mut s = [[T::zero(); RUN]; N];
+                for start in (0..len).step_by(RUN) {
+                    let n = RUN.min(len - start);
+                    p[..n].copy_from_slice(&param[start..start + n]);
+                    g[..n].copy_from_slice(&grad[start..start + n]);
+                    for (s, state) in s.iter_mut().zip(&states) {
+                        s[..n].copy_from_slice(&state[start..start + n]);
+                    }
+                    for i in 0..RUN {
+                        let (next, state) = f(p[i], std::array::from_fn(|k| s[k][i]), g[i]);
+                        p[i] = next;
+                        for k in 0..N {
+                            s[k][i] = state[k];
+                        }
+                    }
+                    param[start..start + n].copy_from_slice(&p[..n]);
+                    for (s, state) in s.iter().zip(&mut states) {
+                        state[start..start + n].copy_from_slice(&s[..n]);
                     }
                 }
             },

@@ -10,6 +10,7 @@ use crate::graph::GradBuilder;
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::{self, Channels, Residual, Stat};
+use crate::kernels::simd::Vectors;
 use crate::ops::clip::passed;
 use crate::ops::layout::rank_of;
 use crate::ops::{ChannelsLast, Cx, Grads, Mode, Op, Row, Spec, get, need, out};
@@ -120,7 +121,7 @@ impl BatchNormalization {
         Ok(grads)
     }
 
-    fn run<T: Float>(
+    fn run<T: Vectors>(
         &self,
         cx: &mut Cx,
         x: &[Option<View>],

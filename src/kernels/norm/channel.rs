@@ -4,17 +4,25 @@
 //! channels make short rows: their sums are then repeated over several rows, so that loops are long and additions
 //! do not wait on one another. Sums run over short blocks in the element type and are carried in `f64`.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
+use super::fold::{Centred, Fold, Given, Passed, Sums, Term, Written};
 use super::sweep::{sweep, zip_each};
 use super::{Moments, cut, sum, sum2};
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::isa::vectorize;
 use crate::kernels::par::GRAIN;
+use crate::kernels::simd::Vectors;
 use crate::tensor::Float;
 
 /// Elements that are summed side by side.
 pub(super) const WIDTH: usize = 512;
+/// Elements that are added up in the element type before the sum is carried in `f64`.
+const DEPTH: usize = 64;
+/// Groups of rows from which the first guess of a mean is made.
+const FEW: usize = 8;
 /// Elements a task of a reduction has at least, and tasks at most.
 const TASK: usize = 1 << 16;
 const TASKS: usize = 32;
@@ -100,11 +108,6 @@ impl Strip {
         })
     }
 
-    /// Rows after which sums are carried over to `f64`; their elements stay in a near cache.
-    fn depth(c: usize) -> usize {
-        (16 * (WIDTH / c.max(1))).max(64)
-    }
-
     /// The strip's values of each column, repeated over the width.
     pub(super) fn spread<T: Copy>(self, values: &[T], lanes: &mut [T; WIDTH]) {
         for lanes in lanes[..self.width].chunks_exact_mut(self.columns) {
@@ -122,61 +125,36 @@ impl Strip {
         }
     }
 
-    /// `lanes[j] += Σ f(x, at[j])` over the groups of `x`, which starts at the strip's first column.
-    #[inline(always)]
-    fn add<T: Float>(self, x: &[T], at: &[T; WIDTH], lanes: &mut [T; WIDTH], f: impl Fn(T, T) -> T) {
-        let (w, step) = (self.width, self.step);
-        let (at, lanes) = (&at[..w], &mut lanes[..w]);
-        for x in x.chunks(4 * step) {
-            if x.len() >= 3 * step + w {
-                let (a, b, c, d) = (&x[..w], &x[step..][..w], &x[2 * step..][..w], &x[3 * step..][..w]);
-                for j in 0..w {
-                    let m = at[j];
-                    lanes[j] += (f(a[j], m) + f(b[j], m)) + (f(c[j], m) + f(d[j], m));
-                }
-                continue;
-            }
-            for x in x.chunks(step) {
-                for ((lane, &x), &m) in lanes.iter_mut().zip(x).zip(at) {
-                    *lane += f(x, m);
-                }
-            }
-        }
+    /// Elements after which sums are carried over to `f64`.
+    fn block(self) -> usize {
+        DEPTH * self.step
     }
 
-    /// `scales[j] += Σ dz·(x − at[j])` and `shifts[j] += Σ dz` with `dz = f(j, x, dy)`, as [`Strip::add`].
-    #[inline(always)]
-    fn add_products<T: Float>(
+    /// `plain = Σ dz` and, with `PRODUCTS`, `products = Σ dz·(x − at)` of the strip's columns, `less` being `−at`,
+    /// over whole rows: some elements of `x` and of the term's matrices.
+    fn fold<T: Vectors, F: Term<T>, const PRODUCTS: bool>(
         self,
-        (x, dy): (&[T], &[T]),
-        at: &[T; WIDTH],
-        (scales, shifts): (&mut [T; WIDTH], &mut [T; WIDTH]),
-        f: impl Fn(usize, T, T) -> T,
+        elements: Range<usize>,
+        x: &[T],
+        less: &[T; WIDTH],
+        term: &mut F,
+        sums: &mut Sums<T>,
     ) {
-        let (w, step) = (self.width, self.step);
-        let (at, scales, shifts) = (&at[..w], &mut scales[..w], &mut shifts[..w]);
-        for (x, dy) in x.chunks(2 * step).zip(dy.chunks(2 * step)) {
-            if x.len() >= step + w {
-                let (xa, xb) = (&x[..w], &x[step..][..w]);
-                let (da, db) = (&dy[..w], &dy[step..][..w]);
-                for j in 0..w {
-                    let (za, zb) = (f(j, xa[j], da[j]), f(j, xb[j], db[j]));
-                    scales[j] += za * (xa[j] - at[j]) + zb * (xb[j] - at[j]);
-                    shifts[j] += za + zb;
-                }
-                continue;
-            }
-            for (x, dy) in x.chunks(step).zip(dy.chunks(step)) {
-                let n = x.len().min(w);
-                let (x, dy) = (&x[..n], &dy[..n]);
-                for j in 0..n {
-                    let z = f(j, x[j], dy[j]);
-                    scales[j] += z * (x[j] - at[j]);
-                    shifts[j] += z;
-                }
-            }
-        }
+        let (columns, step, start) = (self.width, self.step, elements.start + self.first);
+        sums.products[..columns].fill(T::zero());
+        sums.plain[..columns].fill(T::zero());
+        let len = elements.end.saturating_sub(start);
+        let rows = if len < columns { 0 } else { (len - columns) / step + 1 };
+        Fold::<_, _, PRODUCTS> { start, rows, columns, step, x, less, term, sums }.sum();
+        // Rows that make no whole group.
+        let (start, columns) = (start + rows * step, len.saturating_sub(rows * step));
+        Fold::<_, _, PRODUCTS> { start, rows: 1, columns, step, x, less, term, sums }.sum();
     }
+}
+
+/// Consecutive pieces of so many elements that make up `len`.
+fn blocks(len: usize, block: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len).step_by(block.max(1)).map(move |i| i..len.min(i + block))
 }
 
 /// Merges the moments of `count` further rows into means and squared distances of `before` rows.
@@ -192,7 +170,7 @@ fn merge(mean: &mut [f64], m2: &mut [f64], before: f64, other: (&[f64], &[f64]),
 }
 
 /// Mean and population variance of each channel. `partials`: [`Channels::partials`] elements.
-pub fn channel_stats<T: Float>(
+pub fn channel_stats<T: Vectors>(
     x: &[T],
     d: Channels,
     mean: &mut [T],
@@ -241,37 +219,36 @@ pub fn channel_stats<T: Float>(
 }
 
 /// Means and summed squared distances from them of the columns of `x`, rows of `c`.
-#[inline(always)]
-fn row_moments<T: Float>(x: &[T], c: usize, means: &mut [f64], squares: &mut [f64]) {
-    let [mut lanes, mut squared, mut at, mut centre] = [[T::zero(); WIDTH]; 4];
-    let (mut sums, mut own) = ([0.0; WIDTH], [0.0; WIDTH]);
+fn row_moments<T: Vectors>(x: &[T], c: usize, means: &mut [f64], squares: &mut [f64]) {
+    let mut lanes = Sums::zero();
+    let [mut less, mut about] = [[T::zero(); WIDTH]; 2];
+    let [mut sums, mut own] = [[0.0; WIDTH]; 2];
     for strip in Strip::all(c) {
         let columns = strip.columns;
         let (means, squares) = (&mut means[strip.first..][..columns], &mut squares[strip.first..][..columns]);
-        let (sums, own, centre) = (&mut sums[..columns], &mut own[..columns], &mut centre[..columns]);
+        let (sums, own, about) = (&mut sums[..columns], &mut own[..columns], &mut about[..columns]);
+        // Distances are from about the mean: at first that of a few rows, then that of all rows so far. How far it
+        // is off adds to the variance of all rows as much as it takes from a block's digits.
+        let few = x.len().min(FEW * strip.step);
+        strip.fold::<_, _, false>(0..few, x, &[T::zero(); WIDTH], &mut Given(x), &mut lanes);
+        sums.fill(0.0);
+        strip.gather(&lanes.plain, sums);
+        means.iter_mut().zip(&*sums).for_each(|(m, s)| *m = s / (few / c) as f64);
         let mut before = 0.0;
-        for x in x.chunks(Strip::depth(c) * c) {
-            let count = (x.len() / c) as f64;
-            let x = &x[strip.first..];
-            lanes[..strip.width].fill(T::zero());
-            strip.add(x, &at, &mut lanes, |x, _| x);
-            sums.fill(0.0);
-            strip.gather(&lanes, sums);
-            centre.iter_mut().zip(&*sums).for_each(|(m, s)| *m = T::of(s / count));
-            Strip { first: 0, ..strip }.spread(centre, &mut at);
-            // Distances from about the mean, and their sum, which tells where the mean really is.
-            lanes[..strip.width].fill(T::zero());
-            squared[..strip.width].fill(T::zero());
-            strip.add_products((x, x), &at, (&mut squared, &mut lanes), |j, x, _| x - at[j]);
+        for range in blocks(x.len(), strip.block()) {
+            let count = (range.len() / c) as f64;
+            about.iter_mut().zip(&*means).for_each(|(a, m)| *a = -T::of(*m));
+            Strip { first: 0, ..strip }.spread(about, &mut less);
+            strip.fold::<_, _, true>(range, x, &less, &mut Centred, &mut lanes);
             sums.fill(0.0);
             own.fill(0.0);
-            strip.gather(&lanes, sums);
-            strip.gather(&squared, own);
-            for ((own, mean), m) in own.iter_mut().zip(&mut *sums).zip(&*centre) {
+            strip.gather(&lanes.plain, sums);
+            strip.gather(&lanes.products, own);
+            for ((own, mean), a) in own.iter_mut().zip(&mut *sums).zip(&*about) {
                 let off = *mean / count;
                 *own -= *mean * off;
                 *own = own.max(*own * 0.0);
-                *mean = m.to64() + off;
+                *mean = off - a.to64();
             }
             merge(means, squares, before, (sums, own), count);
             before += count;
@@ -303,7 +280,7 @@ pub enum Mask<'a, T> {
 /// `dscale = Σ dz·(x − mean)·inv` and `dshift = Σ dz` of each channel, `dz` being `dy` where the mask lets it pass.
 /// A channel's run of `s` elements lies within one row; masks are of batch normalisation only.
 #[allow(clippy::too_many_arguments)]
-pub fn param_grad<T: Float>(
+pub fn param_grad<T: Vectors>(
     x: &[T],
     dy: &[T],
     d: Channels,
@@ -320,7 +297,13 @@ pub fn param_grad<T: Float>(
             |first, scales, shifts| {
                 let (x, dy) = (d.rows_of(x, first), d.rows_of(dy, first));
                 match stat {
-                    Stat::Channel => column_products((x, dy), d.c, mean, mask, scales, shifts),
+                    Stat::Channel => match mask {
+                        Mask::All => column_products(x, d.c, mean, Given(dy), scales, shifts),
+                        Mask::Inside { factor, shift, clamp } => {
+                            let term = Passed::new(dy, factor, shift, clamp);
+                            column_products(x, d.c, mean, term, scales, shifts);
+                        }
+                    },
                     Stat::Row(len) => {
                         let at = |row: usize| {
                             let i = (first + row) * d.c / len;
@@ -381,41 +364,28 @@ fn finish<T: Float>(d: Channels, partials: &[f64], inv: Option<&[T]>, dscale: &m
     }
 }
 
-/// `scales += Σ dz·(x − mean)`, `shifts += Σ dz` over rows of `c`.
-#[inline(always)]
-fn column_products<T: Float>(
-    (x, dy): (&[T], &[T]),
+/// `scales += Σ dz·(x − mean)`, `shifts += Σ dz` over rows of `c`, `dz` being the term's.
+fn column_products<T: Vectors, F: Term<T>>(
+    x: &[T],
     c: usize,
     mean: Option<&[T]>,
-    mask: Mask<T>,
+    mut term: F,
     scales: &mut [f64],
     shifts: &mut [f64],
 ) {
-    let [mut at, mut a, mut b, mut lanes, mut plain] = [[T::zero(); WIDTH]; 5];
+    let mut less = [T::zero(); WIDTH];
+    let mut sums = Sums::zero();
     for strip in Strip::all(c) {
         let columns = strip.first..strip.first + strip.columns;
         if let Some(mean) = mean {
-            strip.spread(mean, &mut at);
+            strip.spread(mean, &mut less);
+            less.iter_mut().for_each(|m| *m = -*m);
         }
-        if let Mask::Inside { factor, shift, .. } = mask {
-            strip.spread(factor, &mut a);
-            strip.spread(shift, &mut b);
-        }
-        let depth = Strip::depth(c) * c;
-        for (x, dy) in x.chunks(depth).zip(dy.chunks(depth)) {
-            let of = (&x[strip.first..], &dy[strip.first..]);
-            lanes[..strip.width].fill(T::zero());
-            plain[..strip.width].fill(T::zero());
-            let sums = (&mut lanes, &mut plain);
-            match mask {
-                Mask::All => strip.add_products(of, &at, sums, |_, _, dy| dy),
-                Mask::Inside { clamp, .. } => {
-                    let (at, a, b) = (&at, &a, &b);
-                    strip.add_products(of, at, sums, |j, x, dy| clamp.pass((x - at[j]) * a[j] + b[j], dy));
-                }
-            }
-            strip.gather(&lanes, &mut scales[columns.clone()]);
-            strip.gather(&plain, &mut shifts[columns.clone()]);
+        term.turn_to(strip);
+        for range in blocks(x.len(), strip.block()) {
+            strip.fold::<_, _, true>(range, x, &less, &mut term, &mut sums);
+            strip.gather(&sums.products, &mut scales[columns.clone()]);
+            strip.gather(&sums.plain, &mut shifts[columns.clone()]);
         }
     }
 }
@@ -434,12 +404,11 @@ fn row_products<T: Float>(
         let n = WIDTH.min(c - first);
         let (lanes, plain) = (&mut lanes[..n], &mut plain[..n]);
         let (scales, shifts) = (&mut scales[first..][..n], &mut shifts[first..][..n]);
-        let depth = Strip::depth(c);
-        for (block, (x, dy)) in x.chunks(depth * c).zip(dy.chunks(depth * c)).enumerate() {
+        for (block, (x, dy)) in x.chunks(DEPTH * c).zip(dy.chunks(DEPTH * c)).enumerate() {
             lanes.fill(T::zero());
             plain.fill(T::zero());
             for (k, (x, dy)) in x.chunks_exact(c).zip(dy.chunks_exact(c)).enumerate() {
-                let (m, r) = at(block * depth + k);
+                let (m, r) = at(block * DEPTH + k);
                 let (x, dy) = (&x[first..][..n], &dy[first..][..n]);
                 for j in 0..n {
                     lanes[j] += dy[j] * ((x[j] - m) * r);
@@ -455,7 +424,7 @@ fn row_products<T: Float>(
 /// As [`param_grad`] of batch normalisation with a residual, whose activation let pass where the result `y` is
 /// inside; `dz` is written too, and holds `dy` where that is `None`.
 #[allow(clippy::too_many_arguments)]
-pub fn masked_param_grad<T: Float>(
+pub fn masked_param_grad<T: Vectors>(
     x: &[T],
     y: &[T],
     dy: Option<&[T]>,
@@ -481,43 +450,31 @@ pub fn masked_param_grad<T: Float>(
         let stat = Stat::Channel;
         return param_grad(x, dz, d, stat, (Some(mean), inv), Mask::All, (dscale, dshift), partials);
     }
-    // The mask is applied to a few rows, which are then summed while they are near.
-    let per = d.per_task();
-    let depth = Strip::depth(d.c) * d.c;
+    let per = d.per_task() * d.c;
     let parts = partials[..d.partials()].par_chunks_mut((2 * d.c).max(1));
-    parts.zip(dz.par_chunks_mut((per * d.c).max(1))).enumerate().for_each(|(i, (part, dz))| {
+    parts.zip(dz.par_chunks_mut(per.max(1))).enumerate().for_each(|(i, (part, dz))| {
         part.fill(0.0);
         let (scales, shifts) = part.split_at_mut(d.c);
-        vectorize(
-            #[inline(always)]
-            || {
-                for (k, dz) in dz.chunks_mut(depth).enumerate() {
-                    let start = i * per * d.c + k * depth;
-                    let n = dz.len();
-                    zip_each(cut(Some(y), start, n), cut(dy, start, n), dz, |_, y, dy| clamp.pass(y, dy));
-                    let of = (&x[start..start + n], &*dz);
-                    column_products(of, d.c, Some(mean), Mask::All, scales, shifts);
-                }
-            },
-        );
+        let (start, n) = (i * per, dz.len());
+        let term = Written { y: &y[start..start + n], dy: cut(dy, start, n), dz, clamp };
+        column_products(&x[start..start + n], d.c, Some(mean), term, scales, shifts);
     });
     finish(d, partials, Some(inv), dscale, dshift);
 }
 
 /// `Σ dy` of each channel. `partials`: [`Channels::partials`] elements.
-pub fn channel_sum<T: Float>(dy: &[T], d: Channels, out: &mut [T], partials: &mut [f64]) {
+pub fn channel_sum<T: Vectors>(dy: &[T], d: Channels, out: &mut [T], partials: &mut [f64]) {
     if d.s == 1 {
         d.tasks(
             partials,
             #[inline(always)]
             |first, sums, _| {
-                let at = [T::zero(); WIDTH];
-                let mut lanes = at;
+                let (less, mut lanes) = ([T::zero(); WIDTH], Sums::zero());
+                let dy = d.rows_of(dy, first);
                 for strip in Strip::all(d.c) {
-                    for dy in d.rows_of(dy, first).chunks(Strip::depth(d.c) * d.c) {
-                        lanes[..strip.width].fill(T::zero());
-                        strip.add(&dy[strip.first..], &at, &mut lanes, |dy, _| dy);
-                        strip.gather(&lanes, &mut sums[strip.first..][..strip.columns]);
+                    for range in blocks(dy.len(), strip.block()) {
+                        strip.fold::<_, _, false>(range, &[], &less, &mut Given(dy), &mut lanes);
+                        strip.gather(&lanes.plain, &mut sums[strip.first..][..strip.columns]);
                     }
                 }
             },

@@ -1,0 +1,271 @@
+//! Sums over the columns of a matrix, in registers: a few vectors of columns go down several rows at a time.
+#![allow(unsafe_code)]
+
+use super::channel::{Strip, WIDTH};
+use crate::kernels::elementwise::Clamp;
+use crate::kernels::simd::{Kernel, Simd, Vectors};
+use crate::tensor::Float;
+
+/// Rows that one tile goes down. The next as many are fetched meanwhile, since a tile's short runs, a row apart, do
+/// not look like a stream to the processor.
+const ROWS: usize = 8;
+
+/// What is summed: `dz` of an element, given its `x − at`.
+///
+/// # Safety
+/// Where `holds(i + n)` and `j + n ≤ WIDTH`, `of(i, j, n, …)` touches nothing but memory that is the term's own.
+pub(super) unsafe trait Term<T: Float> {
+    /// Are there so many elements?
+    fn holds(&self, elements: usize) -> bool;
+
+    /// Columns are those of this strip from now on.
+    fn turn_to(&mut self, _: Strip) {}
+
+    /// Of element `i` in column `j` and the `n − 1` after it.
+    unsafe fn of<S: Simd<Elem = T>>(&mut self, i: usize, j: usize, n: usize, x: S::V) -> S::V;
+
+    /// Fetches what lies at element `i`, if there is such an element.
+    unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize);
+}
+
+#[inline(always)]
+unsafe fn get<S: Simd>(p: *const S::Elem, n: usize) -> S::V {
+    // SAFETY: the caller's promise of `n` elements.
+    unsafe { if n == S::LANES { S::load(p) } else { S::load_part(p, n) } }
+}
+
+#[inline(always)]
+unsafe fn put<S: Simd>(p: *mut S::Elem, v: S::V, n: usize) {
+    // SAFETY: the caller's promise of `n` elements.
+    unsafe { if n == S::LANES { S::store(p, v) } else { S::store_part(p, v, n) } }
+}
+
+/// `x − at` itself.
+pub(super) struct Centred;
+
+// SAFETY: touches nothing.
+unsafe impl<T: Float> Term<T> for Centred {
+    fn holds(&self, _: usize) -> bool {
+        true
+    }
+    #[inline(always)]
+    unsafe fn of<S: Simd<Elem = T>>(&mut self, _: usize, _: usize, _: usize, x: S::V) -> S::V {
+        x
+    }
+    #[inline(always)]
+    unsafe fn fetch<S: Simd<Elem = T>>(&self, _: usize) {}
+}
+
+/// The elements of a matrix like `x`.
+pub(super) struct Given<'a, T>(pub &'a [T]);
+
+// SAFETY: reads elements that there are.
+unsafe impl<T: Float> Term<T> for Given<'_, T> {
+    fn holds(&self, elements: usize) -> bool {
+        elements <= self.0.len()
+    }
+    #[inline(always)]
+    unsafe fn of<S: Simd<Elem = T>>(&mut self, i: usize, _: usize, n: usize, _: S::V) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { get::<S>(self.0.as_ptr().add(i), n) }
+    }
+    #[inline(always)]
+    unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize) {
+        // SAFETY: fetching is allowed anywhere.
+        unsafe { S::prefetch(self.0.as_ptr().wrapping_add(i)) }
+    }
+}
+
+/// Those of `dy` where `(x − at)·factor + shift` of the column is inside the clamp, else 0.
+pub(super) struct Passed<'a, T> {
+    dy: &'a [T],
+    /// Factor and shift of all columns, and those of the strip's.
+    coefficients: [&'a [T]; 2],
+    spread: [[T; WIDTH]; 2],
+    clamp: Clamp<T>,
+}
+
+impl<'a, T: Float> Passed<'a, T> {
+    pub fn new(dy: &'a [T], factor: &'a [T], shift: &'a [T], clamp: Clamp<T>) -> Self {
+        Passed { dy, coefficients: [factor, shift], spread: [[T::zero(); WIDTH]; 2], clamp }
+    }
+}
+
+// SAFETY: reads elements and coefficients that there are.
+unsafe impl<T: Float> Term<T> for Passed<'_, T> {
+    fn holds(&self, elements: usize) -> bool {
+        elements <= self.dy.len()
+    }
+    fn turn_to(&mut self, strip: Strip) {
+        for (values, spread) in self.coefficients.iter().zip(&mut self.spread) {
+            strip.spread(values, spread);
+        }
+    }
+    #[inline(always)]
+    unsafe fn of<S: Simd<Elem = T>>(&mut self, i: usize, j: usize, n: usize, x: S::V) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let [factor, shift] = [self.spread[0].as_ptr().add(j), self.spread[1].as_ptr().add(j)];
+            // Rounded twice, as the forward sweep rounds.
+            let y = S::add(S::mul(x, get::<S>(factor, n)), get::<S>(shift, n));
+            let dy = get::<S>(self.dy.as_ptr().add(i), n);
+            S::pass(y, S::splat(self.clamp.low), S::splat(self.clamp.high), dy)
+        }
+    }
+    #[inline(always)]
+    unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize) {
+        // SAFETY: fetching is allowed anywhere.
+        unsafe { S::prefetch(self.dy.as_ptr().wrapping_add(i)) }
+    }
+}
+
+/// Those of `dy` where `y` is inside the clamp, else 0; written to `dz`, which holds `dy` where that is `None`.
+pub(super) struct Written<'a, T> {
+    pub y: &'a [T],
+    pub dy: Option<&'a [T]>,
+    pub dz: &'a mut [T],
+    pub clamp: Clamp<T>,
+}
+
+// SAFETY: reads and writes elements that there are.
+unsafe impl<T: Float> Term<T> for Written<'_, T> {
+    fn holds(&self, elements: usize) -> bool {
+        elements <= self.y.len() && elements <= self.dz.len() && self.dy.is_none_or(|dy| elements <= dy.len())
+    }
+    #[inline(always)]
+    unsafe fn of<S: Simd<Elem = T>>(&mut self, i: usize, _: usize, n: usize, _: S::V) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let dz = self.dz.as_mut_ptr();
+            let dy = get::<S>(self.dy.map_or(dz.cast_const(), |dy| dy.as_ptr()).add(i), n);
+            let y = get::<S>(self.y.as_ptr().add(i), n);
+            let passed = S::pass(y, S::splat(self.clamp.low), S::splat(self.clamp.high), dy);
+            put::<S>(dz.add(i), passed, n);
+            passed
+        }
+    }
+    #[inline(always)]
+    unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize) {
+        // SAFETY: fetching is allowed anywhere.
+        unsafe {
+            S::prefetch(self.y.as_ptr().wrapping_add(i));
+            S::prefetch(self.dz.as_ptr().wrapping_add(i));
+            if let Some(dy) = self.dy {
+                S::prefetch(dy.as_ptr().wrapping_add(i));
+            }
+        }
+    }
+}
+
+/// Sums of `columns` columns.
+pub(super) struct Sums<T> {
+    /// `Σ dz·(x − at)`
+    pub products: [T; WIDTH],
+    /// `Σ dz`
+    pub plain: [T; WIDTH],
+}
+
+impl<T: Float> Sums<T> {
+    pub fn zero() -> Self {
+        Sums { products: [T::zero(); WIDTH], plain: [T::zero(); WIDTH] }
+    }
+}
+
+/// Adds to sums over `rows` rows of `columns`, which lie `step` apart from element `start` on; to those of products
+/// only with `PRODUCTS`: `x` may be empty without.
+pub(super) struct Fold<'a, T, F, const PRODUCTS: bool> {
+    pub start: usize,
+    pub rows: usize,
+    pub columns: usize,
+    pub step: usize,
+    pub x: &'a [T],
+    /// `−at`
+    pub less: &'a [T; WIDTH],
+    pub term: &'a mut F,
+    pub sums: &'a mut Sums<T>,
+}
+
+impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Fold<'_, T, F, PRODUCTS> {
+    pub fn sum(self) {
+        if self.rows == 0 || self.columns == 0 {
+            return;
+        }
+        let end = self.start + (self.rows - 1) * self.step + self.columns;
+        assert!(self.columns <= WIDTH && self.term.holds(end) && (!PRODUCTS || end <= self.x.len()));
+        // SAFETY: all elements and columns that are touched exist.
+        unsafe { T::dispatch(self) }
+    }
+
+    /// `V` vectors of columns from `j` on, each of `n` lanes, down some rows.
+    #[inline(always)]
+    unsafe fn tile<S: Simd<Elem = T>, const V: usize>(
+        &mut self,
+        first: usize,
+        rows: usize,
+        j: usize,
+        n: usize,
+    ) {
+        // SAFETY: rows and columns are inside, as `sum` checked.
+        unsafe {
+            let zero = S::splat(T::zero());
+            let (mut products, mut plain, mut less) = ([zero; V], [zero; V], [zero; V]);
+            if PRODUCTS {
+                for (v, less) in less.iter_mut().enumerate() {
+                    *less = get::<S>(self.less.as_ptr().add(j + v * S::LANES), n);
+                }
+            }
+            for row in first..first + rows {
+                for v in 0..V {
+                    let j = j + v * S::LANES;
+                    let i = self.start + row * self.step + j;
+                    let ahead = i + ROWS * self.step;
+                    self.term.fetch::<S>(ahead);
+                    if PRODUCTS {
+                        S::prefetch(self.x.as_ptr().wrapping_add(ahead));
+                        let x = S::add(get::<S>(self.x.as_ptr().add(i), n), less[v]);
+                        let dz = self.term.of::<S>(i, j, n, x);
+                        products[v] = S::fma(dz, x, products[v]);
+                        plain[v] = S::add(plain[v], dz);
+                    } else {
+                        plain[v] = S::add(plain[v], self.term.of::<S>(i, j, n, zero));
+                    }
+                }
+            }
+            // Sums of a tile are added to those before rather than begun with them, for accuracy.
+            for v in 0..V {
+                let j = j + v * S::LANES;
+                let sums = self.sums.plain.as_mut_ptr().add(j);
+                put::<S>(sums, S::add(get::<S>(sums, n), plain[v]), n);
+                if PRODUCTS {
+                    let sums = self.sums.products.as_mut_ptr().add(j);
+                    put::<S>(sums, S::add(get::<S>(sums, n), products[v]), n);
+                }
+            }
+        }
+    }
+}
+
+impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Kernel<T> for Fold<'_, T, F, PRODUCTS> {
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(mut self) {
+        let (whole, part) = (self.columns / S::LANES, self.columns % S::LANES);
+        for first in (0..self.rows).step_by(ROWS) {
+            let rows = ROWS.min(self.rows - first);
+            let mut v = 0;
+            // SAFETY: the vectors are within the columns, the last one cut to what is left of them.
+            unsafe {
+                while v + 4 <= whole {
+                    self.tile::<S, 4>(first, rows, v * S::LANES, S::LANES);
+                    v += 4;
+                }
+                while v < whole {
+                    self.tile::<S, 1>(first, rows, v * S::LANES, S::LANES);
+                    v += 1;
+                }
+                if part > 0 {
+                    self.tile::<S, 1>(first, rows, v * S::LANES, part);
+                }
+            }
+        }
+    }
+}
