@@ -1,7 +1,7 @@
 //! Normalisation: statistics per channel (batch) or per row (layer, instance, group), and their gradients.
 //!
-//! Sums run in lanes over short blocks and are then carried in `f64`; variances are two-pass within a
-//! block and merged exactly, so a large mean does not cost digits.
+//! Sums run in lanes over short blocks and are then carried in `f64`; variances are of distances from the block's
+//! mean, or about it, and merged exactly, so a large mean does not cost digits.
 
 mod channel;
 mod fold;

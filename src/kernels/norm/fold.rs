@@ -8,7 +8,7 @@ use crate::tensor::Float;
 
 /// Rows that one tile goes down. The next as many are fetched meanwhile, since a tile's short runs, a row apart, do
 /// not look like a stream to the processor.
-const ROWS: usize = 8;
+const ROWS: usize = 4;
 
 /// What is summed: `dz` of an element, given its `x − at`.
 ///
