@@ -1,6 +1,9 @@
 //! Parallel loops whose division of work depends on the problem alone, never on the number of threads:
 //! results are the same bits on any number of threads.
 
+#![allow(unsafe_code)]
+
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -48,4 +51,22 @@ pub fn reduce<A: Send>(
         || reduce(mid..range.end, grain, leaf, merge),
     );
     merge(a, b)
+}
+
+/// A slice that several tasks write, each its own elements.
+pub(crate) struct Shared<'a, T>(*mut T, PhantomData<&'a mut [T]>);
+
+// SAFETY: access goes through `ptr`, whose users promise disjointness, and `T` may move between threads.
+unsafe impl<T: Send> Send for Shared<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
+
+impl<'a, T> Shared<'a, T> {
+    pub(crate) fn new(all: &'a mut [T]) -> Self {
+        Shared(all.as_mut_ptr(), PhantomData)
+    }
+
+    pub(crate) fn ptr(&self) -> *mut T {
+        self.0
+    }
 }

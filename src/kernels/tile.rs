@@ -156,8 +156,8 @@ impl Pieces {
     #[inline(always)]
     pub fn of(total: usize, most: usize) -> Pieces {
         let count = total.div_ceil(most);
-        let (short, longer) = if count == 0 { (0, 0) } else { (total / count, total % count) };
-        Pieces { count, short, longer, total }
+        let short = total / count.max(1);
+        Pieces { count, short, longer: total - count * short, total }
     }
 
     /// Pieces of exactly `size`, but for the last.

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use smallvec::SmallVec;
 
 use crate::kernels::conv::{Epilogue, Geometry, Residual, volume};
-use crate::kernels::gemm::Shared;
+use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors};
 
 /// Multiply-adds worth a task of their own.

@@ -6,6 +6,7 @@
 
 mod dense;
 mod depthwise;
+mod grids;
 mod weight;
 
 use std::sync::atomic::{AtomicUsize, Ordering};

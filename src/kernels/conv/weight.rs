@@ -10,8 +10,7 @@
 use rayon::prelude::*;
 
 use crate::kernels::conv::{Geometry, volume};
-use crate::kernels::gemm::Shared;
-use crate::kernels::par;
+use crate::kernels::par::{self, Shared};
 use crate::kernels::simd::{Kernel, Simd, Vectors};
 use crate::kernels::tile::{Pieces, Positions, along_columns};
 use crate::tile_sizes;

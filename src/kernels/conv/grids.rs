@@ -1,0 +1,349 @@
+//! Which positions of a dense convolution sum over which taps, how that is divided into tasks, and the layouts that
+//! its tiles read: packed weights, padded rows of the input.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+use smallvec::SmallVec;
+
+use crate::kernels::conv::{Geometry, SLOTS, volume};
+use crate::kernels::simd::Vectors;
+
+/// Elements of input and output that a task should keep in the second-level cache.
+const CHUNK: usize = 1 << 16;
+/// Tasks that are enough to keep the threads of a small machine equally busy.
+const TASKS: usize = 16;
+/// Elements of the buffer that weights pass through while they are packed.
+const BUFFER: usize = 1 << 12;
+/// Multiply-adds worth a task of their own.
+const WORK: usize = 1 << 19;
+
+/// Output positions `q` that sum over the same taps: at `origin + Σ q·out_step`, from `Σ q·in_step` + each run.
+#[derive(Debug, Clone)]
+pub(super) struct Grid {
+    pub(super) extents: [usize; 3],
+    pub(super) origin: usize,
+    pub(super) out_step: [usize; 3],
+    /// Where its taps begin in the order of the packed weights.
+    pub(super) first: usize,
+    /// Offsets and lengths of the runs of A.
+    pub(super) runs: SmallVec<[(isize, usize); 32]>,
+}
+
+/// A convolution as this file computes it, forward or gradient.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) n: usize,
+    pub(super) groups: usize,
+    /// Input and output channels of a group.
+    pub(super) ci: usize,
+    pub(super) co: usize,
+    pub(super) axis: usize,
+    /// Input extents, those with zeros around, and the zeros before the input.
+    pub(super) source: [usize; 3],
+    pub(super) padded: [usize; 3],
+    pub(super) low: [usize; 3],
+    /// Positions the input advances by at each position of a grid, and the furthest tap.
+    pub(super) in_step: [usize; 3],
+    pub(super) reach: [usize; 3],
+    pub(super) target: [usize; 3],
+    /// Taps of the kernel, and those that are used in the order of the packed weights.
+    pub(super) taps: usize,
+    pub(super) order: SmallVec<[u32; 64]>,
+    pub(super) grids: SmallVec<[Grid; 4]>,
+}
+
+pub(super) fn split(t: usize, k: [usize; 3]) -> [usize; 3] {
+    [t / (k[1] * k[2]), t / k[2] % k[1], t % k[2]]
+}
+
+impl Plan {
+    pub(super) fn forward(g: &Geometry) -> Plan {
+        let reach: [usize; 3] = std::array::from_fn(|d| (g.k[d] - 1) * g.dilation[d]);
+        let padded = std::array::from_fn(|d| {
+            let last = (g.y[d] - 1) * g.stride[d] + reach[d] + 1;
+            match g.pad[d] == 0 && last <= g.x[d] {
+                true => g.x[d],
+                false => last.max(g.x[d] + g.pad[d]),
+            }
+        });
+        let mut plan = Plan {
+            n: g.n,
+            groups: g.groups,
+            ci: g.cg(),
+            co: g.og(),
+            axis: g.axis,
+            source: g.x,
+            padded,
+            low: g.pad,
+            in_step: g.stride,
+            reach,
+            target: g.y,
+            taps: g.taps(),
+            order: (0..g.taps() as u32).collect(),
+            grids: SmallVec::new(),
+        };
+        let taps: SmallVec<[(u32, [usize; 3]); 64]> = (0..g.taps())
+            .map(|t| {
+                let k = split(t, g.k);
+                (t as u32, std::array::from_fn(|d| k[d] * g.dilation[d]))
+            })
+            .collect();
+        plan.grid(g.y, [0; 3], [1; 3], 0, &taps);
+        plan
+    }
+
+    /// `dx[q·s + r] = Σ_t W[t]ᵀ · dy[q + (r + pad − d·t) / s]` over the taps for which that is a whole number.
+    pub(super) fn input_grad(g: &Geometry) -> Plan {
+        let at = |d: usize, r: usize, t: usize| {
+            let o = (r + g.pad[d]) as isize - (t * g.dilation[d]) as isize;
+            let s = g.stride[d] as isize;
+            (o.rem_euclid(s) == 0).then_some(o.div_euclid(s))
+        };
+        let each = |d: usize| {
+            (0..g.stride[d].min(g.x[d])).flat_map(move |r| (0..g.k[d]).filter_map(move |t| at(d, r, t)))
+        };
+        let low: [usize; 3] = std::array::from_fn(|d| -each(d).min().unwrap_or(0).min(0) as usize);
+        let reach: [usize; 3] =
+            std::array::from_fn(|d| (each(d).max().unwrap_or(0) + low[d] as isize).max(0) as usize);
+        let padded = std::array::from_fn(|d| {
+            let last = (g.x[d] - 1) / g.stride[d] + reach[d] + 1;
+            if low[d] == 0 && last <= g.y[d] { g.y[d] } else { last.max(g.y[d] + low[d]) }
+        });
+        let mut plan = Plan {
+            n: g.n,
+            groups: g.groups,
+            ci: g.og(),
+            co: g.cg(),
+            axis: g.axis,
+            source: g.y,
+            padded,
+            low,
+            in_step: [1; 3],
+            reach,
+            target: g.x,
+            taps: g.taps(),
+            order: SmallVec::new(),
+            grids: SmallVec::new(),
+        };
+        let residues: [usize; 3] = std::array::from_fn(|d| g.stride[d].min(g.x[d]));
+        for i in 0..volume(residues) {
+            let r = split(i, residues);
+            let mut taps: SmallVec<[(u32, [usize; 3]); 64]> = SmallVec::new();
+            // Last taps first: so they ascend in the input.
+            for t in (0..g.taps()).rev() {
+                let k = split(t, g.k);
+                let o: [Option<isize>; 3] = std::array::from_fn(|d| at(d, r[d], k[d]));
+                if let [Some(a), Some(b), Some(c)] = o {
+                    let o = [a, b, c];
+                    taps.push((t as u32, std::array::from_fn(|d| (o[d] + low[d] as isize) as usize)));
+                }
+            }
+            let first = plan.order.len();
+            plan.order.extend(taps.iter().map(|t| t.0));
+            let extents = std::array::from_fn(|d| (g.x[d] - r[d]).div_ceil(g.stride[d]));
+            plan.grid(extents, r, g.stride, first, &taps);
+        }
+        plan
+    }
+
+    /// Adds the grid of positions `origin + q·step`, whose taps read the input at the given padded positions.
+    fn grid(
+        &mut self,
+        extents: [usize; 3],
+        origin: [usize; 3],
+        step: [usize; 3],
+        first: usize,
+        taps: &[(u32, [usize; 3])],
+    ) {
+        let c = self.groups * self.ci;
+        let mut runs: SmallVec<[(isize, usize); 32]> = SmallVec::new();
+        for (_, at) in taps {
+            let o = (flat(*at, self.padded) * c) as isize;
+            match runs.last_mut() {
+                Some(run) if self.groups == 1 && run.0 + run.1 as isize == o => run.1 += self.ci,
+                _ => runs.push((o, self.ci)),
+            }
+        }
+        let oc = self.groups * self.co;
+        let strides = strides(self.target, oc);
+        self.grids.push(Grid {
+            extents,
+            origin: (0..3).map(|d| origin[d] * strides[d]).sum(),
+            out_step: std::array::from_fn(|d| step[d] * strides[d]),
+            first,
+            runs,
+        });
+    }
+
+    /// Does the kernel reach beyond the input?
+    pub(super) fn copies(&self) -> bool {
+        self.padded != self.source
+    }
+
+    /// Rows of a grid along the axis.
+    pub(super) fn rows(&self) -> usize {
+        self.grids.iter().map(|g| g.extents[self.axis]).max().unwrap_or(0)
+    }
+
+    /// Extents of A that `rows` rows of a grid are read from: of the copy, or of the whole input.
+    pub(super) fn window(&self, rows: usize) -> [usize; 3] {
+        let mut w = self.padded;
+        if self.copies() {
+            w[self.axis] =
+                ((rows - 1) * self.in_step[self.axis] + self.reach[self.axis] + 1).min(w[self.axis]);
+        }
+        w
+    }
+
+    pub(super) fn steps(&self) -> usize {
+        self.order.len() * self.ci
+    }
+
+    pub(super) fn panels(&self, panel: usize) -> usize {
+        self.co.div_ceil(panel)
+    }
+
+    /// Elements of all packed weights.
+    pub(super) fn packed(&self, panel: usize) -> usize {
+        self.groups * self.panels(panel) * panel * self.steps()
+    }
+
+    pub(super) fn division(&self, panel: usize) -> Division {
+        let rows = self.rows();
+        let per_row = (volume(self.padded) / self.padded[self.axis].max(1))
+            * self.groups
+            * self.ci
+            * self.in_step[self.axis].min(self.padded[self.axis])
+            + volume(self.target) / rows.max(1) * self.groups * self.co;
+        let work = volume(self.target) * self.steps() * self.groups * self.co / self.grids.len().max(1);
+        let tasks = (self.n * work / WORK).clamp(1, TASKS);
+        // Many weights are read from afar for each task: they had better serve many positions.
+        let chunk = (self.packed(panel) / 8).clamp(CHUNK, 4 * CHUNK);
+        let (images, rows_each) = if per_row * rows <= chunk || rows == 1 {
+            let most = self.n.div_ceil(if chunk > CHUNK { 2 } else { tasks });
+            let images = (chunk / (per_row * rows).max(1)).clamp(1, most.max(1));
+            let images = self.n.div_ceil(self.n.div_ceil(images));
+            let split = tasks.div_ceil(self.n.div_ceil(images)).min(rows);
+            (images, if images == 1 { rows.div_ceil(split) } else { rows })
+        } else {
+            let split = tasks.div_ceil(self.n).min(rows);
+            (1, (chunk / per_row.max(1)).clamp(1, rows.div_ceil(split)))
+        };
+        let units = self.n.div_ceil(images) * rows.div_ceil(rows_each);
+        let panels = self.groups * self.panels(panel);
+        let groups = tasks.div_ceil(units).clamp(1, panels);
+        Division { images, rows: rows_each, panels: panels.div_ceil(groups) }
+    }
+
+    /// Elements of the padded copy of one task.
+    pub(super) fn slot(&self, d: &Division) -> usize {
+        if self.copies() { d.images * volume(self.window(d.rows)) * self.groups * self.ci } else { 0 }
+    }
+
+    pub(super) fn scratch(&self, panel: usize) -> usize {
+        self.packed(panel) + SLOTS * self.slot(&self.division(panel))
+    }
+}
+
+/// How the work is divided into tasks.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Division {
+    pub(super) images: usize,
+    /// Rows of a grid, along the axis.
+    pub(super) rows: usize,
+    pub(super) panels: usize,
+}
+
+pub(super) fn flat(at: [usize; 3], extents: [usize; 3]) -> usize {
+    (at[0] * extents[1] + at[1]) * extents[2] + at[2]
+}
+
+pub(super) fn strides(extents: [usize; 3], c: usize) -> [usize; 3] {
+    [extents[1] * extents[2] * c, extents[2] * c, c]
+}
+
+/// Weights of (M, C/groups, taps) in panels: for each group and panel of output channels, the steps of the summed
+/// dimension in the order of the plan's taps, one row of `panel` channels each, zeros beyond the last channel.
+pub(super) fn pack<T: Vectors>(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [T]) {
+    let (ci, co) = (plan.ci, plan.co);
+    // Elements between the outputs of a group, and between its inputs.
+    let total = plan.taps;
+    let (o_step, i_step) = if forward { (ci * total, total) } else { (total, co * total) };
+    let one = |p: usize, out: &mut [T]| {
+        let (group, first) = (p / plan.panels(panel), p % plan.panels(panel) * panel);
+        let lanes = panel.min(co - first);
+        let w = &w[group * ci * co * total + first * o_step..];
+        if lanes < panel {
+            out.fill(T::zero());
+        }
+        // The rows of `w` that make up a panel may be far apart: a run of each is brought near first.
+        let width = (BUFFER / (lanes * total)).min(ci);
+        let mut near = [T::zero(); BUFFER];
+        for i0 in (0..ci).step_by(width.max(1)) {
+            let count = width.clamp(1, ci - i0);
+            let (w, o_step) = match forward && width > 1 {
+                true => {
+                    for lane in 0..lanes {
+                        let from = &w[lane * o_step + i0 * i_step..][..count * total];
+                        near[lane * count * total..][..count * total].copy_from_slice(from);
+                    }
+                    (&near[..], count * total)
+                }
+                false => (&w[i0 * i_step..], o_step),
+            };
+            for i in 0..count {
+                for (t, tap) in plan.order.iter().enumerate() {
+                    let w = &w[i * i_step + *tap as usize..];
+                    let row = &mut out[(t * ci + i0 + i) * panel..][..lanes];
+                    // By index: stepping iterators compile to much slower loops.
+                    let w = &w[..(lanes - 1) * o_step + 1];
+                    for lane in 0..lanes {
+                        row[lane] = w[lane * o_step];
+                    }
+                }
+            }
+        }
+    };
+    let size = plan.steps() * panel;
+    if out.len() < CHUNK / 4 {
+        out.chunks_mut(size.max(1)).enumerate().for_each(|(p, out)| one(p, out));
+    } else {
+        out.par_chunks_mut(size.max(1)).enumerate().for_each(|(p, out)| one(p, out));
+    }
+}
+
+/// Copies images `images` of the input, padded rows `row..` of the window, with zeros where they lie outside.
+pub(super) fn pad<T: Vectors>(
+    plan: &Plan,
+    x: &[T],
+    images: Range<usize>,
+    row: usize,
+    window: [usize; 3],
+    out: &mut [T],
+) {
+    let c = plan.groups * plan.ci;
+    let mut first = [0; 3];
+    first[plan.axis] = row;
+    // Positions of the window's lines that lie inside, and where the first of them is in the input.
+    let from = plan.low[2].saturating_sub(first[2]).min(window[2]);
+    let to = (plan.low[2] + plan.source[2]).saturating_sub(first[2]).clamp(from, window[2]);
+    let inside =
+        |d: usize, at: usize| (first[d] + at).checked_sub(plan.low[d]).filter(|i| *i < plan.source[d]);
+    let mut lines = out.chunks_exact_mut(window[2] * c);
+    for image in images {
+        let x = &x[image * volume(plan.source) * c..][..volume(plan.source) * c];
+        for line in 0..window[0] * window[1] {
+            let Some(out) = lines.next() else { return };
+            match (inside(0, line / window[1]), inside(1, line % window[1])) {
+                (Some(i), Some(j)) if from < to => {
+                    let start = flat([i, j, from + first[2] - plan.low[2]], plan.source) * c;
+                    out[..from * c].fill(T::zero());
+                    out[from * c..to * c].copy_from_slice(&x[start..start + (to - from) * c]);
+                    out[to * c..].fill(T::zero());
+                }
+                _ => out.fill(T::zero()),
+            }
+        }
+    }
+}
