@@ -1,5 +1,9 @@
 //! Joins chains of operators into one, before a graph is differentiated and planned.
 
+mod gelu;
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 
 use smallvec::SmallVec;
@@ -18,7 +22,8 @@ use crate::plan::Request;
 use crate::tensor::Meta;
 
 /// Fuses a forward graph whose shapes are inferred: normalisations and convolutions with the sum and the activation
-/// that follow; and where no `weights_learn`, convolutions with a normalisation by given statistics.
+/// that follow; and where no `weights_learn`, convolutions with a normalisation by given statistics. The Gaussian error
+/// linear unit becomes one operator where it is spelled out.
 ///
 /// The values in `keep` and the graph's outputs are computed as before. Others may vanish.
 pub fn fuse(graph: &mut Graph, keep: &[ValueId], weights_learn: bool) -> Result<()> {
@@ -30,6 +35,7 @@ pub fn fuse(graph: &mut Graph, keep: &[ValueId], weights_learn: bool) -> Result<
         if chains.dead[i] || graph.node(head).outputs.first().is_none_or(Option::is_none) {
             continue;
         }
+        chains.fuse_gelu(graph, head);
         if let Some(conv) = op.as_a::<Conv>() {
             let norm = if weights_learn { None } else { chains.folded(graph, head) };
             let tail = chains.tail(graph, norm.as_ref().map_or(head, |n| n.0));
@@ -318,6 +324,3 @@ fn activation(graph: &Graph, id: NodeId) -> Option<Clamp<f64>> {
     }
     node.op.as_a::<Clip>()?.clamp(&metas)
 }
-
-#[cfg(test)]
-mod tests;
