@@ -39,6 +39,26 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn prefetch(p: *const Self::Elem);
 }
 
+/// A vector, or its first `n` lanes.
+///
+/// # Safety
+/// As of the methods; `n` is at most `LANES`.
+#[inline(always)]
+pub unsafe fn load_up_to<S: Simd>(p: *const S::Elem, n: usize) -> S::V {
+    // SAFETY: the caller's promise.
+    unsafe { if n == S::LANES { S::load(p) } else { S::load_part(p, n) } }
+}
+
+/// Writes a vector, or its first `n` lanes.
+///
+/// # Safety
+/// As of the methods; `n` is at most `LANES`.
+#[inline(always)]
+pub unsafe fn store_up_to<S: Simd>(p: *mut S::Elem, v: S::V, n: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { if n == S::LANES { S::store(p, v) } else { S::store_part(p, v, n) } }
+}
+
 /// A loop nest to be compiled for each instruction set. Write `run` as `#[inline(always)]`.
 pub trait Kernel<T> {
     /// # Safety

@@ -7,10 +7,10 @@
 //! memory form one run of the summed dimension.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
-use crate::kernels::conv::grids::{Plan, pack, pad, split, strides};
-use crate::kernels::conv::{Epilogue, Geometry, Residual, in_slots, volume};
+use crate::kernels::conv::grids::{Plan, pack, pad};
+use crate::kernels::conv::{Epilogue, Geometry, Residual, in_slots, split, strides, volume};
 use crate::kernels::par::Shared;
-use crate::kernels::simd::{Kernel, Simd, Vectors};
+use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::{Pieces, along_rows};
 use crate::tile_sizes;
 
@@ -184,7 +184,7 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
             let at = j * S::LANES;
             let part = (t.lanes - at).min(S::LANES);
             if let Some(bias) = t.bias {
-                let v = load::<S>(bias.add(at), part);
+                let v = load_up_to::<S>(bias.add(at), part);
                 for i in 0..M {
                     acc[i][j] = S::add(acc[i][j], v);
                 }
@@ -192,24 +192,13 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
             for i in 0..M {
                 let mut v = acc[i][j];
                 if let Some(r) = t.residual {
-                    v = S::add(v, load::<S>(r.add(y[i] + t.channel + at), part));
+                    v = S::add(v, load_up_to::<S>(r.add(y[i] + t.channel + at), part));
                 }
                 v = S::min(high, S::max(low, v));
-                match part == S::LANES {
-                    true => S::store(t.y.add(y[i] + t.channel + at), v),
-                    false => S::store_part(t.y.add(y[i] + t.channel + at), v, part),
-                }
+                store_up_to::<S>(t.y.add(y[i] + t.channel + at), v, part);
             }
         }
     }
-}
-
-/// # Safety
-/// `p` must be valid for `n` elements, at most a vector.
-#[inline(always)]
-unsafe fn load<S: Simd>(p: *const S::Elem, n: usize) -> S::V {
-    // SAFETY: the caller's promise.
-    unsafe { if n == S::LANES { S::load(p) } else { S::load_part(p, n) } }
 }
 
 fn run<T: Vectors>(
@@ -266,10 +255,7 @@ pub fn forward<T: Vectors>(
     y: &mut [T],
     scratch: &mut [T],
 ) {
-    assert!(
-        x.len() == g.n * g.c * volume(g.x) && y.len() == g.n * g.oc * volume(g.y),
-        "operands of a convolution"
-    );
+    g.check(x, y);
     run(&Plan::forward(g), true, x, w, epilogue, y, scratch);
 }
 
@@ -287,9 +273,6 @@ pub fn input_grad<T: Vectors>(
     dx: &mut [T],
     scratch: &mut [T],
 ) {
-    assert!(
-        dx.len() == g.n * g.c * volume(g.x) && dy.len() == g.n * g.oc * volume(g.y),
-        "operands of a convolution"
-    );
+    g.check(dx, dy);
     run(&Plan::input_grad(g), false, dy, w, epilogue, dx, scratch);
 }

@@ -7,7 +7,7 @@
 use rayon::prelude::*;
 use smallvec::SmallVec;
 
-use crate::kernels::conv::{Epilogue, Geometry, Residual, volume};
+use crate::kernels::conv::{Epilogue, Geometry, Residual, split};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors};
 
@@ -19,10 +19,6 @@ const POSITIONS: usize = 4;
 const SLABS: usize = 8;
 /// Positions of a row over which the weight gradient is summed in registers.
 const STRETCH: usize = 16;
-
-fn split(t: usize, k: [usize; 3]) -> [usize; 3] {
-    [t / (k[1] * k[2]), t / k[2] % k[1], t % k[2]]
-}
 
 /// Weights (C, 1, k…) as (k…, C).
 fn by_tap<T: Vectors>(c: usize, taps: usize, w: &[T], out: &mut [T]) {
@@ -274,8 +270,11 @@ fn sweep<T: Vectors>(
     scratch: &mut [T],
 ) {
     let g = way.g;
-    let size = |e: [usize; 3]| g.n * g.c * volume(e);
-    assert!(x.len() == size(way.source) && y.len() == size(way.target), "operands of a convolution");
+    if way.gradient {
+        g.check(y, x)
+    } else {
+        g.check(x, y)
+    }
     by_tap(g.c, g.taps(), w, scratch);
     let w: &[T] = scratch;
     let total = g.n * way.target[0] * way.target[1];
@@ -442,10 +441,7 @@ pub fn weight_grad_scratch(g: &Geometry) -> usize {
 
 /// dW (C, 1, k…) from dY and X, both (N, spatial…, C).
 pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], scratch: &mut [T]) {
-    assert!(
-        x.len() == g.n * g.c * volume(g.x) && dy.len() == g.n * g.c * volume(g.y),
-        "operands of a convolution"
-    );
+    g.check(x, dy);
     let (total, size) = (g.n * g.y[0] * g.y[1], g.taps() * g.c);
     let slabs = (total * g.y[2] * size / WORK).clamp(1, SLABS.min(total));
     let sums = &mut scratch[..slabs * size];

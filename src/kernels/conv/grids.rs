@@ -6,7 +6,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 use smallvec::SmallVec;
 
-use crate::kernels::conv::{Geometry, SLOTS, volume};
+use crate::kernels::conv::{Geometry, SLOTS, split, strides, volume};
 use crate::kernels::simd::Vectors;
 
 /// Elements of input and output that a task should keep in the second-level cache.
@@ -51,10 +51,6 @@ pub(super) struct Plan {
     pub(super) taps: usize,
     pub(super) order: SmallVec<[u32; 64]>,
     pub(super) grids: SmallVec<[Grid; 4]>,
-}
-
-pub(super) fn split(t: usize, k: [usize; 3]) -> [usize; 3] {
-    [t / (k[1] * k[2]), t / k[2] % k[1], t % k[2]]
 }
 
 impl Plan {
@@ -255,12 +251,8 @@ pub(super) struct Division {
     pub(super) panels: usize,
 }
 
-pub(super) fn flat(at: [usize; 3], extents: [usize; 3]) -> usize {
+fn flat(at: [usize; 3], extents: [usize; 3]) -> usize {
     (at[0] * extents[1] + at[1]) * extents[2] + at[2]
-}
-
-pub(super) fn strides(extents: [usize; 3], c: usize) -> [usize; 3] {
-    [extents[1] * extents[2] * c, extents[2] * c, c]
 }
 
 /// Weights of (M, C/groups, taps) in panels: for each group and panel of output channels, the steps of the summed

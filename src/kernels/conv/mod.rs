@@ -86,7 +86,22 @@ fn volume(d: [usize; 3]) -> usize {
     d.iter().product()
 }
 
+/// An index into extents as coordinates.
+fn split(t: usize, k: [usize; 3]) -> [usize; 3] {
+    [t / (k[1] * k[2]), t / k[2] % k[1], t % k[2]]
+}
+
+/// Elements from a position to the next in each dimension, `c` a position.
+fn strides(extents: [usize; 3], c: usize) -> [usize; 3] {
+    [extents[1] * extents[2] * c, extents[2] * c, c]
+}
+
 impl Geometry {
+    /// The kernels rely on it: X (or dX) and Y (or dY) have this geometry's sizes.
+    fn check<T>(&self, x: &[T], y: &[T]) {
+        assert!(x.len() == self.inputs() && y.len() == self.outputs(), "operands of a convolution");
+    }
+
     /// Input and output channels of a group.
     fn cg(&self) -> usize {
         self.c / self.groups

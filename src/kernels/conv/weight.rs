@@ -9,7 +9,7 @@
 
 use rayon::prelude::*;
 
-use crate::kernels::conv::{Geometry, volume};
+use crate::kernels::conv::{Geometry, split, strides, volume};
 use crate::kernels::par::{self, Shared};
 use crate::kernels::simd::{Kernel, Simd, Vectors};
 use crate::kernels::tile::{Pieces, Positions, along_columns};
@@ -216,13 +216,13 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
         let panel = 2 * S::LANES;
         let per_group = p.og.div_ceil(panel);
         let row_blocks = p.y[p.axis].div_ceil(d.rows);
-        let (xs, ys) = (strides(p.x), strides(p.y));
+        let (xs, ys) = (strides(p.x, 1), strides(p.y, 1));
         for (nth, chunk) in self.chunks.clone().enumerate() {
             let image = chunk / row_blocks * d.images;
             let images = d.images.min(p.n - image);
             let first_row = chunk % row_blocks * d.rows;
             for t in self.taps.clone() {
-                let tap = [t / (p.k[1] * p.k[2]), t / p.k[2] % p.k[1], t % p.k[2]];
+                let tap = split(t, p.k);
                 // Output positions for which the tap lies inside.
                 let (mut lo, mut hi) = ([0usize; 3], p.y);
                 lo[p.axis] = first_row;
@@ -312,10 +312,6 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
     }
 }
 
-fn strides(extents: [usize; 3]) -> [usize; 3] {
-    [extents[1] * extents[2], extents[2], 1]
-}
-
 fn dot(at: [usize; 3], steps: [usize; 3]) -> usize {
     at[0] * steps[0] + at[1] * steps[1] + at[2] * steps[2]
 }
@@ -329,10 +325,7 @@ pub fn weight_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
 
 /// dW (M, C/groups, k…) from dY (N, spatial…, M) and X (N, spatial…, C).
 pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], scratch: &mut [T]) {
-    assert!(
-        x.len() == g.n * g.c * volume(g.x) && dy.len() == g.n * g.oc * volume(g.y),
-        "operands of a convolution"
-    );
+    g.check(x, dy);
     let p = Plan::new(g);
     let d = p.division(T::panel());
     let (copy, sums) = scratch.split_at_mut(p.copy());

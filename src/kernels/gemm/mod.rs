@@ -83,7 +83,7 @@ impl<T: Vectors> Product<T> {
         self.m == 1 || self.n == 1
     }
 
-    /// Rows of B are read where they lie, unless A is packed, too.
+    /// Rows of B can be read where they lie.
     fn direct(&self) -> bool {
         self.trans_a && !self.trans_b
     }
@@ -189,14 +189,14 @@ pub fn many<T: Vectors>(
             // SAFETY: the extents were checked above; no two products share elements of C.
             unsafe { T::dispatch(Part { p, a, b, c, strips: 0..p.strips().count, panels }) }
         };
-        let slots =
-            if p.direct() { SLOTS.min(batch) } else { scratch.len() / p.packed().max(1) }.clamp(1, batch);
-        let share = |s: usize| batch * s / slots..batch * (s + 1) / slots;
         if p.direct() || p.k == 0 {
             (0..batch).into_par_iter().for_each(|i| one(i, &mut []));
         } else {
+            let slots = batch.min(SLOTS);
             let each = scratch.par_chunks_exact_mut(p.packed()).take(slots).enumerate();
-            each.for_each(|(s, slot)| share(s).for_each(|i| one(i, slot)));
+            each.for_each(|(s, slot)| {
+                (batch * s / slots..batch * (s + 1) / slots).for_each(|i| one(i, slot));
+            });
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use super::channel::{Strip, WIDTH};
 use crate::kernels::elementwise::Clamp;
-use crate::kernels::simd::{Kernel, Simd, Vectors};
+use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
 use crate::tensor::Float;
 
 /// Rows that one tile goes down. The next as many are fetched meanwhile, since a tile's short runs, a row apart, do
@@ -26,18 +26,6 @@ pub(super) unsafe trait Term<T: Float> {
 
     /// Fetches what lies at element `i`, if there is such an element.
     unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize);
-}
-
-#[inline(always)]
-unsafe fn get<S: Simd>(p: *const S::Elem, n: usize) -> S::V {
-    // SAFETY: the caller's promise of `n` elements.
-    unsafe { if n == S::LANES { S::load(p) } else { S::load_part(p, n) } }
-}
-
-#[inline(always)]
-unsafe fn put<S: Simd>(p: *mut S::Elem, v: S::V, n: usize) {
-    // SAFETY: the caller's promise of `n` elements.
-    unsafe { if n == S::LANES { S::store(p, v) } else { S::store_part(p, v, n) } }
 }
 
 /// `x − at` itself.
@@ -67,7 +55,7 @@ unsafe impl<T: Float> Term<T> for Given<'_, T> {
     #[inline(always)]
     unsafe fn of<S: Simd<Elem = T>>(&mut self, i: usize, _: usize, n: usize, _: S::V) -> S::V {
         // SAFETY: the caller's promise.
-        unsafe { get::<S>(self.0.as_ptr().add(i), n) }
+        unsafe { load_up_to::<S>(self.0.as_ptr().add(i), n) }
     }
     #[inline(always)]
     unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize) {
@@ -107,8 +95,8 @@ unsafe impl<T: Float> Term<T> for Passed<'_, T> {
         unsafe {
             let [factor, shift] = [self.spread[0].as_ptr().add(j), self.spread[1].as_ptr().add(j)];
             // Rounded twice, as the forward sweep rounds.
-            let y = S::add(S::mul(x, get::<S>(factor, n)), get::<S>(shift, n));
-            let dy = get::<S>(self.dy.as_ptr().add(i), n);
+            let y = S::add(S::mul(x, load_up_to::<S>(factor, n)), load_up_to::<S>(shift, n));
+            let dy = load_up_to::<S>(self.dy.as_ptr().add(i), n);
             S::pass(y, S::splat(self.clamp.low), S::splat(self.clamp.high), dy)
         }
     }
@@ -137,10 +125,10 @@ unsafe impl<T: Float> Term<T> for Written<'_, T> {
         // SAFETY: the caller's promise.
         unsafe {
             let dz = self.dz.as_mut_ptr();
-            let dy = get::<S>(self.dy.map_or(dz.cast_const(), |dy| dy.as_ptr()).add(i), n);
-            let y = get::<S>(self.y.as_ptr().add(i), n);
+            let dy = load_up_to::<S>(self.dy.map_or(dz.cast_const(), |dy| dy.as_ptr()).add(i), n);
+            let y = load_up_to::<S>(self.y.as_ptr().add(i), n);
             let passed = S::pass(y, S::splat(self.clamp.low), S::splat(self.clamp.high), dy);
-            put::<S>(dz.add(i), passed, n);
+            store_up_to::<S>(dz.add(i), passed, n);
             passed
         }
     }
@@ -211,7 +199,7 @@ impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Fold<'_, T, F, PRODUCTS> {
             let (mut products, mut plain, mut less) = ([zero; V], [zero; V], [zero; V]);
             if PRODUCTS {
                 for (v, less) in less.iter_mut().enumerate() {
-                    *less = get::<S>(self.less.as_ptr().add(j + v * S::LANES), n);
+                    *less = load_up_to::<S>(self.less.as_ptr().add(j + v * S::LANES), n);
                 }
             }
             for row in first..first + rows {
@@ -222,7 +210,7 @@ impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Fold<'_, T, F, PRODUCTS> {
                     self.term.fetch::<S>(ahead);
                     if PRODUCTS {
                         S::prefetch(self.x.as_ptr().wrapping_add(ahead));
-                        let x = S::add(get::<S>(self.x.as_ptr().add(i), n), less[v]);
+                        let x = S::add(load_up_to::<S>(self.x.as_ptr().add(i), n), less[v]);
                         let dz = self.term.of::<S>(i, j, n, x);
                         products[v] = S::fma(dz, x, products[v]);
                         plain[v] = S::add(plain[v], dz);
@@ -235,10 +223,10 @@ impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Fold<'_, T, F, PRODUCTS> {
             for v in 0..V {
                 let j = j + v * S::LANES;
                 let sums = self.sums.plain.as_mut_ptr().add(j);
-                put::<S>(sums, S::add(get::<S>(sums, n), plain[v]), n);
+                store_up_to::<S>(sums, S::add(load_up_to::<S>(sums, n), plain[v]), n);
                 if PRODUCTS {
                     let sums = self.sums.products.as_mut_ptr().add(j);
-                    put::<S>(sums, S::add(get::<S>(sums, n), products[v]), n);
+                    store_up_to::<S>(sums, S::add(load_up_to::<S>(sums, n), products[v]), n);
                 }
             }
         }
