@@ -37,6 +37,16 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn pass(y: Self::V, low: Self::V, high: Self::V, x: Self::V) -> Self::V;
     /// Brings the cache line at `p`, any address, near.
     unsafe fn prefetch(p: *const Self::Elem);
+    /// Writes the transpose of `LANES` vectors, `ld` elements apart, as `LANES` vectors `ld_to` apart.
+    #[inline(always)]
+    unsafe fn transpose(p: *const Self::Elem, ld: usize, to: *mut Self::Elem, ld_to: usize) {
+        for i in 0..Self::LANES {
+            for j in 0..Self::LANES {
+                // SAFETY: the caller's promise.
+                unsafe { *to.add(i * ld_to + j) = *p.add(j * ld + i) }
+            }
+        }
+    }
 }
 
 /// A vector, or its first `n` lanes.
@@ -229,7 +239,8 @@ macro_rules! vectors {
      pass: |$py:ident, $low:ident, $high:ident, $px:ident| $pass:expr,
      prefetch: |$at:ident| $prefetch:expr,
      load_part: |$lp:ident, $ln:ident| $load_part:expr,
-     store_part: |$sp:ident, $sv:ident, $sn:ident| $store_part:expr) => {
+     store_part: |$sp:ident, $sv:ident, $sn:ident| $store_part:expr
+     $(, transpose: $transpose:path)?) => {
         $(#[$doc])*
         #[derive(Clone, Copy)]
         pub struct $name;
@@ -301,6 +312,11 @@ macro_rules! vectors {
                 // SAFETY: see `splat`.
                 unsafe { $prefetch }
             }
+            $(#[inline(always)]
+            unsafe fn transpose(p: *const f32, ld: usize, to: *mut f32, ld_to: usize) {
+                // SAFETY: see `splat`.
+                unsafe { $transpose(p, ld, to, ld_to) }
+            })?
         }
     };
 }
@@ -322,8 +338,42 @@ pub mod x86 {
         },
         prefetch: |p| _mm_prefetch::<_MM_HINT_T0>(p.cast()),
         load_part: |p, n| _mm512_maskz_loadu_ps((1u32 << n) as u16 - 1, p),
-        store_part: |p, v, n| _mm512_mask_storeu_ps(p, (1u32 << n) as u16 - 1, v)
+        store_part: |p, v, n| _mm512_mask_storeu_ps(p, (1u32 << n) as u16 - 1, v),
+        transpose: transpose16
     );
+
+    /// Four columns at a time: of rows 4i to 4i + 3, lane blocks of 4×4 are transposed, then blocks change places.
+    #[inline(always)]
+    unsafe fn transpose16(p: *const f32, ld: usize, to: *mut f32, ld_to: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            // `t[4g + c]`: in lane block b, column 4b + c of rows 4g to 4g + 3.
+            let mut t = [_mm512_setzero_ps(); 16];
+            for g in 0..4 {
+                let at = p.add(4 * g * ld);
+                let r0 = _mm512_loadu_ps(at);
+                let r1 = _mm512_loadu_ps(at.add(ld));
+                let r2 = _mm512_loadu_ps(at.add(2 * ld));
+                let r3 = _mm512_loadu_ps(at.add(3 * ld));
+                let (a, b) = (_mm512_unpacklo_ps(r0, r1), _mm512_unpackhi_ps(r0, r1));
+                let (c, d) = (_mm512_unpacklo_ps(r2, r3), _mm512_unpackhi_ps(r2, r3));
+                t[4 * g] = _mm512_shuffle_ps::<0x44>(a, c);
+                t[4 * g + 1] = _mm512_shuffle_ps::<0xee>(a, c);
+                t[4 * g + 2] = _mm512_shuffle_ps::<0x44>(b, d);
+                t[4 * g + 3] = _mm512_shuffle_ps::<0xee>(b, d);
+            }
+            for c in 0..4 {
+                let a = _mm512_shuffle_f32x4::<0x88>(t[c], t[4 + c]);
+                let b = _mm512_shuffle_f32x4::<0xdd>(t[c], t[4 + c]);
+                let d = _mm512_shuffle_f32x4::<0x88>(t[8 + c], t[12 + c]);
+                let e = _mm512_shuffle_f32x4::<0xdd>(t[8 + c], t[12 + c]);
+                _mm512_storeu_ps(to.add(c * ld_to), _mm512_shuffle_f32x4::<0x88>(a, d));
+                _mm512_storeu_ps(to.add((4 + c) * ld_to), _mm512_shuffle_f32x4::<0x88>(b, e));
+                _mm512_storeu_ps(to.add((8 + c) * ld_to), _mm512_shuffle_f32x4::<0xdd>(a, d));
+                _mm512_storeu_ps(to.add((12 + c) * ld_to), _mm512_shuffle_f32x4::<0xdd>(b, e));
+            }
+        }
+    }
 
     /// Lanes below `n` as AVX2's masks want them.
     #[inline(always)]
@@ -343,8 +393,35 @@ pub mod x86 {
         },
         prefetch: |p| _mm_prefetch::<_MM_HINT_T0>(p.cast()),
         load_part: |p, n| _mm256_maskload_ps(p, below(n)),
-        store_part: |p, v, n| _mm256_maskstore_ps(p, below(n), v)
+        store_part: |p, v, n| _mm256_maskstore_ps(p, below(n), v),
+        transpose: transpose8
     );
+
+    /// As [`transpose16`], with two lane blocks.
+    #[inline(always)]
+    unsafe fn transpose8(p: *const f32, ld: usize, to: *mut f32, ld_to: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut t = [_mm256_setzero_ps(); 8];
+            for g in 0..2 {
+                let at = p.add(4 * g * ld);
+                let r0 = _mm256_loadu_ps(at);
+                let r1 = _mm256_loadu_ps(at.add(ld));
+                let r2 = _mm256_loadu_ps(at.add(2 * ld));
+                let r3 = _mm256_loadu_ps(at.add(3 * ld));
+                let (a, b) = (_mm256_unpacklo_ps(r0, r1), _mm256_unpackhi_ps(r0, r1));
+                let (c, d) = (_mm256_unpacklo_ps(r2, r3), _mm256_unpackhi_ps(r2, r3));
+                t[4 * g] = _mm256_shuffle_ps::<0x44>(a, c);
+                t[4 * g + 1] = _mm256_shuffle_ps::<0xee>(a, c);
+                t[4 * g + 2] = _mm256_shuffle_ps::<0x44>(b, d);
+                t[4 * g + 3] = _mm256_shuffle_ps::<0xee>(b, d);
+            }
+            for c in 0..4 {
+                _mm256_storeu_ps(to.add(c * ld_to), _mm256_permute2f128_ps::<0x20>(t[c], t[4 + c]));
+                _mm256_storeu_ps(to.add((4 + c) * ld_to), _mm256_permute2f128_ps::<0x31>(t[c], t[4 + c]));
+            }
+        }
+    }
 }
 
 #[cfg(target_arch = "aarch64")]

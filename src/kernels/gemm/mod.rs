@@ -6,13 +6,14 @@
 
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
+mod pack;
 mod vector;
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::kernels::par::{self, Shared};
+use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors};
 use crate::kernels::tile::{Pieces, Positions, along_columns, along_rows};
 use crate::tensor::Float;
@@ -27,7 +28,7 @@ const TASKS: usize = 16;
 /// Elements of A that stay in the second-level cache while B passes by.
 const BLOCK: usize = 1 << 17;
 /// Steps of the summed dimension that are added up in registers before they are added to C: of few, sums are more
-/// accurate and B's panel stays in the cache. Fewer when A is read across its rows.
+/// accurate and B's panel stays in the cache. Fewer when A is read across its rows as they lie.
 const STEPS: usize = 512;
 const STEPS_ACROSS: usize = 128;
 /// Tasks that pack a B of their own at a time.
@@ -178,8 +179,7 @@ pub fn many<T: Vectors>(
             let b = match p.direct() {
                 true => Columns { b, packed: false },
                 false => {
-                    let size = p.k * T::panel();
-                    packed.chunks_mut(size.max(1)).enumerate().for_each(|(q, out)| pack(p, b, q, out));
+                    pack::columns_here(p, b, packed);
                     Columns { b: packed, packed: true }
                 }
             };
@@ -208,17 +208,13 @@ fn divided<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], c: &mut [T], scratch: &
     let a = match packed_a.is_empty() {
         true => Rows { a, packed: false },
         false => {
-            pack_rows(p, a, strips, packed_a);
+            pack::rows(p, a, packed_a);
             Rows { a: packed_a, packed: true }
         }
     };
     let b = if p.packs_b() {
         let packed = &mut rest[..p.packed()];
-        let size = (p.k * T::panel()).max(1);
-        match packed.len() < par::GRAIN {
-            true => packed.chunks_mut(size).enumerate().for_each(|(q, out)| pack(p, b, q, out)),
-            false => packed.par_chunks_mut(size).enumerate().for_each(|(q, out)| pack(p, b, q, out)),
-        }
+        pack::columns(p, b, packed);
         Columns { b: packed, packed: true }
     } else {
         Columns { b, packed: false }
@@ -244,56 +240,6 @@ fn divided<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], c: &mut [T], scratch: &
         1 => run(0),
         tasks => (0..tasks).into_par_iter().for_each(run),
     }
-}
-
-/// Panel `q` of op(B): for each step of the summed dimension one row of columns, zeros beyond the last.
-fn pack<T: Vectors>(p: &Product<T>, b: &[T], q: usize, out: &mut [T]) {
-    let panel = T::panel();
-    let first = q * panel;
-    let cols = panel.min(p.n - first);
-    if cols < panel {
-        out.fill(T::zero());
-    }
-    if p.trans_b {
-        // Some steps at a time: whole cache lines of B are used.
-        const LINE: usize = 16;
-        for k in (0..p.k).step_by(LINE) {
-            let steps = LINE.min(p.k - k);
-            for j in 0..cols {
-                let b = &b[(first + j) * p.ldb + k..][..steps];
-                for (out, b) in out[k * panel + j..].iter_mut().step_by(panel).zip(b) {
-                    *out = *b;
-                }
-            }
-        }
-    } else {
-        for (k, out) in out.chunks_exact_mut(panel).enumerate() {
-            out[..cols].copy_from_slice(&b[k * p.ldb + first..][..cols]);
-        }
-    }
-}
-
-/// A, stored K×M, in strips: for each step of the summed dimension the strip's rows of op(A). Some steps at a time
-/// for all strips, so that A is read in order.
-fn pack_rows<T: Vectors>(p: &Product<T>, a: &[T], strips: Pieces, out: &mut [T]) {
-    let width = T::rows();
-    let size = p.k * width;
-    let shared = Shared::new(out);
-    let some = |block: usize| {
-        for k in block * STEPS_ACROSS..p.k.min((block + 1) * STEPS_ACROSS) {
-            for i in 0..strips.count {
-                let (start, len) = (strips.start(i), strips.len(i));
-                let from = &a[k * p.lda + start..][..len];
-                // SAFETY: a strip's step has `width` elements, written by this task alone.
-                let to = unsafe {
-                    std::slice::from_raw_parts_mut(shared.ptr().wrapping_add(i * size + k * width), width)
-                };
-                to[..len].copy_from_slice(from);
-                to[len..].fill(T::zero());
-            }
-        }
-    };
-    (0..p.k.div_ceil(STEPS_ACROSS)).into_par_iter().for_each(some);
 }
 
 /// op(A) as tiles read it.
@@ -331,7 +277,7 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
         // Across rows of A: few steps at a time, whatever the number of rows.
         let (steps, block) = match (p.trans_a, self.a.packed) {
             (true, false) => (STEPS_ACROSS, self.strips.len().max(1)),
-            (true, true) => (2 * STEPS_ACROSS, self.strips.len().max(1)),
+            (true, true) => (STEPS, self.strips.len().max(1)),
             _ => (STEPS, (BLOCK / p.k.clamp(1, STEPS)).div_ceil(S::ROWS)),
         };
         let mut k = 0;
@@ -403,6 +349,12 @@ struct Tile<T> {
 unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(t: &Tile<S::Elem>) {
     // SAFETY: the caller's promise.
     unsafe {
+        // Where the sums will go, while they are added up.
+        for i in 0..M {
+            for j in 0..N {
+                S::prefetch(t.c.wrapping_add(i * t.ldc + j * S::LANES));
+            }
+        }
         let acc = if t.across {
             let positions = Positions {
                 blocks: 1,
