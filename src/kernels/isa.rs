@@ -48,8 +48,7 @@ fn detect() -> Isa {
     Isa::Portable
 }
 
-/// Runs `f` compiled for the processor at hand, so that its plain loops are vectorised with wide registers
-/// (AVX2: what wider ones gain is not worth a third copy of every loop). Write the closure as
+/// Runs `f` compiled for the processor at hand, so that its plain loops are vectorised with wide registers. Write the closure as
 /// `#[inline(always)] || …`, and call only inlinable functions in its loops: what is not inlined is compiled
 /// for the baseline.
 #[inline(always)]
@@ -60,9 +59,16 @@ pub fn vectorize<R>(f: impl FnOnce() -> R) -> R {
         fn avx2<R>(f: impl FnOnce() -> R) -> R {
             f()
         }
-        if isa() >= Isa::Avx2 {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+        fn avx512<R>(f: impl FnOnce() -> R) -> R {
+            f()
+        }
+        match isa() {
             // SAFETY: `isa` reports a level only where the processor has its features.
-            return unsafe { avx2(f) };
+            Isa::Avx512 => return unsafe { avx512(f) },
+            // SAFETY: as above.
+            Isa::Avx2 => return unsafe { avx2(f) },
+            Isa::Portable => {}
         }
     }
     f()

@@ -304,11 +304,10 @@ x => x * softplus_tanh(x);
 unary!(
 /// ONNX `Gelu` (opset 20), `approximate` none: `x Φ(x)`.
 Gelu, "Gelu";
-x => c::<T>(0.5) * x * (T::one() + (x * c(std::f64::consts::FRAC_1_SQRT_2)).m_erf());
+x => x * x.m_gauss().0;
 (x, dy) => {
-    let cdf = c::<T>(0.5) * (T::one() + (x * c(std::f64::consts::FRAC_1_SQRT_2)).m_erf());
-    let density = c::<T>(0.398_942_280_401_432_7) * (c::<T>(-0.5) * x * x).m_exp();
-    dy * (cdf + x * density)
+    let (cdf, gauss) = x.m_gauss();
+    dy * (cdf + c::<T>(0.398_942_280_401_432_7) * x * gauss)
 });
 unary!(
 /// ONNX `Gelu` (opset 20), `approximate` tanh.
