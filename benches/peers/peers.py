@@ -97,12 +97,12 @@ class Worker:
 def bench(case, args, count):
     """The command that times retune."""
     command = [args.retune, "bench", args.models / f"{case.model}.onnx", "--mode", case.mode, "--batch", case.batch]
-    return [str(c) for c in (*command, "--threads", case.threads, "--runs", count, "--json")]
+    return [*command, "--threads", case.threads, "--runs", count, "--json"]
 
 
-def retune(case, args, count, *options):
-    """What it reports."""
-    done = subprocess.run([*bench(case, args, count), *options], env=args.env, capture_output=True, text=True)
+def report(command, args):
+    """The JSON that a program prints."""
+    done = subprocess.run([str(c) for c in command], env=args.env, capture_output=True, text=True)
     if done.returncode:
         raise Failed(done.stderr.strip())
     return json.loads(done.stdout)
@@ -128,8 +128,8 @@ def peers(case, args, stack):
         training = worker("onnxruntime-training", case, args, {}, args.training_python)
         found["onnxruntime-training"] = lambda n: training.times("-", n)
     if case.mode == "forward" and args.tract:
-        found["tract"] = lambda n: [retune(case, args, n, "--engine", "tract")["median_ms"]]
-    found["retune"] = lambda n: [retune(case, args, n)["median_ms"]]
+        found["tract"] = lambda n: report([args.tract, args.models / f"{case.model}.onnx", case.batch, case.threads, n], args)
+    found["retune"] = lambda n: [report(bench(case, args, n), args)["median_ms"]]
     for w in workers:  # none loads its libraries while another is timed
         with contextlib.suppress(Failed):
             w.wait_ready()
@@ -223,7 +223,7 @@ def peak_memory(pid):
 
 def memory(case, args):
     """Peak anonymous memory of a step: retune's whole process, PyTorch's above what importing it takes."""
-    process = subprocess.Popen(bench(case, args, 3), env=args.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([str(c) for c in bench(case, args, 3)], env=args.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with peak_memory(process.pid) as own:
         process.wait()
     with contextlib.closing(Worker("torch", case, args)) as worker:
@@ -237,7 +237,8 @@ def memory(case, args):
 def cold_start(args):
     """From exec to the end of the first training step at batch 1, if `retune bench` says."""
     with contextlib.suppress(Failed, KeyError):
-        return statistics.median(retune(Case("resnet20", "train", 1, 2), args, 1)["cold_start_ms"] for _ in range(5))
+        command = bench(Case("resnet20", "train", 1, 2), args, 1)
+        return statistics.median(report(command, args)["cold_start_ms"] for _ in range(5))
 
 
 def version(package):
@@ -308,11 +309,13 @@ def training_python(folder):
     return None
 
 
-def has_tract(binary):
-    if "--engine" in (output(binary, "bench", "--help") or ""):
-        return True
-    print("tract: `retune bench` has no --engine", file=sys.stderr)
-    return False
+def tract_binary(args):
+    """The program of tract/, if run.sh could build it."""
+    binary = args.models / "tract" / "release" / "peer-tract"
+    if binary.exists() and not args.avx2:
+        return binary
+    print("tract: not built" if not args.avx2 else "tract: cannot be held to AVX2", file=sys.stderr)
+    return None
 
 
 def arguments():
@@ -346,7 +349,7 @@ def main():
     else:
         if output(args.retune, "--version") is None:
             sys.exit(f"{args.retune} does not run: cargo build --release, or --retune PATH")
-        args.training_python, args.tract = training_python(args.models), has_tract(args.retune)
+        args.training_python, args.tract = training_python(args.models), tract_binary(args)
         if not all((args.models / f"{model}.{form}").exists() for model in args.only for form in ("onnx", "pt")):
             subprocess.run([sys.executable, HERE / "models.py", args.models], check=True)
         results = run(args)

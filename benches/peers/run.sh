@@ -33,5 +33,6 @@ if [ ! -d "$training" ]; then
         >"$("$training/bin/python" -c 'import site; print(site.getsitepackages()[0])')/peers.pth"
 fi
 
+cargo build -q --release --manifest-path "$here/tract/Cargo.toml" --target-dir "$to/tract" || echo "tract: not built" >&2
 [ -x "$here/../../target/release/retune" ] || cargo build --release --manifest-path "$here/../../Cargo.toml"
 exec "$python" "$here/peers.py" "$@"

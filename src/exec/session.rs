@@ -221,7 +221,8 @@ impl Session {
         if !self.options.channels_first && !asked("RETUNE_LAYOUT", "first") {
             graph::layout(&mut graph, &mut request, &mut self.pinned)?;
         }
-        let plan = plan::plan(&graph, &request)?;
+        // On the session's threads: scratch memory depends on their number.
+        let plan = self.pool.install(|| plan::plan(&graph, &request))?;
         let mut constants = Vec::with_capacity(plan.constants.len());
         for c in &plan.constants {
             constants.push(match c {

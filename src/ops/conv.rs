@@ -369,6 +369,10 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
             .ints("pads", &[1; 4])
             .int("group", 2)
             .input(&[34]),
+        conv("tiles of 4", &[2, 18, 8, 8], &[17, 18, 3, 3]).ints("pads", &[1; 4]).input(&[17]),
+        conv("tiles of 4, no pads", &[1, 18, 9, 10], &[34, 18, 3, 3]),
+        conv("tiles of 4, other pads", &[2, 18, 8, 9], &[35, 18, 3, 3]).ints("pads", &[2, 0, 1, 2]),
+        conv("tiles of 4, many sums", &[2, 65, 7, 8], &[65, 65, 3, 3]).ints("pads", &[1; 4]),
         conv("several blocks", &[1, 17, 40, 30], &[16, 17, 3, 3]).ints("pads", &[1; 4]).input(&[16]),
         conv("several blocks, stride 2", &[1, 3, 60, 50], &[5, 3, 3, 3])
             .ints("strides", &[2, 2])
@@ -457,6 +461,35 @@ mod tests {
         }
     }
 
+    /// Layers of many weights and few positions have kernels of their own; too large for finite differences.
+    #[test]
+    fn many_weights_few_positions() {
+        let (x, w) = (wave(&[1, 370, 8, 7], 0.7), wave(&[360, 370, 3, 3], 1.3));
+        let pads = crate::ops::window::AutoPad::SameUpper;
+        let window = Window { auto_pad: pads, ..Window::of(&crate::ops::Attrs::default()).unwrap() };
+        let conv = Conv { window, groups: 1, clamp: Clamp::NONE, layout: Layout::First };
+        // The same convolution in parts that are small enough for the others.
+        let y = eval(&conv, &[Some(&x), Some(&w)]).unwrap().remove(0);
+        let part = Tensor::from_slice(&[2, 370, 3, 3], &w.to_f64()[358 * 3330..]).unwrap();
+        let last = eval(&conv, &[Some(&x), Some(&part)]).unwrap().remove(0);
+        let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-9, "{a} {b}");
+        for (a, b) in y.to_f64()[358 * 56..].iter().zip(last.to_f64()) {
+            close(*a, b);
+        }
+        // Both gradients are the forward pass's transposes.
+        let dy = wave(&[1, 360, 8, 7], 0.9);
+        let dot = |a: &Tensor, b: &Tensor| a.to_f64().iter().zip(b.to_f64()).map(|(a, b)| a * b).sum::<f64>();
+        let input = ConvInputGrad { conv: conv.clone(), x: Dims::from_slice(x.dims()) };
+        let weight = ConvWeightGrad { conv: conv.clone(), w: Dims::from_slice(w.dims()) };
+        let (x2, w2) = (wave(x.dims(), 1.7), wave(w.dims(), 0.3));
+        let dx = eval(&input, &[Some(&dy), Some(&w)]).unwrap().remove(0);
+        let y2 = eval(&conv, &[Some(&x2), Some(&w)]).unwrap().remove(0);
+        assert!((dot(&dx, &x2) / dot(&dy, &y2) - 1.0).abs() < 1e-9);
+        let dw = eval(&weight, &[Some(&dy), Some(&x)]).unwrap().remove(0);
+        let y2 = eval(&conv, &[Some(&x), Some(&w2)]).unwrap().remove(0);
+        assert!((dot(&dw, &w2) / dot(&dy, &y2) - 1.0).abs() < 1e-9);
+    }
+
     #[test]
     fn bits_do_not_depend_on_threads() {
         let pools: Vec<_> =
@@ -467,6 +500,8 @@ mod tests {
             ([9, 32, 16, 16], [64, 32, 3, 3], 1, 2),
             ([5, 24, 14, 14], [24, 1, 3, 3], 24, 1),
             ([2, 64, 7, 7], [80, 64, 1, 1], 1, 1),
+            ([3, 64, 8, 8], [70, 64, 3, 3], 1, 1),
+            ([2, 370, 8, 8], [360, 370, 3, 3], 1, 1),
         ] {
             let window = Window {
                 auto_pad: crate::ops::window::AutoPad::SameUpper,

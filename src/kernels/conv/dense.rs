@@ -216,7 +216,7 @@ fn run<T: Vectors>(
     let weights: &[T] = weights;
     let d = plan.division(panel);
     let (rows, panels) = (plan.rows(), plan.groups * plan.panels(panel));
-    let blocks = [plan.n.div_ceil(d.images), rows.div_ceil(d.rows), panels.div_ceil(d.panels)];
+    let blocks = plan.blocks(&d, panel);
     let c = plan.groups * plan.ci;
     let y = Shared::new(y);
     in_slots(volume(blocks), plan.slot(&d), slots, |task, slot| {

@@ -6,7 +6,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 use smallvec::SmallVec;
 
-use crate::kernels::conv::{Geometry, SLOTS, split, strides, volume};
+use crate::kernels::conv::{Geometry, slots, split, strides, volume};
 use crate::kernels::simd::Vectors;
 
 /// Elements of input and output that a task should keep in the second-level cache.
@@ -232,13 +232,20 @@ impl Plan {
         Division { images, rows: rows_each, panels: panels.div_ceil(groups) }
     }
 
+    /// Tasks along the images, the rows and the panels.
+    pub(super) fn blocks(&self, d: &Division, panel: usize) -> [usize; 3] {
+        let panels = self.groups * self.panels(panel);
+        [self.n.div_ceil(d.images), self.rows().div_ceil(d.rows), panels.div_ceil(d.panels)]
+    }
+
     /// Elements of the padded copy of one task.
     pub(super) fn slot(&self, d: &Division) -> usize {
         if self.copies() { d.images * volume(self.window(d.rows)) * self.groups * self.ci } else { 0 }
     }
 
     pub(super) fn scratch(&self, panel: usize) -> usize {
-        self.packed(panel) + SLOTS * self.slot(&self.division(panel))
+        let d = self.division(panel);
+        self.packed(panel) + slots(volume(self.blocks(&d, panel)), self.slot(&d))
     }
 }
 
@@ -255,53 +262,64 @@ fn flat(at: [usize; 3], extents: [usize; 3]) -> usize {
     (at[0] * extents[1] + at[1]) * extents[2] + at[2]
 }
 
-/// Weights of (M, C/groups, taps) in panels: for each group and panel of output channels, the steps of the summed
-/// dimension in the order of the plan's taps, one row of `panel` channels each, zeros beyond the last channel.
+/// Weights of (M, C/groups, taps) in panels: see [`pack_panel`].
 pub(super) fn pack<T: Vectors>(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [T]) {
+    let one = |(p, out): (usize, &mut [T])| pack_panel(plan, forward, panel, p, 0..plan.ci, w, out);
+    let size = plan.steps() * panel;
+    if out.len() < CHUNK / 4 {
+        out.chunks_mut(size.max(1)).enumerate().for_each(one);
+    } else {
+        out.par_chunks_mut(size.max(1)).enumerate().for_each(one);
+    }
+}
+
+/// Panel `p` of the output channels, all groups' counted: for each of the plan's taps, in its order, and each of some
+/// input channels a row of `panel` outputs, zeros beyond the last.
+pub(super) fn pack_panel<T: Vectors>(
+    plan: &Plan,
+    forward: bool,
+    panel: usize,
+    p: usize,
+    inputs: Range<usize>,
+    w: &[T],
+    out: &mut [T],
+) {
     let (ci, co) = (plan.ci, plan.co);
     // Elements between the outputs of a group, and between its inputs.
     let total = plan.taps;
     let (o_step, i_step) = if forward { (ci * total, total) } else { (total, co * total) };
-    let one = |p: usize, out: &mut [T]| {
-        let (group, first) = (p / plan.panels(panel), p % plan.panels(panel) * panel);
-        let lanes = panel.min(co - first);
-        let w = &w[group * ci * co * total + first * o_step..];
-        if lanes < panel {
-            out.fill(T::zero());
-        }
-        // The rows of `w` that make up a panel may be far apart: a run of each is brought near first.
-        let width = (BUFFER / (lanes * total)).min(ci);
-        let mut near = [T::zero(); BUFFER];
-        for i0 in (0..ci).step_by(width.max(1)) {
-            let count = width.clamp(1, ci - i0);
-            let (w, o_step) = match forward && width > 1 {
-                true => {
-                    for lane in 0..lanes {
-                        let from = &w[lane * o_step + i0 * i_step..][..count * total];
-                        near[lane * count * total..][..count * total].copy_from_slice(from);
-                    }
-                    (&near[..], count * total)
+    let (group, first) = (p / plan.panels(panel), p % plan.panels(panel) * panel);
+    let lanes = panel.min(co - first);
+    let w = &w[group * ci * co * total + first * o_step..];
+    if lanes < panel {
+        out.fill(T::zero());
+    }
+    // The rows of `w` that make up a panel may be far apart: a run of each is brought near first.
+    let width = (BUFFER / (lanes * total)).min(inputs.len());
+    let mut near = [T::zero(); BUFFER];
+    for i0 in inputs.clone().step_by(width.max(1)) {
+        let count = width.clamp(1, inputs.end - i0);
+        let (w, o_step) = match forward && width > 1 {
+            true => {
+                for lane in 0..lanes {
+                    let from = &w[lane * o_step + i0 * i_step..][..count * total];
+                    near[lane * count * total..][..count * total].copy_from_slice(from);
                 }
-                false => (&w[i0 * i_step..], o_step),
-            };
-            for i in 0..count {
-                for (t, tap) in plan.order.iter().enumerate() {
-                    let w = &w[i * i_step + *tap as usize..];
-                    let row = &mut out[(t * ci + i0 + i) * panel..][..lanes];
-                    // By index: stepping iterators compile to much slower loops.
-                    let w = &w[..(lanes - 1) * o_step + 1];
-                    for lane in 0..lanes {
-                        row[lane] = w[lane * o_step];
-                    }
+                (&near[..], count * total)
+            }
+            false => (&w[i0 * i_step..], o_step),
+        };
+        for i in 0..count {
+            for (t, tap) in plan.order.iter().enumerate() {
+                let w = &w[i * i_step + *tap as usize..];
+                let row = &mut out[(t * inputs.len() + i0 - inputs.start + i) * panel..][..lanes];
+                // By index: stepping iterators compile to much slower loops.
+                let w = &w[..(lanes - 1) * o_step + 1];
+                for lane in 0..lanes {
+                    row[lane] = w[lane * o_step];
                 }
             }
         }
-    };
-    let size = plan.steps() * panel;
-    if out.len() < CHUNK / 4 {
-        out.chunks_mut(size.max(1)).enumerate().for_each(|(p, out)| one(p, out));
-    } else {
-        out.par_chunks_mut(size.max(1)).enumerate().for_each(|(p, out)| one(p, out));
     }
 }
 

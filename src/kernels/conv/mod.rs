@@ -8,6 +8,7 @@ mod dense;
 mod depthwise;
 mod grids;
 mod weight;
+mod winograd;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -78,9 +79,6 @@ impl<T: Vectors> Epilogue<'_, T> {
         }
     }
 }
-
-/// Tasks that have scratch of their own at a time.
-const SLOTS: usize = 8;
 
 fn volume(d: [usize; 3]) -> usize {
     d.iter().product()
@@ -160,7 +158,12 @@ pub fn forward_scratch<T: Vectors>(g: &Geometry) -> usize {
     if g.is_empty() {
         return 0;
     }
-    g.copies() + if g.depthwise() { depthwise::scratch(g) } else { dense::forward_scratch::<T>(g) }
+    g.copies()
+        + match () {
+            _ if g.depthwise() => depthwise::scratch(g),
+            _ if winograd::applies_forward(g) => winograd::forward_scratch::<T>(g),
+            _ => dense::forward_scratch::<T>(g),
+        }
 }
 
 /// `y = clamp(conv(x, w) + bias + residual)` with x (N, C, spatial…) and y (N, M, spatial…), or both with their
@@ -176,7 +179,11 @@ pub fn forward<T: Vectors>(
     if g.is_empty() {
         return epilogue.of_nothing(g.oc.max(1), y);
     }
-    let kernel = if g.depthwise() { depthwise::forward } else { dense::forward };
+    let kernel = match () {
+        _ if g.depthwise() => depthwise::forward,
+        _ if winograd::applies_forward(g) => winograd::forward,
+        _ => dense::forward,
+    };
     if g.layout == Layout::Last {
         return kernel(g, x, w, epilogue, y, scratch);
     }
@@ -211,7 +218,12 @@ pub fn input_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
     if g.is_empty() {
         return 0;
     }
-    g.copies() + if g.depthwise() { depthwise::scratch(g) } else { dense::input_grad_scratch::<T>(g) }
+    g.copies()
+        + match () {
+            _ if g.depthwise() => depthwise::scratch(g),
+            _ if winograd::applies_back(g) => winograd::input_grad_scratch::<T>(g),
+            _ => dense::input_grad_scratch::<T>(g),
+        }
 }
 
 /// `dx[i] = addend + Σ_t W[t]ᵀ·dy[(i + pad − dilation·t) / stride]`, in the layout of x.
@@ -227,7 +239,11 @@ pub fn input_grad<T: Vectors>(
     if g.is_empty() {
         return epilogue.of_nothing(g.c.max(1), dx);
     }
-    let kernel = if g.depthwise() { depthwise::input_grad } else { dense::input_grad };
+    let kernel = match () {
+        _ if g.depthwise() => depthwise::input_grad,
+        _ if winograd::applies_back(g) => winograd::input_grad,
+        _ => dense::input_grad,
+    };
     if g.layout == Layout::Last {
         return kernel(g, dy, w, epilogue, dx, scratch);
     }
@@ -246,7 +262,11 @@ pub fn weight_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
         return 0;
     }
     g.copies()
-        + if g.depthwise() { depthwise::weight_grad_scratch(g) } else { weight::weight_grad_scratch::<T>(g) }
+        + match () {
+            _ if g.depthwise() => depthwise::weight_grad_scratch(g),
+            _ if winograd::applies_forward(g) => winograd::weight::weight_grad_scratch::<T>(g),
+            _ => weight::weight_grad_scratch::<T>(g),
+        }
 }
 
 /// `dW[t] = Σ_{n,i} dY[i]·X[stride·i + dilation·t − pad]ᵀ` (M, C/groups, k…).
@@ -254,7 +274,11 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], sc
     if g.is_empty() {
         return dw.fill(T::zero());
     }
-    let kernel = if g.depthwise() { depthwise::weight_grad } else { weight::weight_grad };
+    let kernel = match () {
+        _ if g.depthwise() => depthwise::weight_grad,
+        _ if winograd::applies_forward(g) => winograd::weight::weight_grad,
+        _ => weight::weight_grad,
+    };
     if g.layout == Layout::Last {
         return kernel(g, dy, x, dw, scratch);
     }
@@ -265,12 +289,14 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], sc
     kernel(g, y_last, x_last, dw, rest);
 }
 
-/// Runs tasks `0..tasks`, each with a slot of `size` elements of `scratch`. Which slot a task gets is left to
-/// chance; what it computes may not depend on the slot's content.
+/// Elements of scratch for as many of the tasks as run at a time, `size` each.
+fn slots(tasks: usize, size: usize) -> usize {
+    tasks.min(rayon::current_num_threads()) * size
+}
+
+/// Runs tasks `0..tasks`, each with a slot of `size` elements of `scratch`, as many at a time as there are slots.
+/// Which slot a task gets is left to chance; what it computes may not depend on the slot's content.
 fn in_slots<T: Send>(tasks: usize, size: usize, scratch: &mut [T], f: impl Fn(usize, &mut [T]) + Sync) {
-    if tasks == 1 {
-        return f(0, &mut scratch[..size]);
-    }
     if size == 0 {
         return (0..tasks).into_par_iter().for_each(|task| f(task, &mut []));
     }
@@ -284,5 +310,10 @@ fn in_slots<T: Send>(tasks: usize, size: usize, scratch: &mut [T], f: impl Fn(us
             f(task, slot);
         }
     };
-    scratch[..tasks.min(SLOTS) * size].par_chunks_exact_mut(size).for_each(take);
+    let slots = tasks.min(scratch.len() / size);
+    assert!(slots > 0 || tasks == 0, "scratch of a convolution");
+    match slots {
+        1 => take(&mut scratch[..size]),
+        _ => scratch[..slots * size].par_chunks_exact_mut(size).for_each(take),
+    }
 }

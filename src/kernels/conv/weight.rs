@@ -373,7 +373,8 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], sc
         1 => run(0),
         _ => (0..tasks).into_par_iter().for_each(run),
     }
-    gather(g, &p, d.slabs, sums, dw);
+    add(sums, size);
+    in_order(g, &sums[..size], dw);
 }
 
 /// X with zeros around it.
@@ -396,17 +397,21 @@ fn pad<T: Vectors>(g: &Geometry, p: &Plan, x: &[T], out: &mut [T]) {
     });
 }
 
-/// Adds the slabs' sums to the first and puts it in the order of the weights.
-fn gather<T: Vectors>(g: &Geometry, p: &Plan, slabs: usize, sums: &mut [T], dw: &mut [T]) {
-    let panel = T::panel();
-    let (cg, og, taps, size) = (g.cg(), g.og(), g.taps(), p.size(panel));
+/// Adds the slabs' sums to the first.
+fn add<T: Vectors>(sums: &mut [T], size: usize) {
     let (first, rest) = sums.split_at_mut(size);
     par::pieces(first, |start, piece| {
-        for s in 0..slabs - 1 {
-            let more = &rest[s * size + start..][..piece.len()];
+        for more in rest.chunks_exact(size) {
+            let more = &more[start..][..piece.len()];
             piece.iter_mut().zip(more).for_each(|(a, b)| *a += *b);
         }
     });
+}
+
+/// A sum (panels, taps, C/groups, panel) in the order of the weights.
+pub(super) fn in_order<T: Vectors>(g: &Geometry, sum: &[T], dw: &mut [T]) {
+    let panel = T::panel();
+    let (cg, og, taps) = (g.cg(), g.og(), g.taps());
     // Taps that were merged with the input channels are in the right order all the same.
     let at = |o: usize, t: usize, c: usize| {
         let (group, o) = (o / og, o % og);
@@ -428,7 +433,7 @@ fn gather<T: Vectors>(g: &Geometry, p: &Plan, slabs: usize, sums: &mut [T], dw: 
                 if o % og % panel + outputs > panel || o % og + outputs > og || outputs * run > NEAR {
                     for (k, dw) in dw.chunks_mut(cg * taps).enumerate() {
                         for (i, dw) in dw[c0 * taps..][..run].iter_mut().enumerate() {
-                            *dw = first[at(o + k, i % taps, c0 + i / taps)];
+                            *dw = sum[at(o + k, i % taps, c0 + i / taps)];
                         }
                     }
                     continue;
@@ -436,7 +441,7 @@ fn gather<T: Vectors>(g: &Geometry, p: &Plan, slabs: usize, sums: &mut [T], dw: 
                 for t in 0..taps {
                     let from = at(o, t, c0);
                     for c in 0..width {
-                        for (k, x) in first[from + c * panel..][..outputs].iter().enumerate() {
+                        for (k, x) in sum[from + c * panel..][..outputs].iter().enumerate() {
                             near[k * run + c * taps + t] = *x;
                         }
                     }

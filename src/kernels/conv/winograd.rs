@@ -1,0 +1,204 @@
+//! Dense 3×3 convolutions of stride 1 and both gradients with a quarter of the multiplications, by Winograd's
+//! F(4×4, 3×3): tiles of 6×6 inputs are transformed, each of the 36 products is a matrix product over the channels of
+//! all tiles, and its result is transformed back to 4×4 outputs.
+//!
+//! A task takes some tiles and some panels of output channels through all three steps, so that transformed tiles stay
+//! in the cache ([`mod@forward`]). Where weights are many and tiles few it is the weights that stay there ([`few`]).
+#![allow(unsafe_code, clippy::needless_range_loop)]
+
+mod few;
+mod forward;
+mod transform;
+pub(super) mod weight;
+
+use std::ops::Range;
+
+use crate::kernels::conv::grids::Plan;
+use crate::kernels::conv::{Epilogue, Geometry};
+use crate::kernels::simd::{Simd, Vectors};
+use transform::{IN, OUT, PRODUCTS, input_tile};
+
+const TAPS: usize = 9;
+
+/// What transforms cost, in multiply-adds of vectors: of a tile's inputs, of its results, of a step's weights.
+const INPUT: usize = 220;
+const OUTPUT: usize = 200;
+const WEIGHT: usize = 150;
+/// Channels of a vector, for the purpose of that comparison.
+const VECTOR: usize = 16;
+
+/// Is the sum over `ci` channels for `co` channels of images of the given extents one of these, and worth it?
+fn applies(g: &Geometry, ci: usize, co: usize, extents: [usize; 3]) -> bool {
+    let fits = g.groups == 1
+        && g.axis == 1
+        && g.k == [1, 3, 3]
+        && g.stride == [1; 3]
+        && g.dilation == [1; 3]
+        && g.pad[1..].iter().all(|p| *p <= 2);
+    let tiles = Tiles::of(g.n, extents).total;
+    let vectors = co.div_ceil(VECTOR);
+    let direct = g.n * extents[1] * extents[2] * TAPS * ci * vectors;
+    let products = PRODUCTS * ci * vectors + INPUT * ci.div_ceil(VECTOR) + OUTPUT * vectors;
+    fits && 8 * direct > 9 * (tiles * products + WEIGHT * ci * vectors)
+}
+
+/// See [`applies`], of the forward pass and of the weight gradient.
+pub(super) fn applies_forward(g: &Geometry) -> bool {
+    applies(g, g.c, g.oc, g.y)
+}
+
+/// See [`applies`], of the input gradient.
+pub(super) fn applies_back(g: &Geometry) -> bool {
+    applies(g, g.oc, g.c, g.x)
+}
+
+/// Tiles in the order of images, rows, columns.
+#[derive(Debug, Clone, Copy)]
+struct Tiles {
+    rows: usize,
+    columns: usize,
+    total: usize,
+}
+
+impl Tiles {
+    /// Of `n` images of the given extents.
+    fn of(n: usize, extents: [usize; 3]) -> Tiles {
+        let (rows, columns) = (extents[1].div_ceil(OUT), extents[2].div_ceil(OUT));
+        Tiles { rows, columns, total: n * rows * columns }
+    }
+
+    /// Image, first row and column of a tile's results.
+    #[inline(always)]
+    fn at(&self, tile: usize) -> [usize; 3] {
+        let (line, column) = (tile / self.columns, tile % self.columns);
+        [line / self.rows, line % self.rows * OUT, column * OUT]
+    }
+}
+
+/// Transformed tiles in memory: for each product the tiles, of each the channels.
+#[derive(Debug, Clone, Copy)]
+struct Transformed {
+    channels: usize,
+    /// Elements from a tile to the next, and from a product to the next. (Not a power of two: such rows would
+    /// compete for the same cache lines.)
+    tile: usize,
+    product: usize,
+}
+
+impl Transformed {
+    fn new(tiles: usize, channels: usize, lanes: usize) -> Transformed {
+        let mut tile = channels.next_multiple_of(lanes);
+        if tile.is_multiple_of(64) {
+            tile += lanes;
+        }
+        Transformed { channels, tile, product: tiles * tile + lanes }
+    }
+
+    fn size(&self) -> usize {
+        PRODUCTS * self.product
+    }
+}
+
+/// Channels-last images of which tiles are read; beyond their edges are zeros.
+#[derive(Clone, Copy)]
+struct Source<'a, T> {
+    data: &'a [T],
+    zeros: &'a [T],
+    extents: [usize; 2],
+    channels: usize,
+    /// Zeros before the images.
+    low: [usize; 2],
+}
+
+impl<'a, T> Source<'a, T> {
+    /// The input of a convolution.
+    fn of(plan: &Plan, x: &'a [T], zeros: &'a [T]) -> Self {
+        Source {
+            data: x,
+            zeros,
+            extents: [plan.source[1], plan.source[2]],
+            channels: plan.ci,
+            low: [plan.low[1], plan.low[2]],
+        }
+    }
+
+    /// Where the positions of a tile are of which the first results are at `row` and `column`.
+    #[inline(always)]
+    fn tile<const N: usize>(&self, [image, row, column]: [usize; 3]) -> [[*const T; N]; N] {
+        let mut all = [[self.zeros.as_ptr(); N]; N];
+        let [rows, columns] = self.extents;
+        for i in 0..N {
+            let y = (row + i).wrapping_sub(self.low[0]);
+            for j in 0..N {
+                let x = (column + j).wrapping_sub(self.low[1]);
+                if y < rows && x < columns {
+                    all[i][j] =
+                        self.data.as_ptr().wrapping_add(((image * rows + y) * columns + x) * self.channels);
+                }
+            }
+        }
+        all
+    }
+}
+
+/// Transforms the inputs of `tiles`.
+///
+/// # Safety
+/// `source` must hold the tiles' images, `to` be writable for the size of `layout`, whose tiles are as many.
+#[inline(always)]
+unsafe fn transform_inputs<S: Simd>(
+    of: &Tiles,
+    tiles: Range<usize>,
+    source: &Source<'_, S::Elem>,
+    layout: &Transformed,
+    to: *mut S::Elem,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for t in 0..tiles.len() {
+            let at = source.tile::<IN>(of.at(tiles.start + t));
+            let mut channel = 0;
+            while channel < layout.channels {
+                let n = (layout.channels - channel).min(S::LANES);
+                input_tile::<S>(&at, channel, n, to.add(t * layout.tile + channel), layout.product);
+                channel += S::LANES;
+            }
+        }
+    }
+}
+
+/// Elements of scratch that [`forward`] needs.
+pub(super) fn forward_scratch<T: Vectors>(g: &Geometry) -> usize {
+    forward::scratch::<T>(&Plan::forward(g))
+}
+
+/// `y = clamp(conv(x, w) + bias + residual)` with x (N, spatial…, C) and y (N, spatial…, M), w (M, C, 3, 3).
+pub(super) fn forward<T: Vectors>(
+    g: &Geometry,
+    x: &[T],
+    w: &[T],
+    epilogue: Epilogue<T>,
+    y: &mut [T],
+    scratch: &mut [T],
+) {
+    g.check(x, y);
+    forward::run(&Plan::forward(g), true, x, w, epilogue, y, scratch);
+}
+
+/// Elements of scratch that [`input_grad`] needs.
+pub(super) fn input_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
+    forward::scratch::<T>(&Plan::input_grad(g))
+}
+
+/// `dx = addend + Σ_t W[t]ᵀ·dy[…]`: the convolution with the kernel turned round.
+pub(super) fn input_grad<T: Vectors>(
+    g: &Geometry,
+    dy: &[T],
+    w: &[T],
+    epilogue: Epilogue<T>,
+    dx: &mut [T],
+    scratch: &mut [T],
+) {
+    g.check(dx, dy);
+    forward::run(&Plan::input_grad(g), false, dy, w, epilogue, dx, scratch);
+}

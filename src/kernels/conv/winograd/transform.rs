@@ -1,0 +1,259 @@
+//! The transforms of Winograd's F(4×4, 3×3) and of its gradient, a vector of channels at a time.
+//!
+//! By Toom and Cook, four results of a correlation with three taps are `Aᵀ[(G·g) ⊙ (Bᵀ·d)]` with six products. The
+//! rows of the matrices belong to the points 0, ±a, ±b and ∞ at which polynomials are evaluated; a tile has the
+//! transform along both of its sides. The points are those for which rounding errors are least while a product of
+//! two of them stays simple (a² = 1/2, b² = 2, a·b = 1). Lavin and Gray, "Fast algorithms for convolutional neural
+//! networks", 2015; Winograd, "Arithmetic complexity of computations", 1980.
+#![allow(unsafe_code, clippy::needless_range_loop)]
+
+use num_traits::zero;
+
+use crate::kernels::simd::{Simd, load_up_to};
+use crate::tensor::Float;
+
+/// Results and inputs of a tile's side, and products of a tile.
+pub(super) const OUT: usize = 4;
+pub(super) const IN: usize = 6;
+pub(super) const PRODUCTS: usize = IN * IN;
+
+const A: f64 = std::f64::consts::FRAC_1_SQRT_2;
+const B: f64 = std::f64::consts::SQRT_2;
+const A2: f64 = 0.5;
+const B2: f64 = 2.0;
+/// What the rows of G are divided by: for each point the product of its distances from the others.
+const AT_0: f64 = A2 * B2;
+const AT_A: f64 = 2.0 * A2 * (A2 - B2);
+const AT_B: f64 = 2.0 * B2 * (B2 - A2);
+
+#[inline(always)]
+unsafe fn constant<S: Simd>(x: f64) -> S::V {
+    // SAFETY: the caller's promise.
+    unsafe { S::splat(S::Elem::of(x)) }
+}
+
+#[inline(always)]
+unsafe fn sub<S: Simd>(a: S::V, b: S::V) -> S::V {
+    // SAFETY: the caller's promise.
+    unsafe { S::fma(constant::<S>(-1.0), b, a) }
+}
+
+/// `e + p·o` and `e − p·o`: a point and its opposite.
+#[inline(always)]
+unsafe fn pair<S: Simd>(p: f64, e: S::V, o: S::V) -> [S::V; 2] {
+    // SAFETY: the caller's promise.
+    unsafe { [S::fma(constant::<S>(p), o, e), S::fma(constant::<S>(-p), o, e)] }
+}
+
+/// `Bᵀ·d`
+#[inline(always)]
+unsafe fn input<S: Simd>(d: [S::V; IN]) -> [S::V; IN] {
+    // SAFETY: the caller's promise, here and below.
+    unsafe {
+        let (a2, b2, both) = (constant::<S>(-A2), constant::<S>(-B2), constant::<S>(-(A2 + B2)));
+        let [p, q] = pair::<S>(A, S::fma(b2, d[2], d[4]), S::fma(b2, d[1], d[3]));
+        let [r, s] = pair::<S>(B, S::fma(a2, d[2], d[4]), S::fma(a2, d[1], d[3]));
+        // The product of a² and b² is one.
+        let first = S::fma(both, d[2], S::add(d[0], d[4]));
+        let last = S::fma(both, d[3], S::add(d[1], d[5]));
+        [first, p, q, r, s, last]
+    }
+}
+
+/// `G·g`
+#[inline(always)]
+unsafe fn weight<S: Simd>(g: [S::V; 3]) -> [S::V; IN] {
+    unsafe {
+        let (ea, eb) = (S::fma(constant::<S>(A2), g[2], g[0]), S::fma(constant::<S>(B2), g[2], g[0]));
+        let [p, q] = pair::<S>(A / AT_A, S::mul(constant::<S>(1.0 / AT_A), ea), g[1]);
+        let [r, s] = pair::<S>(B / AT_B, S::mul(constant::<S>(1.0 / AT_B), eb), g[1]);
+        [S::mul(constant::<S>(1.0 / AT_0), g[0]), p, q, r, s, g[2]]
+    }
+}
+
+/// `Aᵀ·m`
+#[inline(always)]
+unsafe fn output<S: Simd>(m: [S::V; IN]) -> [S::V; OUT] {
+    unsafe {
+        let (ea, oa) = (S::add(m[1], m[2]), sub::<S>(m[1], m[2]));
+        let (eb, ob) = (S::add(m[3], m[4]), sub::<S>(m[3], m[4]));
+        [
+            S::add(m[0], S::add(ea, eb)),
+            S::fma(constant::<S>(A), oa, S::mul(constant::<S>(B), ob)),
+            S::fma(constant::<S>(A2), ea, S::mul(constant::<S>(B2), eb)),
+            S::fma(constant::<S>(A * A2), oa, S::fma(constant::<S>(B * B2), ob, m[5])),
+        ]
+    }
+}
+
+/// `A·y`, the transpose of [`output`].
+#[inline(always)]
+unsafe fn output_grad<S: Simd>(y: [S::V; OUT]) -> [S::V; IN] {
+    unsafe {
+        let (a2, b2) = (constant::<S>(A2), constant::<S>(B2));
+        let [p, q] = pair::<S>(A, S::fma(a2, y[2], y[0]), S::fma(a2, y[3], y[1]));
+        let [r, s] = pair::<S>(B, S::fma(b2, y[2], y[0]), S::fma(b2, y[3], y[1]));
+        [y[0], p, q, r, s, y[3]]
+    }
+}
+
+/// `Gᵀ·m`, the transpose of [`weight`].
+#[inline(always)]
+unsafe fn weight_grad<S: Simd>(m: [S::V; IN]) -> [S::V; 3] {
+    unsafe {
+        let (ea, oa) = (S::add(m[1], m[2]), sub::<S>(m[1], m[2]));
+        let (eb, ob) = (S::add(m[3], m[4]), sub::<S>(m[3], m[4]));
+        let first = S::fma(constant::<S>(1.0 / AT_B), eb, S::mul(constant::<S>(1.0 / AT_0), m[0]));
+        let last = S::fma(constant::<S>(B2 / AT_B), eb, m[5]);
+        [
+            S::fma(constant::<S>(1.0 / AT_A), ea, first),
+            S::fma(constant::<S>(A / AT_A), oa, S::mul(constant::<S>(B / AT_B), ob)),
+            S::fma(constant::<S>(A2 / AT_A), ea, last),
+        ]
+    }
+}
+
+/// A transform along both sides: of each column, then of each row.
+macro_rules! both_sides {
+    ($transform:ident, $d:ident, $from:ident, $to:ident) => {{
+        let mut half = [[S::splat(zero()); $from]; $to];
+        for j in 0..$from {
+            let mut column = [S::splat(zero()); $from];
+            for i in 0..$from {
+                column[i] = $d[i][j];
+            }
+            let column = $transform::<S>(column);
+            for i in 0..$to {
+                half[i][j] = column[i];
+            }
+        }
+        let mut all = [[S::splat(zero()); $to]; $to];
+        for i in 0..$to {
+            all[i] = $transform::<S>(half[i]);
+        }
+        all
+    }};
+}
+
+/// Writes a transformed tile, `step` elements from a product's to the next's.
+macro_rules! write {
+    ($all:ident, $to:ident, $n:ident, $step:ident) => {
+        for i in 0..$n {
+            for j in 0..$n {
+                S::store($to.add((i * $n + j) * $step), $all[i][j]);
+            }
+        }
+    };
+}
+
+/// `Bᵀ·d·B` of the tile whose positions are at `d`, `n` channels of it.
+///
+/// # Safety
+/// `d` must be readable for `n` elements each, `to` writable for a vector at each product.
+#[inline(always)]
+pub(super) unsafe fn input_tile<S: Simd>(
+    d: &[[*const S::Elem; IN]; IN],
+    channel: usize,
+    n: usize,
+    to: *mut S::Elem,
+    step: usize,
+) {
+    unsafe {
+        let mut tile = [[S::splat(zero()); IN]; IN];
+        for i in 0..IN {
+            for j in 0..IN {
+                tile[i][j] = load_up_to::<S>(d[i][j].add(channel), n);
+            }
+        }
+        let all = both_sides!(input, tile, IN, IN);
+        write!(all, to, IN, step);
+    }
+}
+
+/// `A·y·Aᵀ` of the gradient of a tile's results, which are at `y`.
+///
+/// # Safety
+/// As of [`input_tile`].
+#[inline(always)]
+pub(super) unsafe fn output_grad_tile<S: Simd>(
+    y: &[[*const S::Elem; OUT]; OUT],
+    channel: usize,
+    n: usize,
+    to: *mut S::Elem,
+    step: usize,
+) {
+    unsafe {
+        let mut tile = [[S::splat(zero()); OUT]; OUT];
+        for i in 0..OUT {
+            for j in 0..OUT {
+                tile[i][j] = load_up_to::<S>(y[i][j].add(channel), n);
+            }
+        }
+        let all = both_sides!(output_grad, tile, OUT, IN);
+        write!(all, to, IN, step);
+    }
+}
+
+/// `Aᵀ·m·A` of the products at `m`, `step` elements apart.
+///
+/// # Safety
+/// `m` must be readable for a vector at each product.
+#[inline(always)]
+pub(super) unsafe fn output_tile<S: Simd>(m: *const S::Elem, step: usize) -> [[S::V; OUT]; OUT] {
+    unsafe {
+        let mut tile = [[S::splat(zero()); IN]; IN];
+        for i in 0..IN {
+            for j in 0..IN {
+                tile[i][j] = S::load(m.add((i * IN + j) * step));
+            }
+        }
+        both_sides!(output, tile, IN, OUT)
+    }
+}
+
+/// Taps of a kernel's side.
+const TAPS: usize = 3;
+
+/// `G·g·Gᵀ` of the nine taps at `g`, `step` elements apart, which may be among what is written.
+///
+/// # Safety
+/// `g` must be readable for a vector at each tap, `to` writable for one at each product.
+#[inline(always)]
+pub(super) unsafe fn weight_tile<S: Simd>(g: *const S::Elem, to: *mut S::Elem, step: usize) {
+    unsafe {
+        let mut tile = [[S::splat(zero()); TAPS]; TAPS];
+        for i in 0..TAPS {
+            for j in 0..TAPS {
+                tile[i][j] = S::load(g.add((i * TAPS + j) * step));
+            }
+        }
+        let all = both_sides!(weight, tile, TAPS, IN);
+        write!(all, to, IN, step);
+    }
+}
+
+/// `Gᵀ·m·G` of the sums at `m`, of so many slabs so far apart, each with its products so far apart, to nine taps
+/// that are `step` elements apart.
+///
+/// # Safety
+/// `m` must be readable for a vector at each product of each slab, `to` writable for one at each tap.
+#[inline(always)]
+pub(super) unsafe fn weight_grad_tile<S: Simd>(
+    m: *const S::Elem,
+    [slabs, slab, product]: [usize; 3],
+    to: *mut S::Elem,
+    step: usize,
+) {
+    unsafe {
+        let mut tile = [[S::splat(zero()); IN]; IN];
+        for s in 0..slabs {
+            for i in 0..IN {
+                for j in 0..IN {
+                    tile[i][j] = S::add(tile[i][j], S::load(m.add(s * slab + (i * IN + j) * product)));
+                }
+            }
+        }
+        let all = both_sides!(weight_grad, tile, IN, TAPS);
+        write!(all, to, TAPS, step);
+    }
+}

@@ -1,0 +1,446 @@
+//! The weight gradient: `dW = Gᵀ·[Σ_tiles (Bᵀ·X·B) ⊙ (A·dY·Aᵀ)]·G`, the transpose of the forward pass.
+//!
+//! Each of the 36 sums is a matrix product of transformed inputs and gradients over the tiles. Where sums are small,
+//! the tiles are divided into slabs with sums of their own, by the sizes alone, which are added in order. Where they
+//! are large, all tiles are transformed first; then each task sums up some blocks of input channels of a panel, which
+//! it transforms to taps while they are near.
+#![allow(unsafe_code, clippy::needless_range_loop)]
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::few::each;
+use super::transform::{OUT, PRODUCTS, output_grad_tile, weight_grad_tile};
+use super::{Source, TAPS, Tiles, Transformed, transform_inputs};
+use crate::kernels::conv::weight::in_order;
+use crate::kernels::conv::{Geometry, in_slots, slots};
+use crate::kernels::par::Shared;
+use crate::kernels::simd::{Kernel, Simd, Vectors};
+use crate::kernels::tile::{Pieces, Positions, along_columns};
+use crate::tile_sizes;
+
+/// Elements of a task's transformed tiles.
+const CHUNK: usize = 1 << 16;
+/// Elements of all slabs' sums together.
+const SUMS: usize = 1 << 19;
+const TASKS: usize = 8;
+/// Elements of all tiles, transformed, that stay in the last-level cache, and input channels whose sums do in the
+/// second.
+const NEAR: usize = 3 << 20;
+const BLOCK: usize = 64;
+/// Sums that are many.
+const MANY: usize = 1 << 17;
+
+struct Division {
+    tiles: Tiles,
+    slabs: Pieces,
+    /// Tiles that are transformed at a time.
+    chunk: usize,
+    /// Panels of output channels of all, and of each task.
+    all: usize,
+    panels: usize,
+}
+
+impl Division {
+    fn new(g: &Geometry, panel: usize) -> Division {
+        let tiles = Tiles::of(g.n, g.y);
+        let all = g.oc.div_ceil(panel);
+        let size = PRODUCTS * g.c * all * panel;
+        let slabs = (SUMS / size).clamp(1, TASKS.min(tiles.total.div_ceil(8)));
+        let slabs = Pieces::of(tiles.total, tiles.total.div_ceil(slabs));
+        let groups = TASKS.div_ceil(slabs.count).min(all);
+        let panels = all.div_ceil(groups);
+        let chunk = (CHUNK / (PRODUCTS * (g.c + panels * panel))).clamp(32, 128).min(slabs.len(0));
+        Division { tiles, slabs, chunk, all, panels }
+    }
+
+    fn groups(&self) -> usize {
+        self.all.div_ceil(self.panels)
+    }
+
+    /// Transformed inputs and gradients of a chunk.
+    fn layouts(&self, g: &Geometry, panel: usize) -> [Transformed; 2] {
+        let lanes = panel / 2;
+        [
+            Transformed::new(self.chunk, g.c, lanes),
+            Transformed::new(self.chunk, (self.panels * panel).min(g.oc.next_multiple_of(panel)), lanes),
+        ]
+    }
+
+    fn slot(&self, g: &Geometry, panel: usize) -> usize {
+        let [x, dy] = self.layouts(g, panel);
+        x.size() + dy.size() + g.c.max(g.oc)
+    }
+
+    /// Elements of one slab's sums: (panels, products, C, panel).
+    fn size(&self, g: &Geometry, panel: usize) -> usize {
+        self.all * PRODUCTS * g.c * panel
+    }
+}
+
+struct Task<'a, T> {
+    g: &'a Geometry,
+    of: Tiles,
+    tiles: Range<usize>,
+    chunk: usize,
+    panels: Range<usize>,
+    x: Source<'a, T>,
+    dy: Source<'a, T>,
+    layouts: [Transformed; 2],
+    x_transformed: *mut T,
+    dy_transformed: *mut T,
+    sums: *mut T,
+}
+
+impl<T: Vectors> Kernel<T> for Task<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(self) {
+        let panel = 2 * S::LANES;
+        let [x, dy] = self.layouts;
+        let (c, oc) = (self.g.c, self.g.oc);
+        let first = self.panels.start * panel;
+        let last = oc.min(self.panels.end * panel);
+        let mut start = self.tiles.start;
+        while start < self.tiles.end {
+            let tiles = start..self.tiles.end.min(start + self.chunk);
+            // SAFETY: the buffers have the layouts' sizes; the sums' elements are this task's.
+            unsafe {
+                transform_inputs::<S>(&self.of, tiles.clone(), &self.x, &x, self.x_transformed);
+                transform_gradients::<S>(
+                    &self.of,
+                    tiles.clone(),
+                    &self.dy,
+                    first..last,
+                    &dy,
+                    self.dy_transformed,
+                );
+                for p in self.panels.clone() {
+                    let sum = Sum {
+                        tiles: tiles.len(),
+                        x: self.x_transformed,
+                        x_layout: x,
+                        channels: c,
+                        dy: self.dy_transformed.add(p * panel - first),
+                        dy_layout: dy,
+                        vectors: if oc - p * panel > S::LANES { 2 } else { 1 },
+                        to: self.sums.add(p * PRODUCTS * c * panel),
+                        add: start > self.tiles.start,
+                    };
+                    sum.run::<S>();
+                }
+            }
+            start = tiles.end;
+        }
+    }
+}
+
+/// Transforms some channels of the gradients of `tiles`.
+///
+/// # Safety
+/// As of [`transform_inputs`].
+#[inline(always)]
+unsafe fn transform_gradients<S: Simd>(
+    of: &Tiles,
+    tiles: Range<usize>,
+    source: &Source<'_, S::Elem>,
+    channels: Range<usize>,
+    layout: &Transformed,
+    to: *mut S::Elem,
+) {
+    for t in 0..tiles.len() {
+        let at = source.tile::<OUT>(of.at(tiles.start + t));
+        let mut channel = channels.start;
+        while channel < channels.end {
+            let n = (channels.end - channel).min(S::LANES);
+            // SAFETY: the caller's promise.
+            unsafe {
+                let to = to.add(t * layout.tile + channel - channels.start);
+                output_grad_tile::<S>(&at, channel, n, to, layout.product);
+            }
+            channel += S::LANES;
+        }
+    }
+}
+
+/// All products of some tiles' inputs with one panel of their gradients, summed over the tiles.
+struct Sum<T> {
+    tiles: usize,
+    x: *const T,
+    x_layout: Transformed,
+    channels: usize,
+    dy: *const T,
+    dy_layout: Transformed,
+    /// Vectors of the panel that are needed.
+    vectors: usize,
+    /// (products, channels, panel)
+    to: *mut T,
+    /// Are they added to what is there?
+    add: bool,
+}
+
+impl<T: Vectors> Sum<T> {
+    /// # Safety
+    /// The pointers must be valid for what the layouts say.
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(&self) {
+        let (x, dy) = (self.x_layout, self.dy_layout);
+        let positions = Positions {
+            blocks: 1,
+            rows: 1,
+            steps: self.tiles,
+            a_block: 0,
+            a_row: 0,
+            a_step: x.tile,
+            b_block: 0,
+            b_row: 0,
+            b_step: dy.tile,
+        };
+        let pieces = Pieces::of(self.channels, S::ROWS);
+        for product in 0..PRODUCTS {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let b = self.dy.add(product * dy.product);
+                for i in 0..pieces.count {
+                    let (row, m) = (pieces.start(i), pieces.len(i));
+                    let a = self.x.add(product * x.product + row);
+                    let to = self.to.add((product * self.channels + row) * 2 * S::LANES);
+                    tile_sizes!(m, self.vectors, S, multiply(&positions, a, b, to, self.add));
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `a` and `b` must be valid at all positions, `sum` for `M` rows of two vectors.
+#[inline(always)]
+unsafe fn multiply<S: Simd, const M: usize, const N: usize>(
+    positions: &Positions,
+    a: *const S::Elem,
+    b: *const S::Elem,
+    sum: *mut S::Elem,
+    add: bool,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let acc = along_columns::<S, M, N>(positions, a, b, S::LANES);
+        for i in 0..M {
+            for j in 0..N {
+                let (at, v) = (sum.add((2 * i + j) * S::LANES), acc[i][j]);
+                S::store(at, if add { S::add(S::load(at), v) } else { v });
+            }
+        }
+    }
+}
+
+/// Adds all slabs' sums of one panel and transforms them to its taps.
+struct Back<'a, T> {
+    sums: &'a [T],
+    slabs: usize,
+    /// Elements of a slab, where the panel's begin, and those of one product.
+    slab: usize,
+    first: usize,
+    row: usize,
+    taps: &'a mut [T],
+}
+
+impl<T: Vectors> Kernel<T> for Back<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(self) {
+        let to = self.taps.as_mut_ptr();
+        let mut at = 0;
+        while at < self.row {
+            let m = self.sums[self.first + at..].as_ptr();
+            // SAFETY: a row is made of whole vectors; each slab has one a product, the taps nine.
+            unsafe { weight_grad_tile::<S>(m, [self.slabs, self.slab, self.row], to.add(at), self.row) }
+            at += S::LANES;
+        }
+    }
+}
+
+/// Many sums of few tiles: how that is divided.
+struct Few {
+    tiles: Tiles,
+    /// Panels of output channels and blocks of input channels.
+    panels: usize,
+    blocks: Pieces,
+    layouts: [Transformed; 2],
+}
+
+impl Few {
+    /// Where it pays: one slab's sums would be many, the transformed tiles are not.
+    fn new(g: &Geometry, panel: usize) -> Option<Few> {
+        let tiles = Tiles::of(g.n, g.y);
+        let (panels, lanes) = (g.oc.div_ceil(panel), panel / 2);
+        let layouts =
+            [Transformed::new(tiles.total, g.c, lanes), Transformed::new(tiles.total, panels * panel, lanes)];
+        let few = PRODUCTS * g.c * panels * panel >= MANY && layouts[0].size() + layouts[1].size() <= NEAR;
+        few.then_some(Few { tiles, panels, blocks: Pieces::of(g.c, BLOCK), layouts })
+    }
+
+    fn slot(&self, panel: usize) -> usize {
+        PRODUCTS * self.blocks.len(0) * panel
+    }
+
+    fn scratch(&self, g: &Geometry, panel: usize) -> usize {
+        let taps = self.panels * TAPS * g.c * panel;
+        let transformed = self.layouts[0].size() + self.layouts[1].size();
+        let tasks = self.panels * self.blocks.count;
+        g.c.max(g.oc) + taps + transformed + slots(tasks, self.slot(panel))
+    }
+
+    fn run<T: Vectors>(&self, g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], scratch: &mut [T]) {
+        let panel = T::panel();
+        let (zeros, rest) = scratch.split_at_mut(g.c.max(g.oc));
+        let (taps, rest) = rest.split_at_mut(self.panels * TAPS * g.c * panel);
+        let (tx, rest) = rest.split_at_mut(self.layouts[0].size());
+        let (tdy, slots) = rest.split_at_mut(self.layouts[1].size());
+        zeros.fill(T::zero());
+        let [x, dy] = sources(g, dy, x, zeros);
+        let (to_x, to_dy) = (Shared::new(tx), Shared::new(tdy));
+        each(self.tiles, |tiles| {
+            let at = |i: usize| tiles.start * self.layouts[i].tile;
+            let (to_x, to_dy) = (to_x.ptr().wrapping_add(at(0)), to_dy.ptr().wrapping_add(at(1)));
+            let (of, layouts) = (self.tiles, self.layouts);
+            // SAFETY: the sources have the geometry's extents; no two tasks write the same tiles.
+            unsafe { T::dispatch(TransformBoth { of, tiles, x, dy, layouts, to_x, to_dy }) }
+        });
+        let (tx, tdy): (&[T], &[T]) = (tx, tdy);
+        let all = Shared::new(taps);
+        in_slots(self.panels * self.blocks.count, self.slot(panel), slots, |task, slot| {
+            let (p, block) = (task / self.blocks.count, task % self.blocks.count);
+            let (first, channels) = (self.blocks.start(block), self.blocks.len(block));
+            let sum = Sum {
+                tiles: self.tiles.total,
+                x: tx[first..].as_ptr(),
+                x_layout: self.layouts[0],
+                channels,
+                dy: tdy[p * panel..].as_ptr(),
+                dy_layout: self.layouts[1],
+                vectors: if g.oc - p * panel > panel / 2 { 2 } else { 1 },
+                to: slot.as_mut_ptr(),
+                add: false,
+            };
+            let taps = all.ptr().wrapping_add((p * TAPS * g.c + first) * panel);
+            // SAFETY: the buffers have the layouts' sizes; no two tasks write the same rows of the taps.
+            unsafe { T::dispatch(SumTaps { sum, taps, step: g.c * panel }) }
+        });
+        in_order(g, taps, dw);
+    }
+}
+
+/// The tiles of both operands.
+struct TransformBoth<'a, T> {
+    of: Tiles,
+    tiles: Range<usize>,
+    x: Source<'a, T>,
+    dy: Source<'a, T>,
+    layouts: [Transformed; 2],
+    to_x: *mut T,
+    to_dy: *mut T,
+}
+
+impl<T: Vectors> Kernel<T> for TransformBoth<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(self) {
+        let [x, dy] = self.layouts;
+        // SAFETY: the promise of whoever made it.
+        unsafe {
+            transform_inputs::<S>(&self.of, self.tiles.clone(), &self.x, &x, self.to_x);
+            let all = 0..self.dy.channels;
+            transform_gradients::<S>(&self.of, self.tiles, &self.dy, all, &dy, self.to_dy);
+        }
+    }
+}
+
+/// A sum and its taps, `step` elements from a tap to the next.
+struct SumTaps<T> {
+    sum: Sum<T>,
+    taps: *mut T,
+    step: usize,
+}
+
+impl<T: Vectors> Kernel<T> for SumTaps<T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(self) {
+        let row = self.sum.channels * 2 * S::LANES;
+        // SAFETY: the sum's promise; the taps have as many rows.
+        unsafe {
+            self.sum.run::<S>();
+            let mut at = 0;
+            while at < row {
+                weight_grad_tile::<S>(self.sum.to.add(at), [1, 0, row], self.taps.add(at), self.step);
+                at += S::LANES;
+            }
+        }
+    }
+}
+
+/// Inputs and gradients, where tiles are read from.
+fn sources<'a, T: Vectors>(g: &Geometry, dy: &'a [T], x: &'a [T], zeros: &'a [T]) -> [Source<'a, T>; 2] {
+    let (inputs, outputs) = ([g.x[1], g.x[2]], [g.y[1], g.y[2]]);
+    let low = [g.pad[1], g.pad[2]];
+    [
+        Source { data: x, zeros, extents: inputs, channels: g.c, low },
+        Source { data: dy, zeros, extents: outputs, channels: g.oc, low: [0; 2] },
+    ]
+}
+
+/// Elements of scratch that [`weight_grad`] needs.
+pub fn weight_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
+    let panel = T::panel();
+    if let Some(few) = Few::new(g, panel) {
+        return few.scratch(g, panel);
+    }
+    let d = Division::new(g, panel);
+    let taps = d.all * TAPS * g.c * panel;
+    let slots = slots(d.slabs.count * d.groups(), d.slot(g, panel));
+    d.slabs.count * d.size(g, panel) + slots.max(taps)
+}
+
+/// dW (M, C, 3, 3) from dY (N, spatial…, M) and X (N, spatial…, C).
+pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], scratch: &mut [T]) {
+    g.check(x, dy);
+    let panel = T::panel();
+    if let Some(few) = Few::new(g, panel) {
+        return few.run(g, dy, x, dw, scratch);
+    }
+    let d = Division::new(g, panel);
+    let (size, layouts, groups) = (d.size(g, panel), d.layouts(g, panel), d.groups());
+    let (sums, rest) = scratch.split_at_mut(d.slabs.count * size);
+    let shared = Shared::new(sums);
+    in_slots(d.slabs.count * groups, d.slot(g, panel), rest, |task, slot| {
+        let (slab, group) = (task / groups, task % groups);
+        let start = d.slabs.start(slab);
+        let (x_transformed, more) = slot.split_at_mut(layouts[0].size());
+        let (dy_transformed, zeros) = more.split_at_mut(layouts[1].size());
+        zeros.fill(T::zero());
+        let [x, dy] = sources(g, dy, x, zeros);
+        // SAFETY: the slices have the geometry's extents; tasks write different elements of the sums.
+        unsafe {
+            T::dispatch(Task {
+                g,
+                of: d.tiles,
+                tiles: start..start + d.slabs.len(slab),
+                chunk: d.chunk,
+                panels: group * d.panels..d.all.min((group + 1) * d.panels),
+                x,
+                dy,
+                layouts,
+                x_transformed: x_transformed.as_mut_ptr(),
+                dy_transformed: dy_transformed.as_mut_ptr(),
+                sums: shared.ptr().add(slab * size),
+            });
+        }
+    });
+    let sums: &[T] = sums;
+    let row = g.c * panel;
+    let taps = &mut rest[..d.all * TAPS * row];
+    taps.par_chunks_exact_mut(TAPS * row).enumerate().for_each(|(p, taps)| {
+        let (slabs, slab, first) = (d.slabs.count, size, p * PRODUCTS * row);
+        // SAFETY: the kernel has no promise of its own.
+        unsafe { T::dispatch(Back { sums, slabs, slab, first, row, taps }) }
+    });
+    in_order(g, taps, dw);
+}
