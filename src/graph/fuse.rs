@@ -17,13 +17,14 @@ use crate::ops::binary::Binary;
 use crate::ops::clip::Clip;
 use crate::ops::conv::{Conv, ConvInputGrad};
 use crate::ops::fold::FoldNorm;
+use crate::ops::matmul::{MatMul, MatMulAs};
 use crate::ops::unary::{Relu, Unary};
 use crate::plan::Request;
 use crate::tensor::Meta;
 
 /// Fuses a forward graph whose shapes are inferred: normalisations and convolutions with the sum and the activation
-/// that follow; and where no `weights_learn`, convolutions with a normalisation by given statistics. The Gaussian error
-/// linear unit becomes one operator where it is spelled out.
+/// that follow; and where no `weights_learn`, convolutions with a normalisation by given statistics. Products take the
+/// bias and the sum that follow. The Gaussian error linear unit becomes one operator where it is spelled out.
 ///
 /// The values in `keep` and the graph's outputs are computed as before. Others may vanish.
 pub fn fuse(graph: &mut Graph, keep: &[ValueId], weights_learn: bool) -> Result<()> {
@@ -52,13 +53,16 @@ pub fn fuse(graph: &mut Graph, keep: &[ValueId], weights_learn: bool) -> Result<
                 node.inputs.extend(tail.residual.map(Some));
                 chains.replace(graph, &tail, SmallVec::from_iter([node]));
             }
+        } else if op.as_a::<MatMul>().is_some() {
+            chains.product(graph, head);
         }
     }
     chains.finish(graph);
     Ok(())
 }
 
-/// Fuses the sums of a differentiated graph into the convolution gradients that they add to something.
+/// Fuses the sums of a differentiated graph into the gradients, of convolutions and products, that they add to
+/// something.
 pub fn fuse_sums(graph: &mut Graph, request: &Request) {
     let keep = request.outputs.iter().chain(&request.effects).chain(request.pins.keys());
     let mut chains = Chains::new(graph, keep);
@@ -72,7 +76,8 @@ pub fn fuse_sums(graph: &mut Graph, request: &Request) {
         let fits = |(v, other): &(ValueId, ValueId)| {
             let id = source(graph, *v)?;
             let node = graph.node(id);
-            let plain = node.op.as_a::<ConvInputGrad>().is_some() && node.inputs.len() == 2;
+            let able = node.op.as_a::<ConvInputGrad>().is_some() || node.op.as_a::<MatMulAs>().is_some();
+            let plain = able && node.inputs.len() == 2;
             let same = same_shape(graph, *v, *other) && out.is_some_and(|out| same_shape(graph, *v, out));
             (plain && same && chains.passing(*v)).then_some((id, *v, *other))
         };
@@ -119,6 +124,16 @@ struct Tail {
 }
 
 impl Tail {
+    fn of(head: NodeId, out: ValueId) -> Self {
+        Tail {
+            absorbed: SmallVec::from_iter([head]),
+            inner: SmallVec::new(),
+            out,
+            residual: None,
+            clamp: Clamp::NONE,
+        }
+    }
+
     fn is_longer(&self) -> bool {
         self.absorbed.len() > 1
     }
@@ -174,13 +189,7 @@ impl Chains {
     /// From a node on: perhaps a sum with something of the same shape, then perhaps an activation that clamps.
     fn tail(&self, graph: &Graph, head: NodeId) -> Tail {
         let out = graph.node(head).outputs.first().copied().flatten().unwrap_or(ValueId(0));
-        let mut tail = Tail {
-            absorbed: SmallVec::from_iter([head]),
-            inner: SmallVec::new(),
-            out,
-            residual: None,
-            clamp: Clamp::NONE,
-        };
+        let mut tail = Tail::of(head, out);
         if let Some((id, residual)) = self.sum(graph, tail.out)
             && self.extend(graph, &mut tail, id)
         {
@@ -193,6 +202,45 @@ impl Chains {
             tail.clamp = clamp;
         }
         tail
+    }
+
+    /// A product with a bias and something of its shape that are added to it.
+    fn product(&mut self, graph: &mut Graph, head: NodeId) {
+        let mut node = graph.node(head).clone();
+        let ([Some(y)], &[Some(_), Some(b)]) = (&node.outputs[..], &node.inputs[..]) else { return };
+        let y = *y;
+        if graph.value(b).meta.as_ref().is_none_or(|m| m.dims.len() < 2) {
+            // By a vector: the result's last axis is not the product's.
+            return;
+        }
+        let mut tail = Tail::of(head, y);
+        node.inputs.push(None);
+        if let Some((id, bias)) = self.bias(graph, y)
+            && self.extend(graph, &mut tail, id)
+        {
+            node.inputs[2] = Some(bias);
+        }
+        if let Some((id, other)) = self.sum(graph, tail.out)
+            && self.extend(graph, &mut tail, id)
+        {
+            node.inputs.push(Some(other));
+        }
+        if tail.is_longer() {
+            self.replace(graph, &tail, SmallVec::from_iter([node]));
+        }
+    }
+
+    /// The sum that alone reads `v`, and a vector along its last axis that is added.
+    fn bias(&self, graph: &Graph, v: ValueId) -> Option<(NodeId, ValueId)> {
+        let id = self.next(graph, v)?;
+        let node = graph.node(id);
+        let (Some(Binary::Add), [Some(a), Some(b)]) = (node.op.as_a(), &node.inputs[..]) else { return None };
+        let other = if *a == v { *b } else { *a };
+        let dims =
+            |v: ValueId| graph.value(v).meta.as_ref().filter(|m| m.dtype.is_float()).map(|m| &m.dims[..]);
+        let (&[n], Some(last)) = (dims(other)?, dims(v)?.last()) else { return None };
+        let out = node.outputs.first().copied().flatten()?;
+        (n == *last && same_shape(graph, v, out)).then_some((id, other))
     }
 
     /// The sum that alone reads `v`, and what is added.

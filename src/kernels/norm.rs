@@ -16,7 +16,7 @@ use crate::tensor::Float;
 pub use channel::{Channels, Mask, Stat, channel_stats, channel_sum, masked_param_grad, param_grad};
 pub use sweep::{ChannelGrad, Residual, channel_affine, channel_input_grad};
 
-const LANES: usize = 16;
+const LANES: usize = 32;
 const BLOCK: usize = 1024;
 
 /// As [`par::rows`], each piece compiled for the processor at hand; `f` must be `#[inline(always)]`.
@@ -283,14 +283,26 @@ impl RowNorm {
                     let r64 = r.to64();
                     let k1 = if self.center { T::of(s1 / len as f64) } else { T::zero() };
                     let k2 = T::of(s2 * r64 * r64 / len as f64);
+                    let back = |x: T, dy: T, a: T| r * (dy * a - k1 - (x - m) * k2);
                     for (o, run, channel) in self.runs(start) {
                         let (x, dy, dx) = (cut(x, o, run), cut(dy, o, run), &mut dx[o..o + run]);
                         match self.factor(scale, channel, run) {
-                            Factor::All(a) => zip_map(x, dy, dx, |x, dy| r * (dy * a - k1 - (x - m) * k2)),
+                            Factor::All(a) => zip_map(x, dy, dx, |x, dy| back(x, dy, a)),
                             Factor::Each(a) => {
-                                for (i, &a) in a.iter().enumerate() {
-                                    let (x, dy) = (x.map_or(dx[i], |x| x[i]), dy.map_or(dx[i], |dy| dy[i]));
-                                    dx[i] = r * (dy * a - k1 - (x - m) * k2);
+                                // A loop for each case: one with the cases in it is not vectorised.
+                                let dx = dx.iter_mut().zip(a);
+                                match (x, dy) {
+                                    (Some(x), Some(dy)) => dx
+                                        .zip(x)
+                                        .zip(dy)
+                                        .for_each(|(((dx, &a), &x), &dy)| *dx = back(x, dy, a)),
+                                    (Some(x), None) => {
+                                        dx.zip(x).for_each(|((dx, &a), &x)| *dx = back(x, *dx, a))
+                                    }
+                                    (None, Some(dy)) => {
+                                        dx.zip(dy).for_each(|((dx, &a), &dy)| *dx = back(*dx, dy, a))
+                                    }
+                                    (None, None) => dx.for_each(|(dx, &a)| *dx = back(*dx, *dx, a)),
                                 }
                             }
                         }

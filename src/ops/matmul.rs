@@ -7,8 +7,10 @@ use num_traits::{WrappingAdd, WrappingMul};
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::gemm::{Product, gemm, many, room};
+use crate::kernels::gemm::{Plus, Product, gemm, many, room};
+use crate::kernels::norm::Channels;
 use crate::kernels::par;
+use crate::ops::batch_norm::ChannelSum;
 use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Elem, Float, Meta, View, ViewMut, broadcast};
 
@@ -185,6 +187,9 @@ impl Op for Scale {
 }
 
 /// ONNX `MatMul` (opset 1): matrices, stacks of matrices with broadcast stack dimensions, and vectors.
+///
+/// Fused with the sums that follow, it has two operands more, both optional: a bias of (N), and something of the
+/// result's shape.
 #[derive(Debug)]
 pub struct MatMul;
 
@@ -276,12 +281,26 @@ impl Op for MatMul {
         if b.dims.len() > 1 {
             dims.push(s.n);
         }
+        for (x, want) in [(get(inputs, 2), &[s.n][..]), (get(inputs, 3), &dims)] {
+            let Some(x) = x else { continue };
+            same_type(a, x)?;
+            if x.dims.as_slice() != want {
+                return Err(OpError::Shape(format!(
+                    "{:?} added to a product of {want:?}",
+                    x.dims.as_slice()
+                )));
+            }
+        }
         Ok(vec![Meta::new(a.dtype, &dims)])
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let (a, b) = (need(x, 0)?, need(x, 1)?);
-        stacked(cx, &Stacked::of(a.dims, b.dims, false, false)?, a, b, out(y, 0)?)
+        let s = Stacked::of(need(x, 0)?.dims, need(x, 1)?.dims, false, false)?;
+        stacked(cx, &s, x, [2, 3], out(y, 0)?)
+    }
+
+    fn in_place(&self) -> &[(usize, usize)] {
+        &[(3, 0)]
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
@@ -301,7 +320,11 @@ impl Op for MatMul {
         let (k, rows) = (s.a[s.a.len() - 1], s.rows());
         let with = |last: &[usize]| s.stack.iter().chain(last).copied().collect::<Dims>();
         let (py, flat) = (with(&[s.m, s.n]), Dims::from_slice(&[rows, s.n]));
-        let mut grads = Grads::from_elem(None, 2);
+        // What was added: dY; the bias (N): dY summed over all rows
+        let mut grads = Grads::from_elem(Some(dy), g.inputs());
+        if g.wants(2) {
+            grads[2] = Some(g.emit(ChannelSum { channels: Channels { n: rows, c: s.n, s: 1 } }, &[dy])?);
+        }
         if g.wants(0) {
             // dA = dY·Bᵀ   (…, M, K), summed over A's broadcast stack dimensions by the driver
             let op = match s.one_b() {
@@ -334,7 +357,8 @@ impl Op for MatMul {
     }
 }
 
-/// A stacked product of operands seen as `a` and `b`, transposed or not, into a tensor seen as `y`.
+/// A stacked product of operands seen as `a` and `b`, transposed or not, into a tensor seen as `y`; a third operand of
+/// its shape is added.
 #[derive(Debug)]
 pub struct MatMulAs {
     pub a: Dims,
@@ -357,12 +381,21 @@ impl Op for MatMulAs {
         if a.len() != len(&self.a) || b.len() != len(&self.b) || len(&self.y) != s.rows() * s.n {
             return Err(OpError::Shape(format!("{self:?} of {:?} and {:?}", a.dims, b.dims)));
         }
+        if let Some(x) = get(inputs, 2)
+            && (x.dtype != a.dtype || x.dims != self.y)
+        {
+            return Err(OpError::Shape(format!("{:?} added to {self:?}", x.dims)));
+        }
         Ok(vec![Meta::new(a.dtype, &self.y)])
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let s = Stacked::of(&self.a, &self.b, self.trans_a, self.trans_b)?;
-        stacked(cx, &s, need(x, 0)?, need(x, 1)?, out(y, 0)?)
+        stacked(cx, &s, x, [x.len(), 2], out(y, 0)?)
+    }
+
+    fn in_place(&self) -> &[(usize, usize)] {
+        &[(2, 0)]
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
@@ -379,8 +412,15 @@ impl Op for MatMulAs {
     }
 }
 
-fn stacked(cx: &mut Cx, s: &Stacked, a: View, b: View, y: &mut ViewMut) -> Result<(), OpError> {
-    let (rank, k) = (s.stack.len(), s.k);
+/// The product of `x[0]` and `x[1]`; `row` and `all` say which operands are added to it.
+fn stacked(
+    cx: &mut Cx,
+    s: &Stacked,
+    x: &[Option<View>],
+    [row, all]: [usize; 2],
+    y: &mut ViewMut,
+) -> Result<(), OpError> {
+    let (a, b, rank, k) = (need(x, 0)?, need(x, 1)?, s.stack.len(), s.k);
     // The offsets of the `i`th matrices, in elements.
     let at = |mut i: usize| {
         let (mut offset, mut step) = ([0, 0], [s.m * k, k * s.n]);
@@ -403,12 +443,16 @@ fn stacked(cx: &mut Cx, s: &Stacked, a: View, b: View, y: &mut ViewMut) -> Resul
     }
     float_dispatch!(a.dtype, T => {
         let (a, b, y) = (a.get::<T>()?, b.get::<T>()?, y.get::<T>()?);
-        let (p, batch) = s.product::<T>();
+        let (mut p, batch) = s.product::<T>();
         let scratch = cx.room(room(&p, batch))?;
-        match batch {
-            1 => gemm(&p, a, b, y, scratch),
-            _ => many(&p, batch, at, a, b, y, p.m * p.n, scratch),
+        let row = get(x, row).map(|v| v.get::<T>()).transpose()?;
+        let plus = Plus { row, all: get(x, all).map(|v| v.get::<T>()).transpose()? };
+        if x.len() > all && plus.all.is_none() {
+            // It lies in the result.
+            p.beta = T::of(1.0);
         }
+        let at = |i: usize| if batch == 1 { [0, 0] } else { at(i) };
+        many(&p, batch, at, a, b, plus, y, p.m * p.n, scratch);
         Ok(())
     })
 }
@@ -542,6 +586,13 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
     ] {
         cases.push(Case::new("MatMul", 13).named(name).input(a).input(b));
     }
+    let plus = |name: &str, a: &[usize], b: &[usize]| Case::new("MatMul", 13).named(name).input(a).input(b);
+    cases.extend([
+        plus("and a bias", &[2, 3, 4], &[4, 5]).input(&[5]),
+        plus("and both", &[2, 3, 4], &[2, 4, 5]).input(&[5]).input(&[2, 3, 5]),
+        plus("and one of its shape", &[2, 3, 4], &[4, 5]).absent().input(&[2, 3, 5]),
+        plus("and both, of a vector", &[4], &[4, 5]).input(&[5]).input(&[5]),
+    ]);
     cases
 }
 

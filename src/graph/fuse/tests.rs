@@ -173,3 +173,43 @@ fn a_spelled_out_gelu_becomes_one_operator() {
         close("gelu", &format!("spelling {spelling}"), &expected[0].to_f64(), &got[0].to_f64(), 1e-12);
     }
 }
+
+/// A product takes a bias and a sum; a factor by a vector, whose last axis is not the product's, takes none.
+#[test]
+fn products_take_what_is_added_to_them() {
+    use std::sync::Arc;
+
+    use crate::exec::reference::interpret;
+    use crate::ops::binary::Binary::Add;
+    use crate::ops::matmul::MatMul;
+
+    let of = |dims: &[usize]| {
+        let x: Vec<f64> = (0..dims.iter().product()).map(|i| (i as f64 * 0.7).sin()).collect();
+        Tensor::from_slice(dims, &x).unwrap()
+    };
+    // Operands, what is added first and then, and how many nodes are left.
+    type Sums = (&'static [usize], &'static [usize], &'static [usize], &'static [usize], usize);
+    let sums: [Sums; 5] = [
+        (&[2, 3, 4], &[4, 5], &[5], &[2, 3, 5], 1),
+        (&[2, 3, 4], &[4, 5], &[2, 3, 5], &[5], 2),
+        (&[2, 3, 4], &[4, 5], &[3, 5], &[2, 3, 5], 3),
+        (&[2, 3, 4], &[4, 5], &[5], &[1, 2, 3, 5], 2),
+        (&[2, 3, 4], &[4], &[3], &[2, 3], 3),
+    ];
+    for (a, b, first, second, left) in sums {
+        let mut g = Graph::default();
+        let tensors = [a, b, first, second].map(of);
+        let inputs: Vec<ValueId> = tensors.iter().map(|t| g.add_input("x", t.meta())).collect();
+        let x: Vec<_> = inputs.iter().map(|v| Some(*v)).collect();
+        let y = g.emit("", Arc::new(MatMul), &x[..2], 1).unwrap()[0];
+        let y = g.emit("", Arc::new(Add), &[Some(y), x[2]], 1).unwrap()[0];
+        let y = g.emit("", Arc::new(Add), &[x[3], Some(y)], 1).unwrap()[0];
+        g.outputs = vec![y];
+        let feeds: HashMap<ValueId, Tensor> = inputs.into_iter().zip(tensors).collect();
+        let expected = interpret(&g, &feeds, &[y]).unwrap();
+        super::fuse(&mut g, &[], true).unwrap();
+        assert_eq!(g.nodes.len(), left, "{a:?} {b:?} {first:?} {second:?}: {g}");
+        let got = interpret(&g, &feeds, &[y]).unwrap();
+        close("product", &format!("{first:?}"), &expected[0].to_f64(), &got[0].to_f64(), 1e-12);
+    }
+}

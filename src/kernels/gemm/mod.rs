@@ -14,7 +14,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::kernels::par::Shared;
-use crate::kernels::simd::{Kernel, Simd, Vectors};
+use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::{Pieces, Positions, along_columns, along_rows};
 use crate::tensor::Float;
 use crate::tile_sizes;
@@ -122,9 +122,22 @@ impl<T: Vectors> Product<T> {
     }
 }
 
+/// What is added to products besides.
+#[derive(Debug, Clone, Copy)]
+pub struct Plus<'a, T> {
+    /// To each row: N elements.
+    pub row: Option<&'a [T]>,
+    /// Elements that lie as those of C.
+    pub all: Option<&'a [T]>,
+}
+
+impl<T> Plus<'_, T> {
+    pub const NOTHING: Self = Plus { row: None, all: None };
+}
+
 /// `C = alpha · op(A) · op(B) + beta · C`; see [`Product`]. `scratch` has [`room`]`(p, 1)` elements.
 pub fn gemm<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], c: &mut [T], scratch: &mut [T]) {
-    many(p, 1, |_| [0, 0], a, b, c, 0, scratch);
+    many(p, 1, |_| [0, 0], a, b, Plus::NOTHING, c, 0, scratch);
 }
 
 /// Elements of scratch that [`many`] needs for a batch of products.
@@ -137,7 +150,7 @@ pub fn room<T: Vectors>(p: &Product<T>, batch: usize) -> usize {
     }
 }
 
-/// `batch` products of equal extents: the `i`th reads A and B from the offsets `at(i)` and writes C at
+/// `batch` products of equal extents, plus something: the `i`th reads A and B from the offsets `at(i)` and writes C at
 /// `i · c_stride`.
 #[allow(clippy::too_many_arguments)]
 pub fn many<T: Vectors>(
@@ -146,6 +159,7 @@ pub fn many<T: Vectors>(
     at: impl Fn(usize) -> [usize; 2] + Sync,
     a: &[T],
     b: &[T],
+    plus: Plus<T>,
     c: &mut [T],
     c_stride: usize,
     scratch: &mut [T],
@@ -157,6 +171,9 @@ pub fn many<T: Vectors>(
     assert!(p.m <= 1 || p.ldc >= p.n, "rows of a product overlap");
     assert!(batch == 1 || c_stride >= need[2], "products overlap");
     assert!(c.len() >= (batch - 1) * c_stride + need[2], "operands of a product");
+    assert!(plus.row.is_none_or(|r| r.len() >= p.n), "operands of a product");
+    assert!(plus.all.is_none_or(|x| x.len() >= (batch - 1) * c_stride + need[2]), "operands of a product");
+    let added = |i: usize| Plus { all: plus.all.map(|x| &x[i * c_stride..]), ..plus };
     let operands = |i: usize| {
         let [i, j] = at(i);
         assert!(a.len() >= i + need[0] && b.len() >= j + need[1], "operands of a product");
@@ -165,12 +182,12 @@ pub fn many<T: Vectors>(
     if p.is_vector() {
         for i in 0..batch {
             let (a, b) = operands(i);
-            vector::vector(p, a, b, &mut c[i * c_stride..]);
+            vector::vector(p, a, b, added(i), &mut c[i * c_stride..]);
         }
     } else if batch == 1 || p.work() >= LARGE {
         for i in 0..batch {
             let (a, b) = operands(i);
-            divided(p, a, b, &mut c[i * c_stride..], scratch);
+            divided(p, a, b, added(i), &mut c[i * c_stride..], scratch);
         }
     } else {
         let shared = Shared::new(c);
@@ -187,7 +204,7 @@ pub fn many<T: Vectors>(
             let panels = 0..p.n.div_ceil(T::panel());
             let a = Rows { a, packed: false };
             // SAFETY: the extents were checked above; no two products share elements of C.
-            unsafe { T::dispatch(Part { p, a, b, c, strips: 0..p.strips().count, panels }) }
+            unsafe { T::dispatch(Part { p, a, b, plus: added(i), c, strips: 0..p.strips().count, panels }) }
         };
         if p.direct() || p.k == 0 {
             (0..batch).into_par_iter().for_each(|i| one(i, &mut []));
@@ -202,7 +219,7 @@ pub fn many<T: Vectors>(
 }
 
 /// One product, divided into tasks.
-fn divided<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], c: &mut [T], scratch: &mut [T]) {
+fn divided<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], plus: Plus<T>, c: &mut [T], scratch: &mut [T]) {
     let (packed_a, rest) = scratch.split_at_mut(p.packed_a());
     let strips = p.strips();
     let a = match packed_a.is_empty() {
@@ -229,6 +246,7 @@ fn divided<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], c: &mut [T], scratch: &
             p,
             a,
             b,
+            plus,
             c: c.ptr(),
             strips: share(i, rows, strips.count),
             panels: share(j, cols, panels),
@@ -263,6 +281,7 @@ struct Part<'a, T> {
     p: &'a Product<T>,
     a: Rows<'a, T>,
     b: Columns<'a, T>,
+    plus: Plus<'a, T>,
     c: *mut T,
     strips: Range<usize>,
     panels: Range<usize>,
@@ -283,7 +302,7 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
         let mut k = 0;
         while k < p.k || k == 0 {
             let count = steps.min(p.k - k);
-            let beta = if k == 0 { p.beta } else { T::one() };
+            let (beta, plus) = if k == 0 { (p.beta, self.plus) } else { (T::one(), Plus::NOTHING) };
             let mut from = self.strips.start;
             while from < self.strips.end {
                 let to = (from + block).min(self.strips.end);
@@ -301,6 +320,7 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                             (true, false) => (k * p.lda + row, p.lda),
                             _ => (row * p.lda + k, p.lda),
                         };
+                        let to = row * p.ldc + q * panel;
                         let tile = Tile {
                             across: p.trans_a,
                             packed: self.b.packed,
@@ -311,7 +331,9 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                             steps: count,
                             alpha: p.alpha,
                             beta,
-                            c: self.c.wrapping_add(row * p.ldc + q * panel),
+                            row: plus.row.map(|r| r.as_ptr().wrapping_add(q * panel)),
+                            all: plus.all.map(|x| x.as_ptr().wrapping_add(to)),
+                            c: self.c.wrapping_add(to),
                             ldc: p.ldc,
                             lanes,
                         };
@@ -337,6 +359,9 @@ struct Tile<T> {
     steps: usize,
     alpha: T,
     beta: T,
+    /// What is added: `lanes` elements, and rows of them as C's.
+    row: Option<*const T>,
+    all: Option<*const T>,
     c: *mut T,
     ldc: usize,
     lanes: usize,
@@ -344,7 +369,7 @@ struct Tile<T> {
 
 /// # Safety
 /// `a` must be valid for `M` rows of `steps`, `b` for as many rows of `N` vectors (if packed) or of `lanes`
-/// elements, `c` for `M` rows of `lanes`.
+/// elements, `row` for `lanes` elements, `all` and `c` for `M` rows of as many.
 #[inline(always)]
 unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(t: &Tile<S::Elem>) {
     // SAFETY: the caller's promise.
@@ -380,20 +405,24 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(t: &Tile<S::Elem>) {
         let keep = t.beta != num_traits::zero();
         for j in 0..N {
             let part = (t.lanes - j * S::LANES).min(S::LANES);
+            let mut row = S::splat(num_traits::zero());
+            if let Some(r) = t.row {
+                row = load_up_to::<S>(r.add(j * S::LANES), part);
+            }
             for i in 0..M {
-                let c = t.c.add(i * t.ldc + j * S::LANES);
+                let at = i * t.ldc + j * S::LANES;
+                let c = t.c.add(at);
                 let mut v = S::mul(acc[i][j], alpha);
-                if part == S::LANES {
-                    if keep {
-                        v = S::fma(S::load(c), beta, v);
-                    }
-                    S::store(c, v);
-                } else {
-                    if keep {
-                        v = S::fma(S::load_part(c, part), beta, v);
-                    }
-                    S::store_part(c, v, part);
+                if t.row.is_some() {
+                    v = S::add(v, row);
                 }
+                if let Some(all) = t.all {
+                    v = S::add(v, load_up_to::<S>(all.add(at), part));
+                }
+                if keep {
+                    v = S::fma(load_up_to::<S>(c, part), beta, v);
+                }
+                store_up_to::<S>(c, v, part);
             }
         }
     }
@@ -490,6 +519,22 @@ mod tests {
                 for j in p.n..p.ldc {
                     assert_eq!(narrow[i * p.ldc + j], c[i * p.ldc + j], "{p:?} wrote between rows");
                 }
+            }
+        });
+    }
+
+    #[test]
+    fn what_is_added_is_added_once() {
+        each(|p| {
+            let [a, b, c] = operands(&p);
+            let (row, all) = (random(p.n, 4), random(c.len(), 5));
+            let (mut y, plain) = (c.clone(), run(p, &a, &b, &c));
+            let plus = Plus { row: Some(&row), all: Some(&all) };
+            many(&p, 1, |_| [0, 0], &a, &b, plus, &mut y, 0, &mut vec![f32::NAN; room(&p, 1)]);
+            for at in 0..c.len() {
+                let inside = p.m == 1 || at % p.ldc < p.n;
+                let want = if inside { plain[at] + row[at % p.ldc] + all[at] } else { c[at] };
+                assert!((y[at] - want).abs() < 1e-4, "{p:?} at {at}: {}, not {want}", y[at]);
             }
         });
     }

@@ -2,13 +2,25 @@
 
 use rayon::prelude::*;
 
-use crate::kernels::gemm::Product;
+use crate::kernels::gemm::{Plus, Product};
 use crate::kernels::isa::vectorize;
 use crate::kernels::par;
 use crate::tensor::Float;
 
 /// Products with one row or one column: bound by memory, so each matrix is read once, in its order.
-pub(super) fn vector<T: Float>(p: &Product<T>, a: &[T], b: &[T], c: &mut [T]) {
+pub(super) fn vector<T: Float>(p: &Product<T>, a: &[T], b: &[T], plus: Plus<T>, c: &mut [T]) {
+    if plus.row.is_some() || plus.all.is_some() {
+        // What is added is put there first.
+        for (i, c) in c.chunks_mut(p.ldc.max(1)).enumerate().take(p.m) {
+            for (j, c) in c.iter_mut().enumerate().take(p.n) {
+                let row = plus.row.map_or(T::zero(), |r| r[j]);
+                let all = plus.all.map_or(T::zero(), |x| x[i * p.ldc + j]);
+                let before = if p.beta == T::zero() { T::zero() } else { p.beta * *c };
+                *c = before + row + all;
+            }
+        }
+        return vector(&Product { beta: T::one(), ..*p }, a, b, Plus::NOTHING, c);
+    }
     // y = alpha · M·v + beta · y, with M's element (j, k) at j·ld + k, or at k·ld + j when `across`.
     let row = p.m == 1;
     let (matrix, ld, across) = if row { (b, p.ldb, !p.trans_b) } else { (a, p.lda, p.trans_a) };

@@ -18,9 +18,10 @@ fn second<T>() -> Result<T, OpError> {
     Err(OpError::NotDifferentiable("second derivatives are not supported".into()))
 }
 
-/// That axis 1 of the first operand is what `channels` counts (it is not where statistics are per element).
+/// That axis 1 of the first operand is what `channels` counts (it is not where statistics are per element, or channels
+/// are last already).
 fn per_channel(inputs: &[Option<&Meta>], channels: Channels) -> Option<usize> {
-    rank_of(inputs, 0).filter(|_| get(inputs, 0).is_some_and(|x| x.dims[1] == channels.c))
+    rank_of(inputs, 0).filter(|_| get(inputs, 0).is_some_and(|x| x.dims[..2] == [channels.n, channels.c]))
 }
 
 /// Gradient of a normalisation's scale and shift, outputs dscale (C) and dshift (C).
