@@ -7,6 +7,7 @@
 mod dense;
 mod depthwise;
 mod grids;
+mod narrow;
 mod weight;
 mod winograd;
 
@@ -221,6 +222,7 @@ pub fn input_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
     g.copies()
         + match () {
             _ if g.depthwise() => depthwise::scratch(g),
+            _ if narrow::applies(g) => narrow::scratch::<T>(g),
             _ if winograd::applies_back(g) => winograd::input_grad_scratch::<T>(g),
             _ => dense::input_grad_scratch::<T>(g),
         }
@@ -241,6 +243,7 @@ pub fn input_grad<T: Vectors>(
     }
     let kernel = match () {
         _ if g.depthwise() => depthwise::input_grad,
+        _ if narrow::applies(g) => narrow::input_grad,
         _ if winograd::applies_back(g) => winograd::input_grad,
         _ => dense::input_grad,
     };
