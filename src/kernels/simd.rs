@@ -47,6 +47,8 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
             }
         }
     }
+    /// The same for a line that will be written.
+    unsafe fn prefetch_write(p: *const Self::Elem);
 }
 
 /// A vector, or its first `n` lanes.
@@ -229,6 +231,8 @@ unsafe impl<T: Float> Simd for Plain<T> {
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const T) {}
+    #[inline(always)]
+    unsafe fn prefetch_write(_: *const T) {}
 }
 
 /// Implements [`Simd`] for `f32` by one intrinsic a method.
@@ -238,6 +242,7 @@ macro_rules! vectors {
      fma: |$a:ident, $b:ident, $c:ident| $fma:expr,
      pass: |$py:ident, $low:ident, $high:ident, $px:ident| $pass:expr,
      prefetch: |$at:ident| $prefetch:expr,
+     prefetch_write: |$to:ident| $prefetch_write:expr,
      load_part: |$lp:ident, $ln:ident| $load_part:expr,
      store_part: |$sp:ident, $sv:ident, $sn:ident| $store_part:expr
      $(, transpose: $transpose:path)?) => {
@@ -317,6 +322,11 @@ macro_rules! vectors {
                 // SAFETY: see `splat`.
                 unsafe { $transpose(p, ld, to, ld_to) }
             })?
+            #[inline(always)]
+            unsafe fn prefetch_write($to: *const f32) {
+                // SAFETY: see `splat`.
+                unsafe { $prefetch_write }
+            }
         }
     };
 }
@@ -337,6 +347,7 @@ pub mod x86 {
             _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask::<_CMP_LT_OQ>(above, y, high), x)
         },
         prefetch: |p| _mm_prefetch::<_MM_HINT_T0>(p.cast()),
+        prefetch_write: |p| _mm_prefetch::<_MM_HINT_ET0>(p.cast()),
         load_part: |p, n| _mm512_maskz_loadu_ps((1u32 << n) as u16 - 1, p),
         store_part: |p, v, n| _mm512_mask_storeu_ps(p, (1u32 << n) as u16 - 1, v),
         transpose: transpose16
@@ -392,6 +403,7 @@ pub mod x86 {
             _mm256_and_ps(inside, x)
         },
         prefetch: |p| _mm_prefetch::<_MM_HINT_T0>(p.cast()),
+        prefetch_write: |p| _mm_prefetch::<_MM_HINT_ET0>(p.cast()),
         load_part: |p, n| _mm256_maskload_ps(p, below(n)),
         store_part: |p, v, n| _mm256_maskstore_ps(p, below(n), v),
         transpose: transpose8
@@ -440,6 +452,7 @@ pub mod arm {
             vreinterpretq_f32_u32(vandq_u32(inside, vreinterpretq_u32_f32(x)))
         },
         prefetch: |_p| {},
+        prefetch_write: |_p| {},
         load_part: |p, n| {
             let mut all = [0.0f32; 4];
             std::ptr::copy_nonoverlapping(p, all.as_mut_ptr(), n);

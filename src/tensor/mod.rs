@@ -2,18 +2,19 @@
 //!
 //! Every tensor is dense, in ONNX's row-major order, in 64-byte-aligned storage.
 
+mod buffer;
 mod dtype;
 
 use std::fmt;
 use std::sync::Arc;
 
-use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 use ndarray::{ArrayD, ArrayViewD, ArrayViewMutD, IxDyn};
 use smallvec::SmallVec;
 
 use crate::error::OpError;
 
+pub use buffer::{ALIGN, Buffer};
 pub use dtype::{DType, Elem, Float};
 
 /// Dimensions of a tensor, outermost first; empty for a scalar.
@@ -59,50 +60,6 @@ impl Meta {
 
     pub fn same_shape(&self, other: &Meta) -> bool {
         self.dtype == other.dtype && self.dims == other.dims
-    }
-}
-
-/// The unit of aligned storage.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
-/// Alignment of every tensor in bytes.
-pub const ALIGN: usize = 64;
-
-/// A zero-initialised, 64-byte-aligned run of bytes.
-#[derive(Clone, Default)]
-pub struct Buffer(Vec<Line>);
-
-impl Buffer {
-    /// At least `bytes` bytes, all zero.
-    pub fn zeroed(bytes: usize) -> Self {
-        Buffer(vec![Line::zeroed(); bytes.div_ceil(ALIGN)])
-    }
-
-    /// Extends to at least `bytes` bytes; what is new is zero.
-    pub fn grow(&mut self, bytes: usize) {
-        let lines = bytes.div_ceil(ALIGN);
-        if lines > self.0.len() {
-            self.0.reserve_exact(lines - self.0.len());
-            self.0.resize(lines, Line::zeroed());
-        }
-    }
-
-    pub fn bytes(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.0)
-    }
-
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        bytemuck::cast_slice_mut(&mut self.0)
-    }
-
-    pub fn len(&self) -> usize {
-        self.0.len() * ALIGN
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
     }
 }
 

@@ -75,6 +75,20 @@ impl Walk {
     }
 }
 
+impl<T: Vectors> Task<'_, T> {
+    /// Where a tile of `m` positions begins in A and in the result.
+    #[inline(always)]
+    fn rows_of(&self, walk: &mut Walk, y0: usize, m: usize) -> ([*const T; 8], [usize; 8]) {
+        let (mut a, mut y) = ([self.a; 8], [0usize; 8]);
+        for i in 0..m {
+            a[i] = self.a.wrapping_add(walk.a);
+            y[i] = y0 + walk.y;
+            walk.next();
+        }
+        (a, y)
+    }
+}
+
 impl<T: Vectors> Kernel<T> for Task<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
@@ -117,20 +131,19 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                     },
                     low: self.epilogue.clamp.low,
                     high: self.epilogue.clamp.high,
+                    plain: self.epilogue.is_none(),
                     y: self.y,
                     input: 0,
                     channel: 0,
                     lanes: 0,
                 };
                 let pieces = Pieces::of(total, S::ROWS);
+                let mut next = self.rows_of(&mut walk, y0, pieces.len(0));
                 for i in 0..pieces.count {
                     let m = pieces.len(i);
-                    let (mut a, mut y) = ([self.a; 8], [0usize; 8]);
-                    for i in 0..m {
-                        a[i] = self.a.wrapping_add(walk.a);
-                        y[i] = y0 + walk.y;
-                        walk.next();
-                    }
+                    let (a, y) = next;
+                    let after = if i + 1 < pieces.count { pieces.len(i + 1) } else { 0 };
+                    next = self.rows_of(&mut walk, y0, after);
                     for p in first..(first + together).min(self.panels.end) {
                         let (group, first) = (p / per_group, p % per_group * panel);
                         tile.lanes = panel.min(co - first);
@@ -138,6 +151,14 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                         tile.channel = group * co + first;
                         tile.b = self.weights.as_ptr().wrapping_add(p * size + grid.first * ci * panel);
                         tile.bias = self.epilogue.bias.map(|b| b.as_ptr().wrapping_add(tile.channel));
+                        // What the next tile will write is fetched meanwhile: it lies in short runs, far apart.
+                        for i in 0..if oc > panel { after } else { 0 } {
+                            for at in (0..tile.lanes).step_by(S::LANES) {
+                                let y = self.y.wrapping_add(next.1[i] + tile.channel + at);
+                                // SAFETY: fetching is allowed anywhere.
+                                unsafe { S::prefetch_write(y) }
+                            }
+                        }
                         let n = if tile.lanes > S::LANES { 2 } else { 1 };
                         // SAFETY: the walk stays inside the task's rows, whose windows `a` holds; see `tile_run`.
                         unsafe { tile_sizes!(m, n, S, tile_run(&tile, &a, &y)) }
@@ -155,6 +176,8 @@ struct Tile<'a, T> {
     residual: Option<*const T>,
     low: T,
     high: T,
+    /// Results are written as they are.
+    plain: bool,
     y: *mut T,
     /// The group's first input channel, and the panel's first output channel and their number.
     input: usize,
@@ -179,6 +202,16 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
             rows[i] = a[i].wrapping_add(t.input);
         }
         let mut acc = along_rows::<S, M, N>(t.runs, rows, t.b, 2 * S::LANES);
+        if t.plain {
+            for i in 0..M {
+                for j in 0..N {
+                    let at = j * S::LANES;
+                    let part = (t.lanes - at).min(S::LANES);
+                    store_up_to::<S>(t.y.add(y[i] + t.channel + at), acc[i][j], part);
+                }
+            }
+            return;
+        }
         let (low, high) = (S::splat(t.low), S::splat(t.high));
         for j in 0..N {
             let at = j * S::LANES;

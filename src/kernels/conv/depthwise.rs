@@ -15,6 +15,9 @@ use crate::kernels::simd::{Kernel, Simd, Vectors};
 const WORK: usize = 1 << 18;
 /// Positions computed at a time.
 const POSITIONS: usize = 4;
+/// Elements from what is read or written to what is fetched meanwhile: rows of a position's channels are short runs,
+/// which do not look like a stream to the processor.
+const AHEAD: usize = 1 << 10;
 /// Sums of the weight gradient, each over a share of the rows.
 const SLABS: usize = 8;
 /// Positions of a row over which the weight gradient is summed in registers.
@@ -99,6 +102,9 @@ impl<T: Vectors> Kernel<T> for Rows<'_, T> {
                 let mut taps: SmallVec<[Tap; 64]> = SmallVec::new();
                 for t in 0..g.taps() {
                     let [t0, t1, t2] = split(t, g.k);
+                    // Ascending in the source.
+                    let t2 = if way.gradient { g.k[2] - 1 - t2 } else { t2 };
+                    let t = t / g.k[2] * g.k[2] + t2;
                     let (a, b) = (way.inside(0, i0, t0), way.inside(1, i1, t1));
                     if let (Some(a), Some(b), Some(offset)) = (a, b, way.offset(2, r, t2)) {
                         let x = ((image * way.source[0] + a) * way.source[1] + b) * extent * g.c;
@@ -114,13 +120,18 @@ impl<T: Vectors> Kernel<T> for Rows<'_, T> {
                     room if room < 0 => first,
                     room => (room as usize / step + 1).clamp(first, count),
                 };
+                let last_row = taps.iter().map(|t| t.x).max().unwrap_or(0);
+                let fresh = way.step(1).min(last_row / (extent * g.c) + 1);
                 let line = Line {
                     taps: &taps,
+                    triples: g.k[2] == 3 && g.dilation[2] == 1 && way.residues(2) == 1,
                     x: self.x.as_ptr(),
                     w: self.w.as_ptr(),
                     c: g.c,
                     extent: extent as isize,
                     step,
+                    fresh: [last_row - (fresh - 1) * extent * g.c, extent * g.c, fresh],
+                    ahead: AHEAD.div_ceil(g.c),
                     epilogue: &self.epilogue,
                     y: self.y,
                     y_row: (row * way.target[2] + r) * g.c,
@@ -132,7 +143,11 @@ impl<T: Vectors> Kernel<T> for Rows<'_, T> {
                         line.positions::<S, 1, false>(q);
                     }
                     let mut q = first;
-                    while q + POSITIONS <= last {
+                    while q + 2 * POSITIONS <= last {
+                        line.positions::<S, { 2 * POSITIONS }, true>(q);
+                        q += 2 * POSITIONS;
+                    }
+                    if q + POSITIONS <= last {
                         line.positions::<S, POSITIONS, true>(q);
                         q += POSITIONS;
                     }
@@ -152,11 +167,17 @@ impl<T: Vectors> Kernel<T> for Rows<'_, T> {
 /// The results of one row (and residue).
 struct Line<'a, T> {
     taps: &'a [Tap],
+    /// Each three of them are neighbours along a row.
+    triples: bool,
     x: *const T,
     w: *const T,
     c: usize,
     extent: isize,
     step: usize,
+    /// The first of the source's rows that no row before has read, the next one's distance, and how many.
+    fresh: [usize; 3],
+    /// Positions from a vector to what is fetched for later ones.
+    ahead: usize,
     epilogue: &'a Epilogue<'a, T>,
     y: *mut T,
     y_row: usize,
@@ -180,6 +201,63 @@ impl<T: Vectors> Line<'_, T> {
         }
     }
 
+    /// Adds the taps one by one.
+    #[inline(always)]
+    unsafe fn each<S: Simd<Elem = T>, const P: usize, const INSIDE: bool, const WHOLE: bool>(
+        &self,
+        q: usize,
+        channel: usize,
+        lanes: usize,
+        mut acc: [S::V; P],
+    ) -> [S::V; P] {
+        let (first, step) = ((q * self.step) as isize, self.step * self.c);
+        for tap in self.taps {
+            let at = first + tap.offset;
+            if !INSIDE && (at < 0 || at >= self.extent) {
+                continue;
+            }
+            // SAFETY: the caller's promise.
+            unsafe {
+                let x = self.x.add(tap.x + at as usize * self.c + channel);
+                let w = load::<S, WHOLE>(self.w.add(tap.w + channel), lanes);
+                for i in 0..P {
+                    acc[i] = S::fma(load::<S, WHOLE>(x.add(i * step), lanes), w, acc[i]);
+                }
+            }
+        }
+        acc
+    }
+
+    /// Adds three neighbouring taps at a time, so that positions share what is loaded.
+    #[inline(always)]
+    unsafe fn triples<S: Simd<Elem = T>, const P: usize, const STEP: usize, const WHOLE: bool>(
+        &self,
+        q: usize,
+        channel: usize,
+        lanes: usize,
+        mut acc: [S::V; P],
+    ) -> [S::V; P] {
+        for t in (0..self.taps.len()).step_by(3) {
+            let taps = &self.taps[t..t + 3];
+            let at = (q * STEP) as isize + taps[0].offset;
+            // SAFETY: the caller's promise.
+            unsafe {
+                let x = self.x.add(taps[0].x + at as usize * self.c + channel);
+                let mut w = [S::splat(T::zero()); 3];
+                for k in 0..3 {
+                    w[k] = load::<S, WHOLE>(self.w.add(taps[k].w + channel), lanes);
+                }
+                for i in 0..P {
+                    for k in 0..3 {
+                        let x = load::<S, WHOLE>(x.add((i * STEP + k) * self.c), lanes);
+                        acc[i] = S::fma(x, w[k], acc[i]);
+                    }
+                }
+            }
+        }
+        acc
+    }
+
     #[inline(always)]
     unsafe fn vectors<S: Simd<Elem = T>, const P: usize, const INSIDE: bool, const WHOLE: bool>(
         &self,
@@ -193,18 +271,28 @@ impl<T: Vectors> Line<'_, T> {
                 Some(b) => load::<S, WHOLE>(b.as_ptr().add(channel), lanes),
                 None => S::splat(T::zero()),
             }; P];
-            let (first, step) = ((q * self.step) as isize, self.step * self.c);
-            for tap in self.taps {
-                let at = first + tap.offset;
-                if !INSIDE && (at < 0 || at >= self.extent) {
-                    continue;
+            if INSIDE && P > 1 {
+                let [row, next, rows] = self.fresh;
+                let x = self.x.wrapping_add(row + (q * self.step + self.ahead) * self.c + channel);
+                for r in 0..rows {
+                    for i in 0..P * self.step {
+                        S::prefetch(x.wrapping_add(r * next + i * self.c));
+                    }
                 }
-                let x = self.x.add(tap.x + at as usize * self.c + channel);
-                let w = load::<S, WHOLE>(self.w.add(tap.w + channel), lanes);
+                let y = self.y.wrapping_add(self.y_row + q * self.y_step + self.ahead * self.c + channel);
                 for i in 0..P {
-                    acc[i] = S::fma(load::<S, WHOLE>(x.add(i * step), lanes), w, acc[i]);
+                    S::prefetch_write(y.wrapping_add(i * self.y_step));
                 }
             }
+            acc = match self.step {
+                1 if INSIDE && P > 1 && self.triples => {
+                    self.triples::<S, P, 1, WHOLE>(q, channel, lanes, acc)
+                }
+                2 if INSIDE && P > 1 && self.triples => {
+                    self.triples::<S, P, 2, WHOLE>(q, channel, lanes, acc)
+                }
+                _ => self.each::<S, P, INSIDE, WHOLE>(q, channel, lanes, acc),
+            };
             let (low, high) = (S::splat(self.epilogue.clamp.low), S::splat(self.epilogue.clamp.high));
             for i in 0..P {
                 let at = self.y_row + (q + i) * self.y_step + channel;

@@ -67,6 +67,10 @@ impl<T: Vectors> Epilogue<'_, T> {
         Epilogue { bias: None, residual: Residual::None, clamp: Clamp::NONE.to() }
     }
 
+    fn is_none(&self) -> bool {
+        self.bias.is_none() && matches!(self.residual, Residual::None) && self.clamp.is_none()
+    }
+
     /// Of results that are all zero.
     fn of_nothing(&self, channels: usize, y: &mut [T]) {
         for (i, y) in y.iter_mut().enumerate() {

@@ -1,0 +1,92 @@
+//! Zeroed, aligned memory.
+
+use bytemuck::{Pod, Zeroable};
+use memmap2::MmapMut;
+
+/// The unit of aligned storage.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// Alignment of every tensor in bytes.
+pub const ALIGN: usize = 64;
+/// Bytes from which on memory is asked for in huge pages: a step that streams through hundreds of megabytes otherwise
+/// waits for page tables more than for memory.
+const HUGE: usize = 1 << 22;
+
+/// A zero-initialised, 64-byte-aligned run of bytes.
+pub struct Buffer(Memory);
+
+enum Memory {
+    Lines(Vec<Line>),
+    Pages(MmapMut),
+}
+
+impl Buffer {
+    /// At least `bytes` bytes, all zero.
+    pub fn zeroed(bytes: usize) -> Self {
+        let lines = bytes.div_ceil(ALIGN);
+        Buffer(match pages(lines * ALIGN) {
+            Some(map) => Memory::Pages(map),
+            None => Memory::Lines(vec![Line::zeroed(); lines]),
+        })
+    }
+
+    /// Extends to at least `bytes` bytes; what is new is zero.
+    pub fn grow(&mut self, bytes: usize) {
+        if bytes > self.len() {
+            let mut larger = Buffer::zeroed(bytes);
+            larger.bytes_mut()[..self.len()].copy_from_slice(self.bytes());
+            *self = larger;
+        }
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        match &self.0 {
+            Memory::Lines(lines) => bytemuck::cast_slice(lines),
+            Memory::Pages(map) => map,
+        }
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        match &mut self.0 {
+            Memory::Lines(lines) => bytemuck::cast_slice_mut(lines),
+            Memory::Pages(map) => map,
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.bytes().len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Memory of its own in huge pages, where it is large and the system has them.
+#[cfg(target_os = "linux")]
+fn pages(bytes: usize) -> Option<MmapMut> {
+    let map = (bytes >= HUGE).then(|| MmapMut::map_anon(bytes).ok()).flatten()?;
+    map.advise(memmap2::Advice::HugePage).ok().map(|()| map)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn pages(bytes: usize) -> Option<MmapMut> {
+    let _ = (bytes, HUGE);
+    None
+}
+
+impl Default for Buffer {
+    fn default() -> Self {
+        Buffer(Memory::Lines(Vec::new()))
+    }
+}
+
+impl Clone for Buffer {
+    fn clone(&self) -> Self {
+        let mut copy = Buffer::zeroed(self.len());
+        copy.bytes_mut().copy_from_slice(self.bytes());
+        copy
+    }
+}
