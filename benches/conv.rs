@@ -117,7 +117,7 @@ fn input_grad(bencher: Bencher, shape: &Shape) {
 #[divan::bench(args = SHAPES)]
 fn weight_grad(bencher: Bencher, shape: &Shape) {
     let s = setup(shape);
-    let op = ConvWeightGrad { conv: s.conv.clone(), w: Dims::from_slice(s.w.dims()) };
+    let op = ConvWeightGrad { conv: s.conv.clone(), w: Dims::from_slice(s.w.dims()), norm: None };
     run(bencher, s.flops, &op, [&s.dy, &s.x], s.w.dims());
 }
 

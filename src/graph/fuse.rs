@@ -1,6 +1,7 @@
 //! Joins chains of operators into one, before a graph is differentiated and planned.
 
 mod gelu;
+mod norms;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +22,8 @@ use crate::ops::matmul::{MatMul, MatMulAs};
 use crate::ops::unary::{Relu, Unary};
 use crate::plan::Request;
 use crate::tensor::Meta;
+
+pub use norms::normalise_again;
 
 /// Fuses a forward graph whose shapes are inferred: normalisations and convolutions with the sum and the activation
 /// that follow; and where no `weights_learn`, convolutions with a normalisation by given statistics. Products take the

@@ -28,6 +28,7 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// `a·b + c`
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     /// Where one of them is no number: `b` (so `max(bound, x)` keeps an x that is none).
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
@@ -214,6 +215,10 @@ unsafe impl<T: Float> Simd for Plain<T> {
         each(|i| a[i] + b[i])
     }
     #[inline(always)]
+    unsafe fn sub(a: [T; 4], b: [T; 4]) -> [T; 4] {
+        each(|i| a[i] - b[i])
+    }
+    #[inline(always)]
     unsafe fn mul(a: [T; 4], b: [T; 4]) -> [T; 4] {
         each(|i| a[i] * b[i])
     }
@@ -238,7 +243,7 @@ unsafe impl<T: Float> Simd for Plain<T> {
 /// Implements [`Simd`] for `f32` by one intrinsic a method.
 macro_rules! vectors {
     ($(#[$doc:meta])* $name:ident, $v:ty, $lanes:literal, $rows:literal,
-     $splat:path, $load:path, $store:path, $add:path, $mul:path, $max:path, $min:path,
+     $splat:path, $load:path, $store:path, $add:path, $sub:path, $mul:path, $max:path, $min:path,
      fma: |$a:ident, $b:ident, $c:ident| $fma:expr,
      pass: |$py:ident, $low:ident, $high:ident, $px:ident| $pass:expr,
      prefetch: |$at:ident| $prefetch:expr,
@@ -293,6 +298,11 @@ macro_rules! vectors {
                 unsafe { $add(a, b) }
             }
             #[inline(always)]
+            unsafe fn sub(a: $v, b: $v) -> $v {
+                // SAFETY: see `splat`.
+                unsafe { $sub(a, b) }
+            }
+            #[inline(always)]
             unsafe fn mul(a: $v, b: $v) -> $v {
                 // SAFETY: see `splat`.
                 unsafe { $mul(a, b) }
@@ -340,7 +350,7 @@ pub mod x86 {
     vectors!(
         /// AVX-512: 16 lanes, masked tails.
         Avx512, __m512, 16, 8,
-        _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps, _mm512_mul_ps, _mm512_max_ps, _mm512_min_ps,
+        _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps, _mm512_sub_ps, _mm512_mul_ps, _mm512_max_ps, _mm512_min_ps,
         fma: |a, b, c| _mm512_fmadd_ps(a, b, c),
         pass: |y, low, high, x| {
             let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(y, low);
@@ -396,7 +406,7 @@ pub mod x86 {
     vectors!(
         /// AVX2 with FMA: 8 lanes, masked tails.
         Avx2, __m256, 8, 6,
-        _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps, _mm256_mul_ps, _mm256_max_ps, _mm256_min_ps,
+        _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps, _mm256_sub_ps, _mm256_mul_ps, _mm256_max_ps, _mm256_min_ps,
         fma: |a, b, c| _mm256_fmadd_ps(a, b, c),
         pass: |y, low, high, x| {
             let inside = _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(y, low), _mm256_cmp_ps::<_CMP_LT_OQ>(y, high));
@@ -445,7 +455,7 @@ pub mod arm {
     vectors!(
         /// NEON: 4 lanes.
         Neon, float32x4_t, 4, 8,
-        vdupq_n_f32, vld1q_f32, vst1q_f32, vaddq_f32, vmulq_f32, vmaxq_f32, vminq_f32,
+        vdupq_n_f32, vld1q_f32, vst1q_f32, vaddq_f32, vsubq_f32, vmulq_f32, vmaxq_f32, vminq_f32,
         fma: |a, b, c| vfmaq_f32(c, a, b),
         pass: |y, low, high, x| {
             let inside = vandq_u32(vcgtq_f32(y, low), vcltq_f32(y, high));

@@ -76,6 +76,11 @@ impl BatchNormalization {
         self.spatial.then_some(self.epsilon)
     }
 
+    /// What is done to the result last.
+    pub fn clamp(&self) -> Clamp<f64> {
+        self.clamp
+    }
+
     /// The same with an activation (and, where there is an input 5, a residual) fused in.
     pub fn then(&self, clamp: Clamp<f64>) -> Self {
         BatchNormalization { clamp, ..self.clone() }

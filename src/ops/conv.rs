@@ -1,11 +1,14 @@
 //! Convolution and its gradients.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::conv::{self as kernel, Epilogue, Geometry, Residual};
+use crate::kernels::conv::{self as kernel, Epilogue, Geometry, Load, Residual};
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::Channels;
@@ -189,7 +192,7 @@ impl Op for Conv {
         if g.wants(1) {
             // dW[t] = Σ_{n,i} dY[i] · X[stride·i + dilation·t − pad]ᵀ   (M, C/group, kernel…)
             let w = g.meta(w)?.dims.clone();
-            grads[1] = Some(g.emit(ConvWeightGrad { conv: self.clone(), w }, &[dy, x])?);
+            grads[1] = Some(g.emit(ConvWeightGrad { conv: self.clone(), w, norm: None }, &[dy, x])?);
         }
         if g.wants(2) {
             // db = Σ_{n,i} dY[n, :, i]   (M)
@@ -263,10 +266,21 @@ impl Op for ConvInputGrad {
 }
 
 /// The gradient of `Conv` with respect to its weights, of dimensions `w`: from dY and X.
+///
+/// Where a depthwise convolution read the result of a batch normalisation, X may be what that read: it is then
+/// normalised once more, and clamped, by inputs 2 to 5: mean, inverse deviation, scale and shift.
 #[derive(Debug)]
 pub struct ConvWeightGrad {
     pub conv: Conv,
     pub w: Dims,
+    pub norm: Option<Clamp<f64>>,
+}
+
+impl ConvWeightGrad {
+    /// Could the input be normalised while it is read?
+    pub fn can_normalise(&self, x: &[usize]) -> bool {
+        self.conv.geometry(x, &self.w).is_ok_and(|(g, _)| g.depthwise())
+    }
 }
 
 impl Op for ConvWeightGrad {
@@ -277,18 +291,40 @@ impl Op for ConvWeightGrad {
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let (dy, x) = (need(inputs, 0)?, need(inputs, 1)?);
         same_type(dy, x)?;
-        let (_, y) = self.conv.geometry(&x.dims, &self.w)?;
+        let (g, y) = self.conv.geometry(&x.dims, &self.w)?;
         expect(&dy.dims, &y)?;
+        if self.norm.is_some() {
+            if !g.depthwise() {
+                return Err(OpError::Shape("only depthwise convolutions normalise what they read".into()));
+            }
+            for i in 2..6 {
+                same_type(dy, need(inputs, i)?)?;
+                expect(&need(inputs, i)?.dims, &[g.c])?;
+            }
+        }
         Ok(vec![Meta::new(dy.dtype, &self.w)])
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let (dy, x) = (need(x, 0)?, need(x, 1)?);
-        let (g, _) = self.conv.geometry(x.dims, &self.w)?;
-        float_dispatch!(dy.dtype, T => {
+        let (g, _) = self.conv.geometry(need(x, 1)?.dims, &self.w)?;
+        float_dispatch!(need(x, 0)?.dtype, T => {
+            let of = |i: usize| need(x, i)?.get::<T>();
             let dw = out(y, 0)?.get::<T>()?;
-            let (dy, x) = (dy.get::<T>()?, x.get::<T>()?);
-            kernel::weight_grad(&g, dy, x, dw, floats(cx.scratch)?);
+            let coefficients = if self.norm.is_some() { g.c } else { 0 };
+            let (factor, scratch) = floats(cx.scratch)?
+                .split_at_mut_checked(coefficients)
+                .ok_or_else(|| OpError::Internal("too little scratch memory".into()))?;
+            let load = match self.norm {
+                None => None,
+                Some(clamp) => {
+                    for ((f, scale), inv) in factor.iter_mut().zip(of(4)?).zip(of(3)?) {
+                        // As the forward pass computed it.
+                        *f = T::of(scale.to64() * inv.to64());
+                    }
+                    Some(Load { mean: of(2)?, factor, shift: of(5)?, clamp: clamp.to() })
+                }
+            };
+            kernel::weight_grad(&g, of(0)?, of(1)?, load, dw, scratch);
             Ok(())
         })
     }
@@ -297,12 +333,14 @@ impl Op for ConvWeightGrad {
         let Some(x) = get(inputs, 1) else { return 0 };
         let g = self.conv.geometry(&x.dims, &self.w);
         g.map_or(0, |(g, _)| {
+            let norm = if self.norm.is_some() { g.c + kernel::load_scratch(&g) } else { 0 };
             room(&g, x.dtype, [kernel::weight_grad_scratch::<f32>, kernel::weight_grad_scratch::<f64>])
+                + norm * x.dtype.size()
         })
     }
 
     fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
-        let op = ConvWeightGrad { conv: self.conv.last(), w: self.w.clone() };
+        let op = ConvWeightGrad { conv: self.conv.last(), w: self.w.clone(), norm: self.norm };
         Some(ChannelsLast::by(op, &[true, true], &[]).wanted())
     }
 
@@ -405,130 +443,4 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         conv("no images", &[0, 3, 5, 6], &[4, 3, 3, 3]).input(&[4]),
         Case::new("Conv", 1).named("opset 1").input(&[1, 1, 3, 3]).input(&[1, 1, 2, 2]),
     ]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ops::eval;
-    use crate::tensor::Tensor;
-
-    #[test]
-    fn conv_cases() {
-        cases().iter().for_each(crate::ops::cases::check);
-    }
-
-    fn wave(dims: &[usize], step: f64) -> Tensor {
-        let data: Vec<f64> = (0..dims.iter().product()).map(|i| (i as f64 * step).sin()).collect();
-        Tensor::from_slice(dims, &data).unwrap()
-    }
-
-    /// Forward against the defining sum; the gradients follow by the cases' finite differences.
-    #[test]
-    fn conv_is_its_definition() {
-        for case in cases() {
-            let (attrs, dims) = case.attributes_and_dims();
-            let conv = Conv {
-                window: Window::of(attrs).unwrap(),
-                groups: attrs.int_or("group", 1).unwrap() as usize,
-                clamp: Clamp::NONE,
-                layout: Layout::First,
-            };
-            let (x, w) = (wave(&dims[0], 0.7), wave(&dims[1], 1.3));
-            let y = eval(&conv, &[Some(&x), Some(&w)]).unwrap().remove(0);
-            let (g, _) = conv.geometry(x.dims(), w.dims()).unwrap();
-            let (xs, ws, ys) = (x.to_f64(), w.to_f64(), y.to_f64());
-            let (cg, og) = (g.c / g.groups, g.oc / g.groups);
-            let size = |d: [usize; 3]| d.iter().product::<usize>();
-            let split = |i: usize, d: [usize; 3]| [i / (d[1] * d[2]), i / d[2] % d[1], i % d[2]];
-            for (at, got) in ys.iter().enumerate() {
-                let (n, o, p) = (at / size(g.y) / g.oc, at / size(g.y) % g.oc, at % size(g.y));
-                let pos = split(p, g.y);
-                let mut want = 0.0;
-                for (c, t) in (0..cg).flat_map(|c| (0..size(g.k)).map(move |t| (c, t))) {
-                    let tap = split(t, g.k);
-                    let i: [usize; 3] = std::array::from_fn(|d| {
-                        (pos[d] * g.stride[d] + tap[d] * g.dilation[d]).wrapping_sub(g.pad[d])
-                    });
-                    if (0..3).all(|d| i[d] < g.x[d]) {
-                        let from = (n * g.c + o / og * cg + c) * size(g.x);
-                        want += xs[from + (i[0] * g.x[1] + i[1]) * g.x[2] + i[2]]
-                            * ws[(o * cg + c) * size(g.k) + t];
-                    }
-                }
-                assert!((want - got).abs() < 1e-10, "{}: {want} {got}", case.name);
-            }
-        }
-    }
-
-    /// Layers of many weights and few positions have kernels of their own; too large for finite differences.
-    #[test]
-    fn many_weights_few_positions() {
-        let (x, w) = (wave(&[1, 370, 8, 7], 0.7), wave(&[360, 370, 3, 3], 1.3));
-        let pads = crate::ops::window::AutoPad::SameUpper;
-        let window = Window { auto_pad: pads, ..Window::of(&crate::ops::Attrs::default()).unwrap() };
-        let conv = Conv { window, groups: 1, clamp: Clamp::NONE, layout: Layout::First };
-        // The same convolution in parts that are small enough for the others.
-        let y = eval(&conv, &[Some(&x), Some(&w)]).unwrap().remove(0);
-        let part = Tensor::from_slice(&[2, 370, 3, 3], &w.to_f64()[358 * 3330..]).unwrap();
-        let last = eval(&conv, &[Some(&x), Some(&part)]).unwrap().remove(0);
-        let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-9, "{a} {b}");
-        for (a, b) in y.to_f64()[358 * 56..].iter().zip(last.to_f64()) {
-            close(*a, b);
-        }
-        // Both gradients are the forward pass's transposes.
-        let dy = wave(&[1, 360, 8, 7], 0.9);
-        let dot = |a: &Tensor, b: &Tensor| a.to_f64().iter().zip(b.to_f64()).map(|(a, b)| a * b).sum::<f64>();
-        let input = ConvInputGrad { conv: conv.clone(), x: Dims::from_slice(x.dims()) };
-        let weight = ConvWeightGrad { conv: conv.clone(), w: Dims::from_slice(w.dims()) };
-        let (x2, w2) = (wave(x.dims(), 1.7), wave(w.dims(), 0.3));
-        let dx = eval(&input, &[Some(&dy), Some(&w)]).unwrap().remove(0);
-        let y2 = eval(&conv, &[Some(&x2), Some(&w)]).unwrap().remove(0);
-        assert!((dot(&dx, &x2) / dot(&dy, &y2) - 1.0).abs() < 1e-9);
-        let dw = eval(&weight, &[Some(&dy), Some(&x)]).unwrap().remove(0);
-        let y2 = eval(&conv, &[Some(&x), Some(&w2)]).unwrap().remove(0);
-        assert!((dot(&dw, &w2) / dot(&dy, &y2) - 1.0).abs() < 1e-9);
-    }
-
-    #[test]
-    fn bits_do_not_depend_on_threads() {
-        let pools: Vec<_> =
-            (1..5).map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap()).collect();
-        for (x, w, groups, stride) in [
-            ([3, 16, 32, 32], [16, 16, 3, 3], 1, 1),
-            ([1, 3, 40, 41], [16, 3, 3, 3], 1, 2),
-            ([9, 32, 16, 16], [64, 32, 3, 3], 1, 2),
-            ([5, 24, 14, 14], [24, 1, 3, 3], 24, 1),
-            ([2, 64, 7, 7], [80, 64, 1, 1], 1, 1),
-            ([3, 64, 8, 8], [70, 64, 3, 3], 1, 1),
-            ([2, 370, 8, 8], [360, 370, 3, 3], 1, 1),
-        ] {
-            let window = Window {
-                auto_pad: crate::ops::window::AutoPad::SameUpper,
-                kernel: vec![],
-                strides: vec![stride; 2],
-                dilations: vec![],
-                pads: vec![],
-                ceil: false,
-            };
-            let conv = Conv { window, groups, clamp: Clamp::NONE, layout: Layout::First };
-            let (tx, tw) = (wave(&x, 0.7).cast(DType::F32), wave(&w, 1.3).cast(DType::F32));
-            let (_, y) = conv.geometry(&x, &w).unwrap();
-            let dy = wave(&y, 0.9).cast(DType::F32);
-            let run = || {
-                let input = ConvInputGrad { conv: conv.clone(), x: Dims::from_slice(&x) };
-                let weight = ConvWeightGrad { conv: conv.clone(), w: Dims::from_slice(&w) };
-                [
-                    eval(&conv, &[Some(&tx), Some(&tw)]).unwrap().remove(0),
-                    eval(&input, &[Some(&dy), Some(&tw)]).unwrap().remove(0),
-                    eval(&weight, &[Some(&dy), Some(&tx)]).unwrap().remove(0),
-                ]
-            };
-            let first = run();
-            for pool in &pools {
-                let again = pool.install(run);
-                assert!(first.iter().zip(&again).all(|(a, b)| a.bytes() == b.bytes()), "{x:?} {w:?}");
-            }
-        }
-    }
 }

@@ -85,6 +85,15 @@ impl<T: Vectors> Epilogue<'_, T> {
     }
 }
 
+/// How the input is read where it is normalised first: `clamp((x − mean)·factor + shift)`, one of each a channel.
+#[derive(Debug, Clone, Copy)]
+pub struct Load<'a, T> {
+    pub mean: &'a [T],
+    pub factor: &'a [T],
+    pub shift: &'a [T],
+    pub clamp: Clamp<T>,
+}
+
 fn volume(d: [usize; 3]) -> usize {
     d.iter().product()
 }
@@ -135,7 +144,8 @@ impl Geometry {
         self.outputs() == 0 || self.inputs() * self.taps() == 0
     }
 
-    fn depthwise(&self) -> bool {
+    /// One input and one output channel a group, of several.
+    pub fn depthwise(&self) -> bool {
         self.groups > 1 && self.groups == self.c && self.groups == self.oc
     }
 
@@ -276,24 +286,37 @@ pub fn weight_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
         }
 }
 
-/// `dW[t] = Σ_{n,i} dY[i]·X[stride·i + dilation·t − pad]ᵀ` (M, C/groups, k…).
-pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], scratch: &mut [T]) {
+/// Those that [`weight_grad`] needs besides to read its input by a [`Load`].
+pub fn load_scratch(g: &Geometry) -> usize {
+    if g.is_empty() { 0 } else { depthwise::load_scratch(g) }
+}
+
+/// `dW[t] = Σ_{n,i} dY[i]·X[stride·i + dilation·t − pad]ᵀ` (M, C/groups, k…). Depthwise ones can read X by a [`Load`].
+pub fn weight_grad<T: Vectors>(
+    g: &Geometry,
+    dy: &[T],
+    x: &[T],
+    load: Option<Load<T>>,
+    dw: &mut [T],
+    scratch: &mut [T],
+) {
+    assert!(load.is_none() || g.depthwise(), "an input that is normalised while it is read");
     if g.is_empty() {
         return dw.fill(T::zero());
     }
-    let kernel = match () {
-        _ if g.depthwise() => depthwise::weight_grad,
-        _ if winograd::applies_forward(g) => winograd::weight::weight_grad,
-        _ => weight::weight_grad,
+    let kernel = |dy: &[T], x: &[T], dw: &mut [T], scratch: &mut [T]| match () {
+        _ if g.depthwise() => depthwise::weight_grad(g, dy, x, load, dw, scratch),
+        _ if winograd::applies_forward(g) => winograd::weight::weight_grad(g, dy, x, dw, scratch),
+        _ => weight::weight_grad(g, dy, x, dw, scratch),
     };
     if g.layout == Layout::Last {
-        return kernel(g, dy, x, dw, scratch);
+        return kernel(dy, x, dw, scratch);
     }
     let (x_last, rest) = scratch.split_at_mut(g.inputs());
     let (y_last, rest) = rest.split_at_mut(g.outputs());
     transpose(g.n, g.c, volume(g.x), x, x_last);
     transpose(g.n, g.oc, volume(g.y), dy, y_last);
-    kernel(g, y_last, x_last, dw, rest);
+    kernel(y_last, x_last, dw, rest);
 }
 
 /// Elements of scratch for as many of the tasks as run at a time, `size` each.
