@@ -461,8 +461,12 @@ pub mod arm {
             let inside = vandq_u32(vcgtq_f32(y, low), vcltq_f32(y, high));
             vreinterpretq_f32_u32(vandq_u32(inside, vreinterpretq_u32_f32(x)))
         },
-        prefetch: |_p| {},
-        prefetch_write: |_p| {},
+        prefetch: |p| {
+            std::arch::asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))
+        },
+        prefetch_write: |p| {
+            std::arch::asm!("prfm pstl1keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))
+        },
         load_part: |p, n| {
             let mut all = [0.0f32; 4];
             std::ptr::copy_nonoverlapping(p, all.as_mut_ptr(), n);
