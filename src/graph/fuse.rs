@@ -27,7 +27,7 @@ pub use norms::normalise_again;
 
 /// Fuses a forward graph whose shapes are inferred: normalisations and convolutions with the sum and the activation
 /// that follow; and where no `weights_learn`, convolutions with a normalisation by given statistics. Products take the
-/// bias and the sum that follow. The Gaussian error linear unit becomes one operator where it is spelled out.
+/// factor, the bias and the sum that follow. The Gaussian error linear unit becomes one operator where it is spelled out.
 ///
 /// The values in `keep` and the graph's outputs are computed as before. Others may vanish.
 pub fn fuse(graph: &mut Graph, keep: &[ValueId], weights_learn: bool) -> Result<()> {
@@ -207,7 +207,7 @@ impl Chains {
         tail
     }
 
-    /// A product with a bias and something of its shape that are added to it.
+    /// A product with the number it is multiplied by, and then a bias and something of its shape that are added to it.
     fn product(&mut self, graph: &mut Graph, head: NodeId) {
         let mut node = graph.node(head).clone();
         let ([Some(y)], &[Some(_), Some(b)]) = (&node.outputs[..], &node.inputs[..]) else { return };
@@ -218,7 +218,12 @@ impl Chains {
         }
         let mut tail = Tail::of(head, y);
         node.inputs.push(None);
-        if let Some((id, bias)) = self.bias(graph, y)
+        if let Some((id, alpha)) = self.factor(graph, y)
+            && self.extend(graph, &mut tail, id)
+        {
+            node.op = Arc::new(MatMul { alpha: alpha as f32 });
+        }
+        if let Some((id, bias)) = self.bias(graph, tail.out)
             && self.extend(graph, &mut tail, id)
         {
             node.inputs[2] = Some(bias);
@@ -231,6 +236,21 @@ impl Chains {
         if tail.is_longer() {
             self.replace(graph, &tail, SmallVec::from_iter([node]));
         }
+    }
+
+    /// The product or quotient of `v`, which alone reads it, with a known number, and what that multiplies by.
+    fn factor(&self, graph: &Graph, v: ValueId) -> Option<(NodeId, f64)> {
+        let id = self.next(graph, v)?;
+        let node = graph.node(id);
+        let (op, [Some(a), Some(b)]) = (node.op.as_a::<Binary>()?, &node.inputs[..]) else { return None };
+        let alpha = match op {
+            Binary::Mul => gelu::scalar(graph, if *a == v { *b } else { *a })?,
+            Binary::Div if *a == v => 1.0 / gelu::scalar(graph, *b)?,
+            _ => return None,
+        };
+        let float = graph.value(v).meta.as_ref().is_some_and(|m| m.dtype.is_float());
+        let out = node.outputs.first().copied().flatten()?;
+        (float && (alpha as f32).is_normal() && same_shape(graph, v, out)).then_some((id, alpha))
     }
 
     /// The sum that alone reads `v`, and a vector along its last axis that is added.

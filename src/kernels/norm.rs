@@ -70,9 +70,18 @@ pub fn sum2<T: Float>(x: &[T], y: &[T], f: impl Fn(T, T) -> T) -> f64 {
     total
 }
 
+/// Their sum, in a tree.
 #[inline(always)]
 fn lanes<T: Float>(acc: &[T; LANES]) -> f64 {
-    acc.iter().map(|a| a.to64()).sum()
+    let mut sums = acc.map(|a| a.to64());
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            sums[i] += sums[i + half];
+        }
+        half /= 2;
+    }
+    sums[0]
 }
 
 /// Number, mean and sum of squared distances from the mean.

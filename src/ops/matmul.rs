@@ -1,9 +1,10 @@
 //! Matrix products: `Gemm`, `MatMul`.
 
+mod ints;
+
 use std::sync::Arc;
 
-use num_traits::{WrappingAdd, WrappingMul};
-
+use self::ints::{GemmInts, Ints, int_dispatch};
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
@@ -188,10 +189,18 @@ impl Op for Scale {
 
 /// ONNX `MatMul` (opset 1): matrices, stacks of matrices with broadcast stack dimensions, and vectors.
 ///
-/// Fused with the sums that follow, it has two operands more, both optional: a bias of (N), and something of the
-/// result's shape.
+/// Fused with what follows, the product is scaled by `alpha`, and there are two operands more, both optional: a bias of
+/// (N), and something of the result's shape.
 #[derive(Debug)]
-pub struct MatMul;
+pub struct MatMul {
+    pub alpha: f32,
+}
+
+impl Default for MatMul {
+    fn default() -> Self {
+        MatMul { alpha: 1.0 }
+    }
+}
 
 /// Operands of a stacked product after vectors have become matrices.
 #[derive(Debug)]
@@ -296,7 +305,7 @@ impl Op for MatMul {
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let s = Stacked::of(need(x, 0)?.dims, need(x, 1)?.dims, false, false)?;
-        stacked(cx, &s, x, [2, 3], out(y, 0)?)
+        stacked(cx, &s, self.alpha, x, [2, 3], out(y, 0)?)
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
@@ -318,6 +327,7 @@ impl Op for MatMul {
         let (da, db) = (g.meta(a)?.dims.clone(), g.meta(b)?.dims.clone());
         let s = Stacked::of(&da, &db, false, false)?;
         let (k, rows) = (s.a[s.a.len() - 1], s.rows());
+        let alpha = self.alpha;
         let with = |last: &[usize]| s.stack.iter().chain(last).copied().collect::<Dims>();
         let (py, flat) = (with(&[s.m, s.n]), Dims::from_slice(&[rows, s.n]));
         // What was added: dY; the bias (N): dY summed over all rows
@@ -326,29 +336,29 @@ impl Op for MatMul {
             grads[2] = Some(g.emit(ChannelSum { channels: Channels { n: rows, c: s.n, s: 1 } }, &[dy])?);
         }
         if g.wants(0) {
-            // dA = dY·Bᵀ   (…, M, K), summed over A's broadcast stack dimensions by the driver
+            // dA = α dY·Bᵀ   (…, M, K), summed over A's broadcast stack dimensions by the driver
             let op = match s.one_b() {
                 true => {
                     let b = Dims::from_slice(&[k, s.n]);
-                    MatMulAs { a: flat.clone(), b, trans_a: false, trans_b: true, y: da }
+                    MatMulAs { a: flat.clone(), b, trans_a: false, trans_b: true, alpha, y: da }
                 }
                 false => {
                     let y = if da.len() == 1 { with(&[k]) } else { with(&[s.m, k]) };
-                    MatMulAs { a: py.clone(), b: s.b.clone(), trans_a: false, trans_b: true, y }
+                    MatMulAs { a: py.clone(), b: s.b.clone(), trans_a: false, trans_b: true, alpha, y }
                 }
             };
             grads[0] = Some(g.emit(op, &[dy, b])?);
         }
         if g.wants(1) {
-            // dB = Aᵀ·dY   (…, K, N); of one B for the whole stack: one product over all rows
+            // dB = α Aᵀ·dY   (…, K, N); of one B for the whole stack: one product over all rows
             let op = match s.one_b() {
                 true => {
                     let a = Dims::from_slice(&[rows, k]);
-                    MatMulAs { a, b: flat, trans_a: true, trans_b: false, y: db }
+                    MatMulAs { a, b: flat, trans_a: true, trans_b: false, alpha, y: db }
                 }
                 false => {
                     let y = if db.len() == 1 { with(&[k]) } else { with(&[k, s.n]) };
-                    MatMulAs { a: s.a.clone(), b: py, trans_a: true, trans_b: false, y }
+                    MatMulAs { a: s.a.clone(), b: py, trans_a: true, trans_b: false, alpha, y }
                 }
             };
             grads[1] = Some(g.emit(op, &[a, dy])?);
@@ -357,14 +367,15 @@ impl Op for MatMul {
     }
 }
 
-/// A stacked product of operands seen as `a` and `b`, transposed or not, into a tensor seen as `y`; a third operand of
-/// its shape is added.
+/// `alpha` times a stacked product of operands seen as `a` and `b`, transposed or not, into a tensor seen as `y`; a third
+/// operand of its shape is added.
 #[derive(Debug)]
 pub struct MatMulAs {
     pub a: Dims,
     pub b: Dims,
     pub trans_a: bool,
     pub trans_b: bool,
+    pub alpha: f32,
     pub y: Dims,
 }
 
@@ -391,7 +402,7 @@ impl Op for MatMulAs {
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let s = Stacked::of(&self.a, &self.b, self.trans_a, self.trans_b)?;
-        stacked(cx, &s, x, [x.len(), 2], out(y, 0)?)
+        stacked(cx, &s, self.alpha, x, [x.len(), 2], out(y, 0)?)
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
@@ -412,10 +423,11 @@ impl Op for MatMulAs {
     }
 }
 
-/// The product of `x[0]` and `x[1]`; `row` and `all` say which operands are added to it.
+/// The product of `x[0]` and `x[1]`, of floats times `alpha`; `row` and `all` say which operands are added to it.
 fn stacked(
     cx: &mut Cx,
     s: &Stacked,
+    alpha: f32,
     x: &[Option<View>],
     [row, all]: [usize; 2],
     y: &mut ViewMut,
@@ -444,6 +456,7 @@ fn stacked(
     float_dispatch!(a.dtype, T => {
         let (a, b, y) = (a.get::<T>()?, b.get::<T>()?, y.get::<T>()?);
         let (mut p, batch) = s.product::<T>();
+        p.alpha = T::of(alpha as f64);
         let scratch = cx.room(room(&p, batch))?;
         let row = get(x, row).map(|v| v.get::<T>()).transpose()?;
         let plus = Plus { row, all: get(x, all).map(|v| v.get::<T>()).transpose()? };
@@ -464,81 +477,8 @@ fn same_type(a: &Meta, b: &Meta) -> Result<(), OpError> {
     }
 }
 
-/// A computation over any of the integer types that ONNX multiplies matrices of.
-trait OverInts {
-    fn run<T: Elem + WrappingAdd + WrappingMul>(&mut self) -> Result<(), OpError>;
-}
-
-fn int_dispatch(dtype: DType, f: &mut impl OverInts) -> Result<(), OpError> {
-    match dtype {
-        DType::I32 => f.run::<i32>(),
-        DType::I64 => f.run::<i64>(),
-        DType::U32 => f.run::<u32>(),
-        DType::U64 => f.run::<u64>(),
-        other => Err(OpError::Type(format!("a matrix product of {other}"))),
-    }
-}
-
-struct Ints<'a, 'b> {
-    p: Product<f64>,
-    count: usize,
-    at: &'a dyn Fn(usize) -> [usize; 2],
-    a: View<'a>,
-    b: View<'a>,
-    y: &'a mut ViewMut<'b>,
-}
-
-impl OverInts for Ints<'_, '_> {
-    fn run<T: Elem + WrappingAdd + WrappingMul>(&mut self) -> Result<(), OpError> {
-        let (a, b, y) = (self.a.get::<T>()?, self.b.get::<T>()?, self.y.get::<T>()?);
-        y.fill(T::default());
-        for i in 0..self.count {
-            let [from_a, from_b] = (self.at)(i);
-            let size = self.p.m * self.p.n;
-            multiply_ints(&self.p, &a[from_a..], &b[from_b..], &mut y[i * size..(i + 1) * size]);
-        }
-        Ok(())
-    }
-}
-
-struct GemmInts<'a, 'b> {
-    op: &'a Gemm,
-    a: View<'a>,
-    b: View<'a>,
-    c: Option<View<'a>>,
-    y: &'a mut ViewMut<'b>,
-    mnk: [usize; 3],
-}
-
-impl OverInts for GemmInts<'_, '_> {
-    fn run<T: Elem + WrappingAdd + WrappingMul>(&mut self) -> Result<(), OpError> {
-        let [m, n, k] = self.mnk;
-        let y = self.y.get::<T>()?;
-        match self.c {
-            Some(c) => spread(c.dims, c.get::<T>()?, n, y),
-            None => y.fill(T::default()),
-        }
-        let p = Product::dense(self.op.trans_a, self.op.trans_b, m, n, k);
-        multiply_ints(&p, self.a.get::<T>()?, self.b.get::<T>()?, y);
-        Ok(())
-    }
-}
-
-/// `y += op(A)·op(B)`, wrapping.
-fn multiply_ints<T: Elem + WrappingAdd + WrappingMul>(p: &Product<f64>, a: &[T], b: &[T], y: &mut [T]) {
-    for (i, row) in y.chunks_exact_mut(p.n.max(1)).enumerate() {
-        for k in 0..p.k {
-            let x = if p.trans_a { a[k * p.lda + i] } else { a[i * p.lda + k] };
-            for (j, y) in row.iter_mut().enumerate() {
-                let w = if p.trans_b { b[j * p.ldb + k] } else { b[k * p.ldb + j] };
-                *y = y.wrapping_add(&x.wrapping_mul(&w));
-            }
-        }
-    }
-}
-
 pub(super) const ROWS: &[Row] =
-    &[Row::new("Gemm", 7, Gemm::make), Row::new("MatMul", 1, |_| Ok(Arc::new(MatMul)))];
+    &[Row::new("Gemm", 7, Gemm::make), Row::new("MatMul", 1, |_| Ok(Arc::new(MatMul::default())))];
 
 #[cfg(test)]
 pub(super) fn cases() -> Vec<super::cases::Case> {
@@ -592,6 +532,8 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         plus("and both", &[2, 3, 4], &[2, 4, 5]).input(&[5]).input(&[2, 3, 5]),
         plus("and one of its shape", &[2, 3, 4], &[4, 5]).absent().input(&[2, 3, 5]),
         plus("and both, of a vector", &[4], &[4, 5]).input(&[5]).input(&[5]),
+        Case::of(MatMul { alpha: 0.3 }).named("scaled").input(&[2, 3, 4]).input(&[4, 5]).input(&[5]),
+        Case::of(MatMul { alpha: 0.3 }).named("scaled stacks").input(&[2, 3, 4]).input(&[2, 4, 5]),
     ]);
     cases
 }

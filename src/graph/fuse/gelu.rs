@@ -12,7 +12,7 @@ use crate::ops::binary::Binary;
 use crate::ops::unary::{Erf, Gelu, Unary};
 
 /// A known scalar.
-fn scalar(graph: &Graph, v: ValueId) -> Option<f64> {
+pub(super) fn scalar(graph: &Graph, v: ValueId) -> Option<f64> {
     let value = graph.value(v).meta.as_ref()?.value.as_ref()?;
     (value.len() == 1).then(|| value.to_f64()[0])
 }

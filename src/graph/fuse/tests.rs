@@ -174,13 +174,13 @@ fn a_spelled_out_gelu_becomes_one_operator() {
     }
 }
 
-/// A product takes a bias and a sum; a factor by a vector, whose last axis is not the product's, takes none.
+/// A product takes a factor, a bias and a sum; one by a vector, whose last axis is not the product's, takes none.
 #[test]
 fn products_take_what_is_added_to_them() {
     use std::sync::Arc;
 
     use crate::exec::reference::interpret;
-    use crate::ops::binary::Binary::Add;
+    use crate::ops::binary::Binary::{Add, Div};
     use crate::ops::matmul::MatMul;
 
     let of = |dims: &[usize]| {
@@ -194,14 +194,16 @@ fn products_take_what_is_added_to_them() {
         (&[2, 3, 4], &[4, 5], &[2, 3, 5], &[5], 2),
         (&[2, 3, 4], &[4, 5], &[3, 5], &[2, 3, 5], 3),
         (&[2, 3, 4], &[4, 5], &[5], &[1, 2, 3, 5], 2),
-        (&[2, 3, 4], &[4], &[3], &[2, 3], 3),
+        (&[2, 3, 4], &[4], &[3], &[2, 3], 4),
     ];
     for (a, b, first, second, left) in sums {
         let mut g = Graph::default();
         let tensors = [a, b, first, second].map(of);
         let inputs: Vec<ValueId> = tensors.iter().map(|t| g.add_input("x", t.meta())).collect();
         let x: Vec<_> = inputs.iter().map(|v| Some(*v)).collect();
-        let y = g.emit("", Arc::new(MatMul), &x[..2], 1).unwrap()[0];
+        let y = g.emit("", Arc::new(MatMul::default()), &x[..2], 1).unwrap()[0];
+        let eight = g.add_constant("", Tensor::scalar(8.0f64));
+        let y = g.emit("", Arc::new(Div), &[Some(y), Some(eight)], 1).unwrap()[0];
         let y = g.emit("", Arc::new(Add), &[Some(y), x[2]], 1).unwrap()[0];
         let y = g.emit("", Arc::new(Add), &[x[3], Some(y)], 1).unwrap()[0];
         g.outputs = vec![y];

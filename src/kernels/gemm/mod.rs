@@ -1,19 +1,21 @@
 //! Matrix products on row-major slices.
 //!
-//! B is packed in panels of two vectors' columns (unless rows of it can be read as they lie); register tiles of a few
-//! rows by one panel do the rest (`tile`). Work is divided by the extents alone and every element of C is summed in one
+//! B is packed in panels of two vectors' columns (unless rows of it can be read as they lie), and a large A that would be
+//! read across its rows in strips; register tiles of a few rows by one panel do the rest (`tile`). Work is divided by the extents alone and every element of C is summed in one
 //! order, so the bits of a result do not depend on the number of threads.
 
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
 mod pack;
+#[cfg(test)]
+mod tests;
 mod vector;
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::kernels::par::Shared;
+use crate::kernels::par::{self, Shared};
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::{Pieces, Positions, along_columns, along_rows};
 use crate::tensor::Float;
@@ -31,7 +33,9 @@ const BLOCK: usize = 1 << 17;
 /// accurate and B's panel stays in the cache. Fewer when A is read across its rows as they lie.
 const STEPS: usize = 512;
 const STEPS_ACROSS: usize = 128;
-/// Tasks that pack a B of their own at a time.
+/// Rows or columns of C that are at least a task's own where it packs their operand.
+const NARROW: usize = 32;
+/// Tasks that pack something of their own at a time.
 const SLOTS: usize = 8;
 
 /// `C = alpha · op(A) · op(B) + beta · C` with `op(A)` of M×K, `op(B)` of K×N, row-major; `ld*` is the distance
@@ -71,11 +75,6 @@ impl<T: Float> Product<T> {
 }
 
 impl<T: Vectors> Product<T> {
-    /// Elements of B in panels.
-    fn packed(&self) -> usize {
-        self.n.next_multiple_of(T::panel()) * self.k
-    }
-
     fn work(&self) -> usize {
         self.m * self.n * self.k
     }
@@ -84,42 +83,95 @@ impl<T: Vectors> Product<T> {
         self.m == 1 || self.n == 1
     }
 
-    /// Rows of B can be read where they lie.
-    fn direct(&self) -> bool {
-        self.trans_a && !self.trans_b
-    }
-
-    fn packs_b(&self) -> bool {
-        !self.direct() || self.packed_a() > 0
-    }
-
     /// Rows of C in tiles' strips.
     fn strips(&self) -> Pieces {
         Pieces::of(self.m, T::rows())
     }
 
-    /// Elements of A in strips, for products that read it across its rows so often that it is packed.
-    fn packed_a(&self) -> usize {
-        if self.trans_a && self.work() >= LARGE { self.strips().count * T::rows() * self.k } else { 0 }
+    fn panels(&self) -> usize {
+        self.n.div_ceil(T::panel())
+    }
+
+    /// Elements of A in strips, for as many steps of the summed dimension.
+    fn in_strips(&self, strips: usize, steps: usize) -> usize {
+        strips * T::rows() * steps
+    }
+
+    /// Elements of B in panels.
+    fn in_panels(&self, panels: usize, steps: usize) -> usize {
+        panels * T::panel() * steps
+    }
+
+    /// How the operands are read.
+    fn packs(&self) -> Packs {
+        match () {
+            _ if !self.trans_a => Packs::B,
+            _ if self.work() < LARGE => {
+                if self.trans_b {
+                    Packs::B
+                } else {
+                    Packs::Nothing
+                }
+            }
+            _ if self.m >= self.n => Packs::BThenA,
+            _ => Packs::AThenB,
+        }
+    }
+
+    /// Elements of what is packed for all tasks.
+    fn packed(&self) -> usize {
+        match self.packs() {
+            Packs::Nothing => 0,
+            Packs::B | Packs::BThenA => self.in_panels(self.panels(), self.k),
+            Packs::AThenB => self.in_strips(self.strips().count, self.k),
+        }
+    }
+
+    /// Elements of what a task packs for itself.
+    fn near(&self) -> usize {
+        let ((rows, cols), steps) = (self.pieces(), self.k.min(STEPS));
+        match self.packs() {
+            Packs::Nothing | Packs::B => 0,
+            Packs::BThenA => self.in_strips(self.strips().count.div_ceil(rows), steps),
+            Packs::AThenB => self.in_panels(self.panels().div_ceil(cols), steps),
+        }
     }
 
     /// How many pieces the strips and the panels of C are divided into.
     fn pieces(&self) -> (usize, usize) {
         let tasks = (self.work() / WORK).clamp(1, TASKS);
-        let (rows, cols) = (self.strips().count, self.n.div_ceil(T::panel()));
-        if self.trans_a {
-            // Either operand is read by a few tasks only.
-            let m = tasks.isqrt().min(rows);
-            (m, tasks.div_ceil(m).min(cols))
-        } else if self.m >= self.n {
-            let m = tasks.min(rows);
-            (m, tasks.div_ceil(m).min(cols))
-        } else {
-            // B is the larger operand: each task then reads its own part of it.
-            let n = tasks.min(cols);
-            (tasks.div_ceil(n).min(rows), n)
+        let (rows, cols) = (self.strips().count.max(1), self.panels().max(1));
+        match self.packs() {
+            Packs::BThenA => (tasks.min(self.m.div_ceil(NARROW)).min(rows), 1),
+            Packs::AThenB => (1, tasks.min(self.n.div_ceil(NARROW)).min(cols)),
+            Packs::Nothing => {
+                // Either operand is read by a few tasks only.
+                let m = tasks.isqrt().min(rows);
+                (m, tasks.div_ceil(m).min(cols))
+            }
+            Packs::B if self.m >= self.n => {
+                let m = tasks.min(rows);
+                (m, tasks.div_ceil(m).min(cols))
+            }
+            Packs::B => {
+                // B is the larger operand: each task then reads its own part of it.
+                let n = tasks.min(cols);
+                (tasks.div_ceil(n).min(rows), n)
+            }
         }
     }
+}
+
+/// Which operands are put into the order in which tiles read them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Packs {
+    /// Both are read as they lie, A across its rows.
+    Nothing,
+    /// B beforehand, for all tasks.
+    B,
+    /// A, which would be read across its rows, as well: of the larger operand, each task packs its own part.
+    BThenA,
+    AThenB,
 }
 
 /// What is added to products besides.
@@ -142,11 +194,11 @@ pub fn gemm<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], c: &mut [T], scratch: 
 
 /// Elements of scratch that [`many`] needs for a batch of products.
 pub fn room<T: Vectors>(p: &Product<T>, batch: usize) -> usize {
+    let (rows, cols) = p.pieces();
     match () {
         _ if p.is_vector() => 0,
-        _ if batch == 1 || p.work() >= LARGE => p.packed_a() + if p.packs_b() { p.packed() } else { 0 },
-        _ if p.direct() => 0,
-        _ => p.packed() * batch.min(SLOTS),
+        _ if batch == 1 || p.work() >= LARGE => p.packed() + p.near() * SLOTS.min(rows * cols),
+        _ => p.packed() * SLOTS.min(batch),
     }
 }
 
@@ -191,96 +243,60 @@ pub fn many<T: Vectors>(
         }
     } else {
         let shared = Shared::new(c);
-        let one = |i: usize, packed: &mut [T]| {
+        tasks(batch, p.packed(), scratch, |i, packed| {
             let (a, b) = operands(i);
-            let b = match p.direct() {
-                true => Columns { b, packed: false },
-                false => {
-                    pack::columns_here(p, b, packed);
-                    Columns { b: packed, packed: true }
-                }
-            };
+            pack::columns(p, b, packed, false);
             let c = shared.ptr().wrapping_add(i * c_stride);
-            let panels = 0..p.n.div_ceil(T::panel());
-            let a = Rows { a, packed: false };
+            let (strips, panels) = (0..p.strips().count, 0..p.panels());
+            let part = Part { p, a, b, packed, near: &mut [], plus: added(i), c, strips, panels };
             // SAFETY: the extents were checked above; no two products share elements of C.
-            unsafe { T::dispatch(Part { p, a, b, plus: added(i), c, strips: 0..p.strips().count, panels }) }
-        };
-        if p.direct() || p.k == 0 {
-            (0..batch).into_par_iter().for_each(|i| one(i, &mut []));
-        } else {
-            let slots = batch.min(SLOTS);
-            let each = scratch.par_chunks_exact_mut(p.packed()).take(slots).enumerate();
-            each.for_each(|(s, slot)| {
-                (batch * s / slots..batch * (s + 1) / slots).for_each(|i| one(i, slot));
-            });
-        }
+            unsafe { T::dispatch(part) }
+        });
     }
 }
 
 /// One product, divided into tasks.
 fn divided<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], plus: Plus<T>, c: &mut [T], scratch: &mut [T]) {
-    let (packed_a, rest) = scratch.split_at_mut(p.packed_a());
-    let strips = p.strips();
-    let a = match packed_a.is_empty() {
-        true => Rows { a, packed: false },
-        false => {
-            pack::rows(p, a, packed_a);
-            Rows { a: packed_a, packed: true }
-        }
-    };
-    let b = if p.packs_b() {
-        let packed = &mut rest[..p.packed()];
-        pack::columns(p, b, packed);
-        Columns { b: packed, packed: true }
-    } else {
-        Columns { b, packed: false }
-    };
+    let (packed, rest) = scratch.split_at_mut(p.packed());
+    match p.packs() {
+        Packs::AThenB => pack::rows(p, a, packed),
+        _ => pack::columns(p, b, packed, packed.len() >= par::GRAIN),
+    }
+    let packed = &*packed;
     let (rows, cols) = p.pieces();
-    let panels = p.n.div_ceil(T::panel());
     let c = Shared::new(c);
     let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
-    let run = |task: usize| {
-        let (i, j) = (task / cols, task % cols);
-        let part = Part {
-            p,
-            a,
-            b,
-            plus,
-            c: c.ptr(),
-            strips: share(i, rows, strips.count),
-            panels: share(j, cols, panels),
-        };
+    tasks(rows * cols, p.near(), rest, |task, near| {
+        let strips = share(task / cols, rows, p.strips().count);
+        let panels = share(task % cols, cols, p.panels());
+        let part = Part { p, a, b, packed, near, plus, c: c.ptr(), strips, panels };
         // SAFETY: the callers checked the extents; no two tasks share elements of C.
         unsafe { T::dispatch(part) }
-    };
-    match rows * cols {
-        1 => run(0),
-        tasks => (0..tasks).into_par_iter().for_each(run),
+    });
+}
+
+/// Calls `run(task, own)` for each task, where tasks need scratch of their own a few at a time.
+fn tasks<T: Send>(count: usize, own: usize, scratch: &mut [T], run: impl Fn(usize, &mut [T]) + Sync) {
+    if count == 1 {
+        return run(0, &mut scratch[..own]);
     }
-}
-
-/// op(A) as tiles read it.
-#[derive(Clone, Copy)]
-struct Rows<'a, T> {
-    a: &'a [T],
-    /// In strips, rather than as the product says.
-    packed: bool,
-}
-
-/// op(B) as tiles read it.
-#[derive(Clone, Copy)]
-struct Columns<'a, T> {
-    b: &'a [T],
-    /// In panels, rather than row-major with the product's distance of rows.
-    packed: bool,
+    if own == 0 {
+        return (0..count).into_par_iter().for_each(|task| run(task, &mut []));
+    }
+    let slots = count.min(SLOTS);
+    scratch.par_chunks_exact_mut(own).take(slots).enumerate().for_each(|(s, own)| {
+        (count * s / slots..count * (s + 1) / slots).for_each(|task| run(task, own));
+    });
 }
 
 /// Some strips and panels of one product.
 struct Part<'a, T> {
     p: &'a Product<T>,
-    a: Rows<'a, T>,
-    b: Columns<'a, T>,
+    a: &'a [T],
+    b: &'a [T],
+    /// What is packed already, and where the rest will be, as the product says.
+    packed: &'a [T],
+    near: &'a mut [T],
     plus: Plus<'a, T>,
     c: *mut T,
     strips: Range<usize>,
@@ -290,41 +306,74 @@ struct Part<'a, T> {
 impl<T: Vectors> Kernel<T> for Part<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
-        let p = self.p;
+        let (p, packs) = (self.p, self.p.packs());
         let panel = 2 * S::LANES;
         let strips = p.strips();
-        // Across rows of A: few steps at a time, whatever the number of rows.
-        let (steps, block) = match (p.trans_a, self.a.packed) {
-            (true, false) => (STEPS_ACROSS, self.strips.len().max(1)),
-            (true, true) => (STEPS, self.strips.len().max(1)),
-            _ => (STEPS, (BLOCK / p.k.clamp(1, STEPS)).div_ceil(S::ROWS)),
+        // As they lie, few steps across A at a time, whatever the number of rows. Of a near B, one strip passes by all
+        // panels.
+        let (steps, block) = match packs {
+            Packs::Nothing => (STEPS_ACROSS, self.strips.len()),
+            Packs::B if p.trans_a => (STEPS_ACROSS, self.strips.len()),
+            Packs::B => (STEPS, (BLOCK / p.k.clamp(1, STEPS)).div_ceil(S::ROWS)),
+            Packs::BThenA => (STEPS, self.strips.len()),
+            Packs::AThenB => (STEPS, 1),
         };
+        let near = self.near.as_mut_ptr();
         let mut k = 0;
         while k < p.k || k == 0 {
             let count = steps.min(p.k - k);
             let (beta, plus) = if k == 0 { (p.beta, self.plus) } else { (T::one(), Plus::NOTHING) };
+            // SAFETY: A and B have the product's extents; `near` is made for the part's strips or panels.
+            unsafe {
+                match packs {
+                    Packs::BThenA => {
+                        let size = count * S::ROWS;
+                        pack::strips::<S>(p, self.a, self.strips.clone(), k..k + count, near, size);
+                    }
+                    Packs::AThenB => {
+                        for q in self.panels.clone() {
+                            let out = near.wrapping_add((q - self.panels.start) * count * panel);
+                            pack::panel::<S>(p, self.b, q, k..k + count, out);
+                        }
+                    }
+                    _ => {}
+                }
+            }
             let mut from = self.strips.start;
             while from < self.strips.end {
-                let to = (from + block).min(self.strips.end);
+                let to = (from + block.max(1)).min(self.strips.end);
                 for q in self.panels.clone() {
                     let lanes = panel.min(p.n - q * panel);
                     let n = if lanes > S::LANES { 2 } else { 1 };
-                    let (b, b_step) = match self.b.packed {
-                        true => (self.b.b.as_ptr().wrapping_add((q * p.k + k) * panel), panel),
-                        false => (self.b.b.as_ptr().wrapping_add(k * p.ldb + q * panel), p.ldb),
+                    let (b, b_step) = match packs {
+                        Packs::Nothing => (self.b.as_ptr().wrapping_add(k * p.ldb + q * panel), p.ldb),
+                        Packs::B | Packs::BThenA => {
+                            (self.packed.as_ptr().wrapping_add((q * p.k + k) * panel), panel)
+                        }
+                        Packs::AThenB => {
+                            (near.cast_const().wrapping_add((q - self.panels.start) * count * panel), panel)
+                        }
                     };
                     for i in from..to {
                         let (row, m) = (strips.start(i), strips.len(i));
-                        let (at, lda) = match (p.trans_a, self.a.packed) {
-                            (true, true) => ((i * p.k + k) * S::ROWS, S::ROWS),
-                            (true, false) => (k * p.lda + row, p.lda),
-                            _ => (row * p.lda + k, p.lda),
+                        let (a, lda) = match packs {
+                            Packs::Nothing | Packs::B => {
+                                let at = if p.trans_a { k * p.lda + row } else { row * p.lda + k };
+                                (self.a.as_ptr().wrapping_add(at), p.lda)
+                            }
+                            Packs::BThenA => {
+                                let at = (i - self.strips.start) * count * S::ROWS;
+                                (near.cast_const().wrapping_add(at), S::ROWS)
+                            }
+                            Packs::AThenB => {
+                                (self.packed.as_ptr().wrapping_add((i * p.k + k) * S::ROWS), S::ROWS)
+                            }
                         };
                         let to = row * p.ldc + q * panel;
                         let tile = Tile {
                             across: p.trans_a,
-                            packed: self.b.packed,
-                            a: self.a.a.as_ptr().wrapping_add(at),
+                            packed: packs != Packs::Nothing,
+                            a,
                             lda,
                             b,
                             b_step,
@@ -425,146 +474,5 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(t: &Tile<S::Elem>) {
                 store_up_to::<S>(c, v, part);
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use rand::{RngExt, SeedableRng};
-    use rand_chacha::ChaCha8Rng;
-
-    fn random(n: usize, seed: u64) -> Vec<f32> {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        (0..n).map(|_| rng.random_range(-1.0..1.0)).collect()
-    }
-
-    const SIZES: [(usize, usize, usize); 16] = [
-        (1, 1, 1),
-        (1, 300, 700),
-        (300, 1, 700),
-        (1, 5000, 130),
-        (5000, 1, 3),
-        (2, 3, 1),
-        (3, 2, 2),
-        (17, 5, 3),
-        (64, 64, 64),
-        (129, 131, 257),
-        (16, 1000, 144),
-        (16, 144, 5000),
-        (300, 301, 1030),
-        (512, 500, 20),
-        (7, 2000, 513),
-        (4, 4, 0),
-    ];
-
-    fn each(mut f: impl FnMut(Product<f32>)) {
-        for (m, n, k) in SIZES {
-            for t in 0..4 {
-                let p = Product::dense(t & 1 == 1, t & 2 == 2, m, n, k);
-                f(p);
-                f(Product { alpha: 0.5, beta: -1.5, lda: p.lda + 3, ldb: p.ldb + 1, ldc: n + 2, ..p });
-            }
-        }
-    }
-
-    fn run<T: Vectors>(p: Product<T>, a: &[T], b: &[T], c: &[T]) -> Vec<T> {
-        let mut c = c.to_vec();
-        gemm(&p, a, b, &mut c, &mut vec![T::nan(); room(&p, 1)]);
-        c
-    }
-
-    fn operands(p: &Product<f32>) -> [Vec<f32>; 3] {
-        let [a, b, c] = p.extents();
-        [random(a, 1), random(b, 2), random(c, 3)]
-    }
-
-    #[test]
-    fn equals_the_sum_it_stands_for() {
-        each(|p| {
-            let [a, b, c] = operands(&p);
-            let (narrow, wide) = (run(p, &a, &b, &c), {
-                let wide = |x: &[f32]| x.iter().map(|&x| x as f64).collect::<Vec<f64>>();
-                let q = Product::<f64> {
-                    trans_a: p.trans_a,
-                    trans_b: p.trans_b,
-                    m: p.m,
-                    n: p.n,
-                    k: p.k,
-                    alpha: p.alpha as f64,
-                    lda: p.lda,
-                    ldb: p.ldb,
-                    beta: p.beta as f64,
-                    ldc: p.ldc,
-                };
-                run(q, &wide(&a), &wide(&b), &wide(&c))
-            });
-            for i in 0..p.m {
-                for j in 0..p.n {
-                    let sum: f64 = (0..p.k)
-                        .map(|k| {
-                            let a = if p.trans_a { a[k * p.lda + i] } else { a[i * p.lda + k] };
-                            let b = if p.trans_b { b[j * p.ldb + k] } else { b[k * p.ldb + j] };
-                            a as f64 * b as f64
-                        })
-                        .sum();
-                    let at = i * p.ldc + j;
-                    let want = p.alpha as f64 * sum + p.beta as f64 * c[at] as f64;
-                    let scale = (p.k as f64).sqrt().max(1.0);
-                    assert!((want - wide[at]).abs() < 1e-13 * scale, "{p:?} {want} {}", wide[at]);
-                    assert!((want - narrow[at] as f64).abs() < 2e-6 * scale, "{p:?} {want} {}", narrow[at]);
-                }
-            }
-            for i in 0..p.m.saturating_sub(1) {
-                for j in p.n..p.ldc {
-                    assert_eq!(narrow[i * p.ldc + j], c[i * p.ldc + j], "{p:?} wrote between rows");
-                }
-            }
-        });
-    }
-
-    #[test]
-    fn what_is_added_is_added_once() {
-        each(|p| {
-            let [a, b, c] = operands(&p);
-            let (row, all) = (random(p.n, 4), random(c.len(), 5));
-            let (mut y, plain) = (c.clone(), run(p, &a, &b, &c));
-            let plus = Plus { row: Some(&row), all: Some(&all) };
-            many(&p, 1, |_| [0, 0], &a, &b, plus, &mut y, 0, &mut vec![f32::NAN; room(&p, 1)]);
-            for at in 0..c.len() {
-                let inside = p.m == 1 || at % p.ldc < p.n;
-                let want = if inside { plain[at] + row[at % p.ldc] + all[at] } else { c[at] };
-                assert!((y[at] - want).abs() < 1e-4, "{p:?} at {at}: {}, not {want}", y[at]);
-            }
-        });
-    }
-
-    #[test]
-    fn without_beta_c_is_not_read() {
-        each(|p| {
-            let [a, b, c] = operands(&p);
-            let p = Product { beta: 0.0, ..p };
-            let y = run(p, &a, &b, &vec![f32::NAN; c.len()]);
-            assert!((0..p.m).all(|i| (0..p.n).all(|j| y[i * p.ldc + j].is_finite())), "{p:?}");
-        });
-    }
-
-    #[test]
-    fn bits_do_not_depend_on_threads_or_alignment() {
-        let pools: Vec<_> =
-            (1..5).map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap()).collect();
-        each(|p| {
-            let [a, b, c] = operands(&p);
-            let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-            let first = bits(&run(p, &a, &b, &c));
-            for (n, pool) in pools.iter().enumerate() {
-                assert!(first == bits(&pool.install(|| run(p, &a, &b, &c))), "{p:?} on {} threads", n + 1);
-            }
-            for shift in [1, 5] {
-                let moved = |x: &[f32]| [&vec![0.0; shift][..], x].concat();
-                let (a, b) = (moved(&a), moved(&b));
-                assert!(first == bits(&run(p, &a[shift..], &b[shift..], &c)), "{p:?} moved by {shift}");
-            }
-        });
     }
 }

@@ -1,50 +1,45 @@
 //! Operands of a product in the order in which its tiles read them.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::Product;
-use crate::kernels::par::{self, Shared};
+use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
+use crate::kernels::tile::Pieces;
 
 /// Steps of the summed dimension that are packed at a time.
 const STEPS: usize = 64;
-/// Strips that are written at a time.
+/// Strips that are written at a time: more would push each other out of the cache.
 const GROUP: usize = 4;
 /// Steps that rows are fetched ahead: neighbours in a panel are far apart in B.
 const AHEAD: usize = 12;
 
-/// op(B) in panels, by several tasks where it is large.
-pub(super) fn columns<T: Vectors>(p: &Product<T>, b: &[T], out: &mut [T]) {
-    let size = (p.k * T::panel()).max(1);
-    // SAFETY: the callers checked the extents of B; a panel has `size` elements.
+/// op(B) in panels, by several tasks or by this one.
+pub(super) fn columns<T: Vectors>(p: &Product<T>, b: &[T], out: &mut [T], several: bool) {
+    assert!(b.len() >= p.extents()[1], "operands of a product");
+    let size = p.in_panels(1, p.k).max(1);
+    // SAFETY: B's length was checked; a panel has `size` elements.
     let one = |(q, out): (usize, &mut [T])| unsafe { T::dispatch(Panel { p, b, q, out }) };
-    match out.len() < par::GRAIN {
-        true => out.chunks_mut(size).enumerate().for_each(one),
-        false => out.par_chunks_mut(size).enumerate().for_each(one),
+    match several {
+        true => out.par_chunks_exact_mut(size).enumerate().for_each(one),
+        false => out.chunks_exact_mut(size).enumerate().for_each(one),
     }
 }
 
-/// op(B) in panels, by this task.
-pub(super) fn columns_here<T: Vectors>(p: &Product<T>, b: &[T], out: &mut [T]) {
-    let size = (p.k * T::panel()).max(1);
-    for (q, out) in out.chunks_mut(size).enumerate() {
-        // SAFETY: as above.
-        unsafe { T::dispatch(Panel { p, b, q, out }) }
-    }
-}
-
-/// A, stored K×M, in strips: for each step of the summed dimension the strip's rows of op(A). Some steps at a time
-/// for all strips, so that A is read in order.
+/// A, stored K×M, in strips.
 pub(super) fn rows<T: Vectors>(p: &Product<T>, a: &[T], out: &mut [T]) {
-    assert!(a.len() >= p.extents()[0] && out.len() >= p.packed_a(), "operands of a product");
+    let strips = p.strips().count;
+    assert!(a.len() >= p.extents()[0] && out.len() >= p.in_strips(strips, p.k), "operands of a product");
     let out = Shared::new(out);
     (0..p.k.div_ceil(STEPS)).into_par_iter().for_each(|block| {
+        let steps = block * STEPS..p.k.min((block + 1) * STEPS);
         // SAFETY: lengths were checked; each task writes its own steps.
-        unsafe { T::dispatch(Strips { p, a, from: block * STEPS, out: out.ptr() }) }
+        unsafe { T::dispatch(Strips { p, a, steps, out: out.ptr() }) }
     });
 }
 
-/// Panel `q` of op(B): for each step of the summed dimension one row of columns, zeros beyond the last.
 struct Panel<'a, T> {
     p: &'a Product<T>,
     b: &'a [T],
@@ -55,87 +50,122 @@ struct Panel<'a, T> {
 impl<T: Vectors> Kernel<T> for Panel<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
-        let Panel { p, b, q, out } = self;
-        let panel = 2 * S::LANES;
-        let first = q * panel;
-        let cols = panel.min(p.n - first);
-        if cols < panel {
-            out.fill(T::zero());
-        }
-        let (b, out) = (b.as_ptr(), out.as_mut_ptr());
-        // SAFETY: rows and columns of op(B), all of which B has; the panel has `k` rows.
-        unsafe {
-            if !p.trans_b {
-                let b = b.add(first);
-                for k in 0..p.k {
-                    S::prefetch(b.wrapping_add((k + AHEAD) * p.ldb));
-                    S::prefetch(b.wrapping_add((k + AHEAD) * p.ldb + S::LANES));
-                    let (from, to) = (b.add(k * p.ldb), out.add(k * panel));
-                    let mut j = 0;
-                    while j < cols {
-                        let part = S::LANES.min(cols - j);
-                        store_up_to::<S>(to.add(j), load_up_to::<S>(from.add(j), part), part);
-                        j += S::LANES;
-                    }
-                }
-                return;
-            }
-            // Some steps at a time: whole cache lines of B are used.
-            let mut from = 0;
-            while from < p.k {
-                let to = p.k.min(from + STEPS);
-                let mut j = 0;
-                while j + S::LANES <= cols {
-                    let rows = b.add((first + j) * p.ldb);
-                    let mut k = from;
-                    while k + S::LANES <= to {
-                        S::transpose(rows.add(k), p.ldb, out.add(k * panel + j), panel);
-                        k += S::LANES;
-                    }
-                    for k in k..to {
-                        for i in 0..S::LANES {
-                            *out.add(k * panel + j + i) = *rows.add(i * p.ldb + k);
-                        }
-                    }
-                    j += S::LANES;
-                }
-                for j in j..cols {
-                    for k in from..to {
-                        *out.add(k * panel + j) = *b.add((first + j) * p.ldb + k);
-                    }
-                }
-                from = to;
-            }
-        }
+        // SAFETY: the caller's promise.
+        unsafe { panel::<S>(self.p, self.b, self.q, 0..self.p.k, self.out.as_mut_ptr()) }
     }
 }
 
-/// The steps of all strips from `from` on.
 struct Strips<'a, T> {
     p: &'a Product<T>,
     a: &'a [T],
-    from: usize,
+    steps: Range<usize>,
+    /// Of all strips, with all steps.
     out: *mut T,
 }
 
 impl<T: Vectors> Kernel<T> for Strips<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
-        let Strips { p, a, from, out } = self;
-        let strips = p.strips();
-        let a = a.as_ptr();
-        let to = p.k.min(from + STEPS);
-        // A few strips at a time: more places to write to than that push each other out of the cache.
-        let mut group = 0;
-        while group < strips.count {
-            let end = strips.count.min(group + GROUP);
-            for k in from..to {
+        let (all, size) = (0..self.p.strips().count, self.p.k * S::ROWS);
+        let out = self.out.wrapping_add(self.steps.start * S::ROWS);
+        // SAFETY: the caller's promise.
+        unsafe { strips::<S>(self.p, self.a, all, self.steps, out, size) }
+    }
+}
+
+/// Some steps of panel `q` of op(B): for each step of the summed dimension one row of columns, zeros beyond the last.
+///
+/// # Safety
+/// B must have the product's extents, `out` room for the steps, and `S`'s instructions be there.
+#[inline(always)]
+pub(super) unsafe fn panel<S: Simd>(
+    p: &Product<S::Elem>,
+    b: &[S::Elem],
+    q: usize,
+    steps: Range<usize>,
+    out: *mut S::Elem,
+) {
+    let panel = 2 * S::LANES;
+    let first = q * panel;
+    let cols = panel.min(p.n - first);
+    // SAFETY: rows and columns of op(B), all of which B has; the panel has as many rows as there are steps.
+    unsafe {
+        if cols < panel {
+            std::slice::from_raw_parts_mut(out, steps.len() * panel).fill(num_traits::zero());
+        }
+        if !p.trans_b {
+            let b = b.as_ptr().wrapping_add(steps.start * p.ldb + first);
+            for k in 0..steps.len() {
+                S::prefetch(b.wrapping_add((k + AHEAD) * p.ldb));
+                S::prefetch(b.wrapping_add((k + AHEAD) * p.ldb + S::LANES));
+                let (from, to) = (b.add(k * p.ldb), out.add(k * panel));
+                let mut j = 0;
+                while j < cols {
+                    let part = S::LANES.min(cols - j);
+                    store_up_to::<S>(to.add(j), load_up_to::<S>(from.add(j), part), part);
+                    j += S::LANES;
+                }
+            }
+            return;
+        }
+        let b = b.as_ptr().wrapping_add(first * p.ldb + steps.start);
+        // Some steps at a time: whole cache lines of B are used.
+        let mut from = 0;
+        while from < steps.len() {
+            let to = steps.len().min(from + STEPS);
+            let mut j = 0;
+            while j + S::LANES <= cols {
+                let rows = b.add(j * p.ldb);
+                let mut k = from;
+                while k + S::LANES <= to {
+                    S::transpose(rows.add(k), p.ldb, out.add(k * panel + j), panel);
+                    k += S::LANES;
+                }
+                for k in k..to {
+                    for i in 0..S::LANES {
+                        *out.add(k * panel + j + i) = *rows.add(i * p.ldb + k);
+                    }
+                }
+                j += S::LANES;
+            }
+            for j in j..cols {
+                for k in from..to {
+                    *out.add(k * panel + j) = *b.add(j * p.ldb + k);
+                }
+            }
+            from = to;
+        }
+    }
+}
+
+/// Some steps of some strips of A, stored K×M: for each step of the summed dimension the strip's rows of op(A), strips
+/// `size` elements apart. Few steps at a time for all strips, so that A is read in order.
+///
+/// # Safety
+/// A must have the product's extents, `out` room for the strips, and `S`'s instructions be there.
+#[inline(always)]
+pub(super) unsafe fn strips<S: Simd>(
+    p: &Product<S::Elem>,
+    a: &[S::Elem],
+    some: Range<usize>,
+    steps: Range<usize>,
+    out: *mut S::Elem,
+    size: usize,
+) {
+    let strips = Pieces::of(p.m, S::ROWS);
+    let mut first = steps.start;
+    while first < steps.end {
+        let last = steps.end.min(first + STEPS);
+        let mut group = some.start;
+        while group < some.end {
+            let end = some.end.min(group + GROUP);
+            for k in first..last {
                 for i in group..end {
                     let (start, len) = (strips.start(i), strips.len(i));
                     // SAFETY: the step's rows of A, and the strip's place for them.
                     unsafe {
-                        let from = a.add(k * p.lda + start);
-                        let to = out.add((i * p.k + k) * S::ROWS);
+                        let from = a.as_ptr().add(k * p.lda + start);
+                        let to = out.add((i - some.start) * size + (k - steps.start) * S::ROWS);
                         if len < S::ROWS {
                             for r in 0..S::ROWS {
                                 *to.add(r) = if r < len { *from.add(r) } else { num_traits::zero() };
@@ -153,5 +183,6 @@ impl<T: Vectors> Kernel<T> for Strips<'_, T> {
             }
             group = end;
         }
+        first = last;
     }
 }

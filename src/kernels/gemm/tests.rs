@@ -1,0 +1,139 @@
+//! Against the sums that products stand for.
+
+use super::*;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+fn random(n: usize, seed: u64) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..n).map(|_| rng.random_range(-1.0..1.0)).collect()
+}
+
+const SIZES: [(usize, usize, usize); 16] = [
+    (1, 1, 1),
+    (1, 300, 700),
+    (300, 1, 700),
+    (1, 5000, 130),
+    (5000, 1, 3),
+    (2, 3, 1),
+    (3, 2, 2),
+    (17, 5, 3),
+    (64, 64, 64),
+    (129, 131, 257),
+    (16, 1000, 144),
+    (16, 144, 5000),
+    (300, 301, 1030),
+    (512, 500, 20),
+    (7, 2000, 513),
+    (4, 4, 0),
+];
+
+fn each(mut f: impl FnMut(Product<f32>)) {
+    for (m, n, k) in SIZES {
+        for t in 0..4 {
+            let p = Product::dense(t & 1 == 1, t & 2 == 2, m, n, k);
+            f(p);
+            f(Product { alpha: 0.5, beta: -1.5, lda: p.lda + 3, ldb: p.ldb + 1, ldc: n + 2, ..p });
+        }
+    }
+}
+
+fn run<T: Vectors>(p: Product<T>, a: &[T], b: &[T], c: &[T]) -> Vec<T> {
+    let mut c = c.to_vec();
+    gemm(&p, a, b, &mut c, &mut vec![T::nan(); room(&p, 1)]);
+    c
+}
+
+fn operands(p: &Product<f32>) -> [Vec<f32>; 3] {
+    let [a, b, c] = p.extents();
+    [random(a, 1), random(b, 2), random(c, 3)]
+}
+
+#[test]
+fn equals_the_sum_it_stands_for() {
+    each(|p| {
+        let [a, b, c] = operands(&p);
+        let (narrow, wide) = (run(p, &a, &b, &c), {
+            let wide = |x: &[f32]| x.iter().map(|&x| x as f64).collect::<Vec<f64>>();
+            let q = Product::<f64> {
+                trans_a: p.trans_a,
+                trans_b: p.trans_b,
+                m: p.m,
+                n: p.n,
+                k: p.k,
+                alpha: p.alpha as f64,
+                lda: p.lda,
+                ldb: p.ldb,
+                beta: p.beta as f64,
+                ldc: p.ldc,
+            };
+            run(q, &wide(&a), &wide(&b), &wide(&c))
+        });
+        for i in 0..p.m {
+            for j in 0..p.n {
+                let sum: f64 = (0..p.k)
+                    .map(|k| {
+                        let a = if p.trans_a { a[k * p.lda + i] } else { a[i * p.lda + k] };
+                        let b = if p.trans_b { b[j * p.ldb + k] } else { b[k * p.ldb + j] };
+                        a as f64 * b as f64
+                    })
+                    .sum();
+                let at = i * p.ldc + j;
+                let want = p.alpha as f64 * sum + p.beta as f64 * c[at] as f64;
+                let scale = (p.k as f64).sqrt().max(1.0);
+                assert!((want - wide[at]).abs() < 1e-13 * scale, "{p:?} {want} {}", wide[at]);
+                assert!((want - narrow[at] as f64).abs() < 2e-6 * scale, "{p:?} {want} {}", narrow[at]);
+            }
+        }
+        for i in 0..p.m.saturating_sub(1) {
+            for j in p.n..p.ldc {
+                assert_eq!(narrow[i * p.ldc + j], c[i * p.ldc + j], "{p:?} wrote between rows");
+            }
+        }
+    });
+}
+
+#[test]
+fn what_is_added_is_added_once() {
+    each(|p| {
+        let [a, b, c] = operands(&p);
+        let (row, all) = (random(p.n, 4), random(c.len(), 5));
+        let (mut y, plain) = (c.clone(), run(p, &a, &b, &c));
+        let plus = Plus { row: Some(&row), all: Some(&all) };
+        many(&p, 1, |_| [0, 0], &a, &b, plus, &mut y, 0, &mut vec![f32::NAN; room(&p, 1)]);
+        for at in 0..c.len() {
+            let inside = p.m == 1 || at % p.ldc < p.n;
+            let want = if inside { plain[at] + row[at % p.ldc] + all[at] } else { c[at] };
+            assert!((y[at] - want).abs() < 1e-4, "{p:?} at {at}: {}, not {want}", y[at]);
+        }
+    });
+}
+
+#[test]
+fn without_beta_c_is_not_read() {
+    each(|p| {
+        let [a, b, c] = operands(&p);
+        let p = Product { beta: 0.0, ..p };
+        let y = run(p, &a, &b, &vec![f32::NAN; c.len()]);
+        assert!((0..p.m).all(|i| (0..p.n).all(|j| y[i * p.ldc + j].is_finite())), "{p:?}");
+    });
+}
+
+#[test]
+fn bits_do_not_depend_on_threads_or_alignment() {
+    let pools: Vec<_> =
+        (1..5).map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap()).collect();
+    each(|p| {
+        let [a, b, c] = operands(&p);
+        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        let first = bits(&run(p, &a, &b, &c));
+        for (n, pool) in pools.iter().enumerate() {
+            assert!(first == bits(&pool.install(|| run(p, &a, &b, &c))), "{p:?} on {} threads", n + 1);
+        }
+        for shift in [1, 5] {
+            let moved = |x: &[f32]| [&vec![0.0; shift][..], x].concat();
+            let (a, b) = (moved(&a), moved(&b));
+            assert!(first == bits(&run(p, &a[shift..], &b[shift..], &c)), "{p:?} moved by {shift}");
+        }
+    });
+}
