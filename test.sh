@@ -2,7 +2,8 @@
 # Fetches what the tests need and runs them all.
 #
 #     ./test.sh          the tests that every change must pass
-#     ./test.sh --all    and the long ones: gradients against PyTorch made afresh, adaptation of real models
+#     ./test.sh --all    and the long ones: gradients against PyTorch made afresh, adaptation of real models,
+#                        the kernels of aarch64
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 
@@ -26,7 +27,10 @@ step "fetch" tests/fetch.sh
 step "build" cargo build --release
 step "library without features builds" cargo check --release --no-default-features --lib
 RETUNE_TEST_ALL=$all step "tests" cargo test --release
-[ "$all" = 0 ] || step "long tests" tests/long.sh
+if [ "$all" = 1 ]; then
+    step "parity with PyTorch" tests/parity.sh
+    step "aarch64" tests/aarch64.sh
+fi
 
 echo
 if [ ${#failed[@]} = 0 ]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The long tests: every gradient against PyTorch, made afresh. Needs a Python with PyTorch: $PYTHON, or the fetched
+# Every gradient against PyTorch, made afresh. Needs a Python with PyTorch: $PYTHON, or the fetched
 # environment, into which PyTorch is installed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
