@@ -216,6 +216,7 @@ impl Session {
     pub fn compile(&mut self, mut graph: Graph, mut request: Request) -> Result<Program> {
         graph::fuse_sums(&mut graph, &request);
         graph::normalise_again(&mut graph);
+        graph::gather_statistics(&mut graph);
         self.fold_frozen(&mut graph)?;
         let asked = |name: &str, mode: &str| std::env::var(name).is_ok_and(|m| m == mode);
         request.no_reuse |= self.options.no_reuse || asked("RETUNE_MEMORY", "separate");

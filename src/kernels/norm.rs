@@ -9,11 +9,12 @@ mod sweep;
 
 use rayon::prelude::*;
 
-use crate::kernels::isa::vectorize;
+use crate::kernels::isa::{vectorize, vectorize_sweep};
 use crate::kernels::par::{self, GRAIN};
 use crate::tensor::Float;
 
-pub use channel::{Channels, Mask, Stat, channel_stats, channel_sum, masked_param_grad, param_grad};
+pub use channel::{Channels, Mask, Stat, block_moments, block_room, merge_blocks};
+pub use channel::{channel_stats, channel_sum, masked_param_grad, param_grad};
 pub use sweep::{ChannelGrad, Residual, channel_affine, channel_input_grad};
 
 const LANES: usize = 32;
@@ -23,7 +24,7 @@ const BLOCK: usize = 1024;
 #[inline(always)]
 fn rows<T: Send>(y: &mut [T], row: usize, grain: usize, f: impl Fn(usize, &mut [T]) + Send + Sync) {
     par::rows(y, row, grain, |first, piece| {
-        vectorize(
+        vectorize_sweep(
             #[inline(always)]
             || f(first, piece),
         )

@@ -29,7 +29,8 @@ const NO_MOMENTUM: f32 = 1.0;
 /// used. (Opsets before 14 name outputs 3 and 4 "saved mean" and "saved variance"; as with cuDNN the latter is
 /// the inverse standard deviation here.)
 ///
-/// Fused: y = clamp(normalised x + residual), the residual (N, C, …) being input 5.
+/// Fused: y = clamp(normalised x + residual), the residual (N, C, …) being input 5. Where the batch's statistics are
+/// `given`, inputs 5 and 6 are its mean and variance (C), and the residual is input 7.
 #[derive(Debug, Clone)]
 pub struct BatchNormalization {
     epsilon: f64,
@@ -44,6 +45,7 @@ pub struct BatchNormalization {
     follow: bool,
     /// What is done to the result last.
     clamp: Clamp<f64>,
+    given: bool,
 }
 
 impl BatchNormalization {
@@ -58,6 +60,7 @@ impl BatchNormalization {
             unbiased: false,
             follow: false,
             clamp: Clamp::NONE,
+            given: false,
         }))
     }
 
@@ -79,6 +82,17 @@ impl BatchNormalization {
     /// What is done to the result last.
     pub fn clamp(&self) -> Clamp<f64> {
         self.clamp
+    }
+
+    /// The same with the batch's statistics given, those of the training form not known already.
+    pub fn given(&self) -> Option<Self> {
+        (self.training && self.spatial && !self.given)
+            .then(|| BatchNormalization { given: true, ..self.clone() })
+    }
+
+    /// The input that may be a residual.
+    fn residual(&self) -> usize {
+        if self.given { 7 } else { 5 }
     }
 
     /// The same with an activation (and, where there is an input 5, a residual) fused in.
@@ -137,13 +151,13 @@ impl BatchNormalization {
         let d = self.channels(y0.dims);
         let (scale, shift) = (need(x, 1)?.get::<T>()?, need(x, 2)?.get::<T>()?);
         let input = get(x, 0).map(|x| x.get::<T>()).transpose()?;
-        let residual = match x.get(5) {
+        let residual = match x.get(self.residual()) {
             Some(Some(r)) => Residual::Given(r.get::<T>()?),
             Some(None) => Residual::InResult,
             None => Residual::None,
         };
         let clamp = self.clamp.to::<T>();
-        let partials = if self.training { d.partials() } else { 0 };
+        let partials = if self.training && !self.given { d.partials() } else { 0 };
         let (partials, scratch) = room::<T>(cx, partials, if self.training { 3 * d.c } else { d.c })?;
         let (factor, rest) = scratch.split_at_mut_checked(d.c).ok_or_else(short)?;
         if !self.training {
@@ -169,7 +183,12 @@ impl BatchNormalization {
         let mean = y3.as_mut().map_or(Ok(spare_mean), |y| y.get::<T>())?;
         // The variance, until the running one has been updated from it.
         let inv = y4.as_mut().map_or(Ok(spare_inv), |y| y.get::<T>())?;
-        norm::channel_stats(input.unwrap_or(y0.get::<T>()?), d, mean, inv, partials);
+        if self.given {
+            mean.copy_from_slice(need(x, 5)?.get::<T>()?);
+            inv.copy_from_slice(need(x, 6)?.get::<T>()?);
+        } else {
+            norm::channel_stats(input.unwrap_or(y0.get::<T>()?), d, mean, inv, partials);
+        }
         let count = d.count() as f64;
         let unbias = if self.unbiased && count > 1.0 { count / (count - 1.0) } else { 1.0 };
         let keep = count == 0.0 || !mean.iter().chain(inv.iter()).all(|s| s.is_finite());
@@ -239,7 +258,8 @@ impl Op for BatchNormalization {
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let x = need(inputs, 0)?;
         let c = self.channels(&x.dims).c;
-        for i in 1..5 {
+        let last = self.residual();
+        for i in 1..last {
             let m = need(inputs, i)?;
             if m.len() != c {
                 return Err(OpError::Shape(format!(
@@ -252,8 +272,8 @@ impl Op for BatchNormalization {
                 return Err(OpError::Type(format!("input {i} is {}, input 0 is {}", m.dtype, x.dtype)));
             }
         }
-        if inputs.len() > 5 && !need(inputs, 5)?.same_shape(x) {
-            let dims = &need(inputs, 5)?.dims;
+        if inputs.len() > last && !need(inputs, last)?.same_shape(x) {
+            let dims = &need(inputs, last)?.dims;
             return Err(OpError::Shape(format!("a residual of {dims:?} beside {:?}", x.dims)));
         }
         let of = |i: usize| need(inputs, i).map(|m: &Meta| Meta::new(m.dtype, &m.dims));
@@ -268,10 +288,14 @@ impl Op for BatchNormalization {
     fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
         rank_of(inputs, 0).filter(|_| self.spatial)?;
         let op = BatchNormalization { layout: Layout::Last, ..self.clone() };
-        Some(ChannelsLast::by(op, &[true, false, false, false, false, true], &[true]))
+        let flags = [true, false, false, false, false, !self.given, false, self.given];
+        Some(ChannelsLast::by(op, &flags, &[true]))
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
+        if self.given {
+            return Err(OpError::NotDifferentiable("a normalisation by given statistics".into()));
+        }
         if (1..5).any(|i| g.dy(i).is_some()) {
             return Err(OpError::NotDifferentiable("gradient through the running statistics".into()));
         }
@@ -320,7 +344,7 @@ impl Op for BatchNormalization {
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
-        &[(0, 0), (5, 0)]
+        if self.given { &[(0, 0), (7, 0)] } else { &[(0, 0), (5, 0)] }
     }
 
     fn updates(&self) -> &[(usize, usize)] {
@@ -331,6 +355,7 @@ impl Op for BatchNormalization {
         let Some(x) = get(inputs, 0) else { return 0 };
         let d = self.channels(&x.dims);
         match self.training {
+            true if self.given => room_bytes(0, 3 * d.c, x.dtype),
             true => room_bytes(d.partials(), 3 * d.c, x.dtype),
             false => room_bytes(0, d.c, x.dtype),
         }
@@ -371,6 +396,7 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
             training: false,
             unbiased: false,
             follow: false,
+            given: false,
             clamp: Clamp { low, high },
         };
         running(Case::of(op).named(name).input(dims).within(&[c], 0.5, 1.5).input(&[c]), c)

@@ -1,5 +1,6 @@
 //! Convolution and its gradients.
 
+mod statistics;
 #[cfg(test)]
 mod tests;
 
@@ -17,6 +18,8 @@ use crate::ops::clip::passed;
 use crate::ops::window::Window;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut};
+
+pub use statistics::ConvStatistics;
 
 /// ONNX `Conv` (opset 1): X (N, C, spatial…), W (M, C/group, kernel…), B (M), over one to three dimensions.
 ///
@@ -52,6 +55,14 @@ impl Conv {
     /// This convolution with the channels of X and Y last.
     fn last(&self) -> Conv {
         Conv { layout: Layout::Last, ..self.clone() }
+    }
+
+    fn epilogue<'a, T: Float>(&self, x: &[Option<View<'a>>]) -> Result<Epilogue<'a, T>, OpError> {
+        Ok(Epilogue {
+            bias: get(x, 2).map(|b| b.get::<T>()).transpose()?,
+            residual: residual(x, 3)?,
+            clamp: self.clamp.to(),
+        })
     }
 
     /// The sizes, and the output's dimensions.
@@ -142,17 +153,11 @@ impl Op for Conv {
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let (b, input, w) = (get(x, 2), need(x, 0)?, need(x, 1)?);
+        let (input, w) = (need(x, 0)?, need(x, 1)?);
         let (g, _) = self.geometry(input.dims, w.dims)?;
         float_dispatch!(input.dtype, T => {
-            let epilogue = Epilogue {
-                bias: b.map(|b| b.get::<T>()).transpose()?,
-                residual: residual(x, 3)?,
-                clamp: self.clamp.to(),
-            };
-            let y = out(y, 0)?.get::<T>()?;
-            let (x, w) = (input.get::<T>()?, w.get::<T>()?);
-            kernel::forward(&g, x, w, epilogue, y, floats(cx.scratch)?);
+            let (epilogue, y) = (self.epilogue(x)?, out(y, 0)?.get::<T>()?);
+            kernel::forward(&g, input.get::<T>()?, w.get::<T>()?, epilogue, y, floats(cx.scratch)?);
             Ok(())
         })
     }

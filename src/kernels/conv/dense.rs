@@ -8,7 +8,7 @@
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
 use crate::kernels::conv::grids::{Plan, pack, pad};
-use crate::kernels::conv::{Epilogue, Geometry, Residual, in_slots, split, strides, volume};
+use crate::kernels::conv::{Done, Epilogue, Geometry, Residual, in_slots, split, strides, volume};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::{Pieces, along_rows};
@@ -234,6 +234,7 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
     }
 }
 
+#[allow(clippy::too_many_arguments)]
 fn run<T: Vectors>(
     plan: &Plan,
     forward: bool,
@@ -242,6 +243,7 @@ fn run<T: Vectors>(
     epilogue: Epilogue<T>,
     y: &mut [T],
     scratch: &mut [T],
+    done: Option<&Done<T>>,
 ) {
     let panel = T::panel();
     let (weights, slots) = scratch.split_at_mut(plan.packed(panel));
@@ -251,6 +253,8 @@ fn run<T: Vectors>(
     let (rows, panels) = (plan.rows(), plan.groups * plan.panels(panel));
     let blocks = plan.blocks(&d, panel);
     let c = plan.groups * plan.ci;
+    // Results of a row.
+    let line = volume(plan.target) / plan.target[plan.axis] * plan.groups * plan.co;
     let y = Shared::new(y);
     in_slots(volume(blocks), plan.slot(&d), slots, |task, slot| {
         let [i, r, p] = split(task, blocks);
@@ -258,6 +262,9 @@ fn run<T: Vectors>(
         let rows = r * d.rows..rows.min((r + 1) * d.rows);
         let panels = p * d.panels..panels.min((p + 1) * d.panels);
         let row = rows.start * plan.in_step[plan.axis];
+        // Rows of one image, or whole images.
+        let first = (images.start * plan.rows() + rows.start) * line;
+        let count = images.len() * rows.len() * line;
         let (a, window) = if plan.copies() {
             let window = plan.window(d.rows);
             pad(plan, x, images.clone(), row, window, slot);
@@ -271,12 +278,23 @@ fn run<T: Vectors>(
         unsafe {
             T::dispatch(Task { plan, a, window, weights, panels, images, rows, epilogue, y: y.ptr() });
         }
+        if let Some(done) = done {
+            // SAFETY: with all panels in one task, this one has written all of these results, and it alone.
+            done(i * blocks[1] + r, unsafe { std::slice::from_raw_parts(y.ptr().add(first), count) });
+        }
     });
 }
 
 /// Elements of scratch that [`forward`] needs.
 pub fn forward_scratch<T: Vectors>(g: &Geometry) -> usize {
     Plan::forward(g).scratch(T::panel())
+}
+
+/// Blocks of whole positions in which [`forward`] computes, if it does so.
+pub fn forward_blocks<T: Vectors>(g: &Geometry) -> Option<usize> {
+    let plan = Plan::forward(g);
+    let [images, rows, panels] = plan.blocks(&plan.division(T::panel()), T::panel());
+    (panels == 1).then_some(images * rows)
 }
 
 /// `y = clamp(conv(x, w) + bias + residual)` with x (N, spatial…, C) and y (N, spatial…, M), w (M, C/groups, k…).
@@ -287,9 +305,11 @@ pub fn forward<T: Vectors>(
     epilogue: Epilogue<T>,
     y: &mut [T],
     scratch: &mut [T],
+    done: Option<&Done<T>>,
 ) {
     g.check(x, y);
-    run(&Plan::forward(g), true, x, w, epilogue, y, scratch);
+    let done = done.filter(|_| forward_blocks::<T>(g).is_some());
+    run(&Plan::forward(g), true, x, w, epilogue, y, scratch, done);
 }
 
 /// Elements of scratch that [`input_grad`] needs.
@@ -307,5 +327,5 @@ pub fn input_grad<T: Vectors>(
     scratch: &mut [T],
 ) {
     g.check(dx, dy);
-    run(&Plan::input_grad(g), false, dy, w, epilogue, dx, scratch);
+    run(&Plan::input_grad(g), false, dy, w, epilogue, dx, scratch, None);
 }

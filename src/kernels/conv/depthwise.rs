@@ -9,7 +9,7 @@ mod weight;
 use rayon::prelude::*;
 use smallvec::SmallVec;
 
-use crate::kernels::conv::{Epilogue, Geometry, Residual, split};
+use crate::kernels::conv::{Done, Epilogue, Geometry, Residual, split};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors};
 
@@ -331,9 +331,10 @@ pub fn forward<T: Vectors>(
     epilogue: Epilogue<T>,
     y: &mut [T],
     scratch: &mut [T],
+    done: Option<&Done<T>>,
 ) {
     let way = Direction { g, source: g.x, target: g.y, gradient: false };
-    sweep(way, x, w, epilogue, y, scratch);
+    sweep(way, x, w, epilogue, y, scratch, done);
 }
 
 /// `dx = addend + the gradient`; of the epilogue only the residual counts.
@@ -346,7 +347,21 @@ pub fn input_grad<T: Vectors>(
     scratch: &mut [T],
 ) {
     let way = Direction { g, source: g.y, target: g.x, gradient: true };
-    sweep(way, dy, w, epilogue, dx, scratch);
+    sweep(way, dy, w, epilogue, dx, scratch, None);
+}
+
+/// Rows of the target, all images' counted, and how many a task computes.
+fn division(way: &Direction) -> (usize, usize) {
+    let g = way.g;
+    let total = g.n * way.target[0] * way.target[1];
+    let work = way.target[2] * g.c * g.taps();
+    (total, WORK.div_ceil(work.max(1)).clamp(1, total))
+}
+
+/// Blocks of whole positions in which [`forward`] computes.
+pub fn forward_blocks(g: &Geometry) -> usize {
+    let (total, each) = division(&Direction { g, source: g.x, target: g.y, gradient: false });
+    total.div_ceil(each)
 }
 
 fn sweep<T: Vectors>(
@@ -356,6 +371,7 @@ fn sweep<T: Vectors>(
     epilogue: Epilogue<T>,
     y: &mut [T],
     scratch: &mut [T],
+    done: Option<&Done<T>>,
 ) {
     let g = way.g;
     if way.gradient {
@@ -365,14 +381,18 @@ fn sweep<T: Vectors>(
     }
     by_tap(g.c, g.taps(), w, scratch);
     let w: &[T] = scratch;
-    let total = g.n * way.target[0] * way.target[1];
-    let work = way.target[2] * g.c * g.taps();
-    let each = WORK.div_ceil(work.max(1)).clamp(1, total);
+    let (total, each) = division(&way);
+    let line = way.target[2] * g.c;
     let y = Shared::new(y);
     let one = |i: usize| {
         let rows = i * each..total.min((i + 1) * each);
+        let (first, count) = (rows.start * line, rows.len() * line);
         // SAFETY: tasks write different rows of `y`; the extents were checked.
         unsafe { T::dispatch(Rows { way, x, w, epilogue, y: y.ptr(), rows }) }
+        if let Some(done) = done {
+            // SAFETY: rows that this task alone has written.
+            done(i, unsafe { std::slice::from_raw_parts(y.ptr().add(first), count) });
+        }
     };
     match total.div_ceil(each) {
         1 => one(0),

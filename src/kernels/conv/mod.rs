@@ -8,6 +8,7 @@ mod dense;
 mod depthwise;
 mod grids;
 mod narrow;
+mod statistics;
 mod weight;
 mod winograd;
 
@@ -19,6 +20,9 @@ use crate::kernels::elementwise::Clamp;
 use crate::kernels::layout::Layout;
 use crate::kernels::simd::Vectors;
 use crate::kernels::strided;
+
+use statistics::Done;
+pub use statistics::{Statistics, forward_statistics, statistics_room};
 
 /// Sizes of a convolution. Fewer than three spatial dimensions are preceded by ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -191,23 +195,36 @@ pub fn forward<T: Vectors>(
     y: &mut [T],
     scratch: &mut [T],
 ) {
+    forward_blocks(g, x, w, epilogue, y, scratch, None);
+}
+
+/// As [`forward`]; `done` is told of blocks of results where [`statistics::blocks`] says so.
+fn forward_blocks<T: Vectors>(
+    g: &Geometry,
+    x: &[T],
+    w: &[T],
+    epilogue: Epilogue<T>,
+    y: &mut [T],
+    scratch: &mut [T],
+    done: Option<&Done<T>>,
+) {
     if g.is_empty() {
         return epilogue.of_nothing(g.oc.max(1), y);
     }
-    let kernel = match () {
-        _ if g.depthwise() => depthwise::forward,
-        _ if winograd::applies_forward(g) => winograd::forward,
-        _ => dense::forward,
+    let kernel = |x: &[T], epilogue: Epilogue<T>, y: &mut [T], scratch: &mut [T]| match () {
+        _ if g.depthwise() => depthwise::forward(g, x, w, epilogue, y, scratch, done),
+        _ if winograd::applies_forward(g) => winograd::forward(g, x, w, epilogue, y, scratch),
+        _ => dense::forward(g, x, w, epilogue, y, scratch, done),
     };
     if g.layout == Layout::Last {
-        return kernel(g, x, w, epilogue, y, scratch);
+        return kernel(x, epilogue, y, scratch);
     }
     let (xs, ys) = (volume(g.x), volume(g.y));
     let (x_last, rest) = scratch.split_at_mut(g.inputs());
     let (y_last, rest) = rest.split_at_mut(g.outputs());
     transpose(g.n, g.c, xs, x, x_last);
     let epilogue = before(g, g.oc, ys, epilogue, y, y_last);
-    kernel(g, x_last, w, epilogue, y_last, rest);
+    kernel(x_last, epilogue, y_last, rest);
     transpose(g.n, ys, g.oc, y_last, y);
 }
 

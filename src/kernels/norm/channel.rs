@@ -12,7 +12,7 @@ use super::fold::{Centred, Fold, Given, Passed, Sums, Term, Written};
 use super::sweep::{sweep, zip_each};
 use super::{Moments, cut, sum, sum2};
 use crate::kernels::elementwise::Clamp;
-use crate::kernels::isa::vectorize;
+use crate::kernels::isa::vectorize_sweep;
 use crate::kernels::par::GRAIN;
 use crate::kernels::simd::Vectors;
 use crate::tensor::Float;
@@ -72,7 +72,7 @@ impl Channels {
         partials.par_chunks_mut((2 * self.c).max(1)).enumerate().for_each(|(i, part)| {
             part.fill(0.0);
             let (a, b) = part.split_at_mut(self.c);
-            vectorize(
+            vectorize_sweep(
                 #[inline(always)]
                 || f(i * self.per_task(), a, b),
             );
@@ -181,7 +181,7 @@ pub fn channel_stats<T: Vectors>(
         let per = d.per_piece();
         mean.par_chunks_mut(per).zip(variance.par_chunks_mut(per)).enumerate().for_each(
             |(i, (mean, var))| {
-                vectorize(
+                vectorize_sweep(
                     #[inline(always)]
                     || {
                         for (k, (mean, var)) in mean.iter_mut().zip(var).enumerate() {
@@ -200,22 +200,55 @@ pub fn channel_stats<T: Vectors>(
         #[inline(always)]
         |first, means, squares| row_moments(d.rows_of(x, first), d.c, means, squares),
     );
+    let parts = partials[..d.partials()].chunks_exact_mut((2 * d.c).max(1)).enumerate();
     let per = d.per_task();
-    let (sums, rest) = partials[..d.partials()].split_at_mut(2 * d.c.min(d.partials()));
-    let (means, squares) = sums.split_at_mut(sums.len() / 2);
-    for (i, part) in rest.chunks_exact((2 * d.c).max(1)).enumerate() {
-        let before = (i + 1) * per;
-        let count = per.min(d.n - before);
-        merge(means, squares, before as f64, part.split_at(d.c), count as f64);
-    }
+    merged(parts.map(|(i, part)| (per.min(d.n - i * per), part)), mean, variance);
+}
+
+/// Means and population variances of all rows from those of blocks of them: `(rows, means and squared distances)`.
+fn merged<'p, T: Float>(
+    mut parts: impl Iterator<Item = (usize, &'p mut [f64])>,
+    mean: &mut [T],
+    variance: &mut [T],
+) {
     mean.fill(T::zero());
     variance.fill(T::zero());
+    let Some((mut rows, first)) = parts.next() else { return };
+    let (means, squares) = first.split_at_mut(mean.len());
+    for (count, part) in parts {
+        merge(means, squares, rows as f64, part.split_at(mean.len()), count as f64);
+        rows += count;
+    }
     for (mean, m) in mean.iter_mut().zip(means) {
         *mean = T::of(*m);
     }
     for (variance, m2) in variance.iter_mut().zip(squares) {
-        *variance = T::of(*m2 / d.n.max(1) as f64);
+        *variance = T::of(*m2 / rows.max(1) as f64);
     }
+}
+
+/// Elements of `f64` that [`block_moments`] needs for `c` channels.
+pub fn block_room(c: usize) -> usize {
+    1 + 2 * c
+}
+
+/// What [`merge_blocks`] wants to know of some rows of `c` channels.
+pub fn block_moments<T: Vectors>(x: &[T], c: usize, part: &mut [f64]) {
+    part.fill(0.0);
+    let (rows, part) = part.split_at_mut(1);
+    let (means, squares) = part.split_at_mut(c);
+    rows[0] = (x.len() / c.max(1)) as f64;
+    vectorize_sweep(
+        #[inline(always)]
+        || row_moments(x, c, means, squares),
+    );
+}
+
+/// Mean and population variance of each channel from blocks of rows, in order.
+pub fn merge_blocks<T: Float>(parts: &mut [f64], mean: &mut [T], variance: &mut [T]) {
+    let parts = parts.chunks_exact_mut(block_room(mean.len()));
+    let counted = parts.filter_map(|part| part.split_first_mut().map(|(rows, part)| (*rows as usize, part)));
+    merged(counted, mean, variance);
 }
 
 /// Means and summed squared distances from them of the columns of `x`, rows of `c`.
@@ -324,7 +357,7 @@ pub fn param_grad<T: Vectors>(
     };
     let pieces = dscale.par_chunks_mut(per).zip(dshift.par_chunks_mut(per));
     pieces.enumerate().for_each(|(i, (dscale, dshift))| {
-        vectorize(
+        vectorize_sweep(
             #[inline(always)]
             || {
                 for (k, (dscale, dshift)) in dscale.iter_mut().zip(dshift).enumerate() {
@@ -487,7 +520,7 @@ pub fn channel_sum<T: Vectors>(dy: &[T], d: Channels, out: &mut [T], partials: &
     }
     let per = d.per_piece();
     out.par_chunks_mut(per).enumerate().for_each(|(i, out)| {
-        vectorize(
+        vectorize_sweep(
             #[inline(always)]
             || {
                 for (k, out) in out.iter_mut().enumerate() {

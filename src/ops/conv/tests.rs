@@ -146,6 +146,8 @@ fn bits_do_not_depend_on_threads() {
         let (tx, tw) = (wave(&x, 0.7).cast(DType::F32), wave(&w, 1.3).cast(DType::F32));
         let (_, y) = conv.geometry(&x, &w).unwrap();
         let dy = wave(&y, 0.9).cast(DType::F32);
+        let statistics = ConvStatistics { conv: conv.last() };
+        let lx = wave(&Layout::Last.of(&x), 0.7).cast(DType::F32);
         let run = || {
             let input = ConvInputGrad { conv: conv.clone(), x: Dims::from_slice(&x) };
             let weight = ConvWeightGrad { conv: conv.clone(), w: Dims::from_slice(&w), norm: None };
@@ -153,12 +155,56 @@ fn bits_do_not_depend_on_threads() {
                 eval(&conv, &[Some(&tx), Some(&tw)]).unwrap().remove(0),
                 eval(&input, &[Some(&dy), Some(&tw)]).unwrap().remove(0),
                 eval(&weight, &[Some(&dy), Some(&tx)]).unwrap().remove(0),
+                eval(&statistics, &[Some(&lx), Some(&tw)]).unwrap().remove(2),
             ]
         };
         let first = run();
         for pool in &pools {
             let again = pool.install(run);
             assert!(first.iter().zip(&again).all(|(a, b)| a.bytes() == b.bytes()), "{x:?} {w:?}");
+        }
+    }
+}
+
+/// The same results, and their mean and variance, whether these are gathered from blocks or afterwards.
+#[test]
+fn statistics_are_of_the_results() {
+    for (x, w, groups, stride) in [
+        ([3, 16, 32, 32], [16, 16, 1, 1], 1, 1),
+        ([2, 3, 60, 61], [40, 3, 3, 3], 1, 2),
+        ([9, 32, 16, 16], [64, 32, 3, 3], 1, 1),
+        ([5, 24, 34, 30], [24, 1, 3, 3], 24, 1),
+        ([2, 64, 7, 7], [800, 64, 1, 1], 1, 1),
+        ([0, 4, 7, 7], [8, 4, 1, 1], 1, 1),
+    ] {
+        for layout in [Layout::First, Layout::Last] {
+            let pads = crate::ops::window::AutoPad::SameUpper;
+            let window = Window {
+                auto_pad: pads,
+                strides: vec![stride; 2],
+                ..Window::of(&crate::ops::Attrs::default()).unwrap()
+            };
+            let conv = Conv { window, groups, clamp: Clamp { low: -0.5, high: 9.0 }, layout };
+            let bias = Tensor::from_slice(&[w[0]], &vec![7.0; w[0]]).unwrap().cast(DType::F32);
+            let (x, w) = (wave(&layout.of(&x), 0.7).cast(DType::F32), wave(&w, 1.3).cast(DType::F32));
+            let inputs = [&x, &w, &bias].map(Some);
+            let y = eval(&conv, &inputs).unwrap().remove(0);
+            let got = eval(&ConvStatistics { conv }, &inputs).unwrap();
+            assert_eq!(y.bytes(), got[0].bytes());
+            let c = w.dims()[0];
+            let inner = if layout == Layout::Last { 1 } else { y.dims()[2] * y.dims()[3] };
+            let (mut sums, mut squares) = (vec![0.0; c], vec![0.0; c]);
+            let count = (y.to_f64().len() / c) as f64;
+            for (i, y) in y.to_f64().iter().enumerate() {
+                sums[i / inner % c] += y;
+                squares[i / inner % c] += y * y;
+            }
+            for (c, (mean, variance)) in got[1].to_f64().iter().zip(got[2].to_f64()).enumerate() {
+                let want = if count > 0.0 { sums[c] / count } else { 0.0 };
+                assert!((mean - want).abs() < 1e-5, "{mean} {want}");
+                let want = if count > 0.0 { squares[c] / count - want * want } else { 0.0 };
+                assert!((variance - want).abs() < 1e-5 * (1.0 + want), "{variance} {want}");
+            }
         }
     }
 }

@@ -1,0 +1,70 @@
+//! Convolution with the statistics of its results, gathered from each block of them while it is near.
+#![allow(unsafe_code)]
+
+use super::{Epilogue, Geometry, dense, depthwise, forward_blocks, winograd};
+use crate::kernels::layout::Layout;
+use crate::kernels::norm::{self, Channels};
+use crate::kernels::par::Shared;
+use crate::kernels::simd::Vectors;
+
+/// Is told of blocks of results, whole positions with all of their channels, each once by the task that computed it.
+pub(super) type Done<'a, T> = dyn Fn(usize, &[T]) + Sync + 'a;
+
+/// Of each output channel; `room`: [`statistics_room`] elements.
+pub struct Statistics<'a, T> {
+    pub mean: &'a mut [T],
+    /// Of the whole population.
+    pub variance: &'a mut [T],
+    pub room: &'a mut [f64],
+}
+
+/// How many blocks of results a convolution makes known, if it does so at all.
+fn blocks<T: Vectors>(g: &Geometry) -> Option<usize> {
+    match () {
+        _ if g.is_empty() || g.layout != Layout::Last => None,
+        _ if g.depthwise() => Some(depthwise::forward_blocks(g)),
+        _ if winograd::applies_forward(g) => None,
+        _ => dense::forward_blocks::<T>(g),
+    }
+}
+
+fn channels(g: &Geometry) -> Channels {
+    let d = Channels { n: g.n, c: g.oc, s: g.y.iter().product() };
+    if g.layout == Layout::Last { d.last() } else { d }
+}
+
+/// Elements of `f64` that [`forward_statistics`] needs.
+pub fn statistics_room<T: Vectors>(g: &Geometry) -> usize {
+    match blocks::<T>(g) {
+        Some(blocks) => blocks * norm::block_room(g.oc),
+        None => channels(g).partials(),
+    }
+}
+
+/// As [`forward`](super::forward), with the statistics of the results.
+pub fn forward_statistics<T: Vectors>(
+    g: &Geometry,
+    x: &[T],
+    w: &[T],
+    epilogue: Epilogue<T>,
+    y: &mut [T],
+    statistics: Statistics<T>,
+    scratch: &mut [T],
+) {
+    let Statistics { mean, variance, room } = statistics;
+    let Some(blocks) = blocks::<T>(g) else {
+        forward_blocks(g, x, w, epilogue, y, scratch, None);
+        return norm::channel_stats(y, channels(g), mean, variance, room);
+    };
+    let each = norm::block_room(g.oc);
+    let room = &mut room[..blocks * each];
+    let parts = Shared::new(room);
+    let done = |block: usize, y: &[T]| {
+        assert!(block < blocks);
+        // SAFETY: the block's part of the room, which no other block touches.
+        let part = unsafe { std::slice::from_raw_parts_mut(parts.ptr().add(block * each), each) };
+        norm::block_moments(y, g.oc, part);
+    };
+    forward_blocks(g, x, w, epilogue, y, scratch, Some(&done));
+    norm::merge_blocks(room, mean, variance);
+}

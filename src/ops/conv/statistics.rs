@@ -1,0 +1,82 @@
+//! Convolution with the statistics of its results.
+
+use crate::error::OpError;
+use crate::float_dispatch;
+use crate::graph::GradBuilder;
+use crate::kernels::conv::{self as kernel, Statistics};
+use crate::ops::conv::{Conv, floats};
+use crate::ops::{ChannelsLast, Cx, Grads, Op, get, need};
+use crate::tensor::{DType, Meta, View, ViewMut};
+
+/// A [`Conv`] whose outputs 1 and 2 are mean and population variance (M) of each channel of Y, gathered while Y is
+/// near. Made of convolutions that a training normalisation follows, in graphs that are differentiated already.
+#[derive(Debug)]
+pub struct ConvStatistics {
+    pub conv: Conv,
+}
+
+impl ConvStatistics {
+    /// Bytes of scratch in front of the convolution's own.
+    fn room(&self, x: &[usize], w: &[usize], dtype: DType) -> usize {
+        let room = match dtype {
+            DType::F64 => kernel::statistics_room::<f64>,
+            _ => kernel::statistics_room::<f32>,
+        };
+        self.conv.geometry(x, w).map_or(0, |(g, _)| room(&g) * size_of::<f64>())
+    }
+}
+
+impl Op for ConvStatistics {
+    fn name(&self) -> &'static str {
+        "ConvStatistics"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let mut made = self.conv.infer(inputs)?;
+        let channel = Meta::new(made[0].dtype, &need(inputs, 1)?.dims[..1]);
+        made.extend([channel.clone(), channel]);
+        Ok(made)
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let (input, w) = (need(x, 0)?, need(x, 1)?);
+        let (g, _) = self.conv.geometry(input.dims, w.dims)?;
+        let bytes = self.room(input.dims, w.dims, input.dtype);
+        let short = || OpError::Internal("too little scratch memory".into());
+        let (room, scratch) = cx.scratch.split_at_mut_checked(bytes).ok_or_else(short)?;
+        let [Some(y), Some(mean), Some(variance)] = y else {
+            return Err(OpError::Internal("three outputs are needed".into()));
+        };
+        float_dispatch!(input.dtype, T => {
+            let (epilogue, y) = (self.conv.epilogue(x)?, y.get::<T>()?);
+            let (mean, variance) = (mean.get::<T>()?, variance.get::<T>()?);
+            let statistics = Statistics { mean, variance, room: floats(room)? };
+            let (x, w) = (input.get::<T>()?, w.get::<T>()?);
+            kernel::forward_statistics(&g, x, w, epilogue, y, statistics, floats(scratch)?);
+            Ok(())
+        })
+    }
+
+    fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
+        let (Some(x), Some(w)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
+        self.room(&x.dims, &w.dims, x.dtype) + self.conv.scratch(inputs)
+    }
+
+    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        let flags = self.conv.channels_last(inputs, outputs)?;
+        let op = ConvStatistics { conv: self.conv.last() };
+        Some(ChannelsLast::by(op, &flags.inputs, &[true, false, false]).wanted())
+    }
+
+    fn in_place(&self) -> &[(usize, usize)] {
+        self.conv.in_place()
+    }
+
+    fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
+        self.conv.multiply_adds(inputs)
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        Err(OpError::NotDifferentiable("a convolution with statistics".into()))
+    }
+}
