@@ -1,5 +1,6 @@
 //! Execution: sessions, persistent state, the step loop.
 
+mod awake;
 mod carve;
 pub mod reference;
 mod run;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::error::{Error, Result};
+use crate::exec::awake::awake;
 use crate::exec::run::{self, Memory, Profile};
 use crate::exec::store::{Purpose, Store};
 use crate::graph::{
@@ -316,7 +317,7 @@ impl Session {
             constants: &program.constants,
             seed: self.options.seed ^ seed,
         };
-        self.pool.install(|| run::run(&program.plan, &program.graph, &mut memory, profile))
+        self.pool.install(|| awake(|| run::run(&program.plan, &program.graph, &mut memory, profile)))
     }
 
     /// A value that the program was asked for, after its run and before the next one.
