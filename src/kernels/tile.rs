@@ -46,6 +46,38 @@ pub unsafe fn along_rows<S: Simd, const M: usize, const N: usize>(
     }
 }
 
+/// One register tile of C: `M` rows, evenly spaced in A and in C, by `N` vectors of a packed panel of two. With `add`
+/// it is added to what C holds.
+///
+/// # Safety
+/// `a` must be readable for the runs' elements at each row, `b` for two vectors at each step, `c` writable for `N`
+/// vectors at each row, and `S`'s instructions be there.
+#[inline(always)]
+pub unsafe fn multiply<S: Simd, const M: usize, const N: usize>(
+    runs: &[(isize, usize)],
+    a: *const S::Elem,
+    a_row: usize,
+    b: *const S::Elem,
+    c: *mut S::Elem,
+    c_row: usize,
+    add: bool,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut rows = [a; M];
+        for i in 0..M {
+            rows[i] = a.add(i * a_row);
+        }
+        let acc = along_rows::<S, M, N>(runs, rows, b, 2 * S::LANES);
+        for i in 0..M {
+            for j in 0..N {
+                let (c, v) = (c.add(i * c_row + j * S::LANES), acc[i][j]);
+                S::store(c, if add { S::add(S::load(c), v) } else { v });
+            }
+        }
+    }
+}
+
 /// The positions that [`along_columns`] sums over: `blocks` of `rows` of `steps`, and how far A and B advance.
 #[derive(Debug, Clone, Copy)]
 pub struct Positions {

@@ -9,7 +9,7 @@ use std::ops::Range;
 use crate::kernels::conv::{Epilogue, Geometry, Residual, in_slots, slots};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
-use crate::kernels::tile::{Pieces, along_rows};
+use crate::kernels::tile::{Pieces, multiply};
 use crate::tile_sizes;
 
 /// Input channels up to which it pays.
@@ -115,7 +115,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                         let n = if p.columns - q * panel > S::LANES { 2 } else { 1 };
                         let b = self.weights.as_ptr().add(q * g.oc * panel);
                         let z = self.z.as_mut_ptr().add(q * panel);
-                        tile_sizes!(m, n, S, multiply(&runs, dy, g.oc, b, z, z_row));
+                        tile_sizes!(m, n, S, multiply(&runs, dy, g.oc, b, z, z_row, false));
                     }
                     for j in 0..m {
                         for k in taps.clone() {
@@ -147,35 +147,6 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                     store_up_to::<S>(self.dx.add(start + at), v, n);
                 }
                 at += S::LANES;
-            }
-        }
-    }
-}
-
-/// One register tile of Z: `M` positions by `N` vectors of columns.
-///
-/// # Safety
-/// `a` must be readable for the runs' elements at each row, `b` for two vectors at each step, `z` writable for `N`
-/// vectors at each row.
-#[inline(always)]
-unsafe fn multiply<S: Simd, const M: usize, const N: usize>(
-    runs: &[(isize, usize)],
-    a: *const S::Elem,
-    a_row: usize,
-    b: *const S::Elem,
-    z: *mut S::Elem,
-    z_row: usize,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut rows = [a; M];
-        for i in 0..M {
-            rows[i] = a.add(i * a_row);
-        }
-        let acc = along_rows::<S, M, N>(runs, rows, b, 2 * S::LANES);
-        for i in 0..M {
-            for j in 0..N {
-                S::store(z.add(i * z_row + j * S::LANES), acc[i][j]);
             }
         }
     }

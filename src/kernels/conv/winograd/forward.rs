@@ -11,7 +11,7 @@ use crate::kernels::conv::grids::{Plan, pack_panel};
 use crate::kernels::conv::{Epilogue, Residual, in_slots, slots};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
-use crate::kernels::tile::{Pieces, along_rows};
+use crate::kernels::tile::{Pieces, multiply};
 use crate::tile_sizes;
 
 /// Elements of a task's transformed tiles, and the tiles it should at least have where weights are many.
@@ -238,37 +238,6 @@ impl<T: Vectors> Target<'_, T> {
                         store_up_to::<S>(self.y.add(at), S::min(high, S::max(low, v)), n);
                     }
                 }
-            }
-        }
-    }
-}
-
-/// One register tile of one of the products: `M` tiles by `N` vectors of output channels.
-///
-/// # Safety
-/// `a` must be readable for the runs' elements at each row, `b` for two vectors at each step, `c` writable for `N`
-/// vectors at each row.
-#[inline(always)]
-unsafe fn multiply<S: Simd, const M: usize, const N: usize>(
-    runs: &[(isize, usize)],
-    a: *const S::Elem,
-    a_row: usize,
-    b: *const S::Elem,
-    c: *mut S::Elem,
-    c_row: usize,
-    add: bool,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut rows = [a; M];
-        for i in 0..M {
-            rows[i] = a.add(i * a_row);
-        }
-        let acc = along_rows::<S, M, N>(runs, rows, b, 2 * S::LANES);
-        for i in 0..M {
-            for j in 0..N {
-                let (c, v) = (c.add(i * c_row + j * S::LANES), acc[i][j]);
-                S::store(c, if add { S::add(S::load(c), v) } else { v });
             }
         }
     }
