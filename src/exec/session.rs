@@ -216,7 +216,6 @@ impl Session {
     /// Plans a graph whose shapes are inferred, and makes room for it.
     pub fn compile(&mut self, mut graph: Graph, mut request: Request) -> Result<Program> {
         graph::fuse_sums(&mut graph, &request);
-        graph::normalise_again(&mut graph);
         graph::gather_statistics(&mut graph);
         self.fold_frozen(&mut graph)?;
         let asked = |name: &str, mode: &str| std::env::var(name).is_ok_and(|m| m == mode);
@@ -224,6 +223,7 @@ impl Session {
         if !self.options.channels_first && !asked("RETUNE_LAYOUT", "first") {
             graph::layout(&mut graph, &mut request, &mut self.pinned)?;
         }
+        graph::join_normalisations(&mut graph, &request);
         // On the session's threads: scratch memory depends on their number.
         let plan = self.pool.install(|| plan::plan(&graph, &request))?;
         let mut constants = Vec::with_capacity(plan.constants.len());

@@ -23,7 +23,7 @@ use crate::ops::unary::{Relu, Unary};
 use crate::plan::Request;
 use crate::tensor::Meta;
 
-pub use norms::{gather_statistics, normalise_again};
+pub use norms::{gather_statistics, join_normalisations};
 
 /// Fuses a forward graph whose shapes are inferred: normalisations and convolutions with the sum and the activation
 /// that follow; and where no `weights_learn`, convolutions with a normalisation by given statistics. Products take the

@@ -14,7 +14,7 @@ use crate::error::{Error, OpError};
 use crate::ops::Op;
 use crate::tensor::{DType, Meta, Tensor};
 
-pub use fuse::{fuse, fuse_sums, gather_statistics, normalise_again};
+pub use fuse::{fuse, fuse_sums, gather_statistics, join_normalisations};
 pub use grad::{GradBuilder, Gradients, grad};
 pub use infer::{Bindings, Inferred};
 pub use layout::{PinnedLayouts, layout};

@@ -13,11 +13,11 @@ use crate::kernels::norm::{self, Channels, Residual, Stat};
 use crate::kernels::simd::Vectors;
 use crate::ops::clip::passed;
 use crate::ops::layout::rank_of;
-use crate::ops::{ChannelsLast, Cx, Grads, Mode, Op, Row, Spec, get, need, out};
+use crate::ops::{ChannelsLast, Cx, Grads, Mode, Op, Row, Spec, get, need};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
 
-use grad::{BatchNormEvalInputGrad, BatchNormInputGrad, BatchNormParamGrad};
-pub use grad::{ChannelParamGrad, ChannelSum};
+use grad::BatchNormEvalInputGrad;
+pub use grad::{BatchNormInputGrad, BatchNormParamGrad, ChannelParamGrad, ChannelSum};
 
 /// What old exporters wrote as momentum when they meant nothing by it; training takes 0.9 instead.
 const NO_MOMENTUM: f32 = 1.0;
@@ -28,6 +28,8 @@ const NO_MOMENTUM: f32 = 1.0;
 /// mean, next running variance, and for the gradient the mean (C) and inverse standard deviation (C) that were
 /// used. (Opsets before 14 name outputs 3 and 4 "saved mean" and "saved variance"; as with cuDNN the latter is
 /// the inverse standard deviation here.)
+///
+/// Output 0 may be absent: whoever reads it then normalises x by itself.
 ///
 /// Fused: y = clamp(normalised x + residual), the residual (N, C, …) being input 5. Where the batch's statistics are
 /// `given`, inputs 5 and 6 are its mean and variance (C), and the residual is input 7.
@@ -90,6 +92,11 @@ impl BatchNormalization {
             .then(|| BatchNormalization { given: true, ..self.clone() })
     }
 
+    /// Nothing but x, scaled, shifted and clamped, goes into the result of so many inputs.
+    pub fn is_plain(&self, inputs: usize) -> bool {
+        inputs <= self.residual()
+    }
+
     /// The input that may be a residual.
     fn residual(&self) -> usize {
         if self.given { 7 } else { 5 }
@@ -146,9 +153,9 @@ impl BatchNormalization {
         x: &[Option<View>],
         y: &mut [Option<ViewMut>],
     ) -> Result<(), OpError> {
-        let [y0, y1, y2, mut y3, mut y4] = outputs(y)?;
-        let y0 = y0.ok_or_else(|| OpError::Internal("output 0 has no buffer".into()))?;
-        let d = self.channels(y0.dims);
+        let [mut y0, y1, y2, mut y3, mut y4] = outputs(y)?;
+        let dims = y0.as_ref().map(|y| y.dims).or(get(x, 0).map(|x| x.dims));
+        let d = self.channels(dims.ok_or_else(|| OpError::Internal("nothing to normalise".into()))?);
         let (scale, shift) = (need(x, 1)?.get::<T>()?, need(x, 2)?.get::<T>()?);
         let input = get(x, 0).map(|x| x.get::<T>()).transpose()?;
         let residual = match x.get(self.residual()) {
@@ -165,7 +172,9 @@ impl BatchNormalization {
             for ((f, &scale), &var) in factor.iter_mut().zip(scale).zip(var) {
                 *f = T::of(scale.to64() / (var.to64() + self.epsilon).sqrt());
             }
-            norm::channel_affine(input, y0.get::<T>()?, d, mean, factor, shift, residual, clamp);
+            if let Some(y0) = y0 {
+                norm::channel_affine(input, y0.get::<T>()?, d, mean, factor, shift, residual, clamp);
+            }
             for (y, from) in [(y1, mean), (y2, var), (y3.take(), mean)] {
                 if let Some(y) = y {
                     y.get::<T>()?.copy_from_slice(from);
@@ -187,7 +196,9 @@ impl BatchNormalization {
             mean.copy_from_slice(need(x, 5)?.get::<T>()?);
             inv.copy_from_slice(need(x, 6)?.get::<T>()?);
         } else {
-            norm::channel_stats(input.unwrap_or(y0.get::<T>()?), d, mean, inv, partials);
+            let in_place = y0.as_mut().map(|y| y.get::<T>()).transpose()?;
+            let input = input.or(in_place.map(|y| &*y)).unwrap_or(&[]);
+            norm::channel_stats(input, d, mean, inv, partials);
         }
         let count = d.count() as f64;
         let unbias = if self.unbiased && count > 1.0 { count / (count - 1.0) } else { 1.0 };
@@ -210,7 +221,9 @@ impl BatchNormalization {
             // As the gradient will compute it again.
             *f = T::of(scale.to64() * inv.to64());
         }
-        norm::channel_affine(input, y0.get::<T>()?, d, mean, factor, shift, residual, clamp);
+        if let Some(y0) = y0 {
+            norm::channel_affine(input, y0.get::<T>()?, d, mean, factor, shift, residual, clamp);
+        }
         Ok(())
     }
 }
@@ -282,7 +295,7 @@ impl Op for BatchNormalization {
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        float_dispatch!(out(y, 0)?.dtype, T => self.run::<T>(cx, x, y))
+        float_dispatch!(need(x, 1)?.dtype, T => self.run::<T>(cx, x, y))
     }
 
     fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {

@@ -1,15 +1,18 @@
 //! Convolution and its gradients.
 
+mod grads;
 mod statistics;
 #[cfg(test)]
 mod tests;
 
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::conv::{self as kernel, Epilogue, Geometry, Load, Residual};
+use crate::kernels::conv::{self as kernel, Epilogue, Geometry, Load, Norm, Operand, Residual};
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::Channels;
@@ -19,15 +22,20 @@ use crate::ops::window::Window;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut};
 
+pub use grads::ConvGrads;
 pub use statistics::ConvStatistics;
 
 /// ONNX `Conv` (opset 1): X (N, C, spatial…), W (M, C/group, kernel…), B (M), over one to three dimensions.
 ///
 /// Fused: Y = clamp(W * X + B + R), the residual R (N, M, spatial…) being input 3.
+///
+/// Where it `normalises`, X is what a batch normalisation read, which is done and clamped as X is read; inputs 2 to 5
+/// are the normalisation's mean, inverse deviation, scale and shift (C), B and R the inputs after them.
 #[derive(Debug, Clone)]
 pub struct Conv {
     pub window: Window,
     pub groups: usize,
+    pub normalises: Option<Clamp<f64>>,
     /// What is done to the result last.
     pub clamp: Clamp<f64>,
     /// Of X and Y, and of their gradients; the weights lie as in the file.
@@ -47,6 +55,7 @@ impl Conv {
         Ok(Arc::new(Conv {
             window: Window::of(s.attrs)?,
             groups: groups as usize,
+            normalises: None,
             clamp: Clamp::NONE,
             layout: Layout::First,
         }))
@@ -57,11 +66,53 @@ impl Conv {
         Conv { layout: Layout::Last, ..self.clone() }
     }
 
+    /// This convolution of what a normalisation read.
+    pub fn normalising(&self, clamp: Clamp<f64>) -> Conv {
+        Conv { normalises: Some(clamp), ..self.clone() }
+    }
+
+    /// Could X (of these dimensions) be normalised while it is read?
+    pub fn can_normalise(&self, x: &[usize], w: &[usize]) -> bool {
+        self.normalises.is_none() && self.geometry(x, w).is_ok_and(|(g, _)| kernel::loads(&g))
+    }
+
+    /// The input that is the bias; the residual follows.
+    fn bias(&self) -> usize {
+        if self.normalises.is_some() { 6 } else { 2 }
+    }
+
     fn epilogue<'a, T: Float>(&self, x: &[Option<View<'a>>]) -> Result<Epilogue<'a, T>, OpError> {
         Ok(Epilogue {
-            bias: get(x, 2).map(|b| b.get::<T>()).transpose()?,
-            residual: residual(x, 3)?,
+            bias: get(x, self.bias()).map(|b| b.get::<T>()).transpose()?,
+            residual: residual(x, self.bias() + 1)?,
             clamp: self.clamp.to(),
+        })
+    }
+
+    /// X, and the scratch memory that is left.
+    fn input<'a, T: Float>(
+        &self,
+        x: &[Option<View<'a>>],
+        channels: usize,
+        scratch: &'a mut [u8],
+    ) -> Result<(Operand<'a, T>, &'a mut [T]), OpError> {
+        let scratch = floats(scratch)?;
+        let data = need(x, 0)?.get::<T>()?;
+        let Some(clamp) = self.normalises else {
+            return Ok((Operand { data, channels, load: Load::Plain }, scratch));
+        };
+        let (factor, scratch) = scratch.split_at_mut_checked(channels).ok_or_else(short)?;
+        let load = Load::Norm(normalised(&x[2..], clamp, factor)?);
+        Ok((Operand { data, channels, load }, scratch))
+    }
+
+    /// Bytes of scratch: for the factors, and for a kernel, by its function for either element type.
+    fn room(&self, x: &Meta, w: &Meta, kernel: [fn(&Geometry, bool) -> usize; 2]) -> usize {
+        let plain = self.normalises.is_none();
+        self.geometry(&x.dims, &w.dims).map_or(0, |(g, _)| {
+            let [single, double] = kernel;
+            let elements = if x.dtype == DType::F64 { double(&g, plain) } else { single(&g, plain) };
+            (elements + if plain { 0 } else { g.c }) * x.dtype.size()
         })
     }
 
@@ -104,6 +155,33 @@ fn room(g: &Geometry, dtype: DType, [single, double]: [fn(&Geometry) -> usize; 2
     }
 }
 
+fn short() -> OpError {
+    OpError::Internal("too little scratch memory".into())
+}
+
+/// A normalisation by operands mean, inverse deviation, scale and shift; `factor`: room for one a channel.
+fn normalised<'a, T: Float>(
+    operands: &[Option<View<'a>>],
+    clamp: Clamp<f64>,
+    factor: &'a mut [T],
+) -> Result<Norm<'a, T>, OpError> {
+    let of = |i: usize| need(operands, i)?.get::<T>();
+    for ((f, scale), inv) in factor.iter_mut().zip(of(2)?).zip(of(1)?) {
+        // As the normalisation itself computes it.
+        *f = T::of(scale.to64() * inv.to64());
+    }
+    Ok(Norm { mean: of(0)?, factor, shift: of(3)?, clamp: clamp.to() })
+}
+
+/// That operands are one of this type a channel.
+fn per_channel(operands: &[Option<&Meta>], dtype: &Meta, channels: usize) -> Result<(), OpError> {
+    operands.iter().try_for_each(|m| {
+        let m = m.ok_or_else(|| OpError::Shape("a normalisation lacks an operand".into()))?;
+        same_type(dtype, m)?;
+        expect(&m.dims, &[channels])
+    })
+}
+
 fn floats<T: Float>(scratch: &mut [u8]) -> Result<&mut [T], OpError> {
     let whole = scratch.len() / size_of::<T>() * size_of::<T>();
     bytemuck::try_cast_slice_mut(&mut scratch[..whole])
@@ -135,7 +213,13 @@ impl Op for Conv {
         let (x, w) = (need(inputs, 0)?, need(inputs, 1)?);
         same_type(x, w)?;
         let (g, y) = self.geometry(&x.dims, &w.dims)?;
-        if let Some(b) = get(inputs, 2) {
+        if self.normalises.is_some() {
+            if !kernel::loads(&g) {
+                return Err(OpError::Shape("this convolution cannot normalise what it reads".into()));
+            }
+            per_channel(inputs.get(2..6).unwrap_or(&[None]), x, g.c)?;
+        }
+        if let Some(b) = get(inputs, self.bias()) {
             same_type(x, b)?;
             if b.dims.as_slice() != [g.oc] {
                 return Err(OpError::Shape(format!(
@@ -145,7 +229,7 @@ impl Op for Conv {
                 )));
             }
         }
-        if let Some(r) = get(inputs, 3) {
+        if let Some(r) = get(inputs, self.bias() + 1) {
             same_type(x, r)?;
             expect(&r.dims, &y)?;
         }
@@ -157,24 +241,26 @@ impl Op for Conv {
         let (g, _) = self.geometry(input.dims, w.dims)?;
         float_dispatch!(input.dtype, T => {
             let (epilogue, y) = (self.epilogue(x)?, out(y, 0)?.get::<T>()?);
-            kernel::forward(&g, input.get::<T>()?, w.get::<T>()?, epilogue, y, floats(cx.scratch)?);
+            let (input, scratch) = self.input::<T>(x, g.c, cx.scratch)?;
+            kernel::forward(&g, input, w.get::<T>()?, epilogue, y, scratch);
             Ok(())
         })
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Some(x), Some(w)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        self.geometry(&x.dims, &w.dims).map_or(0, |(g, _)| {
-            room(&g, x.dtype, [kernel::forward_scratch::<f32>, kernel::forward_scratch::<f64>])
-        })
+        self.room(x, w, [kernel::forward_scratch::<f32>, kernel::forward_scratch::<f64>])
     }
 
     fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
+        if self.normalises.is_some() {
+            return None;
+        }
         Some(ChannelsLast::by(self.last(), &[true, false, false, true], &[true]).wanted())
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
-        &[(3, 0)]
+        if self.normalises.is_some() { &[(7, 0)] } else { &[(3, 0)] }
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
@@ -183,6 +269,9 @@ impl Op for Conv {
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
+        if self.normalises.is_some() {
+            return Err(OpError::NotDifferentiable("a convolution that normalises what it reads".into()));
+        }
         // dY passes where the clamp let Y pass; it is dR then.
         let (x, w, dy) = (g.x(0)?, g.x(1)?, passed(g, self.clamp)?);
         let mut grads = Grads::from_elem(None, g.inputs());
@@ -197,7 +286,7 @@ impl Op for Conv {
         if g.wants(1) {
             // dW[t] = Σ_{n,i} dY[i] · X[stride·i + dilation·t − pad]ᵀ   (M, C/group, kernel…)
             let w = g.meta(w)?.dims.clone();
-            grads[1] = Some(g.emit(ConvWeightGrad { conv: self.clone(), w, norm: None }, &[dy, x])?);
+            grads[1] = Some(g.emit(ConvWeightGrad { conv: self.clone(), w }, &[dy, x])?);
         }
         if g.wants(2) {
             // db = Σ_{n,i} dY[n, :, i]   (M)
@@ -272,20 +361,11 @@ impl Op for ConvInputGrad {
 
 /// The gradient of `Conv` with respect to its weights, of dimensions `w`: from dY and X.
 ///
-/// Where a depthwise convolution read the result of a batch normalisation, X may be what that read: it is then
-/// normalised once more, and clamped, by inputs 2 to 5: mean, inverse deviation, scale and shift.
+/// Where the convolution normalises X, so does this; inputs 2 to 5 are mean, inverse deviation, scale and shift.
 #[derive(Debug)]
 pub struct ConvWeightGrad {
     pub conv: Conv,
     pub w: Dims,
-    pub norm: Option<Clamp<f64>>,
-}
-
-impl ConvWeightGrad {
-    /// Could the input be normalised while it is read?
-    pub fn can_normalise(&self, x: &[usize]) -> bool {
-        self.conv.geometry(x, &self.w).is_ok_and(|(g, _)| g.depthwise())
-    }
 }
 
 impl Op for ConvWeightGrad {
@@ -298,14 +378,8 @@ impl Op for ConvWeightGrad {
         same_type(dy, x)?;
         let (g, y) = self.conv.geometry(&x.dims, &self.w)?;
         expect(&dy.dims, &y)?;
-        if self.norm.is_some() {
-            if !g.depthwise() {
-                return Err(OpError::Shape("only depthwise convolutions normalise what they read".into()));
-            }
-            for i in 2..6 {
-                same_type(dy, need(inputs, i)?)?;
-                expect(&need(inputs, i)?.dims, &[g.c])?;
-            }
+        if self.conv.normalises.is_some() {
+            per_channel(inputs.get(2..6).unwrap_or(&[None]), dy, g.c)?;
         }
         Ok(vec![Meta::new(dy.dtype, &self.w)])
     }
@@ -313,39 +387,27 @@ impl Op for ConvWeightGrad {
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let (g, _) = self.conv.geometry(need(x, 1)?.dims, &self.w)?;
         float_dispatch!(need(x, 0)?.dtype, T => {
-            let of = |i: usize| need(x, i)?.get::<T>();
-            let dw = out(y, 0)?.get::<T>()?;
-            let coefficients = if self.norm.is_some() { g.c } else { 0 };
-            let (factor, scratch) = floats(cx.scratch)?
-                .split_at_mut_checked(coefficients)
-                .ok_or_else(|| OpError::Internal("too little scratch memory".into()))?;
-            let load = match self.norm {
-                None => None,
-                Some(clamp) => {
-                    for ((f, scale), inv) in factor.iter_mut().zip(of(4)?).zip(of(3)?) {
-                        // As the forward pass computed it.
-                        *f = T::of(scale.to64() * inv.to64());
-                    }
-                    Some(Load { mean: of(2)?, factor, shift: of(5)?, clamp: clamp.to() })
-                }
-            };
-            kernel::weight_grad(&g, of(0)?, of(1)?, load, dw, scratch);
+            let dy = need(x, 0)?.get::<T>()?;
+            // As the convolution takes them.
+            let mut operands: SmallVec<[Option<View>; 8]> = SmallVec::from_slice(x);
+            operands.swap(0, 1);
+            let (input, scratch) = self.conv.input::<T>(&operands, g.c, cx.scratch)?;
+            kernel::weight_grad(&g, dy, input, out(y, 0)?.get::<T>()?, scratch);
             Ok(())
         })
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let Some(x) = get(inputs, 1) else { return 0 };
-        let g = self.conv.geometry(&x.dims, &self.w);
-        g.map_or(0, |(g, _)| {
-            let norm = if self.norm.is_some() { g.c + kernel::load_scratch(&g) } else { 0 };
-            room(&g, x.dtype, [kernel::weight_grad_scratch::<f32>, kernel::weight_grad_scratch::<f64>])
-                + norm * x.dtype.size()
-        })
+        let w = Meta::new(x.dtype, &self.w);
+        self.conv.room(x, &w, [kernel::weight_grad_scratch::<f32>, kernel::weight_grad_scratch::<f64>])
     }
 
     fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
-        let op = ConvWeightGrad { conv: self.conv.last(), w: self.w.clone(), norm: self.norm };
+        if self.conv.normalises.is_some() {
+            return None;
+        }
+        let op = ConvWeightGrad { conv: self.conv.last(), w: self.w.clone() };
         Some(ChannelsLast::by(op, &[true, true], &[]).wanted())
     }
 
@@ -374,7 +436,8 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
     let conv = |name: &str, x: &[usize], w: &[usize]| Case::new("Conv", 11).named(name).input(x).input(w);
     let clamped = |name: &str, (low, high): (f64, f64)| {
         let window = Window::of(&crate::ops::Attrs::default()).unwrap();
-        let op = Conv { window, groups: 1, clamp: Clamp { low, high }, layout: Layout::First };
+        let clamp = Clamp { low, high };
+        let op = Conv { window, groups: 1, normalises: None, clamp, layout: Layout::First };
         Case::of(op).named(name).input(&[2, 3, 5, 6]).input(&[4, 3, 3, 3])
     };
     vec![

@@ -15,7 +15,7 @@ pub enum AutoPad {
 }
 
 /// Attributes as the file gives them; empty lists are filled in when the rank is known.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Window {
     pub auto_pad: AutoPad,
     pub kernel: Vec<usize>,

@@ -1,47 +1,18 @@
-//! Batch normalisation and the convolutions around it: statistics by the convolution in front, and normalised
-//! activations that need not be kept for the backward pass.
+//! Batch normalisation and the convolutions around it: statistics by the convolution in front; activations that are
+//! normalised, and gradients that pass a normalisation, as a convolution reads them; both gradients of a convolution
+//! in one pass, and with them those of the normalisation in front.
 
 use std::sync::Arc;
 
-use crate::graph::{Graph, Node, Source, ValueId};
+use smallvec::SmallVec;
+
+use crate::graph::{Graph, Node, NodeId, Source, ValueId};
+use crate::kernels::elementwise::Clamp;
 use crate::ops::Op;
-use crate::ops::batch_norm::BatchNormalization;
-use crate::ops::conv::{Conv, ConvStatistics, ConvWeightGrad};
+use crate::ops::batch_norm::{BatchNormInputGrad, BatchNormParamGrad, BatchNormalization};
+use crate::ops::conv::{Conv, ConvGrads, ConvInputGrad, ConvStatistics, ConvWeightGrad};
+use crate::plan::Request;
 use crate::tensor::Meta;
-
-/// Lets weight gradients of a differentiated graph that can do so normalise once more what a batch normalisation
-/// read, which its own gradient needs too, rather than keep its result from the forward pass.
-pub fn normalise_again(graph: &mut Graph) {
-    let mut readers = vec![Vec::new(); graph.values.len()];
-    for (i, node) in graph.nodes.iter().enumerate() {
-        node.inputs.iter().flatten().for_each(|v| readers[v.index()].push(i));
-    }
-    for i in 0..graph.nodes.len() {
-        if let Some(node) = again(graph, &readers, i) {
-            graph.nodes[i] = node;
-        }
-    }
-}
-
-/// What takes the place of node `i`, if it is such a gradient.
-fn again(graph: &Graph, readers: &[Vec<usize>], i: usize) -> Option<Node> {
-    let node = &graph.nodes[i];
-    let op = node.op.as_a::<ConvWeightGrad>().filter(|op| op.norm.is_none())?;
-    let &[Some(dy), Some(y)] = &node.inputs[..] else { return None };
-    let Source::Node(id, 0) = graph.value(y).source else { return None };
-    let from = graph.node(id);
-    let norm = from.op.as_a::<BatchNormalization>().filter(|n| n.training())?;
-    norm.channel_epsilon()?;
-    let &[Some(x), Some(scale), Some(shift), _, _] = &from.inputs[..] else { return None };
-    let &[_, _, _, Some(mean), Some(inv)] = &from.outputs[..] else { return None };
-    let forward = |r: &usize| *r == i || graph.nodes[*r].op.as_a::<Conv>().is_some();
-    let kept = |x: ValueId| readers[x.index()].len() > 1;
-    let able = graph.value(y).meta.as_ref().is_some_and(|m| op.can_normalise(&m.dims));
-    (able && kept(x) && readers[y.index()].iter().all(forward)).then_some(())?;
-    let op = ConvWeightGrad { conv: op.conv.clone(), w: op.w.clone(), norm: Some(norm.clamp()) };
-    let inputs = [dy, x, mean, inv, scale, shift].map(Some).to_vec();
-    Some(Node { op: Arc::new(op), inputs, ..node.clone() })
-}
 
 /// Lets convolutions gather the statistics that a normalisation after them needs, while their results are near.
 pub fn gather_statistics(graph: &mut Graph) {
@@ -74,4 +45,213 @@ pub fn gather_statistics(graph: &mut Graph) {
         node.op = conv;
         node.outputs.extend(made);
     }
+}
+
+/// Joins batch normalisations and gradients of a differentiated graph with the convolutions that read them, where these
+/// convolutions have their channels last and such a kernel.
+pub fn join_normalisations(graph: &mut Graph, request: &Request) {
+    let mut uses = Uses::of(graph, request);
+    for i in 0..graph.nodes.len() {
+        uses.normalise_when_read(graph, i);
+    }
+    for i in 0..graph.nodes.len() {
+        if let Some(at) = uses.both_gradients(graph, i) {
+            uses.pass_back_when_read(graph, at);
+            uses.sums(graph, at);
+        }
+    }
+}
+
+/// Who reads each value, as node numbers, and which values must be there.
+struct Uses {
+    readers: Vec<SmallVec<[usize; 4]>>,
+    kept: Vec<bool>,
+}
+
+impl Uses {
+    fn of(graph: &Graph, request: &Request) -> Uses {
+        let mut uses = Uses {
+            readers: vec![SmallVec::new(); graph.values.len()],
+            kept: vec![false; graph.values.len()],
+        };
+        for (i, node) in graph.nodes.iter().enumerate() {
+            node.inputs.iter().flatten().for_each(|v| uses.readers[v.index()].push(i));
+        }
+        for v in request.outputs.iter().chain(&request.effects).chain(request.pins.keys()) {
+            uses.kept[v.index()] = true;
+        }
+        uses
+    }
+
+    /// Puts a node in the place of another: its inputs' readers are known, its outputs come from it.
+    fn put(&mut self, graph: &mut Graph, at: usize, node: Node) {
+        self.remove(graph, at);
+        node.inputs.iter().flatten().for_each(|v| self.readers[v.index()].push(at));
+        for (o, v) in node.outputs.iter().enumerate() {
+            if let Some(v) = v {
+                graph.value_mut(*v).source = Source::Node(NodeId(at as u32), o);
+            }
+        }
+        graph.nodes[at] = node;
+    }
+
+    /// Nobody needs it any more.
+    fn remove(&mut self, graph: &mut Graph, at: usize) {
+        let node = &mut graph.nodes[at];
+        for v in node.inputs.drain(..).flatten() {
+            self.readers[v.index()].retain(|r| *r != at);
+        }
+        node.outputs.clear();
+    }
+
+    /// If node `i` is a normalisation whose result only convolutions read that can normalise by themselves, they do.
+    fn normalise_when_read(&mut self, graph: &mut Graph, i: usize) -> Option<()> {
+        let from = &graph.nodes[i];
+        let norm = from.op.as_a::<BatchNormalization>().filter(|n| n.training())?;
+        norm.channel_epsilon()?;
+        let clamp = norm.clamp();
+        let (&[Some(x), Some(scale), Some(shift), ..], true) =
+            (&from.inputs[..], norm.is_plain(from.inputs.len()))
+        else {
+            return None;
+        };
+        let &[Some(y), _, _, Some(mean), Some(inv)] = &from.outputs[..] else { return None };
+        if self.kept[y.index()] || self.readers[y.index()].is_empty() {
+            return None;
+        }
+        let made: Option<Vec<(usize, Arc<dyn Op>)>> =
+            self.readers[y.index()].iter().map(|r| Some((*r, normalising(graph, *r, y, clamp)?))).collect();
+        for (reader, op) in made? {
+            let mut node = Node { op, ..graph.nodes[reader].clone() };
+            node.inputs.splice(2..2, [mean, inv, scale, shift].map(Some));
+            for v in node.inputs.iter_mut().filter(|v| **v == Some(y)) {
+                *v = Some(x);
+            }
+            self.put(graph, reader, node);
+        }
+        graph.nodes[i].outputs[0] = None;
+        Some(())
+    }
+
+    /// If node `i` is a weight gradient beside which the input gradient is computed, both become one node, whose place
+    /// is given.
+    fn both_gradients(&mut self, graph: &mut Graph, i: usize) -> Option<usize> {
+        let to_w = graph.nodes[i].op.as_a::<ConvWeightGrad>()?;
+        let (&[Some(dy), Some(x), ..], &[Some(dw)]) =
+            (&graph.nodes[i].inputs[..], &graph.nodes[i].outputs[..])
+        else {
+            return None;
+        };
+        let meta = graph.value(x).meta.clone().filter(|x| ConvGrads::can(&to_w.conv, x, &to_w.w))?;
+        let fits = |j: &usize| {
+            let node = &graph.nodes[*j];
+            let Some(to_x) = node.op.as_a::<ConvInputGrad>() else { return false };
+            let w = node.inputs[1].and_then(|w| graph.value(w).meta.as_ref());
+            let alike = to_x.conv.window == to_w.conv.window && to_x.conv.groups == to_w.conv.groups;
+            node.inputs[0] == Some(dy)
+                && alike
+                && to_x.x == meta.dims
+                && w.is_some_and(|w| w.dims == to_w.w)
+                && node.outputs.len() == 1
+        };
+        let j = *self.readers[dy.index()].iter().find(|j| fits(j))?;
+        let other = &graph.nodes[j];
+        let (w, dx) = (other.inputs[1], other.outputs[0]?);
+        // The later place, where all operands are there; before it nobody may read either.
+        let at = i.max(j);
+        let early = |v: ValueId| self.readers[v.index()].iter().any(|r| *r <= at);
+        if early(dx) || early(dw) {
+            return None;
+        }
+        let addend = other.inputs.get(2).copied().flatten();
+        let op = ConvGrads {
+            conv: to_w.conv.clone(),
+            w: to_w.w.clone(),
+            adds: addend.is_some(),
+            back: None,
+            sums: false,
+        };
+        let mut inputs = vec![Some(dy), w, Some(x), addend];
+        inputs.extend_from_slice(&graph.nodes[i].inputs[2..]);
+        let node = Node {
+            op: Arc::new(op),
+            inputs,
+            outputs: vec![Some(dx), Some(dw)],
+            ..graph.nodes[at].clone()
+        };
+        self.remove(graph, i.min(j));
+        self.put(graph, at, node);
+        Some(at)
+    }
+
+    /// If the gradient that node `at` reads is what a normalisation passes on, and nobody else reads it, the node
+    /// computes it.
+    fn pass_back_when_read(&mut self, graph: &mut Graph, at: usize) -> Option<()> {
+        let node = &graph.nodes[at];
+        let op = node.op.as_a::<ConvGrads>()?;
+        let dy = node.inputs[0]?;
+        let Source::Node(id, 0) = graph.value(dy).source else { return None };
+        let from = graph.node(id);
+        let back = from.op.as_a::<BatchNormInputGrad>().filter(|b| b.channels.s == 1)?;
+        let alone = self.readers[dy.index()].iter().all(|r| *r == at) && !self.kept[dy.index()];
+        let (&[Some(x), scale, mean, inv, Some(dz), dscale, dshift, ref shift @ ..], true) =
+            (&from.inputs[..], alone)
+        else {
+            return None;
+        };
+        let passed = (!shift.is_empty()).then_some(back.clamp);
+        let op = ConvGrads { back: Some(passed), ..op.clone() };
+        let mut made = Node { op: Arc::new(op), ..node.clone() };
+        made.inputs[0] = Some(dz);
+        made.inputs.extend([Some(x), scale, mean, inv, dscale, dshift]);
+        made.inputs.extend(shift);
+        self.remove(graph, id.index());
+        self.put(graph, at, made);
+        Some(())
+    }
+
+    /// If node `at` normalises X and the gradients of that normalisation's scale and shift are wanted, it computes them.
+    fn sums(&mut self, graph: &mut Graph, at: usize) -> Option<()> {
+        let node = &graph.nodes[at];
+        let op = node.op.as_a::<ConvGrads>()?;
+        let clamp = op.conv.normalises?;
+        let dx = node.outputs[0]?;
+        let &[mean, inv, scale, shift] = &node.inputs[4..8] else { return None };
+        let of = [node.inputs[2], Some(dx), mean, inv, scale, shift];
+        let gradient = |r: &usize| {
+            let node = &graph.nodes[*r];
+            let same =
+                node.op.as_a::<BatchNormParamGrad>().is_some_and(|p| p.clamp == clamp && p.channels.s == 1);
+            same && node.inputs[..] == of && node.outputs.len() == 2
+        };
+        let found = *self.readers[dx.index()].iter().find(|r| gradient(r))?;
+        let mut made = Node { op: Arc::new(ConvGrads { sums: true, ..op.clone() }), ..node.clone() };
+        made.outputs.extend(graph.nodes[found].outputs.clone());
+        if made.outputs.iter().any(Option::is_none) {
+            return None;
+        }
+        self.remove(graph, found);
+        self.put(graph, at, made);
+        Some(())
+    }
+}
+
+/// Node `r` as one that normalises its operand `y`, if it can.
+fn normalising(graph: &Graph, r: usize, y: ValueId, clamp: Clamp<f64>) -> Option<Arc<dyn Op>> {
+    let node = &graph.nodes[r];
+    let dims = |i: usize| node.inputs[i].and_then(|v| graph.value(v).meta.as_ref()).map(|m| &m.dims[..]);
+    let once = |i: usize| node.inputs.iter().enumerate().all(|(k, v)| (*v == Some(y)) == (k == i));
+    let able =
+        |conv: &Conv, x: usize, w: &[usize]| once(x) && dims(x).is_some_and(|x| conv.can_normalise(x, w));
+    let op = node.op.as_ref();
+    if let Some(conv) = op.as_a::<Conv>() {
+        return able(conv, 0, dims(1)?).then(|| Arc::new(conv.normalising(clamp)) as Arc<dyn Op>);
+    }
+    if let Some(op) = op.as_a::<ConvStatistics>() {
+        let conv = op.conv.normalising(clamp);
+        return able(&op.conv, 0, dims(1)?).then(|| Arc::new(ConvStatistics { conv }) as Arc<dyn Op>);
+    }
+    let op = op.as_a::<ConvWeightGrad>()?;
+    let conv = op.conv.normalising(clamp);
+    able(&op.conv, 1, &op.w).then(|| Arc::new(ConvWeightGrad { conv, w: op.w.clone() }) as Arc<dyn Op>)
 }

@@ -7,8 +7,11 @@
 //! memory form one run of the summed dimension.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
-use crate::kernels::conv::grids::{Plan, pack, pad};
-use crate::kernels::conv::{Done, Epilogue, Geometry, Residual, in_slots, split, strides, volume};
+use crate::kernels::conv::grids::{Division, Plan, pack, pad};
+use crate::kernels::conv::load::Operand;
+use crate::kernels::conv::{
+    Done, Epilogue, Geometry, Residual, in_slots, pointwise, slots, split, strides, volume,
+};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::{Pieces, along_rows};
@@ -234,11 +237,33 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
     }
 }
 
+/// `result = clamp(W·a + bias + residual)` of some positions of a pointwise plan, its weights packed.
+pub(super) fn positions<T: Vectors>(plan: &Plan, a: &[T], weights: &[T], epilogue: Epilogue<T>, y: &mut [T]) {
+    let rows = a.len() / plan.ci.max(1);
+    let window = [1, 1, rows];
+    assert!(plan.n == 1 && plan.groups == 1 && plan.source == plan.target && rows <= volume(plan.source));
+    assert!(y.len() == rows * plan.co && weights.len() == plan.packed(T::panel()), "positions");
+    let panels = 0..plan.panels(T::panel());
+    let task = Task {
+        plan,
+        a: a.as_ptr(),
+        window,
+        weights,
+        panels,
+        images: 0..1,
+        rows: 0..rows,
+        epilogue,
+        y: y.as_mut_ptr(),
+    };
+    // SAFETY: each of these positions has its elements in `a` and `y`.
+    unsafe { T::dispatch(task) }
+}
+
 #[allow(clippy::too_many_arguments)]
 fn run<T: Vectors>(
     plan: &Plan,
     forward: bool,
-    x: &[T],
+    x: Operand<T>,
     w: &[T],
     epilogue: Epilogue<T>,
     y: &mut [T],
@@ -256,7 +281,7 @@ fn run<T: Vectors>(
     // Results of a row.
     let line = volume(plan.target) / plan.target[plan.axis] * plan.groups * plan.co;
     let y = Shared::new(y);
-    in_slots(volume(blocks), plan.slot(&d), slots, |task, slot| {
+    in_slots(volume(blocks), slot(plan, &d, x.is_plain()), slots, |task, slot| {
         let [i, r, p] = split(task, blocks);
         let images = i * d.images..plan.n.min((i + 1) * d.images);
         let rows = r * d.rows..rows.min((r + 1) * d.rows);
@@ -265,13 +290,18 @@ fn run<T: Vectors>(
         // Rows of one image, or whole images.
         let first = (images.start * plan.rows() + rows.start) * line;
         let count = images.len() * rows.len() * line;
-        let (a, window) = if plan.copies() {
-            let window = plan.window(d.rows);
-            pad(plan, x, images.clone(), row, window, slot);
-            (slot.as_ptr(), window)
-        } else {
-            let start = images.start * volume(plan.source) + row * strides(plan.source, 1)[plan.axis];
-            (x[start * c..].as_ptr(), plan.source)
+        let (a, window) = match (plan.copies(), x.is_plain()) {
+            (true, _) => {
+                let window = plan.window(d.rows);
+                pad(plan, x.data, images.clone(), row, window, slot);
+                (slot.as_ptr(), window)
+            }
+            (false, true) => {
+                let start = images.start * volume(plan.source) + row * strides(plan.source, 1)[plan.axis];
+                (x.data[start * c..].as_ptr(), plan.source)
+            }
+            // Pointwise: one image, whose positions are rows.
+            (false, false) => (x.near(row, rows.len(), slot).as_ptr(), [1, 1, rows.len()]),
         };
         // SAFETY: the slices have the plan's extents (checked by the callers), so all windows of the task's
         // positions lie in `a`; no two tasks write the same elements of `y`.
@@ -285,14 +315,29 @@ fn run<T: Vectors>(
     });
 }
 
-/// Elements of scratch that [`forward`] needs.
-pub fn forward_scratch<T: Vectors>(g: &Geometry) -> usize {
-    Plan::forward(g).scratch(T::panel())
+/// Elements of a task's copy of its input.
+fn slot(plan: &Plan, d: &Division, plain: bool) -> usize {
+    if plain { plan.slot(d) } else { d.rows * plan.ci }
+}
+
+/// The forward pass; of a pointwise convolution all images' positions in a row.
+fn forward_plan(g: &Geometry) -> Plan {
+    match pointwise::applies(g) {
+        true => Plan::forward(&pointwise::of(g, g.n * volume(g.x))),
+        false => Plan::forward(g),
+    }
+}
+
+/// Elements of scratch that [`forward`] needs; `plain`: is X?
+pub fn forward_scratch<T: Vectors>(g: &Geometry, plain: bool) -> usize {
+    let plan = forward_plan(g);
+    let d = plan.division(T::panel());
+    plan.packed(T::panel()) + slots(volume(plan.blocks(&d, T::panel())), slot(&plan, &d, plain))
 }
 
 /// Blocks of whole positions in which [`forward`] computes, if it does so.
 pub fn forward_blocks<T: Vectors>(g: &Geometry) -> Option<usize> {
-    let plan = Plan::forward(g);
+    let plan = forward_plan(g);
     let [images, rows, panels] = plan.blocks(&plan.division(T::panel()), T::panel());
     (panels == 1).then_some(images * rows)
 }
@@ -300,21 +345,36 @@ pub fn forward_blocks<T: Vectors>(g: &Geometry) -> Option<usize> {
 /// `y = clamp(conv(x, w) + bias + residual)` with x (N, spatial…, C) and y (N, spatial…, M), w (M, C/groups, k…).
 pub fn forward<T: Vectors>(
     g: &Geometry,
-    x: &[T],
+    x: Operand<T>,
     w: &[T],
     epilogue: Epilogue<T>,
     y: &mut [T],
     scratch: &mut [T],
     done: Option<&Done<T>>,
 ) {
-    g.check(x, y);
+    g.check(x.data, y);
+    assert!(x.is_plain() || pointwise::applies(g), "an input that is computed as it is read");
     let done = done.filter(|_| forward_blocks::<T>(g).is_some());
-    run(&Plan::forward(g), true, x, w, epilogue, y, scratch, done);
+    run(&forward_plan(g), true, x, w, epilogue, y, scratch, done);
 }
 
 /// Elements of scratch that [`input_grad`] needs.
 pub fn input_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
-    Plan::input_grad(g).scratch(T::panel())
+    let plan = input_grad_plan(g);
+    let d = plan.division(T::panel());
+    plan.packed(T::panel()) + slots(volume(plan.blocks(&d, T::panel())), plan.slot(&d))
+}
+
+fn input_grad_plan(g: &Geometry) -> Plan {
+    match pointwise::applies(g) {
+        true => Plan::input_grad(&pointwise::of(g, g.n * volume(g.x))),
+        false => Plan::input_grad(g),
+    }
+}
+
+/// Elements of its packed weights.
+pub(super) fn packed_back<T: Vectors>(g: &Geometry) -> usize {
+    input_grad_plan(g).packed(T::panel())
 }
 
 /// `dx = addend + Σ_t W[t]ᵀ·dy[…]`; without a residual in the epilogue, nothing is added.
@@ -327,5 +387,5 @@ pub fn input_grad<T: Vectors>(
     scratch: &mut [T],
 ) {
     g.check(dx, dy);
-    run(&Plan::input_grad(g), false, dy, w, epilogue, dx, scratch, None);
+    run(&input_grad_plan(g), false, Operand::plain(dy, g.oc), w, epilogue, dx, scratch, None);
 }

@@ -1,22 +1,27 @@
 //! Depthwise convolution (one input and one output channel a group) and its gradients, channels last.
 //!
 //! Vectors run over channels. All three stream: a row of results is computed from the few rows it needs, several
-//! positions at a time where no tap falls outside. Bound by memory, not by arithmetic.
+//! positions at a time where no tap falls outside. Bound by memory, not by arithmetic: hence operands that are computed
+//! as they are read, and both gradients in one pass ([`both`]).
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
+mod both;
 mod weight;
 
-use rayon::prelude::*;
 use smallvec::SmallVec;
 
-use crate::kernels::conv::{Done, Epilogue, Geometry, Residual, split};
+use crate::kernels::conv::load::{Operand, Rows};
+use crate::kernels::conv::{Done, Epilogue, Geometry, Residual, in_slots, slots, split};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors};
 
-pub use weight::{load_scratch, weight_grad, weight_grad_scratch};
+pub use both::{grads, grads_scratch, grads_slabs};
+pub use weight::{weight_grad, weight_grad_scratch};
 
-/// Multiply-adds worth a task of their own.
+/// Multiply-adds worth a task of their own, elements of its results that stay near, and tasks that are enough.
 const WORK: usize = 1 << 18;
+const NEAR: usize = 1 << 16;
+const TASKS: usize = 16;
 /// Positions computed at a time.
 const POSITIONS: usize = 4;
 /// Elements from what is read or written to what is fetched meanwhile: rows of a position's channels are short runs,
@@ -24,7 +29,8 @@ const POSITIONS: usize = 4;
 const AHEAD: usize = 1 << 10;
 
 /// Weights (C, 1, k…) as (k…, C).
-fn by_tap<T: Vectors>(c: usize, taps: usize, w: &[T], out: &mut [T]) {
+fn in_tap_order<T: Vectors>(g: &Geometry, w: &[T], out: &mut [T]) {
+    let (c, taps) = (g.c, g.taps());
     for channel in 0..c {
         for t in 0..taps {
             out[t * c + channel] = w[channel * taps + t];
@@ -42,7 +48,31 @@ struct Direction<'a> {
     gradient: bool,
 }
 
-impl Direction<'_> {
+impl<'a> Direction<'a> {
+    fn forward(g: &'a Geometry) -> Self {
+        Direction { g, source: g.x, target: g.y, gradient: false }
+    }
+
+    fn back(g: &'a Geometry) -> Self {
+        Direction { g, source: g.y, target: g.x, gradient: true }
+    }
+
+    /// Planes and rows of the source that lie between the first and the last that `step` target rows side by side
+    /// (of a gradient as many as the stride, with what the next few need at most) are computed from.
+    fn window(&self) -> [usize; 2] {
+        let g = self.g;
+        std::array::from_fn(|d| {
+            let reach = (g.k[d] - 1) * g.dilation[d];
+            let n = if self.gradient { (reach + g.stride[d] - 1) / g.stride[d] + 2 } else { reach + 1 };
+            n.min(self.source[d])
+        })
+    }
+
+    /// Elements of the ring that a task keeps rows of the source in.
+    fn ring(&self, plain: bool) -> usize {
+        if plain { 0 } else { Rows::<f32>::room(self.source, self.window(), self.g.c) }
+    }
+
     /// Target positions a source position apart sum over source positions `step` apart, in each of `residues` classes.
     fn step(&self, d: usize) -> usize {
         if self.gradient { 1 } else { self.g.stride[d] }
@@ -70,112 +100,134 @@ impl Direction<'_> {
     }
 }
 
-/// One tap for a row of the target: elements from the row's first to the tap's source and weights.
+/// One tap for a row of the target.
 #[derive(Clone, Copy)]
-struct Tap {
-    /// Of the first source position of the tap's row.
-    x: usize,
+struct Tap<T> {
+    /// The tap's row of the source, from its first position on.
+    x: *const T,
     /// Along the row, in positions.
     offset: isize,
+    /// Elements to the tap's weights.
     w: usize,
 }
 
-/// Some rows of a target, all images' rows counted.
-struct Rows<'a, T> {
+/// A row of the target (all images' rows counted), computed from the rows of the source that it needs.
+#[derive(Clone, Copy)]
+struct Sweep<'a, T> {
     way: Direction<'a>,
-    x: &'a [T],
     /// (k…, C)
     w: &'a [T],
     epilogue: Epilogue<'a, T>,
     y: *mut T,
-    rows: std::ops::Range<usize>,
 }
 
-impl<T: Vectors> Kernel<T> for Rows<'_, T> {
+impl<T: Vectors> Sweep<'_, T> {
+    /// # Safety
+    /// The row must lie inside, its results be the caller's, and the processor have `S`'s instructions.
     #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(self) {
+    unsafe fn row<S: Simd<Elem = T>>(&self, source: &mut Rows<T>, row: usize) {
         let (way, g) = (self.way, self.way.g);
         let (extent, step) = (way.source[2], way.step(2));
-        for row in self.rows.clone() {
-            let [image, i0, i1] = split(row, [g.n, way.target[0], way.target[1]]);
-            for r in 0..way.residues(2).min(way.target[2]) {
-                let mut taps: SmallVec<[Tap; 64]> = SmallVec::new();
-                for t in 0..g.taps() {
-                    let [t0, t1, t2] = split(t, g.k);
-                    // Ascending in the source.
-                    let t2 = if way.gradient { g.k[2] - 1 - t2 } else { t2 };
-                    let t = t / g.k[2] * g.k[2] + t2;
-                    let (a, b) = (way.inside(0, i0, t0), way.inside(1, i1, t1));
-                    if let (Some(a), Some(b), Some(offset)) = (a, b, way.offset(2, r, t2)) {
-                        let x = ((image * way.source[0] + a) * way.source[1] + b) * extent * g.c;
-                        taps.push(Tap { x, offset, w: t * g.c });
+        let [image, i0, i1] = split(row, [g.n, way.target[0], way.target[1]]);
+        for r in 0..way.residues(2).min(way.target[2]) {
+            let mut taps: SmallVec<[Tap<T>; 64]> = SmallVec::new();
+            let mut last_row = 0;
+            for t0 in 0..g.k[0] {
+                for t1 in 0..g.k[1] {
+                    let (Some(a), Some(b)) = (way.inside(0, i0, t0), way.inside(1, i1, t1)) else { continue };
+                    last_row = last_row.max(b);
+                    // SAFETY: the caller's promise.
+                    let x = unsafe { source.at::<S>(image, a, b) };
+                    for t2 in 0..g.k[2] {
+                        // Ascending in the source.
+                        let t2 = if way.gradient { g.k[2] - 1 - t2 } else { t2 };
+                        if let Some(offset) = way.offset(2, r, t2) {
+                            taps.push(Tap { x, offset, w: ((t0 * g.k[1] + t1) * g.k[2] + t2) * g.c });
+                        }
                     }
                 }
-                // Positions for which no tap falls outside.
-                let least = taps.iter().map(|t| t.offset).min().unwrap_or(0);
-                let most = taps.iter().map(|t| t.offset).max().unwrap_or(0);
-                let count = (way.target[2] - r).div_ceil(way.residues(2));
-                let first = ((-least).max(0) as usize).div_ceil(step).min(count);
-                let last = match extent as isize - 1 - most {
-                    room if room < 0 => first,
-                    room => (room as usize / step + 1).clamp(first, count),
-                };
-                let last_row = taps.iter().map(|t| t.x).max().unwrap_or(0);
-                let fresh = way.step(1).min(last_row / (extent * g.c) + 1);
-                let line = Line {
-                    taps: &taps,
-                    triples: g.k[2] == 3 && g.dilation[2] == 1 && way.residues(2) == 1,
-                    x: self.x.as_ptr(),
-                    w: self.w.as_ptr(),
-                    c: g.c,
-                    extent: extent as isize,
-                    step,
-                    fresh: [last_row - (fresh - 1) * extent * g.c, extent * g.c, fresh],
-                    ahead: AHEAD.div_ceil(g.c),
-                    epilogue: &self.epilogue,
-                    y: self.y,
-                    y_row: (row * way.target[2] + r) * g.c,
-                    y_step: way.residues(2) * g.c,
-                };
-                // SAFETY: taps that fall outside are left out; the row's results are this task's.
-                unsafe {
-                    for q in 0..first {
-                        line.positions::<S, 1, false>(q);
-                    }
-                    let mut q = first;
-                    while q + 2 * POSITIONS <= last {
-                        line.positions::<S, { 2 * POSITIONS }, true>(q);
-                        q += 2 * POSITIONS;
-                    }
-                    if q + POSITIONS <= last {
-                        line.positions::<S, POSITIONS, true>(q);
-                        q += POSITIONS;
-                    }
-                    while q < last {
-                        line.positions::<S, 1, true>(q);
-                        q += 1;
-                    }
-                    for q in last..count {
-                        line.positions::<S, 1, false>(q);
-                    }
+            }
+            // Positions for which no tap falls outside.
+            let least = taps.iter().map(|t| t.offset).min().unwrap_or(0);
+            let most = taps.iter().map(|t| t.offset).max().unwrap_or(0);
+            let count = (way.target[2] - r).div_ceil(way.residues(2));
+            let first = ((-least).max(0) as usize).div_ceil(step).min(count);
+            let last = match extent as isize - 1 - most {
+                room if room < 0 => first,
+                room => (room as usize / step + 1).clamp(first, count),
+            };
+            let fresh = if source.is_plain() { way.step(1).min(last_row + 1) } else { 0 };
+            let last_row = taps.iter().map(|t| t.x).max().unwrap_or(std::ptr::null());
+            let line = Line {
+                taps: &taps,
+                triples: g.k[2] == 3 && g.dilation[2] == 1 && way.residues(2) == 1,
+                w: self.w.as_ptr(),
+                c: g.c,
+                extent: extent as isize,
+                step,
+                fresh: last_row.wrapping_sub(fresh.saturating_sub(1) * extent * g.c),
+                fresh_rows: [extent * g.c, fresh],
+                ahead: AHEAD.div_ceil(g.c),
+                epilogue: &self.epilogue,
+                y: self.y,
+                y_row: (row * way.target[2] + r) * g.c,
+                y_step: way.residues(2) * g.c,
+            };
+            // SAFETY: taps that fall outside are left out; the row's results are the caller's.
+            unsafe {
+                for q in 0..first {
+                    line.positions::<S, 1, false>(q);
+                }
+                let mut q = first;
+                while q + 2 * POSITIONS <= last {
+                    line.positions::<S, { 2 * POSITIONS }, true>(q);
+                    q += 2 * POSITIONS;
+                }
+                if q + POSITIONS <= last {
+                    line.positions::<S, POSITIONS, true>(q);
+                    q += POSITIONS;
+                }
+                while q < last {
+                    line.positions::<S, 1, true>(q);
+                    q += 1;
+                }
+                for q in last..count {
+                    line.positions::<S, 1, false>(q);
                 }
             }
         }
     }
 }
 
+/// Some rows of a target.
+struct Task<'a, T> {
+    sweep: Sweep<'a, T>,
+    source: Rows<'a, T>,
+    rows: std::ops::Range<usize>,
+}
+
+impl<T: Vectors> Kernel<T> for Task<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(mut self) {
+        for row in self.rows.clone() {
+            // SAFETY: the rows are this task's.
+            unsafe { self.sweep.row::<S>(&mut self.source, row) }
+        }
+    }
+}
+
 /// The results of one row (and residue).
 struct Line<'a, T> {
-    taps: &'a [Tap],
+    taps: &'a [Tap<T>],
     /// Each three of them are neighbours along a row.
     triples: bool,
-    x: *const T,
     w: *const T,
     c: usize,
     extent: isize,
     step: usize,
-    /// The first of the source's rows that no row before has read, the next one's distance, and how many.
-    fresh: [usize; 3],
+    /// The first of the source's rows that no row before has read; the next one's distance, and how many.
+    fresh: *const T,
+    fresh_rows: [usize; 2],
     /// Positions from a vector to what is fetched for later ones.
     ahead: usize,
     epilogue: &'a Epilogue<'a, T>,
@@ -218,7 +270,7 @@ impl<T: Vectors> Line<'_, T> {
             }
             // SAFETY: the caller's promise.
             unsafe {
-                let x = self.x.add(tap.x + at as usize * self.c + channel);
+                let x = tap.x.add(at as usize * self.c + channel);
                 let w = load::<S, WHOLE>(self.w.add(tap.w + channel), lanes);
                 for i in 0..P {
                     acc[i] = S::fma(load::<S, WHOLE>(x.add(i * step), lanes), w, acc[i]);
@@ -242,7 +294,7 @@ impl<T: Vectors> Line<'_, T> {
             let at = (q * STEP) as isize + taps[0].offset;
             // SAFETY: the caller's promise.
             unsafe {
-                let x = self.x.add(taps[0].x + at as usize * self.c + channel);
+                let x = taps[0].x.add(at as usize * self.c + channel);
                 let mut w = [S::splat(T::zero()); 3];
                 for k in 0..3 {
                     w[k] = load::<S, WHOLE>(self.w.add(taps[k].w + channel), lanes);
@@ -272,8 +324,8 @@ impl<T: Vectors> Line<'_, T> {
                 None => S::splat(T::zero()),
             }; P];
             if INSIDE && P > 1 {
-                let [row, next, rows] = self.fresh;
-                let x = self.x.wrapping_add(row + (q * self.step + self.ahead) * self.c + channel);
+                let [next, rows] = self.fresh_rows;
+                let x = self.fresh.wrapping_add((q * self.step + self.ahead) * self.c + channel);
                 for r in 0..rows {
                     for i in 0..P * self.step {
                         S::prefetch(x.wrapping_add(r * next + i * self.c));
@@ -318,23 +370,33 @@ unsafe fn load<S: Simd, const WHOLE: bool>(p: *const S::Elem, n: usize) -> S::V 
     unsafe { if WHOLE { S::load(p) } else { S::load_part(p, n) } }
 }
 
-/// Elements of scratch that [`forward`] and [`input_grad`] need.
-pub fn scratch(g: &Geometry) -> usize {
-    g.taps() * g.c
+/// Elements of scratch that [`forward`] needs, and more of it where X is not plain.
+pub fn forward_scratch(g: &Geometry, plain: bool) -> usize {
+    scratch(&Direction::forward(g), plain)
+}
+
+/// Elements of scratch that [`input_grad`] needs.
+pub fn input_grad_scratch(g: &Geometry) -> usize {
+    scratch(&Direction::back(g), true)
+}
+
+fn scratch(way: &Direction, plain: bool) -> usize {
+    let (total, each) = division(way);
+    way.g.taps() * way.g.c + slots(total.div_ceil(each), way.ring(plain))
 }
 
 /// `y = clamp(conv(x, w) + bias + residual)`, all (N, spatial…, C).
 pub fn forward<T: Vectors>(
     g: &Geometry,
-    x: &[T],
+    x: Operand<T>,
     w: &[T],
     epilogue: Epilogue<T>,
     y: &mut [T],
     scratch: &mut [T],
     done: Option<&Done<T>>,
 ) {
-    let way = Direction { g, source: g.x, target: g.y, gradient: false };
-    sweep(way, x, w, epilogue, y, scratch, done);
+    g.check(x.data, y);
+    sweep(Direction::forward(g), x, w, epilogue, y, scratch, done);
 }
 
 /// `dx = addend + the gradient`; of the epilogue only the residual counts.
@@ -346,27 +408,30 @@ pub fn input_grad<T: Vectors>(
     dx: &mut [T],
     scratch: &mut [T],
 ) {
-    let way = Direction { g, source: g.y, target: g.x, gradient: true };
-    sweep(way, dy, w, epilogue, dx, scratch, None);
+    g.check(dx, dy);
+    sweep(Direction::back(g), Operand::plain(dy, g.oc), w, epilogue, dx, scratch, None);
 }
 
 /// Rows of the target, all images' counted, and how many a task computes.
 fn division(way: &Direction) -> (usize, usize) {
     let g = way.g;
     let total = g.n * way.target[0] * way.target[1];
-    let work = way.target[2] * g.c * g.taps();
-    (total, WORK.div_ceil(work.max(1)).clamp(1, total))
+    // Few enough for the second-level cache, where the results' statistics are gathered; the more, the fewer rows of
+    // the source are read by two tasks.
+    let near = NEAR / (way.target[2] * g.c).max(1);
+    let work = WORK.div_ceil((way.target[2] * g.c * g.taps()).max(1));
+    (total, near.min(total.div_ceil(TASKS)).max(work).clamp(1, total))
 }
 
 /// Blocks of whole positions in which [`forward`] computes.
 pub fn forward_blocks(g: &Geometry) -> usize {
-    let (total, each) = division(&Direction { g, source: g.x, target: g.y, gradient: false });
+    let (total, each) = division(&Direction::forward(g));
     total.div_ceil(each)
 }
 
 fn sweep<T: Vectors>(
     way: Direction,
-    x: &[T],
+    source: Operand<T>,
     w: &[T],
     epilogue: Epilogue<T>,
     y: &mut [T],
@@ -374,28 +439,22 @@ fn sweep<T: Vectors>(
     done: Option<&Done<T>>,
 ) {
     let g = way.g;
-    if way.gradient {
-        g.check(y, x)
-    } else {
-        g.check(x, y)
-    }
-    by_tap(g.c, g.taps(), w, scratch);
-    let w: &[T] = scratch;
+    let (by_tap, rings) = scratch.split_at_mut(g.taps() * g.c);
+    in_tap_order(g, w, by_tap);
     let (total, each) = division(&way);
     let line = way.target[2] * g.c;
     let y = Shared::new(y);
-    let one = |i: usize| {
+    let w: &[T] = by_tap;
+    in_slots(total.div_ceil(each), way.ring(source.is_plain()), rings, |i, ring| {
         let rows = i * each..total.min((i + 1) * each);
         let (first, count) = (rows.start * line, rows.len() * line);
+        let source = Rows::new(source, way.source, way.window(), ring);
+        let sweep = Sweep { way, w, epilogue, y: y.ptr() };
         // SAFETY: tasks write different rows of `y`; the extents were checked.
-        unsafe { T::dispatch(Rows { way, x, w, epilogue, y: y.ptr(), rows }) }
+        unsafe { T::dispatch(Task { sweep, source, rows }) }
         if let Some(done) = done {
             // SAFETY: rows that this task alone has written.
             done(i, unsafe { std::slice::from_raw_parts(y.ptr().add(first), count) });
         }
-    };
-    match total.div_ceil(each) {
-        1 => one(0),
-        tasks => (0..tasks).into_par_iter().for_each(one),
-    }
+    });
 }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 use smallvec::SmallVec;
 
-use crate::kernels::conv::{Geometry, slots, split, strides, volume};
+use crate::kernels::conv::{Geometry, split, strides, volume};
 use crate::kernels::simd::Vectors;
 
 /// Elements of input and output that a task should keep in the second-level cache.
@@ -241,11 +241,6 @@ impl Plan {
     /// Elements of the padded copy of one task.
     pub(super) fn slot(&self, d: &Division) -> usize {
         if self.copies() { d.images * volume(self.window(d.rows)) * self.groups * self.ci } else { 0 }
-    }
-
-    pub(super) fn scratch(&self, panel: usize) -> usize {
-        let d = self.division(panel);
-        self.packed(panel) + slots(volume(self.blocks(&d, panel)), self.slot(&d))
     }
 }
 

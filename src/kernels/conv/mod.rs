@@ -4,10 +4,13 @@
 //! stream ([`depthwise`]). Tensors with their channels first are transposed in scratch memory. Work is divided into
 //! tasks by the problem alone; tasks that need scratch share a fixed number of slots.
 
+mod both;
 mod dense;
 mod depthwise;
 mod grids;
+mod load;
 mod narrow;
+mod pointwise;
 mod statistics;
 mod weight;
 mod winograd;
@@ -22,6 +25,9 @@ use crate::kernels::simd::Vectors;
 use crate::kernels::strided;
 
 use statistics::Done;
+
+pub use both::{Both, Sums, fuses, grads, grads_scratch, sums_room};
+pub use load::{Load, Norm, NormGrad, Operand};
 pub use statistics::{Statistics, forward_statistics, statistics_room};
 
 /// Sizes of a convolution. Fewer than three spatial dimensions are preceded by ones.
@@ -75,6 +81,15 @@ impl<T: Vectors> Epilogue<'_, T> {
         self.bias.is_none() && matches!(self.residual, Residual::None) && self.clamp.is_none()
     }
 
+    /// For so many results from element `start` on.
+    fn from(&self, start: usize, len: usize) -> Self {
+        let residual = match self.residual {
+            Residual::Of(r) => Residual::Of(&r[start..start + len]),
+            other => other,
+        };
+        Epilogue { residual, ..*self }
+    }
+
     /// Of results that are all zero.
     fn of_nothing(&self, channels: usize, y: &mut [T]) {
         for (i, y) in y.iter_mut().enumerate() {
@@ -87,15 +102,6 @@ impl<T: Vectors> Epilogue<'_, T> {
             *y = self.clamp.of(v);
         }
     }
-}
-
-/// How the input is read where it is normalised first: `clamp((x − mean)·factor + shift)`, one of each a channel.
-#[derive(Debug, Clone, Copy)]
-pub struct Load<'a, T> {
-    pub mean: &'a [T],
-    pub factor: &'a [T],
-    pub shift: &'a [T],
-    pub clamp: Clamp<T>,
 }
 
 fn volume(d: [usize; 3]) -> usize {
@@ -172,16 +178,21 @@ fn transpose<T: Vectors>(n: usize, c: usize, positions: usize, x: &[T], y: &mut 
     }
 }
 
-/// Elements of scratch that [`forward`] needs.
-pub fn forward_scratch<T: Vectors>(g: &Geometry) -> usize {
+/// Can X be computed as it is read?
+pub fn loads(g: &Geometry) -> bool {
+    g.layout == Layout::Last && !g.is_empty() && (g.depthwise() || pointwise::applies(g))
+}
+
+/// Elements of scratch that [`forward`] needs; `plain`: is X?
+pub fn forward_scratch<T: Vectors>(g: &Geometry, plain: bool) -> usize {
     if g.is_empty() {
         return 0;
     }
     g.copies()
         + match () {
-            _ if g.depthwise() => depthwise::scratch(g),
+            _ if g.depthwise() => depthwise::forward_scratch(g, plain),
             _ if winograd::applies_forward(g) => winograd::forward_scratch::<T>(g),
-            _ => dense::forward_scratch::<T>(g),
+            _ => dense::forward_scratch::<T>(g, plain),
         }
 }
 
@@ -189,7 +200,7 @@ pub fn forward_scratch<T: Vectors>(g: &Geometry) -> usize {
 /// channels last, and w (M, C/groups, k…).
 pub fn forward<T: Vectors>(
     g: &Geometry,
-    x: &[T],
+    x: Operand<T>,
     w: &[T],
     epilogue: Epilogue<T>,
     y: &mut [T],
@@ -201,7 +212,7 @@ pub fn forward<T: Vectors>(
 /// As [`forward`]; `done` is told of blocks of results where [`statistics::blocks`] says so.
 fn forward_blocks<T: Vectors>(
     g: &Geometry,
-    x: &[T],
+    x: Operand<T>,
     w: &[T],
     epilogue: Epilogue<T>,
     y: &mut [T],
@@ -211,9 +222,11 @@ fn forward_blocks<T: Vectors>(
     if g.is_empty() {
         return epilogue.of_nothing(g.oc.max(1), y);
     }
-    let kernel = |x: &[T], epilogue: Epilogue<T>, y: &mut [T], scratch: &mut [T]| match () {
+    x.check();
+    assert!(x.is_plain() || loads(g), "an input that is computed as it is read");
+    let kernel = |x: Operand<T>, epilogue: Epilogue<T>, y: &mut [T], scratch: &mut [T]| match () {
         _ if g.depthwise() => depthwise::forward(g, x, w, epilogue, y, scratch, done),
-        _ if winograd::applies_forward(g) => winograd::forward(g, x, w, epilogue, y, scratch),
+        _ if winograd::applies_forward(g) => winograd::forward(g, x.data, w, epilogue, y, scratch),
         _ => dense::forward(g, x, w, epilogue, y, scratch, done),
     };
     if g.layout == Layout::Last {
@@ -222,9 +235,9 @@ fn forward_blocks<T: Vectors>(
     let (xs, ys) = (volume(g.x), volume(g.y));
     let (x_last, rest) = scratch.split_at_mut(g.inputs());
     let (y_last, rest) = rest.split_at_mut(g.outputs());
-    transpose(g.n, g.c, xs, x, x_last);
+    transpose(g.n, g.c, xs, x.data, x_last);
     let epilogue = before(g, g.oc, ys, epilogue, y, y_last);
-    kernel(x_last, epilogue, y_last, rest);
+    kernel(Operand::plain(x_last, g.c), epilogue, y_last, rest);
     transpose(g.n, ys, g.oc, y_last, y);
 }
 
@@ -252,7 +265,7 @@ pub fn input_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
     }
     g.copies()
         + match () {
-            _ if g.depthwise() => depthwise::scratch(g),
+            _ if g.depthwise() => depthwise::input_grad_scratch(g),
             _ if narrow::applies(g) => narrow::scratch::<T>(g),
             _ if winograd::applies_back(g) => winograd::input_grad_scratch::<T>(g),
             _ => dense::input_grad_scratch::<T>(g),
@@ -290,39 +303,37 @@ pub fn input_grad<T: Vectors>(
     transpose(g.n, xs, g.c, x_last, dx);
 }
 
-/// Elements of scratch that [`weight_grad`] needs.
-pub fn weight_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
+/// Elements of scratch that [`weight_grad`] needs; `plain`: is X?
+pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, plain: bool) -> usize {
     if g.is_empty() {
         return 0;
     }
     g.copies()
         + match () {
-            _ if g.depthwise() => depthwise::weight_grad_scratch(g),
+            _ if g.depthwise() => depthwise::weight_grad_scratch(g, plain),
             _ if winograd::applies_forward(g) => winograd::weight::weight_grad_scratch::<T>(g),
-            _ => weight::weight_grad_scratch::<T>(g),
+            _ => weight::weight_grad_scratch::<T>(g) + if plain { 0 } else { g.inputs() },
         }
 }
 
-/// Those that [`weight_grad`] needs besides to read its input by a [`Load`].
-pub fn load_scratch(g: &Geometry) -> usize {
-    if g.is_empty() { 0 } else { depthwise::load_scratch(g) }
-}
-
-/// `dW[t] = Σ_{n,i} dY[i]·X[stride·i + dilation·t − pad]ᵀ` (M, C/groups, k…). Depthwise ones can read X by a [`Load`].
-pub fn weight_grad<T: Vectors>(
-    g: &Geometry,
-    dy: &[T],
-    x: &[T],
-    load: Option<Load<T>>,
-    dw: &mut [T],
-    scratch: &mut [T],
-) {
-    assert!(load.is_none() || g.depthwise(), "an input that is normalised while it is read");
+/// `dW[t] = Σ_{n,i} dY[i]·X[stride·i + dilation·t − pad]ᵀ` (M, C/groups, k…).
+pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Operand<T>, dw: &mut [T], scratch: &mut [T]) {
     if g.is_empty() {
         return dw.fill(T::zero());
     }
+    x.check();
+    assert!(x.is_plain() || loads(g), "an input that is computed as it is read");
+    if g.depthwise() && g.layout == Layout::Last {
+        return depthwise::weight_grad(g, dy, x, dw, scratch);
+    }
+    if !x.is_plain() {
+        let (copy, rest) = scratch.split_at_mut(g.inputs());
+        x.write(copy);
+        return weight_grad(g, dy, Operand::plain(copy, g.c), dw, rest);
+    }
+    let x = x.data;
     let kernel = |dy: &[T], x: &[T], dw: &mut [T], scratch: &mut [T]| match () {
-        _ if g.depthwise() => depthwise::weight_grad(g, dy, x, load, dw, scratch),
+        _ if g.depthwise() => depthwise::weight_grad(g, dy, Operand::plain(x, g.c), dw, scratch),
         _ if winograd::applies_forward(g) => winograd::weight::weight_grad(g, dy, x, dw, scratch),
         _ => weight::weight_grad(g, dy, x, dw, scratch),
     };
@@ -344,6 +355,9 @@ fn slots(tasks: usize, size: usize) -> usize {
 /// Runs tasks `0..tasks`, each with a slot of `size` elements of `scratch`, as many at a time as there are slots.
 /// Which slot a task gets is left to chance; what it computes may not depend on the slot's content.
 fn in_slots<T: Send>(tasks: usize, size: usize, scratch: &mut [T], f: impl Fn(usize, &mut [T]) + Sync) {
+    if tasks == 1 {
+        return f(0, &mut scratch[..size]);
+    }
     if size == 0 {
         return (0..tasks).into_par_iter().for_each(|task| f(task, &mut []));
     }

@@ -1,7 +1,7 @@
 //! Convolution with the statistics of its results, gathered from each block of them while it is near.
 #![allow(unsafe_code)]
 
-use super::{Epilogue, Geometry, dense, depthwise, forward_blocks, winograd};
+use super::{Epilogue, Geometry, Operand, dense, depthwise, forward_blocks, winograd};
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::{self, Channels};
 use crate::kernels::par::Shared;
@@ -44,7 +44,7 @@ pub fn statistics_room<T: Vectors>(g: &Geometry) -> usize {
 /// As [`forward`](super::forward), with the statistics of the results.
 pub fn forward_statistics<T: Vectors>(
     g: &Geometry,
-    x: &[T],
+    x: Operand<T>,
     w: &[T],
     epilogue: Epilogue<T>,
     y: &mut [T],

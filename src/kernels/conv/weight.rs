@@ -205,6 +205,8 @@ struct Task<'a, T> {
     division: &'a Division,
     taps: std::ops::Range<usize>,
     panels: std::ops::Range<usize>,
+    /// To what the sum holds.
+    add: bool,
     /// (panels, taps, rows, panel); this task's elements of it are written.
     sum: *mut T,
 }
@@ -236,7 +238,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                 }
                 let count = [hi[0] - lo[0], hi[1] - lo[1], hi[2] - lo[2]];
                 let empty = volume(count) == 0;
-                if empty && nth > 0 {
+                if empty && (nth > 0 || self.add) {
                     continue;
                 }
                 // One block an image, unless there are three dimensions: then one a plane of one image.
@@ -277,7 +279,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                             let a = self.x.at(i, group * p.m + row, x0);
                             let b = self.dy.at(q, group * p.og + col, y0);
                             let c = self.sum.wrapping_add(((q * p.taps() + t) * p.m + row) * panel);
-                            let add = nth > 0 || plane > 0;
+                            let add = self.add || nth > 0 || plane > 0;
                             // SAFETY: `lo..hi` are positions whose operands lie inside; the sum's elements are
                             // this task's.
                             unsafe { tile_sizes!(m, n, S, tile_run(&positions, a, b, c, tail, add)) }
@@ -363,6 +365,7 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], sc
             division: &d,
             taps: share(piece, d.pieces, p.taps()),
             panels: q * d.panels..panels.min((q + 1) * d.panels),
+            add: false,
             sum: shared.ptr().wrapping_add(slab * size),
         };
         // SAFETY: the operands have the geometry's extents; tasks write different elements of the sums.
@@ -373,6 +376,40 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], sc
         1 => run(0),
         _ => (0..tasks).into_par_iter().for_each(run),
     }
+    finish(g, sums, dw);
+}
+
+/// Elements of one sum, as [`add_positions`] adds to it.
+pub(super) fn sum_size<T: Vectors>(g: &Geometry) -> usize {
+    Plan::new(g).size(T::panel())
+}
+
+/// The contribution of one image's positions to a sum, written or, with `add`, added to it.
+pub(super) fn add_positions<T: Vectors>(g: &Geometry, x: &[T], dy: &[T], add: bool, sum: &mut [T]) {
+    g.check(x, dy);
+    let plan = Plan::new(g);
+    assert!(g.n == 1 && !plan.merged && sum.len() == plan.size(T::panel()), "positions");
+    let panels = plan.panels(T::panel());
+    let division = Division { slabs: 1, images: 1, rows: plan.y[plan.axis], pieces: 1, panels };
+    let plain = |data, step| Side { data, step, packed: None };
+    let task = Task {
+        plan: &plan,
+        x: plain(x, g.c),
+        dy: plain(dy, g.oc),
+        chunks: 0..1,
+        division: &division,
+        taps: 0..plan.taps(),
+        panels: 0..panels,
+        add,
+        sum: sum.as_mut_ptr(),
+    };
+    // SAFETY: the operands have the geometry's extents, and the sum is the caller's.
+    unsafe { T::dispatch(task) }
+}
+
+/// Adds the slabs' sums in order, for dW (M, C/groups, k…).
+pub(super) fn finish<T: Vectors>(g: &Geometry, sums: &mut [T], dw: &mut [T]) {
+    let size = sum_size::<T>(g);
     add(sums, size);
     in_order(g, &sums[..size], dw);
 }

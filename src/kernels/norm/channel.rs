@@ -348,7 +348,7 @@ pub fn param_grad<T: Vectors>(
             },
         );
         let inv = matches!(stat, Stat::Channel).then_some(inv);
-        return finish(d, partials, inv, dscale, dshift);
+        return finish(&partials[..d.partials()], inv, dscale, dshift);
     }
     let per = d.per_piece();
     let at = |i: usize, channel: usize| match stat {
@@ -387,11 +387,33 @@ pub fn param_grad<T: Vectors>(
     });
 }
 
+/// What rows of channels contribute to the sums of [`param_grad`], `Σ dz·(x − mean)` and `Σ dz` (2·c), is added to them.
+pub fn add_param_grad<T: Vectors>(
+    x: &[T],
+    dy: &[T],
+    mean: &[T],
+    (factor, shift, clamp): (&[T], &[T], Clamp<T>),
+    part: &mut [f64],
+) {
+    let (scales, shifts) = part.split_at_mut(mean.len());
+    let term = Passed::new(dy, factor, shift, clamp);
+    vectorize_sweep(
+        #[inline(always)]
+        || column_products(x, mean.len(), Some(mean), term, scales, shifts),
+    );
+}
+
+/// dscale and dshift of all rows, from the sums over blocks of them, in order.
+pub fn merge_param_grad<T: Float>(parts: &[f64], inv: &[T], dscale: &mut [T], dshift: &mut [T]) {
+    finish(parts, Some(inv), dscale, dshift);
+}
+
 /// Adds up the tasks' sums; those of the scale are multiplied by `inv`.
-fn finish<T: Float>(d: Channels, partials: &[f64], inv: Option<&[T]>, dscale: &mut [T], dshift: &mut [T]) {
-    let parts = || partials[..d.partials()].chunks_exact((2 * d.c).max(1));
+fn finish<T: Float>(partials: &[f64], inv: Option<&[T]>, dscale: &mut [T], dshift: &mut [T]) {
+    let channels = dscale.len();
+    let parts = || partials.chunks_exact((2 * channels).max(1));
     for (c, (dscale, dshift)) in dscale.iter_mut().zip(dshift).enumerate() {
-        let (scale, shift) = parts().fold((0.0, 0.0), |(a, b), p| (a + p[c], b + p[d.c + c]));
+        let (scale, shift) = parts().fold((0.0, 0.0), |(a, b), p| (a + p[c], b + p[channels + c]));
         *dscale = T::of(scale * inv.map_or(1.0, |inv| inv[c].to64()));
         *dshift = T::of(shift);
     }
@@ -492,7 +514,7 @@ pub fn masked_param_grad<T: Vectors>(
         let term = Written { y: &y[start..start + n], dy: cut(dy, start, n), dz, clamp };
         column_products(&x[start..start + n], d.c, Some(mean), term, scales, shifts);
     });
-    finish(d, partials, Some(inv), dscale, dshift);
+    finish(&partials[..d.partials()], Some(inv), dscale, dshift);
 }
 
 /// `Σ dy` of each channel. `partials`: [`Channels::partials`] elements.

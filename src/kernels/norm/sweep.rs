@@ -129,6 +129,19 @@ pub struct ChannelGrad<'a, T> {
     pub passed: Option<(&'a [T], Clamp<T>)>,
 }
 
+impl<T: Float> ChannelGrad<'_, T> {
+    /// `scale·inv`, `dshift/M` and `inv·dscale/M` of each channel, M elements a channel.
+    pub fn coefficients(&self, count: usize, factor: &mut [T], k1: &mut [T], k2: &mut [T]) {
+        let count = count.max(1) as f64;
+        for c in 0..factor.len() {
+            let inv = self.inv[c].to64();
+            factor[c] = T::of(self.scale[c].to64() * inv);
+            k1[c] = T::of(self.dshift[c].to64() / count);
+            k2[c] = T::of(inv * self.dscale[c].to64() / count);
+        }
+    }
+}
+
 /// `dx = scale·inv·(dz − dshift/M − x̂·dscale/M)` with `x̂ = (x − mean)·inv`, M elements a channel.
 /// At most one of `x`, `dy` is `None`: it lies in `dx`. `room`: `3·c` elements.
 pub fn channel_input_grad<T: Float>(
@@ -139,15 +152,9 @@ pub fn channel_input_grad<T: Float>(
     g: ChannelGrad<T>,
     room: &mut [T],
 ) {
-    let count = d.count().max(1) as f64;
     let (factor, rest) = room.split_at_mut(d.c);
     let (k1, k2) = rest.split_at_mut(d.c);
-    for c in 0..d.c {
-        let inv = g.inv[c].to64();
-        factor[c] = T::of(g.scale[c].to64() * inv);
-        k1[c] = T::of(g.dshift[c].to64() / count);
-        k2[c] = T::of(inv * g.dscale[c].to64() / count);
-    }
+    g.coefficients(d.count(), factor, k1, &mut k2[..d.c]);
     let (m, a, k1, k2) = (g.mean, &*factor, &*k1, &k2[..d.c]);
     let near = |start: usize, n: usize| (cut(x, start, n), cut(dy, start, n));
     let Some((shift, clamp)) = g.passed else {

@@ -51,8 +51,8 @@ impl Op for ConvStatistics {
             let (epilogue, y) = (self.conv.epilogue(x)?, y.get::<T>()?);
             let (mean, variance) = (mean.get::<T>()?, variance.get::<T>()?);
             let statistics = Statistics { mean, variance, room: floats(room)? };
-            let (x, w) = (input.get::<T>()?, w.get::<T>()?);
-            kernel::forward_statistics(&g, x, w, epilogue, y, statistics, floats(scratch)?);
+            let (x, scratch) = self.conv.input::<T>(x, g.c, scratch)?;
+            kernel::forward_statistics(&g, x, w.get::<T>()?, epilogue, y, statistics, scratch);
             Ok(())
         })
     }

@@ -1,25 +1,22 @@
 //! The weight gradient of depthwise convolution.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
-use rayon::prelude::*;
-use smallvec::{SmallVec, smallvec};
-
 use super::{WORK, load};
-use crate::kernels::conv::{Geometry, Load, split};
-use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
+use crate::kernels::conv::load::{Operand, Rows};
+use crate::kernels::conv::{Geometry, in_slots, split};
+use crate::kernels::par::Shared;
+use crate::kernels::simd::{Kernel, Simd, Vectors};
 
 /// Sums, each over a share of the rows.
 const SLABS: usize = 8;
 /// Positions of a row over which is summed in registers.
 const STRETCH: usize = 16;
 
+/// Some rows of dY, all images' counted.
 struct WeightGrad<'a, T> {
     g: &'a Geometry,
     dy: &'a [T],
-    x: &'a [T],
-    load: Option<Load<'a, T>>,
-    /// Rows of X as they are loaded: those that a row of dY needs.
-    ring: &'a mut [T],
+    x: Rows<'a, T>,
     /// (k…, C)
     sum: &'a mut [T],
     rows: std::ops::Range<usize>,
@@ -27,91 +24,59 @@ struct WeightGrad<'a, T> {
 
 impl<T: Vectors> Kernel<T> for WeightGrad<'_, T> {
     #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(self) {
-        let g = self.g;
+    unsafe fn run<S: Simd<Elem = T>>(mut self) {
+        let line = self.g.y[2] * self.g.c;
         self.sum.fill(T::zero());
-        let (line, [planes, lines]) = (g.x[2] * g.c, window(g));
-        let mut held: SmallVec<[usize; 16]> = match self.load {
-            Some(_) => smallvec![usize::MAX; planes * lines],
-            None => SmallVec::new(),
-        };
         for row in self.rows.clone() {
-            for k0 in 0..g.k[0] {
-                for k1 in 0..g.k[1] {
-                    let [image, o0, o1] = split(row, [g.n, g.y[0], g.y[1]]);
-                    let at = |d: usize, o: usize, k: usize| {
-                        let i = (o * g.stride[d] + k * g.dilation[d]).checked_sub(g.pad[d])?;
-                        (i < g.x[d]).then_some(i)
-                    };
-                    let (Some(i0), Some(i1)) = (at(0, o0, k0), at(1, o1, k1)) else { continue };
-                    let x_row = (image * g.x[0] + i0) * g.x[1] + i1;
-                    let x = match self.load {
-                        None => self.x[x_row * line..].as_ptr(),
-                        Some(load) => {
-                            let slot = i0 % planes * lines + i1 % lines;
-                            let row = &mut self.ring[slot * line..][..line];
-                            if held[slot] != x_row {
-                                held[slot] = x_row;
-                                // SAFETY: this is inside a kernel of the level.
-                                unsafe { fill::<S>(&load, &self.x[x_row * line..][..line], row) }
-                            }
-                            row.as_ptr()
-                        }
-                    };
-                    let line = Correlation {
-                        g,
-                        dy: self.dy[row * g.y[2] * g.c..].as_ptr(),
-                        x,
-                        sum: self.sum[(k0 * g.k[1] + k1) * g.k[2] * g.c..].as_mut_ptr(),
-                    };
-                    let mut tap = 0;
-                    // SAFETY: the rows lie inside their slices.
-                    unsafe {
-                        while tap < g.k[2] {
-                            let taps = (g.k[2] - tap).min(3);
-                            match taps {
-                                3 => line.taps::<S, 3>(tap),
-                                2 => line.taps::<S, 2>(tap),
-                                _ => line.taps::<S, 1>(tap),
-                            }
-                            tap += taps;
-                        }
-                    }
-                }
-            }
+            let dy = self.dy[row * line..][..line].as_ptr();
+            // SAFETY: a row of dY.
+            unsafe { add_row::<S>(self.g, row, dy, &mut self.x, self.sum) }
         }
     }
 }
 
-/// Planes, and rows of each, among which those of X lie that a row of dY needs.
-fn window(g: &Geometry) -> [usize; 2] {
-    [(g.k[0] - 1) * g.dilation[0] + 1, (g.k[1] - 1) * g.dilation[1] + 1]
+/// Planes and rows of X among which those lie that a row of dY needs.
+pub(super) fn window(g: &Geometry) -> [usize; 2] {
+    std::array::from_fn(|d| ((g.k[d] - 1) * g.dilation[d] + 1).min(g.x[d]))
 }
 
-/// A row of X as it is loaded.
+/// Adds what row `row` of dY contributes to the sum (k…, C).
 ///
 /// # Safety
-/// The processor must have `S`'s instructions.
+/// `dy` must be that row, and the processor have `S`'s instructions.
 #[inline(always)]
-unsafe fn fill<S: Simd>(load: &Load<S::Elem>, x: &[S::Elem], out: &mut [S::Elem]) {
-    let c = load.mean.len();
-    let (low, high) = (load.clamp.low, load.clamp.high);
-    assert!(load.factor.len() == c && load.shift.len() == c && x.len() == out.len());
-    for position in 0..x.len() / c.max(1) {
-        let mut channel = 0;
-        while channel < c {
-            let (at, n) = (position * c + channel, S::LANES.min(c - channel));
-            // SAFETY: `n` elements of a position and of each coefficient follow.
+pub(super) unsafe fn add_row<S: Simd>(
+    g: &Geometry,
+    row: usize,
+    dy: *const S::Elem,
+    x: &mut Rows<S::Elem>,
+    sum: &mut [S::Elem],
+) where
+    S::Elem: Vectors,
+{
+    let [image, o0, o1] = split(row, [g.n, g.y[0], g.y[1]]);
+    let at = |d: usize, o: usize, k: usize| {
+        let i = (o * g.stride[d] + k * g.dilation[d]).checked_sub(g.pad[d])?;
+        (i < g.x[d]).then_some(i)
+    };
+    for k0 in 0..g.k[0] {
+        for k1 in 0..g.k[1] {
+            let (Some(i0), Some(i1)) = (at(0, o0, k0), at(1, o1, k1)) else { continue };
+            let sum = sum[(k0 * g.k[1] + k1) * g.k[2] * g.c..][..g.k[2] * g.c].as_mut_ptr();
+            // SAFETY: the caller's promise; the rows lie inside.
             unsafe {
-                let mean = load_up_to::<S>(load.mean.as_ptr().add(channel), n);
-                let factor = load_up_to::<S>(load.factor.as_ptr().add(channel), n);
-                let shift = load_up_to::<S>(load.shift.as_ptr().add(channel), n);
-                let x = load_up_to::<S>(x.as_ptr().add(at), n);
-                let x = S::add(S::mul(S::sub(x, mean), factor), shift);
-                let x = S::min(S::splat(high), S::max(S::splat(low), x));
-                store_up_to::<S>(out.as_mut_ptr().add(at), x, n);
+                let line = Correlation { g, dy, x: x.at::<S>(image, i0, i1), sum };
+                let mut tap = 0;
+                while tap < g.k[2] {
+                    let taps = (g.k[2] - tap).min(3);
+                    match taps {
+                        3 => line.taps::<S, 3>(tap),
+                        2 => line.taps::<S, 2>(tap),
+                        _ => line.taps::<S, 1>(tap),
+                    }
+                    tap += taps;
+                }
             }
-            channel += n;
         }
     }
 }
@@ -210,56 +175,46 @@ impl<T: Vectors> Correlation<'_, T> {
     }
 }
 
-/// Elements of scratch that [`weight_grad`] needs.
-pub fn weight_grad_scratch(g: &Geometry) -> usize {
-    SLABS * g.taps() * g.c
-}
-
-/// And those of a [`Load`] besides.
-pub fn load_scratch(g: &Geometry) -> usize {
-    SLABS * ring(g)
+/// Elements of scratch that [`weight_grad`] needs, and more of it where X is not plain.
+pub fn weight_grad_scratch(g: &Geometry, plain: bool) -> usize {
+    SLABS * (g.taps() * g.c + ring(g, plain))
 }
 
 /// Elements of a slab's rows of X.
-fn ring(g: &Geometry) -> usize {
-    window(g).iter().product::<usize>() * g.x[2] * g.c
+fn ring(g: &Geometry, plain: bool) -> usize {
+    if plain { 0 } else { Rows::<f32>::room(g.x, window(g), g.c) }
 }
 
 /// dW (C, 1, k…) from dY and X, both (N, spatial…, C).
-pub fn weight_grad<T: Vectors>(
-    g: &Geometry,
-    dy: &[T],
-    x: &[T],
-    load: Option<Load<T>>,
-    dw: &mut [T],
-    scratch: &mut [T],
-) {
-    g.check(x, dy);
+pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Operand<T>, dw: &mut [T], scratch: &mut [T]) {
+    g.check(x.data, dy);
+    x.check();
     let (total, size) = (g.n * g.y[0] * g.y[1], g.taps() * g.c);
     let slabs = (total * g.y[2] * size / WORK).clamp(1, SLABS.min(total));
-    let (scratch, rings) = scratch.split_at_mut(SLABS * size);
-    let rows = if load.is_some() { ring(g) } else { 0 };
-    let one = |slab: usize, sum: &mut [T], ring: &mut [T]| {
+    let (sums, rings) = scratch.split_at_mut(SLABS * size);
+    let sums = &mut sums[..slabs * size];
+    let shared = Shared::new(sums);
+    in_slots(slabs, ring(g, x.is_plain()), rings, |slab, ring| {
         let rows = total * slab / slabs..total * (slab + 1) / slabs;
+        // SAFETY: the slab's own sum.
+        let sum = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(slab * size), size) };
+        let x = Rows::new(x, g.x, window(g), ring);
         // SAFETY: the extents were checked.
-        unsafe { T::dispatch(WeightGrad { g, dy, x, load, ring, sum, rows }) }
-    };
-    let sums = &mut scratch[..slabs * size];
-    match (slabs, rows) {
-        (1, _) => one(0, sums, &mut rings[..rows]),
-        (_, 0) => sums.par_chunks_exact_mut(size).enumerate().for_each(|(i, sum)| one(i, sum, &mut [])),
-        _ => {
-            let both = sums.par_chunks_exact_mut(size).zip(rings.par_chunks_exact_mut(rows));
-            both.enumerate().for_each(|(i, (sum, ring))| one(i, sum, ring));
-        }
-    }
-    for s in 1..slabs {
-        let (first, more) = scratch.split_at_mut(s * size);
-        first[..size].iter_mut().zip(&more[..size]).for_each(|(a, b)| *a += *b);
+        unsafe { T::dispatch(WeightGrad { g, dy, x, sum, rows }) }
+    });
+    finish(g, sums, dw);
+}
+
+/// Adds the slabs' sums (k…, C) in order, for dW (C, 1, k…).
+pub(super) fn finish<T: Vectors>(g: &Geometry, sums: &mut [T], dw: &mut [T]) {
+    let size = g.taps() * g.c;
+    let (first, more) = sums.split_at_mut(size);
+    for sum in more.chunks_exact(size) {
+        first.iter_mut().zip(sum).for_each(|(a, b)| *a += *b);
     }
     for (channel, dw) in dw.chunks_exact_mut(g.taps()).enumerate() {
         for (t, dw) in dw.iter_mut().enumerate() {
-            *dw = scratch[t * g.c + channel];
+            *dw = first[t * g.c + channel];
         }
     }
 }

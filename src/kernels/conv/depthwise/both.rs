@@ -1,0 +1,99 @@
+//! Both gradients of a depthwise convolution in one pass over its tensors.
+#![allow(unsafe_code)]
+
+use super::weight::{add_row, finish, window};
+use super::{Direction, Sweep, in_tap_order};
+use crate::kernels::conv::both::{Both, Sums};
+use crate::kernels::conv::load::Rows;
+use crate::kernels::conv::{Epilogue, Geometry, in_slots, slots, split};
+use crate::kernels::par::Shared;
+use crate::kernels::simd::{Kernel, Simd, Vectors};
+
+/// Sums of dW, each over a share of the rows of dY.
+const SLABS: usize = 16;
+
+struct Task<'a, T> {
+    back: Sweep<'a, T>,
+    dy: Rows<'a, T>,
+    x: Rows<'a, T>,
+    /// Rows of dY, all images' counted.
+    rows: std::ops::Range<usize>,
+    dw: &'a mut [T],
+    sums: Option<(&'a Sums<'a, T>, &'a mut [f64])>,
+}
+
+impl<T: Vectors> Kernel<T> for Task<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(mut self) {
+        let g = self.back.way.g;
+        self.dw.fill(T::zero());
+        let line = g.x[2] * g.c;
+        for row in self.rows.clone() {
+            let [image, _, o1] = split(row, [g.n, 1, g.y[1]]);
+            // SAFETY: rows that there are; those of dX are this task's, and written when they are read.
+            unsafe {
+                let dy = self.dy.at::<S>(image, 0, o1);
+                add_row::<S>(g, row, dy, &mut self.x, self.dw);
+                // The rows of X that belong to this one of dY.
+                let last = if o1 + 1 == g.y[1] { g.x[1] } else { ((o1 + 1) * g.stride[1]).min(g.x[1]) };
+                for i1 in (o1 * g.stride[1]).min(last)..last {
+                    let row = image * g.x[1] + i1;
+                    self.back.row::<S>(&mut self.dy, row);
+                    if let Some((sums, part)) = &mut self.sums {
+                        let dx = std::slice::from_raw_parts(self.back.y.add(row * line), line);
+                        sums.add(row * line, dx, part);
+                    }
+                }
+            }
+        }
+    }
+}
+
+pub fn grads_slabs(g: &Geometry) -> usize {
+    (g.n * g.y[1]).min(SLABS)
+}
+
+/// Elements of the rings of a task.
+fn rings(g: &Geometry, plain: [bool; 2]) -> [usize; 2] {
+    let x = if plain[1] { 0 } else { Rows::<f32>::room(g.x, window(g), g.c) };
+    [Direction::back(g).ring(plain[0]), x]
+}
+
+/// Elements of scratch that [`grads`] needs; `plain`: are dY and X?
+pub fn grads_scratch(g: &Geometry, plain: [bool; 2]) -> usize {
+    let size = g.taps() * g.c;
+    (1 + grads_slabs(g)) * size + slots(grads_slabs(g), rings(g, plain).iter().sum())
+}
+
+/// dX (N, spatial…, C) and dW (C, 1, k…), over at most two dimensions.
+pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], scratch: &mut [T]) {
+    let (size, slabs, total) = (g.taps() * g.c, grads_slabs(g), g.n * g.y[1]);
+    let (w, rest) = scratch.split_at_mut(size);
+    in_tap_order(g, b.w, w);
+    let w: &[T] = w;
+    let (sums, slots) = rest.split_at_mut(slabs * size);
+    let [dy_ring, x_ring] = rings(g, [b.dy.is_plain(), b.x.is_plain()]);
+    let way = Direction::back(g);
+    let epilogue = Epilogue { residual: b.addend, ..Epilogue::none() };
+    let (shared, dx) = (Shared::new(sums), Shared::new(dx));
+    in_slots(slabs, dy_ring + x_ring, slots, |slab, slot| {
+        let (dy, x) = slot.split_at_mut(dy_ring);
+        // SAFETY: the slab's own sum.
+        let dw = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(slab * size), size) };
+        let task = Task {
+            back: Sweep { way, w, epilogue, y: dx.ptr() },
+            dy: Rows::new(b.dy, g.y, way.window(), dy),
+            x: Rows::new(b.x, g.x, window(g), x),
+            rows: total * slab / slabs..total * (slab + 1) / slabs,
+            dw,
+            // SAFETY: asked for here alone.
+            sums: b.sums.as_ref().map(|sums| (sums, unsafe { sums.part(slab) })),
+        };
+        // SAFETY: the extents were checked; a row of dX belongs to one row of dY.
+        unsafe { T::dispatch(task) }
+    });
+    finish(g, sums, dw);
+    if let Some(sums) = b.sums {
+        sums.finish();
+    }
+}

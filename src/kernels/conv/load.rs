@@ -1,0 +1,276 @@
+//! Operands that are computed while they are read: what a batch normalisation makes of its input, and the gradient
+//! that it passes on. Neither then lies in memory, which these layers would otherwise wait for.
+#![allow(unsafe_code, clippy::needless_range_loop)]
+
+use smallvec::{SmallVec, smallvec};
+
+use crate::kernels::elementwise::Clamp;
+use crate::kernels::par;
+use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
+
+/// Positions whose elements of a channel share its coefficients.
+const POSITIONS: usize = 4;
+/// Elements from what is read to what is fetched meanwhile.
+const AHEAD: usize = 1 << 10;
+
+/// How the elements of an operand are made of those in memory; coefficients are one a channel.
+#[derive(Debug, Clone, Copy)]
+pub enum Load<'a, T> {
+    Plain,
+    /// `clamp((x − mean)·factor + shift)`
+    Norm(Norm<'a, T>),
+    /// `factor·(dz − k1 − (x − mean)·k2)`, `dz` being the element in memory, or, where that is the gradient of what a
+    /// clamp let pass, 0 elsewhere.
+    NormGrad(NormGrad<'a, T>),
+}
+
+/// Coefficients of a normalisation.
+#[derive(Debug, Clone, Copy)]
+pub struct Norm<'a, T> {
+    pub mean: &'a [T],
+    pub factor: &'a [T],
+    pub shift: &'a [T],
+    pub clamp: Clamp<T>,
+}
+
+/// Coefficients of a normalisation's gradient.
+#[derive(Debug, Clone, Copy)]
+pub struct NormGrad<'a, T> {
+    /// What was normalised, of the operand's size.
+    pub x: &'a [T],
+    pub mean: &'a [T],
+    pub factor: &'a [T],
+    pub k1: &'a [T],
+    pub k2: &'a [T],
+    /// The shift, and the clamp that let the gradient pass.
+    pub passed: Option<(&'a [T], Clamp<T>)>,
+}
+
+/// A tensor (positions, channels).
+#[derive(Debug, Clone, Copy)]
+pub struct Operand<'a, T> {
+    pub data: &'a [T],
+    pub channels: usize,
+    pub load: Load<'a, T>,
+}
+
+impl<'a, T: Vectors> Operand<'a, T> {
+    pub fn plain(data: &'a [T], channels: usize) -> Self {
+        Operand { data, channels, load: Load::Plain }
+    }
+
+    pub fn is_plain(&self) -> bool {
+        matches!(self.load, Load::Plain)
+    }
+
+    /// Some positions: where they lie, or computed to `room`.
+    pub fn near<'b>(&self, first: usize, positions: usize, room: &'b mut [T]) -> &'b [T]
+    where
+        'a: 'b,
+    {
+        let c = self.channels;
+        if self.is_plain() {
+            return &self.data[first * c..(first + positions) * c];
+        }
+        self.check();
+        let out = &mut room[..positions * c];
+        // SAFETY: checked.
+        unsafe { T::dispatch(Fill { operand: *self, first, out }) }
+        out
+    }
+
+    /// All positions, computed to `out`.
+    pub fn write(&self, out: &mut [T]) {
+        self.check();
+        assert!(out.len() == self.data.len(), "an operand's copy");
+        par::rows(out, self.channels, par::GRAIN, |first, out| {
+            // SAFETY: checked.
+            unsafe { T::dispatch(Fill { operand: *self, first, out }) }
+        });
+    }
+
+    /// The kernels rely on it: whole positions, and as many coefficients as channels.
+    pub fn check(&self) {
+        let c = self.channels;
+        let fits = match &self.load {
+            Load::Plain => true,
+            Load::Norm(n) => [n.mean, n.factor, n.shift].iter().all(|v| v.len() == c),
+            Load::NormGrad(n) => {
+                n.x.len() == self.data.len()
+                    && [n.mean, n.factor, n.k1, n.k2].iter().all(|v| v.len() == c)
+                    && n.passed.is_none_or(|(shift, _)| shift.len() == c)
+            }
+        };
+        assert!(fits && self.data.len().is_multiple_of(c.max(1)), "coefficients of an operand");
+    }
+
+    /// Elements of some positions, as they are computed.
+    ///
+    /// # Safety
+    /// The processor must have `S`'s instructions, and [`check`](Self::check) must hold.
+    #[inline(always)]
+    pub unsafe fn fill<S: Simd<Elem = T>>(&self, first: usize, out: &mut [T]) {
+        let c = self.channels;
+        let start = first * c;
+        assert!(start + out.len() <= self.data.len());
+        let positions = out.len() / c.max(1);
+        let mut p = 0;
+        // SAFETY: the positions lie inside; the caller's promise.
+        unsafe {
+            while p + POSITIONS <= positions {
+                self.positions::<S, POSITIONS>(start + p * c, out.as_mut_ptr().add(p * c));
+                p += POSITIONS;
+            }
+            while p < positions {
+                self.positions::<S, 1>(start + p * c, out.as_mut_ptr().add(p * c));
+                p += 1;
+            }
+        }
+    }
+
+    /// `P` positions from element `start` on.
+    #[inline(always)]
+    unsafe fn positions<S: Simd<Elem = T>, const P: usize>(&self, start: usize, out: *mut T) {
+        let c = self.channels;
+        let from = self.data.as_ptr().wrapping_add(start);
+        let mut channel = 0;
+        // SAFETY: the caller's promise; vectors end at the last channel.
+        unsafe {
+            while channel < c {
+                let n = S::LANES.min(c - channel);
+                for i in 0..P {
+                    S::prefetch(from.wrapping_add(i * c + channel + AHEAD));
+                }
+                match &self.load {
+                    Load::Plain => {
+                        for i in 0..P {
+                            let at = i * c + channel;
+                            store_up_to::<S>(out.add(at), load_up_to::<S>(from.add(at), n), n);
+                        }
+                    }
+                    Load::Norm(f) => {
+                        let mean = load_up_to::<S>(f.mean.as_ptr().add(channel), n);
+                        let factor = load_up_to::<S>(f.factor.as_ptr().add(channel), n);
+                        let shift = load_up_to::<S>(f.shift.as_ptr().add(channel), n);
+                        let (low, high) = (S::splat(f.clamp.low), S::splat(f.clamp.high));
+                        for i in 0..P {
+                            let at = i * c + channel;
+                            let x = S::sub(load_up_to::<S>(from.add(at), n), mean);
+                            let y = S::add(S::mul(x, factor), shift);
+                            store_up_to::<S>(out.add(at), S::min(high, S::max(low, y)), n);
+                        }
+                    }
+                    Load::NormGrad(f) => {
+                        let x = f.x.as_ptr().wrapping_add(start);
+                        for i in 0..P {
+                            S::prefetch(x.wrapping_add(i * c + channel + AHEAD));
+                        }
+                        let mean = load_up_to::<S>(f.mean.as_ptr().add(channel), n);
+                        let factor = load_up_to::<S>(f.factor.as_ptr().add(channel), n);
+                        let k1 = load_up_to::<S>(f.k1.as_ptr().add(channel), n);
+                        let k2 = load_up_to::<S>(f.k2.as_ptr().add(channel), n);
+                        let (shift, clamp) = match f.passed {
+                            Some((shift, clamp)) => {
+                                (load_up_to::<S>(shift.as_ptr().add(channel), n), Some(clamp))
+                            }
+                            None => (mean, None),
+                        };
+                        for i in 0..P {
+                            let at = i * c + channel;
+                            let x = S::sub(load_up_to::<S>(x.add(at), n), mean);
+                            let mut dz = load_up_to::<S>(from.add(at), n);
+                            if let Some(clamp) = clamp {
+                                let y = S::add(S::mul(x, factor), shift);
+                                dz = S::pass(y, S::splat(clamp.low), S::splat(clamp.high), dz);
+                            }
+                            let dx = S::mul(factor, S::sub(S::sub(dz, k1), S::mul(x, k2)));
+                            store_up_to::<S>(out.add(at), dx, n);
+                        }
+                    }
+                }
+                channel += n;
+            }
+        }
+    }
+}
+
+struct Fill<'a, 'b, T> {
+    operand: Operand<'a, T>,
+    first: usize,
+    out: &'b mut [T],
+}
+
+impl<T: Vectors> Kernel<T> for Fill<'_, '_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(self) {
+        // SAFETY: the caller's promise.
+        unsafe { self.operand.fill::<S>(self.first, self.out) }
+    }
+}
+
+/// The rows of an operand with some planes of rows an image: those that are computed as they are read are held in a
+/// ring for as long as neighbouring rows of a kernel's window need them.
+pub(super) struct Rows<'a, T> {
+    operand: Operand<'a, T>,
+    /// Planes, rows and positions an image.
+    extents: [usize; 3],
+    /// Planes and rows that are needed at a time.
+    window: [usize; 2],
+    ring: &'a mut [T],
+    held: SmallVec<[usize; 16]>,
+}
+
+impl<'a, T: Vectors> Rows<'a, T> {
+    /// `ring`: [`Rows::room`] elements.
+    pub(super) fn new(
+        operand: Operand<'a, T>,
+        extents: [usize; 3],
+        window: [usize; 2],
+        ring: &'a mut [T],
+    ) -> Self {
+        let held = match operand.load {
+            Load::Plain => SmallVec::new(),
+            _ => smallvec![usize::MAX; window[0] * window[1]],
+        };
+        Rows { operand, extents, window, ring, held }
+    }
+
+    pub(super) fn room(extents: [usize; 3], window: [usize; 2], channels: usize) -> usize {
+        window[0] * window[1] * extents[2] * channels
+    }
+
+    /// Elements of a row.
+    pub(super) fn line(&self) -> usize {
+        self.extents[2] * self.operand.channels
+    }
+
+    pub(super) fn is_plain(&self) -> bool {
+        self.operand.is_plain()
+    }
+
+    /// A row of an image, good until a row that is not in the window with it is asked for.
+    ///
+    /// # Safety
+    /// As of [`Operand::fill`].
+    #[inline(always)]
+    pub(super) unsafe fn at<S: Simd<Elem = T>>(
+        &mut self,
+        image: usize,
+        plane: usize,
+        row: usize,
+    ) -> *const T {
+        let line = self.line();
+        let nth = (image * self.extents[0] + plane) * self.extents[1] + row;
+        if self.is_plain() {
+            return self.operand.data[nth * line..][..line].as_ptr();
+        }
+        let slot = plane % self.window[0] * self.window[1] + row % self.window[1];
+        let out = &mut self.ring[slot * line..][..line];
+        if self.held[slot] != nth {
+            self.held[slot] = nth;
+            // SAFETY: the caller's promise.
+            unsafe { self.operand.fill::<S>(nth * self.extents[2], out) }
+        }
+        out.as_ptr()
+    }
+}

@@ -1,0 +1,99 @@
+//! Pointwise convolutions (1×1 of stride 1): every position by itself, whatever image and row it lies in.
+#![allow(unsafe_code)]
+
+use super::both::Both;
+use super::{Epilogue, Geometry, dense, grids, in_slots, slots, volume, weight};
+use crate::kernels::par::Shared;
+use crate::kernels::simd::Vectors;
+use crate::kernels::tile::Pieces;
+
+/// Elements of dW up to which both gradients are computed together: each slab of positions has a sum.
+const SMALL: usize = 1 << 14;
+const SLABS: usize = 16;
+/// Elements of X, dX and dY that a chunk of positions has, to stay in the second-level cache with weights and sums.
+const CHUNK: usize = 1 << 15;
+/// Positions below which a chunk is not worth its while.
+const FEW: usize = 64;
+
+/// Is it one?
+pub fn applies(g: &Geometry) -> bool {
+    g.groups == 1 && volume(g.k) == 1 && g.stride == [1; 3] && g.pad == [0; 3] && g.x == g.y
+}
+
+/// The same with `positions` in a row.
+pub fn of(g: &Geometry, positions: usize) -> Geometry {
+    Geometry { n: 1, axis: 2, x: [1, 1, positions], y: [1, 1, positions], ..g.clone() }
+}
+
+/// All of its positions.
+fn positions(g: &Geometry) -> usize {
+    g.n * volume(g.x)
+}
+
+/// Worth computing both gradients together?
+pub fn fuses<T: Vectors>(g: &Geometry) -> bool {
+    applies(g) && g.c * g.oc <= SMALL && positions(g) >= 4 * FEW
+}
+
+/// Positions of a chunk.
+fn chunk(g: &Geometry) -> usize {
+    (CHUNK / (2 * g.c + g.oc)).max(FEW).next_multiple_of(8)
+}
+
+fn chunks(g: &Geometry) -> Pieces {
+    Pieces::by(positions(g), chunk(g))
+}
+
+pub fn grads_slabs<T: Vectors>(g: &Geometry) -> usize {
+    chunks(g).count.min(SLABS)
+}
+
+/// Elements that a task computes of dY and of X.
+fn near(g: &Geometry, plain: [bool; 2]) -> [usize; 2] {
+    [if plain[0] { 0 } else { chunk(g) * g.oc }, if plain[1] { 0 } else { chunk(g) * g.c }]
+}
+
+/// Elements of scratch that [`grads`] needs; `plain`: are dY and X?
+pub fn grads_scratch<T: Vectors>(g: &Geometry, plain: [bool; 2]) -> usize {
+    let slabs = grads_slabs::<T>(g);
+    dense::packed_back::<T>(&of(g, chunk(g)))
+        + slabs * weight::sum_size::<T>(g)
+        + slots(slabs, near(g, plain).iter().sum())
+}
+
+/// dX (N, spatial…, C) and dW (M, C, 1…).
+pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], scratch: &mut [T]) {
+    let (chunks, slabs, size) = (chunks(g), grads_slabs::<T>(g), weight::sum_size::<T>(g));
+    let back = grids::Plan::input_grad(&of(g, chunk(g)));
+    let (weights, rest) = scratch.split_at_mut(dense::packed_back::<T>(&of(g, chunk(g))));
+    grids::pack(&back, false, T::panel(), b.w, weights);
+    let weights: &[T] = weights;
+    let (sums, slot) = rest.split_at_mut(slabs * size);
+    let [dy_near, x_near] = near(g, [b.dy.is_plain(), b.x.is_plain()]);
+    let epilogue = Epilogue { residual: b.addend, ..Epilogue::none() };
+    let (shared, dx) = (Shared::new(sums), Shared::new(dx));
+    in_slots(slabs, dy_near + x_near, slot, |slab, slot| {
+        let (dy_slot, x_slot) = slot.split_at_mut(dy_near);
+        // SAFETY: the slab's own sums.
+        let sum = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(slab * size), size) };
+        // SAFETY: asked for here alone.
+        let mut part = b.sums.as_ref().map(|sums| (sums, unsafe { sums.part(slab) }));
+        let first = chunks.count * slab / slabs;
+        for i in first..chunks.count * (slab + 1) / slabs {
+            let (start, n) = (chunks.start(i), chunks.len(i));
+            let dy = b.dy.near(start, n, dy_slot);
+            // SAFETY: the positions' elements of dX are this chunk's alone.
+            let dx = unsafe { std::slice::from_raw_parts_mut(dx.ptr().add(start * g.c), n * g.c) };
+            dense::positions(&back, dy, weights, epilogue.from(start * g.c, n * g.c), dx);
+            if let Some((sums, part)) = &mut part {
+                sums.add(start * g.c, dx, part);
+            }
+            let x = b.x.near(start, n, x_slot);
+            weight::add_positions(&of(g, n), x, dy, i > first, sum);
+        }
+    });
+    weight::finish(g, sums, dw);
+    if let Some(sums) = b.sums {
+        sums.finish();
+    }
+}
