@@ -19,6 +19,7 @@ pub mod random;
 pub mod reduce;
 pub mod simd;
 pub mod softmax;
+pub mod stream;
 pub mod strided;
 pub mod tile;
 pub mod update;

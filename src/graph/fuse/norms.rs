@@ -173,12 +173,8 @@ impl Uses {
         };
         let mut inputs = vec![Some(dy), w, Some(x), addend];
         inputs.extend_from_slice(&graph.nodes[i].inputs[2..]);
-        let node = Node {
-            op: Arc::new(op),
-            inputs,
-            outputs: vec![Some(dx), Some(dw)],
-            ..graph.nodes[at].clone()
-        };
+        let node =
+            Node { op: Arc::new(op), inputs, outputs: vec![Some(dx), Some(dw)], ..graph.nodes[at].clone() };
         self.remove(graph, i.min(j));
         self.put(graph, at, node);
         Some(at)

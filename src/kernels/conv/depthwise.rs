@@ -11,9 +11,10 @@ mod weight;
 use smallvec::SmallVec;
 
 use crate::kernels::conv::load::{Operand, Rows};
-use crate::kernels::conv::{Done, Epilogue, Geometry, Residual, in_slots, slots, split};
+use crate::kernels::conv::{Done, Epilogue, Geometry, Residual, in_slots, slots, split, volume};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors};
+use crate::kernels::stream;
 
 pub use both::{grads, grads_scratch, grads_slabs};
 pub use weight::{weight_grad, weight_grad_scratch};
@@ -68,6 +69,12 @@ impl<'a> Direction<'a> {
         })
     }
 
+    /// Elements of a task's results, where they are computed near by.
+    fn block(&self, rows: usize) -> usize {
+        let line = self.target[2] * self.g.c;
+        if stream::pays(self.g.n * volume(self.target) * self.g.c) { rows * line } else { 0 }
+    }
+
     /// Elements of the ring that a task keeps rows of the source in.
     fn ring(&self, plain: bool) -> usize {
         if plain { 0 } else { Rows::<f32>::room(self.source, self.window(), self.g.c) }
@@ -118,14 +125,18 @@ struct Sweep<'a, T> {
     /// (k…, C)
     w: &'a [T],
     epilogue: Epilogue<'a, T>,
+    /// Results are near already.
+    near: bool,
     y: *mut T,
 }
 
 impl<T: Vectors> Sweep<'_, T> {
+    /// `beside`: what will be read soon, as many elements as the row has, where that is not more of the source.
+    ///
     /// # Safety
     /// The row must lie inside, its results be the caller's, and the processor have `S`'s instructions.
     #[inline(always)]
-    unsafe fn row<S: Simd<Elem = T>>(&self, source: &mut Rows<T>, row: usize) {
+    unsafe fn row<S: Simd<Elem = T>>(&self, source: &mut Rows<T>, row: usize, beside: Option<*const T>) {
         let (way, g) = (self.way, self.way.g);
         let (extent, step) = (way.source[2], way.step(2));
         let [image, i0, i1] = split(row, [g.n, way.target[0], way.target[1]]);
@@ -156,8 +167,22 @@ impl<T: Vectors> Sweep<'_, T> {
                 room if room < 0 => first,
                 room => (room as usize / step + 1).clamp(first, count),
             };
-            let fresh = if source.is_plain() { way.step(1).min(last_row + 1) } else { 0 };
-            let last_row = taps.iter().map(|t| t.x).max().unwrap_or(std::ptr::null());
+            let soon = match beside {
+                Some(from) => {
+                    let step = way.residues(2) * g.c;
+                    Soon { from: from.wrapping_add(r * g.c), rows: 1, row: 0, step, each: 1 }
+                }
+                // Rows that are read for the first time, or, where they are computed first, will be for the next row.
+                None => {
+                    let rows = way.step(1);
+                    let (first, ahead) = match source.is_plain() {
+                        true => ((last_row + 1).saturating_sub(rows), AHEAD.next_multiple_of(g.c)),
+                        false => (last_row + 1, 0),
+                    };
+                    let from = source.raw(image, 0, first)[0].wrapping_add(ahead);
+                    Soon { from, rows, row: extent * g.c, step: step * g.c, each: step }
+                }
+            };
             let line = Line {
                 taps: &taps,
                 triples: g.k[2] == 3 && g.dilation[2] == 1 && way.residues(2) == 1,
@@ -165,10 +190,9 @@ impl<T: Vectors> Sweep<'_, T> {
                 c: g.c,
                 extent: extent as isize,
                 step,
-                fresh: last_row.wrapping_sub(fresh.saturating_sub(1) * extent * g.c),
-                fresh_rows: [extent * g.c, fresh],
-                ahead: AHEAD.div_ceil(g.c),
+                soon,
                 epilogue: &self.epilogue,
+                fetch_results: !self.near,
                 y: self.y,
                 y_row: (row * way.target[2] + r) * g.c,
                 y_step: way.residues(2) * g.c,
@@ -211,9 +235,19 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
     unsafe fn run<S: Simd<Elem = T>>(mut self) {
         for row in self.rows.clone() {
             // SAFETY: the rows are this task's.
-            unsafe { self.sweep.row::<S>(&mut self.source, row) }
+            unsafe { self.sweep.row::<S>(&mut self.source, row, None) }
         }
     }
+}
+
+/// What to fetch while a row is computed: `each` vectors a position of some rows.
+struct Soon<T> {
+    from: *const T,
+    rows: usize,
+    /// Elements from row to row, and for each position.
+    row: usize,
+    step: usize,
+    each: usize,
 }
 
 /// The results of one row (and residue).
@@ -225,12 +259,9 @@ struct Line<'a, T> {
     c: usize,
     extent: isize,
     step: usize,
-    /// The first of the source's rows that no row before has read; the next one's distance, and how many.
-    fresh: *const T,
-    fresh_rows: [usize; 2],
-    /// Positions from a vector to what is fetched for later ones.
-    ahead: usize,
+    soon: Soon<T>,
     epilogue: &'a Epilogue<'a, T>,
+    fetch_results: bool,
     y: *mut T,
     y_row: usize,
     y_step: usize,
@@ -324,16 +355,18 @@ impl<T: Vectors> Line<'_, T> {
                 None => S::splat(T::zero()),
             }; P];
             if INSIDE && P > 1 {
-                let [next, rows] = self.fresh_rows;
-                let x = self.fresh.wrapping_add((q * self.step + self.ahead) * self.c + channel);
-                for r in 0..rows {
-                    for i in 0..P * self.step {
-                        S::prefetch(x.wrapping_add(r * next + i * self.c));
+                let soon = &self.soon;
+                let from = soon.from.wrapping_add(q * soon.step + channel);
+                for r in 0..soon.rows {
+                    for i in 0..P * soon.each {
+                        S::prefetch(from.wrapping_add(r * soon.row + i * (soon.step / soon.each)));
                     }
                 }
-                let y = self.y.wrapping_add(self.y_row + q * self.y_step + self.ahead * self.c + channel);
-                for i in 0..P {
-                    S::prefetch_write(y.wrapping_add(i * self.y_step));
+                if self.fetch_results {
+                    let y = self.y.wrapping_add(self.y_row + q * self.y_step + AHEAD + channel);
+                    for i in 0..P {
+                        S::prefetch_write(y.wrapping_add(i * self.y_step));
+                    }
                 }
             }
             acc = match self.step {
@@ -348,7 +381,7 @@ impl<T: Vectors> Line<'_, T> {
             let (low, high) = (S::splat(self.epilogue.clamp.low), S::splat(self.epilogue.clamp.high));
             for i in 0..P {
                 let at = self.y_row + (q + i) * self.y_step + channel;
-                let y = self.y.add(at);
+                let y = self.y.wrapping_add(at);
                 let mut v = acc[i];
                 match self.epilogue.residual {
                     Residual::None => {}
@@ -382,7 +415,7 @@ pub fn input_grad_scratch(g: &Geometry) -> usize {
 
 fn scratch(way: &Direction, plain: bool) -> usize {
     let (total, each) = division(way);
-    way.g.taps() * way.g.c + slots(total.div_ceil(each), way.ring(plain))
+    way.g.taps() * way.g.c + slots(total.div_ceil(each), way.ring(plain) + way.block(each))
 }
 
 /// `y = clamp(conv(x, w) + bias + residual)`, all (N, spatial…, C).
@@ -445,16 +478,26 @@ fn sweep<T: Vectors>(
     let line = way.target[2] * g.c;
     let y = Shared::new(y);
     let w: &[T] = by_tap;
-    in_slots(total.div_ceil(each), way.ring(source.is_plain()), rings, |i, ring| {
+    let block = way.block(each);
+    let far = block > 0 && !matches!(epilogue.residual, Residual::InOutput);
+    in_slots(total.div_ceil(each), way.ring(source.is_plain()) + block, rings, |i, ring| {
         let rows = i * each..total.min((i + 1) * each);
         let (first, count) = (rows.start * line, rows.len() * line);
+        let (ring, block) = ring.split_at_mut(ring.len() - block);
         let source = Rows::new(source, way.source, way.window(), ring);
-        let sweep = Sweep { way, w, epilogue, y: y.ptr() };
-        // SAFETY: tasks write different rows of `y`; the extents were checked.
+        let to = if far { block.as_mut_ptr().wrapping_sub(first) } else { y.ptr() };
+        let sweep = Sweep { way, w, epilogue, near: far, y: to };
+        // SAFETY: tasks write different rows of `y`, or their own block; the extents were checked.
         unsafe { T::dispatch(Task { sweep, source, rows }) }
-        if let Some(done) = done {
-            // SAFETY: rows that this task alone has written.
-            done(i, unsafe { std::slice::from_raw_parts(y.ptr().add(first), count) });
+        // SAFETY: rows that this task alone has written, and may write.
+        unsafe {
+            let results = std::slice::from_raw_parts(to.wrapping_add(first), count);
+            if let Some(done) = done {
+                done(i, results);
+            }
+            if far {
+                stream::copy(results, y.ptr().add(first));
+            }
         }
     });
 }

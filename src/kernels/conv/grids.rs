@@ -15,6 +15,8 @@ const CHUNK: usize = 1 << 16;
 const TASKS: usize = 16;
 /// Elements of the buffer that weights pass through while they are packed.
 const BUFFER: usize = 1 << 12;
+/// Positions of a register tile.
+const TILE: usize = 8;
 /// Multiply-adds worth a task of their own.
 const WORK: usize = 1 << 19;
 
@@ -205,6 +207,11 @@ impl Plan {
         self.groups * self.panels(panel) * panel * self.steps()
     }
 
+    /// At least `each` rows of a grid; those of one-dimensional convolutions are positions, and fill whole tiles.
+    fn whole(&self, each: usize) -> usize {
+        if self.axis == 2 { each.next_multiple_of(TILE).min(self.rows()) } else { each }
+    }
+
     pub(super) fn division(&self, panel: usize) -> Division {
         let rows = self.rows();
         let per_row = (volume(self.padded) / self.padded[self.axis].max(1))
@@ -221,10 +228,10 @@ impl Plan {
             let images = (chunk / (per_row * rows).max(1)).clamp(1, most.max(1));
             let images = self.n.div_ceil(self.n.div_ceil(images));
             let split = tasks.div_ceil(self.n.div_ceil(images)).min(rows);
-            (images, if images == 1 { rows.div_ceil(split) } else { rows })
+            (images, if images == 1 { self.whole(rows.div_ceil(split)) } else { rows })
         } else {
             let split = tasks.div_ceil(self.n).min(rows);
-            (1, (chunk / per_row.max(1)).clamp(1, rows.div_ceil(split)))
+            (1, self.whole((chunk / per_row.max(1)).clamp(1, rows.div_ceil(split))))
         };
         let units = self.n.div_ceil(images) * rows.div_ceil(rows_each);
         let panels = self.groups * self.panels(panel);

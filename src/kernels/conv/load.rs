@@ -248,6 +248,17 @@ impl<'a, T: Vectors> Rows<'a, T> {
         self.operand.is_plain()
     }
 
+    /// Where a row, perhaps beyond the last, lies before it is computed.
+    pub(super) fn raw(&self, image: usize, plane: usize, row: usize) -> [*const T; 2] {
+        let nth = (image * self.extents[0] + plane) * self.extents[1] + row;
+        let at = |data: &[T]| data.as_ptr().wrapping_add(nth * self.line());
+        let data = at(self.operand.data);
+        match &self.operand.load {
+            Load::NormGrad(n) => [data, at(n.x)],
+            _ => [data; 2],
+        }
+    }
+
     /// A row of an image, good until a row that is not in the window with it is asked for.
     ///
     /// # Safety

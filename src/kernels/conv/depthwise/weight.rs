@@ -29,8 +29,9 @@ impl<T: Vectors> Kernel<T> for WeightGrad<'_, T> {
         self.sum.fill(T::zero());
         for row in self.rows.clone() {
             let dy = self.dy[row * line..][..line].as_ptr();
+            let next = dy.wrapping_add(line);
             // SAFETY: a row of dY.
-            unsafe { add_row::<S>(self.g, row, dy, &mut self.x, self.sum) }
+            unsafe { add_row::<S>(self.g, row, dy, [next; 2], &mut self.x, self.sum) }
         }
     }
 }
@@ -40,7 +41,7 @@ pub(super) fn window(g: &Geometry) -> [usize; 2] {
     std::array::from_fn(|d| ((g.k[d] - 1) * g.dilation[d] + 1).min(g.x[d]))
 }
 
-/// Adds what row `row` of dY contributes to the sum (k…, C).
+/// Adds what row `row` of dY contributes to the sum (k…, C). `soon`: rows like that one that will be read soon.
 ///
 /// # Safety
 /// `dy` must be that row, and the processor have `S`'s instructions.
@@ -49,6 +50,7 @@ pub(super) unsafe fn add_row<S: Simd>(
     g: &Geometry,
     row: usize,
     dy: *const S::Elem,
+    soon: [*const S::Elem; 2],
     x: &mut Rows<S::Elem>,
     sum: &mut [S::Elem],
 ) where
@@ -59,37 +61,64 @@ pub(super) unsafe fn add_row<S: Simd>(
         let i = (o * g.stride[d] + k * g.dilation[d]).checked_sub(g.pad[d])?;
         (i < g.x[d]).then_some(i)
     };
+    let row_sum = g.k[2] * g.c;
     for k0 in 0..g.k[0] {
-        for k1 in 0..g.k[1] {
-            let (Some(i0), Some(i1)) = (at(0, o0, k0), at(1, o1, k1)) else { continue };
-            let sum = sum[(k0 * g.k[1] + k1) * g.k[2] * g.c..][..g.k[2] * g.c].as_mut_ptr();
+        let Some(i0) = at(0, o0, k0) else { continue };
+        let mut k1 = 0;
+        while k1 < g.k[1] {
+            let rows: [Option<usize>; 3] =
+                std::array::from_fn(|r| if k1 + r < g.k[1] { at(1, o1, k1 + r) } else { None });
+            let sum = sum[(k0 * g.k[1] + k1) * row_sum..].as_mut_ptr();
             // SAFETY: the caller's promise; the rows lie inside.
             unsafe {
-                let line = Correlation { g, dy, x: x.at::<S>(image, i0, i1), sum };
-                let mut tap = 0;
-                while tap < g.k[2] {
-                    let taps = (g.k[2] - tap).min(3);
-                    match taps {
-                        3 => line.taps::<S, 3>(tap),
-                        2 => line.taps::<S, 2>(tap),
-                        _ => line.taps::<S, 1>(tap),
+                match rows {
+                    // Three rows at a time, so that no sum waits for its last addition.
+                    [Some(a), Some(b), Some(c)] => {
+                        let x = [x.at::<S>(image, i0, a), x.at::<S>(image, i0, b), x.at::<S>(image, i0, c)];
+                        Correlation { g, dy, soon, x, sum }.row::<S>();
+                        k1 += 3;
                     }
-                    tap += taps;
+                    [Some(a), ..] => {
+                        Correlation { g, dy, soon, x: [x.at::<S>(image, i0, a)], sum }.row::<S>();
+                        k1 += 1;
+                    }
+                    _ => k1 += 1,
                 }
             }
         }
     }
 }
 
-/// One row of dY with one row of X.
-struct Correlation<'a, T> {
+/// One row of dY with `R` rows of X.
+struct Correlation<'a, T, const R: usize> {
     g: &'a Geometry,
     dy: *const T,
-    x: *const T,
+    /// Are fetched meanwhile.
+    soon: [*const T; 2],
+    x: [*const T; R],
+    /// (R, k, C)
     sum: *mut T,
 }
 
-impl<T: Vectors> Correlation<'_, T> {
+impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
+    /// All taps of a row, three at a time.
+    #[inline(always)]
+    unsafe fn row<S: Simd<Elem = T>>(&self) {
+        let mut tap = 0;
+        // SAFETY: the caller's promise.
+        unsafe {
+            while tap < self.g.k[2] {
+                let taps = (self.g.k[2] - tap).min(3);
+                match taps {
+                    3 => self.taps::<S, 3>(tap),
+                    2 => self.taps::<S, 2>(tap),
+                    _ => self.taps::<S, 1>(tap),
+                }
+                tap += taps;
+            }
+        }
+    }
+
     /// `K` taps from `first`, all channels.
     #[inline(always)]
     unsafe fn taps<S: Simd<Elem = T>, const K: usize>(&self, first: usize) {
@@ -147,31 +176,42 @@ impl<T: Vectors> Correlation<'_, T> {
         let g = self.g;
         let c = g.c;
         let i = (o * g.stride[2] + tap * g.dilation[2]).wrapping_sub(g.pad[2]);
+        let first = i.wrapping_mul(c).wrapping_add(channel);
+        let (x_step, dilation) = (g.stride[2] * c, g.dilation[2] * c);
         // SAFETY: the caller's promise.
         unsafe {
-            let mut x = self.x.wrapping_add(i.wrapping_mul(c).wrapping_add(channel));
-            let mut dy = self.dy.wrapping_add(o * c + channel);
-            let sum = self.sum.add(tap * c + channel);
-            let mut acc = [S::splat(T::zero()); K];
-            for k in 0..K {
-                acc[k] = load::<S, WHOLE>(sum.add(k * c), lanes);
-            }
-            for _ in 0..count {
-                let v = load::<S, WHOLE>(dy, lanes);
+            let mut x = self.x;
+            let mut acc = [[S::splat(T::zero()); K]; R];
+            for r in 0..R {
+                x[r] = x[r].wrapping_add(first);
                 for k in 0..K {
-                    acc[k] =
-                        S::fma(load::<S, WHOLE>(x.wrapping_add(k * g.dilation[2] * c), lanes), v, acc[k]);
+                    acc[r][k] = load::<S, WHOLE>(self.sum(r, tap + k, channel), lanes);
                 }
-                x = x.wrapping_add(g.stride[2] * c);
-                dy = dy.wrapping_add(c);
             }
-            for k in 0..K {
-                match WHOLE {
-                    true => S::store(sum.add(k * c), acc[k]),
-                    false => S::store_part(sum.add(k * c), acc[k], lanes),
+            for p in 0..count {
+                let at = (o + p) * c + channel;
+                let v = load::<S, WHOLE>(self.dy.add(at), lanes);
+                S::prefetch(self.soon[0].wrapping_add(at));
+                S::prefetch(self.soon[1].wrapping_add(at));
+                for r in 0..R {
+                    for k in 0..K {
+                        let x = load::<S, WHOLE>(x[r].wrapping_add(p * x_step + k * dilation), lanes);
+                        acc[r][k] = S::fma(x, v, acc[r][k]);
+                    }
+                }
+            }
+            for r in 0..R {
+                for k in 0..K {
+                    let sum = self.sum(r, tap + k, channel);
+                    if WHOLE { S::store(sum, acc[r][k]) } else { S::store_part(sum, acc[r][k], lanes) }
                 }
             }
         }
+    }
+
+    #[inline(always)]
+    fn sum(&self, row: usize, tap: usize, channel: usize) -> *mut T {
+        self.sum.wrapping_add((row * self.g.k[2] + tap) * self.g.c + channel)
     }
 }
 
