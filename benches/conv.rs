@@ -77,7 +77,7 @@ fn setup(s: &Shape) -> Setup {
         pads: vec![s.kernel / 2; 4],
         ceil: false,
     };
-    let conv = Conv { window, groups: s.groups, clamp: Clamp::NONE, layout: Layout::First };
+    let conv = Conv { window, groups: s.groups, normalises: None, clamp: Clamp::NONE, layout: Layout::First };
     let wave = |dims: &[usize]| {
         let data: Vec<f32> = (0..dims.iter().product()).map(|i| (i as f32 * 0.37).sin()).collect();
         Tensor::from_slice(dims, &data).expect("as many elements as the shape has")
@@ -117,7 +117,7 @@ fn input_grad(bencher: Bencher, shape: &Shape) {
 #[divan::bench(args = SHAPES)]
 fn weight_grad(bencher: Bencher, shape: &Shape) {
     let s = setup(shape);
-    let op = ConvWeightGrad { conv: s.conv.clone(), w: Dims::from_slice(s.w.dims()), norm: None };
+    let op = ConvWeightGrad { conv: s.conv.clone(), w: Dims::from_slice(s.w.dims()) };
     run(bencher, s.flops, &op, [&s.dy, &s.x], s.w.dims());
 }
 

@@ -20,6 +20,7 @@ fn conv_is_its_definition() {
         let conv = Conv {
             window: Window::of(attrs).unwrap(),
             groups: attrs.int_or("group", 1).unwrap() as usize,
+            normalises: None,
             clamp: Clamp::NONE,
             layout: Layout::First,
         };
@@ -56,7 +57,7 @@ fn many_weights_few_positions() {
     let (x, w) = (wave(&[1, 370, 8, 7], 0.7), wave(&[360, 370, 3, 3], 1.3));
     let pads = crate::ops::window::AutoPad::SameUpper;
     let window = Window { auto_pad: pads, ..Window::of(&crate::ops::Attrs::default()).unwrap() };
-    let conv = Conv { window, groups: 1, clamp: Clamp::NONE, layout: Layout::First };
+    let conv = Conv { window, groups: 1, normalises: None, clamp: Clamp::NONE, layout: Layout::First };
     // The same convolution in parts that are small enough for the others.
     let y = eval(&conv, &[Some(&x), Some(&w)]).unwrap().remove(0);
     let part = Tensor::from_slice(&[2, 370, 3, 3], &w.to_f64()[358 * 3330..]).unwrap();
@@ -69,7 +70,7 @@ fn many_weights_few_positions() {
     let dy = wave(&[1, 360, 8, 7], 0.9);
     let dot = |a: &Tensor, b: &Tensor| a.to_f64().iter().zip(b.to_f64()).map(|(a, b)| a * b).sum::<f64>();
     let input = ConvInputGrad { conv: conv.clone(), x: Dims::from_slice(x.dims()) };
-    let weight = ConvWeightGrad { conv: conv.clone(), w: Dims::from_slice(w.dims()), norm: None };
+    let weight = ConvWeightGrad { conv: conv.clone(), w: Dims::from_slice(w.dims()) };
     let (x2, w2) = (wave(x.dims(), 1.7), wave(w.dims(), 0.3));
     let dx = eval(&input, &[Some(&dy), Some(&w)]).unwrap().remove(0);
     let y2 = eval(&conv, &[Some(&x2), Some(&w)]).unwrap().remove(0);
@@ -77,48 +78,6 @@ fn many_weights_few_positions() {
     let dw = eval(&weight, &[Some(&dy), Some(&x)]).unwrap().remove(0);
     let y2 = eval(&conv, &[Some(&x), Some(&w2)]).unwrap().remove(0);
     assert!((dot(&dw, &w2) / dot(&dy, &y2) - 1.0).abs() < 1e-9);
-}
-
-/// Normalising the input while it is read gives what a normalised input gives, to the bit.
-#[test]
-fn inputs_are_normalised_while_they_are_read() {
-    for (x, k, stride, dilation, layout) in [
-        ([2, 20, 9, 8], [3, 3], 1, 1, Layout::First),
-        ([3, 20, 9, 8], [3, 3], 2, 1, Layout::Last),
-        ([40, 5, 12, 30], [3, 2], 1, 2, Layout::Last),
-    ] {
-        let window = Window {
-            auto_pad: crate::ops::window::AutoPad::SameUpper,
-            kernel: vec![],
-            strides: vec![stride; 2],
-            dilations: vec![dilation; 2],
-            pads: vec![],
-            ceil: false,
-        };
-        let c = x[1];
-        let x = layout.of(&x);
-        let conv = Conv { window, groups: c, clamp: Clamp::NONE, layout };
-        let w = Dims::from_slice(&[c, 1, k[0], k[1]]);
-        let (_, y) = conv.geometry(&x, &w).unwrap();
-        let single = |dims: &[usize], step: f64| wave(dims, step).cast(DType::F32);
-        let (x, dy) = (single(&x, 0.7), single(&y, 0.9));
-        let [mean, inv, scale, shift] = [0.3, 0.5, 0.11, 0.2].map(|step| single(&[c], step));
-        let clamp = Clamp { low: -0.1, high: 0.3 };
-        let of = |t: &Tensor| t.to_f64().iter().map(|x| *x as f32).collect::<Vec<f32>>();
-        let (m, i, s, b) = (of(&mean), of(&inv), of(&scale), of(&shift));
-        let inner = if layout == Layout::Last { 1 } else { x.dims()[2] * x.dims()[3] };
-        let normal = |(at, x): (usize, f32)| {
-            let j = at / inner % c;
-            clamp.to::<f32>().of((x - m[j]) * ((s[j] as f64 * i[j] as f64) as f32) + b[j])
-        };
-        let normal: Vec<f32> = of(&x).into_iter().enumerate().map(normal).collect();
-        let normal = Tensor::from_slice(x.dims(), &normal).unwrap();
-        let op = |norm| ConvWeightGrad { conv: conv.clone(), w: w.clone(), norm };
-        let want = eval(&op(None), &[Some(&dy), Some(&normal)]).unwrap().remove(0);
-        let inputs = [&dy, &x, &mean, &inv, &scale, &shift].map(Some);
-        let got = eval(&op(Some(clamp)), &inputs).unwrap().remove(0);
-        assert_eq!(want.bytes(), got.bytes());
-    }
 }
 
 #[test]
@@ -131,6 +90,7 @@ fn bits_do_not_depend_on_threads() {
         ([9, 32, 16, 16], [64, 32, 3, 3], 1, 2),
         ([5, 24, 14, 14], [24, 1, 3, 3], 24, 1),
         ([2, 64, 7, 7], [80, 64, 1, 1], 1, 1),
+        ([3, 24, 30, 31], [80, 24, 1, 1], 1, 1),
         ([3, 64, 8, 8], [70, 64, 3, 3], 1, 1),
         ([2, 370, 8, 8], [360, 370, 3, 3], 1, 1),
     ] {
@@ -142,21 +102,30 @@ fn bits_do_not_depend_on_threads() {
             pads: vec![],
             ceil: false,
         };
-        let conv = Conv { window, groups, clamp: Clamp::NONE, layout: Layout::First };
+        let conv = Conv { window, groups, normalises: None, clamp: Clamp::NONE, layout: Layout::First };
         let (tx, tw) = (wave(&x, 0.7).cast(DType::F32), wave(&w, 1.3).cast(DType::F32));
         let (_, y) = conv.geometry(&x, &w).unwrap();
         let dy = wave(&y, 0.9).cast(DType::F32);
         let statistics = ConvStatistics { conv: conv.last() };
         let lx = wave(&Layout::Last.of(&x), 0.7).cast(DType::F32);
+        let ldy = wave(&Layout::Last.of(&y), 0.9).cast(DType::F32);
+        let (kept, w_dims) = (conv.last(), Dims::from_slice(&w));
+        let both = ConvGrads { conv: kept, w: w_dims, adds: false, back: None, sums: false };
+        let joins = ConvGrads::can(&both.conv, &Meta::new(DType::F32, lx.dims()), &w);
         let run = || {
             let input = ConvInputGrad { conv: conv.clone(), x: Dims::from_slice(&x) };
-            let weight = ConvWeightGrad { conv: conv.clone(), w: Dims::from_slice(&w), norm: None };
-            [
+            let weight = ConvWeightGrad { conv: conv.clone(), w: Dims::from_slice(&w) };
+            let both = match joins {
+                true => eval(&both, &[Some(&ldy), Some(&tw), Some(&lx), None]).unwrap(),
+                false => vec![],
+            };
+            let apart = [
                 eval(&conv, &[Some(&tx), Some(&tw)]).unwrap().remove(0),
                 eval(&input, &[Some(&dy), Some(&tw)]).unwrap().remove(0),
                 eval(&weight, &[Some(&dy), Some(&tx)]).unwrap().remove(0),
                 eval(&statistics, &[Some(&lx), Some(&tw)]).unwrap().remove(2),
-            ]
+            ];
+            apart.into_iter().chain(both).collect::<Vec<_>>()
         };
         let first = run();
         for pool in &pools {
@@ -184,7 +153,8 @@ fn statistics_are_of_the_results() {
                 strides: vec![stride; 2],
                 ..Window::of(&crate::ops::Attrs::default()).unwrap()
             };
-            let conv = Conv { window, groups, clamp: Clamp { low: -0.5, high: 9.0 }, layout };
+            let clamp = Clamp { low: -0.5, high: 9.0 };
+            let conv = Conv { window, groups, normalises: None, clamp, layout };
             let bias = Tensor::from_slice(&[w[0]], &vec![7.0; w[0]]).unwrap().cast(DType::F32);
             let (x, w) = (wave(&layout.of(&x), 0.7).cast(DType::F32), wave(&w, 1.3).cast(DType::F32));
             let inputs = [&x, &w, &bias].map(Some);
@@ -204,6 +174,183 @@ fn statistics_are_of_the_results() {
                 assert!((mean - want).abs() < 1e-5, "{mean} {want}");
                 let want = if count > 0.0 { squares[c] / count - want * want } else { 0.0 };
                 assert!((variance - want).abs() < 1e-5 * (1.0 + want), "{variance} {want}");
+            }
+        }
+    }
+}
+
+/// A convolution with its channels last, pads of half the kernel.
+fn last(kernel: usize, stride: usize, groups: usize) -> Conv {
+    let mut window = Window::of(&crate::ops::Attrs::default()).unwrap();
+    (window.strides, window.pads) = (vec![stride; 2], vec![kernel / 2; 4]);
+    Conv { window, groups, normalises: None, clamp: Clamp::NONE, layout: Layout::Last }
+}
+
+/// `f(element, channel)` of a tensor whose channels are last.
+fn each(x: &Tensor, f: impl Fn(usize, usize, f64) -> f64) -> Tensor {
+    let c = *x.dims().last().unwrap();
+    let data: Vec<f64> = x.to_f64().iter().enumerate().map(|(i, x)| f(i, i % c, *x)).collect();
+    Tensor::from_slice(x.dims(), &data).unwrap()
+}
+
+fn close(what: &str, got: &Tensor, want: &[f64]) {
+    let got = got.to_f64();
+    let scale = want.iter().fold(1e-3f64, |m, x| m.max(x.abs()));
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (i, (a, b)) in got.iter().zip(want).enumerate() {
+        assert!((a - b).abs() <= 1e-11 * scale, "{what}, element {i}: {a} {b}");
+    }
+}
+
+/// What is normalised as it is read, passed back as it is read, and computed in one pass, against one step at a time.
+#[test]
+fn joined_with_normalisations() {
+    // (channels, outputs, extent, kernel, stride, depthwise)
+    let shapes = [
+        (18, 34, 15, 1, 1, false),
+        (40, 7, 23, 1, 1, false),
+        (19, 19, 9, 3, 1, true),
+        (35, 35, 10, 3, 2, true),
+        (17, 17, 11, 3, 2, true),
+        (5, 5, 12, 5, 1, true),
+        (16, 16, 7, 5, 3, true),
+    ];
+    for (c, oc, extent, kernel, stride, depthwise) in shapes {
+        let conv = last(kernel, stride, if depthwise { c } else { 1 });
+        let x = wave(&[3, extent, extent, c], 0.71);
+        let w = wave(&[oc, if depthwise { 1 } else { c }, kernel, kernel], 1.3);
+        let dims = Dims::from_slice(w.dims());
+        let channel = |c: usize, step: f64, base: f64| {
+            Tensor::from_slice(
+                &[c],
+                &wave(&[c], step).to_f64().iter().map(|x| base + x / 3.0).collect::<Vec<_>>(),
+            )
+            .unwrap()
+        };
+        let [mean, inv, scale, shift] =
+            [(0.3, 0.0), (0.5, 1.4), (0.7, 0.9), (0.9, 0.2)].map(|(step, base)| channel(c, step, base));
+        let [m, r, a, b] = [&mean, &inv, &scale, &shift].map(|t| t.to_f64());
+        let clamp = Clamp { low: 0.0, high: 0.8 };
+        let linear = each(&x, |_, c, x| (x - m[c]) * (a[c] * r[c]) + b[c]);
+        let normal = each(&linear, |_, _, x| x.clamp(0.0, 0.8));
+
+        let y = eval(&conv, &[Some(&normal), Some(&w)]).unwrap().remove(0);
+        let norm = [&mean, &inv, &scale, &shift].map(Some);
+        let mut operands = vec![Some(&x), Some(&w)];
+        operands.extend(norm);
+        let joined = conv.normalising(clamp);
+        let name = format!("{c} to {oc}, {extent}², {kernel}/{stride}");
+        close(&format!("Y of {name}"), &eval(&joined, &operands).unwrap()[0], &y.to_f64());
+        let dy = wave(y.dims(), 0.37);
+        operands[..2].copy_from_slice(&[Some(&dy), Some(&x)]);
+        let weight = ConvWeightGrad { conv: joined.clone(), w: dims.clone() };
+        let apart = ConvWeightGrad { conv: conv.clone(), w: dims.clone() };
+        let dw = eval(&apart, &[Some(&dy), Some(&normal)]).unwrap().remove(0).to_f64();
+        close(&format!("dW of {name}"), &eval(&weight, &operands).unwrap()[0], &dw);
+
+        let addend = wave(x.dims(), 0.11);
+        for (adds, normalises, back) in [
+            (false, false, None),
+            (true, false, None),
+            (false, true, Some(None)),
+            (true, true, Some(Some(Clamp { low: -0.2, high: 0.6 }))),
+        ] {
+            let own = |seed: f64, base: f64| channel(oc, seed, base);
+            let read = wave(y.dims(), 0.53);
+            let behind =
+                [own(0.2, 1.1), own(0.4, 0.1), own(0.6, 1.3), own(0.8, 0.5), own(1.0, 0.4), own(1.2, 0.1)];
+            let [s2, m2, r2, ds, dh, h2] = [0, 1, 2, 3, 4, 5].map(|i| behind[i].to_f64());
+            let count = (y.len() / oc) as f64;
+            let xs = read.to_f64();
+            let passed = match back {
+                None => dy.clone(),
+                Some(clamp) => each(&dy, |i, c, dz| {
+                    let x = xs[i] - m2[c];
+                    let z = x * (s2[c] * r2[c]) + h2[c];
+                    let dz = if clamp.is_none_or(|k: Clamp<f64>| k.low < z && z < k.high) { dz } else { 0.0 };
+                    s2[c] * r2[c] * (dz - dh[c] / count - x * r2[c] * ds[c] / count)
+                }),
+            };
+            let input = ConvInputGrad { conv: conv.clone(), x: Dims::from_slice(x.dims()) };
+            let mut operands = vec![Some(&passed), Some(&w)];
+            operands.extend(adds.then_some(Some(&addend)));
+            let dx = eval(&input, &operands).unwrap().remove(0);
+            let from = if normalises { &normal } else { &x };
+            let dw = eval(&apart, &[Some(&passed), Some(from)]).unwrap().remove(0);
+
+            let conv = if normalises { joined.clone() } else { conv.clone() };
+            let both = ConvGrads { conv, w: dims.clone(), adds, back, sums: normalises };
+            let mut operands = vec![Some(&dy), Some(&w), Some(&x), adds.then_some(&addend)];
+            if normalises {
+                operands.extend(norm);
+            }
+            if let Some(clamp) = back {
+                operands.push(Some(&read));
+                operands.extend(behind[..if clamp.is_some() { 6 } else { 5 }].iter().map(Some));
+            }
+            let name = format!("{name}, adds {adds}, normalises {normalises}, {back:?}");
+            let made = eval(&both, &operands).unwrap();
+            close(&format!("dX of {name}"), &made[0], &dx.to_f64());
+            close(&format!("both dW of {name}"), &made[1], &dw.to_f64());
+            if normalises {
+                let (mut dscale, mut dshift) = (vec![0.0; c], vec![0.0; c]);
+                for (i, ((dx, z), x)) in dx.to_f64().iter().zip(linear.to_f64()).zip(x.to_f64()).enumerate() {
+                    if 0.0 < z && z < 0.8 {
+                        dshift[i % c] += dx;
+                        dscale[i % c] += dx * (x - m[i % c]) * r[i % c];
+                    }
+                }
+                close(&format!("dscale of {name}"), &made[2], &dscale);
+                close(&format!("dshift of {name}"), &made[3], &dshift);
+            }
+        }
+    }
+}
+
+/// Results so large that they are written past the caches are those of each image by itself.
+#[test]
+fn large_results() {
+    let images = 5;
+    for (conv, c, oc, extent) in
+        [(last(1, 1, 1), 8, 40, 110), (last(3, 1, 1), 3, 40, 110), (last(3, 1, 40), 40, 40, 110)]
+    {
+        let data = |dims: &[usize]| {
+            let data: Vec<f32> = wave(dims, 0.7).to_f64().iter().map(|x| *x as f32).collect();
+            Tensor::from_slice(dims, &data).unwrap()
+        };
+        let x = data(&[images, extent, extent, c]);
+        let k = conv.window.pads[0] * 2 + 1;
+        let w = data(&[oc, if conv.groups == 1 { c } else { 1 }, k, k]);
+        let y = eval(&conv, &[Some(&x), Some(&w)]).unwrap().remove(0).to_f64();
+        assert!(crate::kernels::stream::pays(y.len()));
+        let back = ConvInputGrad { conv: conv.clone(), x: Dims::from_slice(&[images, extent, extent, oc]) };
+        let turned = data(&[oc, if conv.groups == 1 { oc } else { 1 }, k, k]);
+        let dy = data(&[images, extent, extent, oc]);
+        let dx = eval(&back, &[Some(&dy), Some(&turned)]).unwrap().remove(0).to_f64();
+        let both = ConvGrads {
+            conv: conv.clone(),
+            w: Dims::from_slice(turned.dims()),
+            adds: false,
+            back: None,
+            sums: false,
+        };
+        let together = (k == 1 || conv.groups > 1)
+            .then(|| eval(&both, &[Some(&dy), Some(&turned), Some(&dy), None]).unwrap().remove(0).to_f64());
+        for image in 0..images {
+            let cut = |t: &Tensor| {
+                let dims = [&[1], &t.dims()[1..]].concat();
+                let size: usize = dims.iter().product();
+                let data: Vec<f32> = t.to_f64()[image * size..][..size].iter().map(|x| *x as f32).collect();
+                Tensor::from_slice(&dims, &data).unwrap()
+            };
+            let one = eval(&conv, &[Some(&cut(&x)), Some(&w)]).unwrap().remove(0).to_f64();
+            assert!(y[image * one.len()..][..one.len()] == one, "Y of image {image}");
+            let back =
+                ConvInputGrad { x: Dims::from_slice(&[1, extent, extent, oc]), conv: back.conv.clone() };
+            let one = eval(&back, &[Some(&cut(&dy)), Some(&turned)]).unwrap().remove(0).to_f64();
+            assert!(dx[image * one.len()..][..one.len()] == one, "dX of image {image}");
+            if let Some(together) = &together {
+                assert!(together[image * one.len()..][..one.len()] == one, "both: dX of image {image}");
             }
         }
     }
