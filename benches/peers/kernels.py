@@ -3,7 +3,7 @@
     python kernels.py [--markdown docs/performance.md]
 
 Reads `retune bench --profile`: dense kernels as a share of the processor's multiply-add peak (a convolution by Winograd's form, W,
-needs fewer multiplications than are counted, so it may exceed it), sweeps as a share of the memory's bandwidth. The input
+needs fewer multiplications than are counted, so it may exceed it), sweeps as a share of the memory's bandwidth. Convolutions that normalise what they read do so in the same time. The input
 gradient of a first layer is taken from an ICP step. Equal convolutions are averaged.
 """
 
@@ -17,7 +17,7 @@ import subprocess
 import tables
 from peers import MAIN_BATCHES, ROOT
 
-DENSE = {"Conv": "forward", "ConvInputGrad": "input gradient", "ConvWeightGrad": "weight gradient"}
+DENSE = {"Conv": "forward", "ConvInputGrad": "input gradient", "ConvWeightGrad": "weight gradient", "ConvGrads": "both gradients"}
 SWEEPS = re.compile(r"BatchNormalization|BatchNorm|Norm|Relu|Clip|Add")
 
 
@@ -39,6 +39,8 @@ def geometry(op, operands):
     shapes = [d for d in dims(operands) if len(d) == 4]
     if op == "ConvWeightGrad":
         y, x, w = shapes[0], shapes[1], shapes[-1]
+    elif op == "ConvGrads":
+        y, w, x = shapes[:3]
     else:
         first, w, last = shapes[0], shapes[1], shapes[-1]
         x, y = (first, last) if op == "Conv" else (last, first)
@@ -55,7 +57,7 @@ def rows(args, model):
     report = profile(args, model, "train", args.runs)
     icp = [k for k in profile(args, model, "icp", 2)["profile"] if k["op"] == "ConvInputGrad"]
     peak, bandwidth = report["peak_gflops"], report["peak_gigabytes"]
-    seen = {geometry(k["op"], k["operands"])[0] for k in report["profile"] if k["op"] == "ConvInputGrad"}
+    seen = {geometry(k["op"], k["operands"])[0] for k in report["profile"] if k["op"] in ("ConvInputGrad", "ConvGrads")}
     first = [k for k in icp if geometry(k["op"], k["operands"])[0] not in seen]
     for k in [*report["profile"], *first]:
         if k["op"] in DENSE:
@@ -77,7 +79,7 @@ def rows(args, model):
     for op, values in sorted(sweeps.items()):
         seconds = sum(s for _, s in values)
         if seconds > 0:
-            lines.append([f"{model} {op}", f"{sum(g for g, _ in values) / seconds / bandwidth:.0%} of memory", "", ""])
+            lines.append([f"{model} {op}", f"{sum(g for g, _ in values) / seconds / bandwidth:.0%} of memory", *[""] * (len(DENSE) - 1)])
     return peak, bandwidth, lines
 
 
