@@ -276,8 +276,8 @@ fn synthetic(shapes: &Shapes) -> anyhow::Result<Batch> {
 
 fn gather(session: &Session, name: &str, program: &Program, out: &mut Vec<KernelTime>) {
     let Some(profile) = session.profile(program) else { return };
-    for (step, time) in program.plan.steps.iter().zip(&profile.steps) {
-        let seconds = time.as_secs_f64() / profile.runs.max(1) as f64;
+    for (step, time) in program.plan.steps.iter().zip(profile.medians()) {
+        let seconds = time.as_secs_f64();
         let work = work_of(program, step);
         let operands = || step.x.iter().chain(&step.y).filter(|o| !o.dims.is_empty());
         let bytes: usize = operands().map(|o| o.dims.iter().product::<usize>() * o.dtype.size()).sum();

@@ -12,7 +12,7 @@ pub enum Piece<'a> {
 pub fn carve<'a>(
     buffer: &'a mut [u8],
     cuts: impl Iterator<Item = (usize, usize, bool)>,
-) -> SmallVec<[Piece<'a>; 8]> {
+) -> SmallVec<[Piece<'a>; 16]> {
     let mut pieces = SmallVec::new();
     let (mut rest, mut base) = (buffer, 0);
     for (start, end, write) in cuts {

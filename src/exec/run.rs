@@ -13,11 +13,21 @@ use crate::ops::{Cx, need, out};
 use crate::plan::{Place, Plan, Step};
 use crate::tensor::{Buffer, View, ViewMut};
 
-/// Time spent per kernel call of a plan, in call order.
+/// Times of each kernel call of a plan, in call order, one a run.
 #[derive(Debug, Default, Clone)]
 pub struct Profile {
-    pub steps: Vec<Duration>,
-    pub runs: usize,
+    steps: Vec<Vec<Duration>>,
+}
+
+impl Profile {
+    /// The median over the runs of each call's time: now and then a machine stops for longer than many of them take.
+    pub fn medians(&self) -> impl Iterator<Item = Duration> {
+        self.steps.iter().map(|times| {
+            let mut times = times.clone();
+            times.sort();
+            times.get(times.len() / 2).copied().unwrap_or_default()
+        })
+    }
 }
 
 /// What a run needs beside its plan.
@@ -36,14 +46,13 @@ pub(super) fn run(
     mut profile: Option<&mut Profile>,
 ) -> Result<()> {
     if let Some(p) = profile.as_deref_mut() {
-        p.steps.resize(plan.steps.len(), Duration::ZERO);
-        p.runs += 1;
+        p.steps.resize(plan.steps.len(), Vec::new());
     }
     for (i, step) in plan.steps.iter().enumerate() {
         let start = profile.is_some().then(Instant::now);
         call(step, memory).map_err(|source| Error::Op { node: graph.describe(step.node), source })?;
         if let (Some(p), Some(start)) = (profile.as_deref_mut(), start) {
-            p.steps[i] += start.elapsed();
+            p.steps[i].push(start.elapsed());
         }
     }
     Ok(())
@@ -73,7 +82,8 @@ fn with_states(
     let cuts = step.arena.iter().map(|c| (c.range.start, c.range.end, c.write));
     let mut arena = carve(memory.arena, cuts);
     let constants = memory.constants;
-    let mut x: SmallVec<[Option<View>; 8]> = SmallVec::new();
+    // As many as a convolution's gradients with the normalisations around it.
+    let mut x: SmallVec<[Option<View>; 16]> = SmallVec::new();
     for o in &step.x {
         let bytes = match o.place {
             Place::Arena(i) => arena[i].read(),
