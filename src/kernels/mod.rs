@@ -17,6 +17,7 @@ pub mod peak;
 pub mod pool;
 pub mod random;
 pub mod reduce;
+pub mod resize;
 pub mod rnn;
 pub mod simd;
 pub mod softmax;

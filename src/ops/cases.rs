@@ -406,6 +406,7 @@ fn all() -> Vec<Case> {
         super::pad::cases(),
         super::pool::cases(),
         super::reduce::cases(),
+        super::resize::cases(),
         super::rnn::cases(),
         super::scan::cases(),
         super::scatter::cases(),
@@ -437,6 +438,8 @@ fn every_case() {
 const DIFFERENTIABLE: &[&str] = &[
     "Conv",
     "ConvTranspose",
+    "Resize",
+    "Upsample",
     "LSTM",
     "GRU",
     "RNN",

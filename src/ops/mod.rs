@@ -38,6 +38,7 @@ pub mod norm;
 pub mod pad;
 pub mod pool;
 pub mod reduce;
+pub mod resize;
 pub mod rnn;
 pub mod scan;
 pub mod scatter;

@@ -47,6 +47,7 @@ static FAMILIES: &[&[Row]] = &[
     super::pad::ROWS,
     super::pool::ROWS,
     super::reduce::ROWS,
+    super::resize::ROWS,
     super::rnn::ROWS,
     super::scan::ROWS,
     super::scatter::ROWS,
