@@ -19,6 +19,7 @@ pub mod random;
 pub mod reduce;
 pub mod resize;
 pub mod rnn;
+pub mod sample;
 pub mod simd;
 pub mod softmax;
 pub mod strided;

@@ -61,25 +61,27 @@ pub struct Axis {
 }
 
 impl Axis {
-    /// The coordinate of place `i`.
-    fn coordinate(&self, coordinates: Coordinates, i: usize) -> f64 {
-        let (i, input, scale) = (i as f64, self.input as f64, self.scale);
+    /// The coordinate of place `i`. In single precision, a scale such as 0.6 gives the coordinates that were meant.
+    fn coordinate<T: Float>(&self, coordinates: Coordinates, i: usize) -> T {
+        let of = |x: f64| T::of(x);
+        let (i, input, scale) = (of(i as f64), of(self.input as f64), of(self.scale));
+        let (half, one) = (of(0.5), T::one());
         let length = scale * input;
         match coordinates {
-            Coordinates::HalfPixel => (i + 0.5) / scale - 0.5,
+            Coordinates::HalfPixel => (i + half) / scale - half,
             Coordinates::HalfPixelSymmetric => {
-                input / 2.0 * (1.0 - self.output as f64 / length) + (i + 0.5) / scale - 0.5
+                input * half * (one - of(self.output as f64) / length) + (i + half) / scale - half
             }
-            Coordinates::PytorchHalfPixel if self.output <= 1 => 0.0,
-            Coordinates::PytorchHalfPixel => (i + 0.5) / scale - 0.5,
-            Coordinates::AlignCorners if length == 1.0 => 0.0,
-            Coordinates::AlignCorners => i * (input - 1.0) / (length - 1.0),
+            Coordinates::PytorchHalfPixel if self.output <= 1 => T::zero(),
+            Coordinates::PytorchHalfPixel => (i + half) / scale - half,
+            Coordinates::AlignCorners if length == one => T::zero(),
+            Coordinates::AlignCorners => i * (input - one) / (length - one),
             Coordinates::Asymmetric => i / scale,
-            Coordinates::TfHalfPixelForNn => (i + 0.5) / scale,
+            Coordinates::TfHalfPixelForNn => (i + half) / scale,
             Coordinates::TfCropAndResize => {
-                let [start, end] = self.roi;
-                let within = if self.output <= 1 { 0.5 } else { i / (length - 1.0) };
-                (start + within * (end - start)) * (input - 1.0)
+                let [start, end] = self.roi.map(of);
+                let within = if self.output <= 1 { half } else { i / (length - one) };
+                (start + within * (end - start)) * (input - one)
             }
         }
     }
@@ -119,13 +121,13 @@ impl Sampling {
         let last = axis.input as i64 - 1;
         for i in 0..axis.output {
             let (index, weight) = (&mut index[i * taps..][..taps], &mut weight[i * taps..][..taps]);
-            let x = axis.coordinate(self.coordinates, i);
             if self.outside(axis, i) {
                 index.fill(0);
                 weight.fill(T::zero());
                 continue;
             }
             if let Filter::Nearest(rounding) = self.filter {
+                let x: f32 = axis.coordinate(self.coordinates, i);
                 let at = match rounding {
                     Rounding::PreferFloor => (x - 0.5).ceil(),
                     Rounding::PreferCeil => (x + 0.5).floor(),
@@ -137,6 +139,7 @@ impl Sampling {
                 (index[0], weight[0]) = ((at as i64).clamp(0, last) as u32, T::one());
                 continue;
             }
+            let x: f64 = axis.coordinate(self.coordinates, i);
             let first = x.floor() as i64 - taps as i64 / 2 + 1;
             let density = self.density(axis);
             let of = |k: usize| match first + k as i64 {
@@ -153,7 +156,7 @@ impl Sampling {
 
     /// Does place `i` of a crop lie outside the input?
     pub fn outside(&self, axis: &Axis, i: usize) -> bool {
-        let x = axis.coordinate(self.coordinates, i);
+        let x: f64 = axis.coordinate(self.coordinates, i);
         self.coordinates == Coordinates::TfCropAndResize && !(0.0..=axis.input as f64 - 1.0).contains(&x)
     }
 }

@@ -40,6 +40,7 @@ pub mod pool;
 pub mod reduce;
 pub mod resize;
 pub mod rnn;
+pub mod sample;
 pub mod scan;
 pub mod scatter;
 pub mod select;

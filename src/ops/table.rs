@@ -49,6 +49,7 @@ static FAMILIES: &[&[Row]] = &[
     super::reduce::ROWS,
     super::resize::ROWS,
     super::rnn::ROWS,
+    super::sample::ROWS,
     super::scan::ROWS,
     super::scatter::ROWS,
     super::select::ROWS,
