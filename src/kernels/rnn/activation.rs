@@ -6,20 +6,35 @@ use crate::kernels::math::Math;
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Activation {
     /// `αx + β`
-    Affine { alpha: f32, beta: f32 },
+    Affine {
+        alpha: f32,
+        beta: f32,
+    },
     Relu,
     /// `x` where it is positive, else `αx`.
-    LeakyRelu { alpha: f32 },
+    LeakyRelu {
+        alpha: f32,
+    },
     /// `x` where it is above `α`, else 0.
-    ThresholdedRelu { alpha: f32 },
+    ThresholdedRelu {
+        alpha: f32,
+    },
     Tanh,
     /// `α·tanh(βx)`
-    ScaledTanh { alpha: f32, beta: f32 },
+    ScaledTanh {
+        alpha: f32,
+        beta: f32,
+    },
     Sigmoid,
     /// `αx + β`, within 0 and 1.
-    HardSigmoid { alpha: f32, beta: f32 },
+    HardSigmoid {
+        alpha: f32,
+        beta: f32,
+    },
     /// `x` where it is positive, else `α(eˣ − 1)`.
-    Elu { alpha: f32 },
+    Elu {
+        alpha: f32,
+    },
     /// `x / (1 + |x|)`
     Softsign,
     /// `ln(1 + eˣ)`

@@ -4,7 +4,9 @@
 //! `h' = (1 − z)⊙n + z⊙h`.
 
 use crate::kernels::math::Math;
-use crate::kernels::rnn::{Activation, Cell, Inputs, Outputs, Saved, Sequence, Step, beyond, each_row, finish};
+use crate::kernels::rnn::{
+    Activation, Cell, Inputs, Outputs, Saved, Sequence, Step, beyond, each_row, finish,
+};
 use crate::kernels::simd::Vectors;
 
 /// What a direction's cell computes with.

@@ -118,7 +118,15 @@ impl Sequence {
     }
 
     /// `z += h·Rᵀ` for the gates `from..from + count`.
-    fn recur<T: Vectors>(&self, z: &mut [T], stride: usize, h: &[T], r: &[T], of: [usize; 2], room: &mut [T]) {
+    fn recur<T: Vectors>(
+        &self,
+        z: &mut [T],
+        stride: usize,
+        h: &[T],
+        r: &[T],
+        of: [usize; 2],
+        room: &mut [T],
+    ) {
         let [from, count] = of;
         let r = &r[from * self.hidden * self.hidden..];
         gemm(&self.recurrence(count, stride), h, r, &mut z[from * self.hidden..], room);

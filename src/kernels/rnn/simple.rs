@@ -1,7 +1,9 @@
 //! The plain recurrent cell: `h' = f(z + h·Rᵀ)`.
 
 use crate::kernels::math::Math;
-use crate::kernels::rnn::{Activation, Cell, Inputs, Outputs, Saved, Sequence, Step, beyond, each_row, finish};
+use crate::kernels::rnn::{
+    Activation, Cell, Inputs, Outputs, Saved, Sequence, Step, beyond, each_row, finish,
+};
 use crate::kernels::simd::Vectors;
 
 /// What a direction's cell computes with.

@@ -61,14 +61,7 @@ impl Geometry {
     }
 
     /// Where a tap of a position reads, and its weight: the mask's.
-    fn place<T: Float>(
-        &self,
-        o: &Operands<T>,
-        n: usize,
-        part: usize,
-        tap: usize,
-        p: usize,
-    ) -> (T, T, T) {
+    fn place<T: Float>(&self, o: &Operands<T>, n: usize, part: usize, tap: usize, p: usize) -> (T, T, T) {
         let row = (n * self.parts + part) * self.taps() + tap;
         let at = |d: usize, point: usize, tap: usize| {
             let base = (point * self.stride[d] + tap * self.dilation[d]) as f64 - self.pad[d] as f64;
@@ -118,14 +111,7 @@ fn columns<T: Float>(g: &Geometry, o: &Operands<T>, n: usize, columns: &mut [T])
 }
 
 /// Gradients of the columns of image `n`.
-fn columns_grad<T: Vectors>(
-    g: &Geometry,
-    w: &[T],
-    dy: &[T],
-    n: usize,
-    columns: &mut [T],
-    scratch: &mut [T],
-) {
+fn columns_grad<T: Vectors>(g: &Geometry, w: &[T], dy: &[T], n: usize, columns: &mut [T], scratch: &mut [T]) {
     let [rows, channels] = g.group();
     let dy = &dy[n * g.oc * g.points()..];
     let at = |i: usize| [i * channels * rows, i * channels * g.points()];

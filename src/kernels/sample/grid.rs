@@ -167,12 +167,7 @@ impl Sampling {
     fn lines<T: Float>(&self, g: &Geometry, point: &[T]) -> [Line<T>; 3] {
         std::array::from_fn(|d| match d < g.rank {
             true => self.line(point[g.rank - 1 - d], g.extents[d]),
-            false => Line {
-                count: 1,
-                at: [Some(0); 4],
-                weight: [T::one(); 4],
-                slope: [T::zero(); 4],
-            },
+            false => Line { count: 1, at: [Some(0); 4], weight: [T::one(); 4], slope: [T::zero(); 4] },
         })
     }
 }
@@ -181,9 +176,7 @@ impl Sampling {
 fn cubic(x: f64) -> (f64, f64) {
     let a = CUBIC;
     match x <= 1.0 {
-        true => {
-            (((a + 2.0) * x - (a + 3.0)) * x * x + 1.0, (3.0 * (a + 2.0) * x - 2.0 * (a + 3.0)) * x)
-        }
+        true => (((a + 2.0) * x - (a + 3.0)) * x * x + 1.0, (3.0 * (a + 2.0) * x - 2.0 * (a + 3.0)) * x),
         false => (((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a, (3.0 * a * x - 10.0 * a) * x + 8.0 * a),
     }
 }
@@ -204,12 +197,7 @@ fn each<T: Float>(g: &Geometry, lines: &[Line<T>; 3], mut f: impl FnMut(usize, [
 }
 
 /// The elements that a point is summed from.
-fn taps<'a, T: Float>(
-    g: &Geometry,
-    s: &Sampling,
-    point: &[T],
-    room: &'a mut [Tap<T>; MOST],
-) -> &'a [Tap<T>] {
+fn taps<'a, T: Float>(g: &Geometry, s: &Sampling, point: &[T], room: &'a mut [Tap<T>; MOST]) -> &'a [Tap<T>] {
     let lines = s.lines(g, point);
     let mut count = 0;
     each(g, &lines, |at, [i, j, k]| {
@@ -281,8 +269,7 @@ pub fn grid_grad<T: Float>(g: &Geometry, s: &Sampling, dy: &[T], x: &[T], grid: 
                     .fold(T::zero(), |sum, c| sum + dy[c * points + p] * x[c * plane + at]);
                 for (d, total) in total[..g.rank].iter_mut().enumerate() {
                     let weight = (0..3).fold(T::one(), |product, e| {
-                        product
-                            * if e == d { lines[e].slope[place[e]] } else { lines[e].weight[place[e]] }
+                        product * if e == d { lines[e].slope[place[e]] } else { lines[e].weight[place[e]] }
                     });
                     *total += weight * channels;
                 }

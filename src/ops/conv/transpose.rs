@@ -348,7 +348,9 @@ pub(in crate::ops) fn cases() -> Vec<crate::ops::cases::Case> {
         case("1-D", &[2, 3, 6], &[3, 4, 4]).input(&[4]).ints("strides", &[2]).ints("pads", &[1, 1]),
         case("1-D to one channel", &[2, 3, 6], &[3, 1, 4]).input(&[1]).ints("strides", &[2]),
         case("3-D", &[1, 3, 2, 3, 4], &[3, 2, 2, 3, 2]).input(&[2]).ints("strides", &[2, 1, 2]),
-        case("3-D groups", &[1, 4, 2, 3, 3], &[4, 2, 2, 2, 2]).int("group", 2).ints("pads", &[0, 1, 0, 1, 0, 1]),
+        case("3-D groups", &[1, 4, 2, 3, 3], &[4, 2, 2, 2, 2])
+            .int("group", 2)
+            .ints("pads", &[0, 1, 0, 1, 0, 1]),
         case("no images", &[0, 3, 4, 5], &[3, 5, 3, 3]).input(&[5]),
     ]
 }

@@ -332,10 +332,7 @@ fn parts<'a, T: Elem, W: Elem>(
     Ok((
         bytemuck::try_cast_slice_mut(index).map_err(wrong)?,
         bytemuck::try_cast_slice_mut(weight).map_err(wrong)?,
-        [
-            bytemuck::try_cast_slice_mut(a).map_err(wrong)?,
-            bytemuck::try_cast_slice_mut(b).map_err(wrong)?,
-        ],
+        [bytemuck::try_cast_slice_mut(a).map_err(wrong)?, bytemuck::try_cast_slice_mut(b).map_err(wrong)?],
     ))
 }
 
@@ -529,7 +526,8 @@ impl Op for ResizeGrad {
     }
 }
 
-pub(super) const ROWS: &[Row] = &[Row::new("Resize", 10, Resize::make), Row::new("Upsample", 7, Resize::make)];
+pub(super) const ROWS: &[Row] =
+    &[Row::new("Resize", 10, Resize::make), Row::new("Upsample", 7, Resize::make)];
 
 #[cfg(test)]
 pub(super) use tests::cases;

@@ -20,9 +20,8 @@ pub(in crate::ops) fn cases() -> Vec<Case> {
             ["half_pixel", "half_pixel_symmetric", "pytorch_half_pixel", "align_corners", "asymmetric"]
         {
             let name = format!("{mode}, {coordinates}");
-            let with = |case: Case| {
-                case.string("mode", mode).string("coordinate_transformation_mode", coordinates)
-            };
+            let with =
+                |case: Case| case.string("mode", mode).string("coordinate_transformation_mode", coordinates);
             all.push(with(by_scales(&name, &[2, 3, 4, 5], &[1.0, 1.0, 1.7, 2.3])));
             all.push(with(by_sizes(&name, &[1, 2, 7, 6], &[1, 2, 3, 1])));
             all.push(with(by_scales(&name, &[1, 2, 8, 5], &[1.0, 1.0, 0.4, 1.5]).int("antialias", 1)));
@@ -43,9 +42,7 @@ pub(in crate::ops) fn cases() -> Vec<Case> {
                 .absent()
                 .fixed(Tensor::ints(&[1, 2, 4, 3])),
         );
-        all.push(
-            by_sizes("axes", &[2, 5, 3, 4], &[7, 2]).string("mode", mode).ints("axes", &[-1, 1]),
-        );
+        all.push(by_sizes("axes", &[2, 5, 3, 4], &[7, 2]).string("mode", mode).ints("axes", &[-1, 1]));
         all.push(by_scales("1-D", &[2, 3, 7], &[1.0, 1.0, 1.5]).string("mode", mode));
     }
     for policy in ["not_larger", "not_smaller"] {
@@ -84,10 +81,7 @@ pub(in crate::ops) fn cases() -> Vec<Case> {
             .string("mode", "linear")
             .input(&[1, 2, 3, 4])
             .fixed(floats(&[1.0, 1.0, 2.0, 1.5])),
-        Case::new("Upsample", 9)
-            .named("opset 9")
-            .input(&[1, 2, 3, 4])
-            .fixed(floats(&[1.0, 1.0, 2.0, 3.0])),
+        Case::new("Upsample", 9).named("opset 9").input(&[1, 2, 3, 4]).fixed(floats(&[1.0, 1.0, 2.0, 3.0])),
         Case::new("Upsample", 7)
             .named("opset 7")
             .string("mode", "linear")

@@ -99,8 +99,7 @@ impl Op for Gru {
         let (y, gates) = (g.y(0)?, g.y(2)?);
         let product = if self.reset_after { Some(g.y(3)?) } else { None };
         // Back through time: dZ, with `reset_after` that of the recurrent part   (T · N, D · 3 · H), dh₀
-        let inputs =
-            [Some(g.x(2)?), g.x_opt(4), g.x_opt(5), Some(y), Some(gates), product, g.dy(0), g.dy(1)];
+        let inputs = [Some(g.x(2)?), g.x_opt(4), g.x_opt(5), Some(y), Some(gates), product, g.dy(0), g.dy(1)];
         let outputs = 1 + usize::from(self.reset_after) + usize::from(g.wants(5));
         let made = g.emit_all(GruGrad { gru: self.clone(), sequence: s }, &inputs, outputs)?;
         let (dr, reset) = match self.reset_after {

@@ -57,13 +57,7 @@ impl Op for Lstm {
         }
         let state = Meta::new(dtype, &state_dims(&s));
         let kept = |width: usize| Meta::new(dtype, &[s.rows(), s.directions * width]);
-        Ok(vec![
-            Meta::new(dtype, &output_dims(&s)),
-            state.clone(),
-            state,
-            kept(s.width()),
-            kept(s.hidden),
-        ])
+        Ok(vec![Meta::new(dtype, &output_dims(&s)), state.clone(), state, kept(s.width()), kept(s.hidden)])
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {

@@ -58,9 +58,7 @@ impl<const A: usize> Config<A> {
         }
         let count = A * reverse.len();
         let names = s.attrs.strings("activations")?.filter(|names| !names.is_empty());
-        let names = names.unwrap_or_else(|| {
-            (0..count).map(|i| default[i % A].to_string()).collect()
-        });
+        let names = names.unwrap_or_else(|| (0..count).map(|i| default[i % A].to_string()).collect());
         if names.len() != count {
             return Err(OpError::Attribute(format!("'activations' are {names:?}, where {count} are needed")));
         }

@@ -104,10 +104,7 @@ impl Op for RnnGrad {
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let (s, dtype) = (&self.sequence, need(inputs, 0)?.dtype);
-        Ok(vec![
-            Meta::new(dtype, &[s.rows(), s.directions * s.width()]),
-            Meta::new(dtype, &state_dims(s)),
-        ])
+        Ok(vec![Meta::new(dtype, &[s.rows(), s.directions * s.width()]), Meta::new(dtype, &state_dims(s))])
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {

@@ -86,7 +86,8 @@ pub(in crate::ops) fn cases() -> Vec<Case> {
     let mut all = shared("LSTM", 4, 2);
     all.extend(shared("GRU", 3, 1));
     all.extend(shared("RNN", 1, 1));
-    let reset_after = shared("GRU", 3, 1).into_iter().map(|c| c.also("reset after").int("linear_before_reset", 1));
+    let reset_after =
+        shared("GRU", 3, 1).into_iter().map(|c| c.also("reset after").int("linear_before_reset", 1));
     all.extend(reset_after);
     all.extend([
         layer("LSTM", "peepholes", 4, 1).absent().absent().input(&[1, 2, 4]).input(&[1, 12]).outputs(3),
@@ -100,7 +101,10 @@ pub(in crate::ops) fn cases() -> Vec<Case> {
         layer("LSTM", "coupled", 4, 1).int("input_forget", 1).absent().absent().absent().input(&[1, 12]),
         layer("LSTM", "other activations", 4, 2)
             .string("direction", "bidirectional")
-            .attr("activations", names(&["HardSigmoid", "Softsign", "Affine", "Sigmoid", "ScaledTanh", "Elu"]))
+            .attr(
+                "activations",
+                names(&["HardSigmoid", "Softsign", "Affine", "Sigmoid", "ScaledTanh", "Elu"]),
+            )
             .attr("activation_alpha", Attr::Floats(vec![0.3, 0.7, 1.2, 0.9]))
             .attr("activation_beta", Attr::Floats(vec![0.4, 0.1, 0.8])),
         layer("GRU", "other activations", 3, 1).attr("activations", names(&["Softplus", "LeakyRelu"])),
@@ -132,8 +136,8 @@ fn what_is_not_known_is_an_error() {
 #[test]
 fn lengths_beyond_the_steps_are_an_error() {
     let attrs = Attrs::default();
-    let op =
-        create(&Spec { domain: "", op_type: "RNN", opset: 14, attrs: &attrs, inputs: 5, outputs: 1 }).unwrap();
+    let op = create(&Spec { domain: "", op_type: "RNN", opset: 14, attrs: &attrs, inputs: 5, outputs: 1 })
+        .unwrap();
     let tensor = |dims: &[usize]| Tensor::zeros(DType::F32, dims);
     let (x, w, r) = (tensor(&[3, 2, 4]), tensor(&[1, 5, 4]), tensor(&[1, 5, 5]));
     for lengths in [[4, 1], [-1, 1]] {

@@ -64,13 +64,7 @@ impl DeformConv {
     }
 
     /// Checks X, W, offset and mask.
-    fn check(
-        &self,
-        x: &Meta,
-        w: &Meta,
-        offset: &Meta,
-        mask: Option<&Meta>,
-    ) -> Result<Geometry, OpError> {
+    fn check(&self, x: &Meta, w: &Meta, offset: &Meta, mask: Option<&Meta>) -> Result<Geometry, OpError> {
         let g = self.geometry(&x.dims, &w.dims)?;
         let rows = self.parts * g.k[0] * g.k[1];
         expect("weights", w, x, &w.dims)?;
@@ -177,8 +171,7 @@ impl Op for DeformConvGrad {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let (x, w, offset, mask) =
-            (need(inputs, 1)?, need(inputs, 2)?, need(inputs, 3)?, get(inputs, 4));
+        let (x, w, offset, mask) = (need(inputs, 1)?, need(inputs, 2)?, need(inputs, 3)?, get(inputs, 4));
         self.conv.check(x, w, offset, mask)?;
         let like = match self.with_respect_to {
             Wrt::Input => x,

@@ -136,7 +136,9 @@ pub struct MaxRoiPool {
 impl MaxRoiPool {
     pub(super) fn make(s: &Spec) -> Result<Arc<dyn Op>, OpError> {
         let bins = match s.attrs.ints("pooled_shape")?.as_deref() {
-            Some(&[h, w]) if (1..1 << 20).contains(&h) && (1..1 << 20).contains(&w) => [h as usize, w as usize],
+            Some(&[h, w]) if (1..1 << 20).contains(&h) && (1..1 << 20).contains(&w) => {
+                [h as usize, w as usize]
+            }
             other => return Err(OpError::Attribute(format!("'pooled_shape' is {other:?}"))),
         };
         Ok(Arc::new(MaxRoiPool { scale: f64::from(s.attrs.float_or("spatial_scale", 1.0)?), bins }))

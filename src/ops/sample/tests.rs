@@ -28,9 +28,11 @@ pub(in crate::ops) fn cases() -> Vec<Case> {
         }
     }
     all.push(
-        Case::new("GridSample", 16).named("bilinear").string("mode", "bilinear").input(&[1, 9, 3, 3]).input(&[
-            1, 2, 2, 2,
-        ]),
+        Case::new("GridSample", 16)
+            .named("bilinear")
+            .string("mode", "bilinear")
+            .input(&[1, 9, 3, 3])
+            .input(&[1, 2, 2, 2]),
     );
     for align in [0, 1] {
         let grid = |theta: &[usize], size: &[i64]| {
@@ -54,18 +56,15 @@ pub(in crate::ops) fn cases() -> Vec<Case> {
         };
         all.push(align("half pixel"));
         all.push(align("two samples").int("sampling_ratio", 2).float("spatial_scale", 0.8));
-        all.push(
-            align("output half pixel").string("coordinate_transformation_mode", "output_half_pixel"),
-        );
+        all.push(align("output half pixel").string("coordinate_transformation_mode", "output_half_pixel"));
     }
     let regions = floats(&[2, 5], &[1.0, 0.0, 1.0, 3.0, 4.0, 0.0, 2.0, 0.4, 9.0, 2.6]);
     let places = Tensor::from_slice(&[1, 2, 2, 2], &[0i64, 3, 9, 14, 17, 22, 24, 31]).unwrap();
     let patches = |name: &str, x: &[usize], image: &[i64], block: &[i64]| {
         Case::new("Col2Im", 18).named(name).input(x).fixed(Tensor::ints(image)).fixed(Tensor::ints(block))
     };
-    let crop_pad = |x: &[usize], shape: &[i64]| {
-        Case::new("CenterCropPad", 18).input(x).fixed(Tensor::ints(shape))
-    };
+    let crop_pad =
+        |x: &[usize], shape: &[i64]| Case::new("CenterCropPad", 18).input(x).fixed(Tensor::ints(shape));
     let deform = |name: &str, x: &[usize], w: &[usize], offset: &[usize]| {
         Case::new("DeformConv", 19).named(name).input(x).input(w).input(offset)
     };
@@ -100,10 +99,9 @@ pub(in crate::ops) fn cases() -> Vec<Case> {
             .int("offset_group", 2)
             .ints("strides", &[2, 2])
             .ints("pads", &[1, 1, 0, 0]),
-        deform("dilated", &[1, 2, 6, 6], &[3, 2, 2, 3], &[1, 12, 6, 3]).ints("dilations", &[2, 2]).ints(
-            "pads",
-            &[1, 0, 1, 1],
-        ),
+        deform("dilated", &[1, 2, 6, 6], &[3, 2, 2, 3], &[1, 12, 6, 3])
+            .ints("dilations", &[2, 2])
+            .ints("pads", &[1, 0, 1, 1]),
     ]);
     all
 }

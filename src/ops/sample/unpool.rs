@@ -47,7 +47,12 @@ impl MaxUnpool {
 }
 
 /// Calls `f(element of X, element of Y)`: places count `unpooled`, which is the first part of each dimension of `y`.
-fn each(unpooled: &[usize], y: &[usize], places: &[i64], mut f: impl FnMut(usize, usize)) -> Result<(), OpError> {
+fn each(
+    unpooled: &[usize],
+    y: &[usize],
+    places: &[i64],
+    mut f: impl FnMut(usize, usize),
+) -> Result<(), OpError> {
     let total: usize = unpooled.iter().product();
     for (i, &place) in places.iter().enumerate() {
         let mut rest = usize::try_from(place).ok().filter(|p| *p < total).ok_or_else(|| {
