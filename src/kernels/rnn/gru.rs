@@ -28,13 +28,17 @@ impl<T: Vectors + Math> Cell<T> for Gru<'_, T> {
         if self.reset_after { 2 } else { 3 }
     }
 
+    fn split(&self) -> usize {
+        2
+    }
+
     fn step(&self, s: &Sequence, step: Step<T>) {
-        let Step { t, d, lengths, started, z, stride, h, c, room } = step;
+        let Step { t, d, lengths, started, z, stride, h, c, packed } = step;
         let hidden = s.hidden;
         let [sigma, gamma] = self.activations[d];
         let r = &self.r[d * 3 * hidden * hidden..];
         if started {
-            s.recur(z, stride, h, r, [0, 2], room);
+            s.recur(z, stride, h, r, [0, 2], packed[0]);
         }
         if self.reset_after {
             for c in c.chunks_exact_mut(hidden) {
@@ -44,7 +48,7 @@ impl<T: Vectors + Math> Cell<T> for Gru<'_, T> {
                 }
             }
             if started {
-                s.recur(c, hidden, h, &r[2 * hidden * hidden..], [0, 1], room);
+                s.recur(c, hidden, h, &r[2 * hidden * hidden..], [0, 1], packed[1]);
             }
         }
         let gates = [(&mut *z, stride, 3 * hidden), (&mut *h, hidden, hidden), (&mut *c, hidden, hidden)];
@@ -76,7 +80,7 @@ impl<T: Vectors + Math> Cell<T> for Gru<'_, T> {
             return;
         }
         if started {
-            s.recur(z, stride, c, r, [2, 1], room);
+            s.recur(z, stride, c, r, [2, 1], packed[1]);
         }
         each_row(s, [(z, stride, 3 * hidden), (h, hidden, hidden)], |n, [z, h]| {
             if beyond(lengths, t, n) {
@@ -137,6 +141,7 @@ pub fn backward<T: Vectors + Math>(
         saved.start(s, d, saved.dh, dh);
         let [sigma, gamma] = cell.activations[d];
         let r = &cell.r[d * 3 * hidden * hidden..];
+        let packed = s.pack_back(if dr.is_some() { 3 } else { 2 }, r, room);
         for at in (0..s.steps).rev() {
             let t = s.step(d, at);
             saved.add_dy(s, d, t, dh);
@@ -200,11 +205,11 @@ pub fn backward<T: Vectors + Math>(
                         },
                     );
                 });
-                s.recur_back(&dr[rows.start..], rows.stride, r, [0, 3], T::one(), dh, room);
+                s.recur_back(&dr[rows.start..], rows.stride, r, [0, 3], T::one(), dh, packed[0]);
                 continue;
             }
             let new = &dz[rows.start + 2 * hidden..];
-            s.recur_back(new, rows.stride, r, [2, 1], T::zero(), through, room);
+            s.recur_back(new, rows.stride, r, [2, 1], T::zero(), through, packed[1]);
             let buffers = [
                 (&mut dz[rows.start..], rows.stride, 3 * hidden),
                 (&mut *dh, hidden, hidden),
@@ -235,7 +240,7 @@ pub fn backward<T: Vectors + Math>(
                     },
                 );
             });
-            s.recur_back(&dz[rows.start..], rows.stride, r, [0, 2], T::one(), dh, room);
+            s.recur_back(&dz[rows.start..], rows.stride, r, [0, 2], T::one(), dh, packed[0]);
         }
         finish(s, d, dh, &mut dh0);
     }

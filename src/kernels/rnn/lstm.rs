@@ -42,12 +42,16 @@ impl<T: Vectors + Math> Cell<T> for Lstm<'_, T> {
         4
     }
 
+    fn split(&self) -> usize {
+        4
+    }
+
     fn step(&self, s: &Sequence, step: Step<T>) {
-        let Step { t, d, lengths, started, z, stride, h, c, room } = step;
+        let Step { t, d, lengths, started, z, stride, h, c, packed } = step;
         let hidden = s.hidden;
         if started {
             let r = &self.r[d * 4 * hidden * hidden..];
-            s.recur(z, stride, h, r, [0, 4], room);
+            s.recur(z, stride, h, r, [0, 4], packed[0]);
         }
         let [sigma, gamma, eta] = self.activations[d];
         let peepholes = self.peepholes(d, hidden);
@@ -124,6 +128,8 @@ pub fn backward<T: Vectors + Math>(
         saved.start(s, d, saved.dc, dc);
         let [sigma, gamma, eta] = cell.activations[d];
         let peepholes = cell.peepholes(d, hidden);
+        let r = &cell.r[d * 4 * hidden * hidden..];
+        let packed = s.pack_back(4, r, room);
         for at in (0..s.steps).rev() {
             let t = s.step(d, at);
             saved.add_dy(s, d, t, dh);
@@ -196,8 +202,7 @@ pub fn backward<T: Vectors + Math>(
                 );
             });
             if at > 0 || dh0.is_some() {
-                let r = &cell.r[d * 4 * hidden * hidden..];
-                s.recur_back(&dz[rows.start..], rows.stride, r, [0, 4], T::one(), dh, room);
+                s.recur_back(&dz[rows.start..], rows.stride, r, [0, 4], T::one(), dh, packed[0]);
             }
         }
         finish(s, d, dh, &mut dh0);

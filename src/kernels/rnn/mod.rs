@@ -12,7 +12,7 @@ pub mod simple;
 
 use rayon::prelude::*;
 
-use crate::kernels::gemm::{Plus, Product, gemm, many, room};
+use crate::kernels::gemm::{Plus, Product, gemm, gemm_prepared, many, prepare, prepared, room};
 use crate::kernels::math::Math;
 use crate::kernels::simd::Vectors;
 
@@ -117,19 +117,11 @@ impl Sequence {
         (GRAIN / self.width().max(1)).max(1)
     }
 
-    /// `z += h·Rᵀ` for the gates `from..from + count`.
-    fn recur<T: Vectors>(
-        &self,
-        z: &mut [T],
-        stride: usize,
-        h: &[T],
-        r: &[T],
-        of: [usize; 2],
-        room: &mut [T],
-    ) {
+    /// `z += h·Rᵀ` for the gates `from..from + count`, whose weights are packed.
+    fn recur<T: Vectors>(&self, z: &mut [T], stride: usize, h: &[T], r: &[T], of: [usize; 2], packed: &[T]) {
         let [from, count] = of;
         let r = &r[from * self.hidden * self.hidden..];
-        gemm(&self.recurrence(count, stride), h, r, &mut z[from * self.hidden..], room);
+        gemm_prepared(&self.recurrence(count, stride), h, r, packed, &mut z[from * self.hidden..]);
     }
 
     fn recurrence<T: Vectors>(&self, gates: usize, stride: usize) -> Product<T> {
@@ -137,7 +129,8 @@ impl Sequence {
         Product { beta: T::one(), ldc: stride, ..p }
     }
 
-    /// `dh = beta·dh + dz·R` for the gates `from..from + count`, `dz` beginning with the first of them.
+    /// `dh = beta·dh + dz·R` for the gates `from..from + count`, whose weights are packed, `dz` beginning with the first.
+    #[allow(clippy::too_many_arguments)]
     fn recur_back<T: Vectors>(
         &self,
         dz: &[T],
@@ -146,10 +139,39 @@ impl Sequence {
         [from, count]: [usize; 2],
         beta: T,
         dh: &mut [T],
-        room: &mut [T],
+        packed: &[T],
     ) {
         let p = Product { beta, ..self.back(count, stride) };
-        gemm(&p, dz, &r[from * self.hidden * self.hidden..], dh, room);
+        gemm_prepared(&p, dz, &r[from * self.hidden * self.hidden..], packed, dh);
+    }
+
+    /// Packs the recurrent weights of one direction for steps backwards: of the first `split` gates, and of the others.
+    fn pack_back<'a, T: Vectors>(&self, split: usize, r: &[T], room: &'a mut [T]) -> [&'a [T]; 2] {
+        let parts = [self.back(split, self.width()), self.back(self.gates - split, self.width())];
+        self.pack(parts, split, r, room)
+    }
+
+    /// The same for steps forwards.
+    fn pack_forward<'a, T: Vectors>(&self, split: usize, r: &[T], room: &'a mut [T]) -> [&'a [T]; 2] {
+        let part = |gates: usize| self.recurrence(gates, gates * self.hidden);
+        self.pack([part(split), part(self.gates - split)], split, r, room)
+    }
+
+    fn pack<'a, T: Vectors>(
+        &self,
+        [first, second]: [Product<T>; 2],
+        split: usize,
+        r: &[T],
+        room: &'a mut [T],
+    ) -> [&'a [T]; 2] {
+        let (a, rest) = room.split_at_mut(prepared(&first));
+        prepare(&first, r, a);
+        if split == self.gates {
+            return [a, &[]];
+        }
+        let b = &mut rest[..prepared(&second)];
+        prepare(&second, &r[split * self.hidden * self.hidden..], b);
+        [a, b]
     }
 
     fn back<T: Vectors>(&self, gates: usize, stride: usize) -> Product<T> {
@@ -216,11 +238,13 @@ struct Step<'a, T> {
     /// The state (N, hidden), and the cell's other one.
     h: &'a mut [T],
     c: &'a mut [T],
-    /// For products.
-    room: &'a mut [T],
+    /// The recurrent weights, packed: of the gates up to the split, and of the others.
+    packed: [&'a [T]; 2],
 }
 
 trait Cell<T> {
+    /// Gates whose recurrent products are one.
+    fn split(&self) -> usize;
     /// Gates that the recurrent bias is added to with the input's one.
     fn joint_biases(&self) -> usize;
     /// Turns arguments into gates, and the state into the next one.
@@ -232,15 +256,20 @@ pub fn forward_scratch<T: Vectors>(s: &Sequence) -> usize {
     if s.is_empty() {
         return 0;
     }
-    let (rows, stride) = (s.block() * s.batch, s.directions * s.width());
-    let products = [
-        room(&s.projection::<T>(s.rows(), s.directions), 1),
-        room(&s.projection::<T>(rows, 1), 1),
-        room(&s.recurrence::<T>(s.gates, stride), 1),
-        room(&s.recurrence::<T>(1, stride), 1),
-        room(&s.recurrence::<T>(2, stride), 1),
-    ];
-    2 * s.state() + stride + rows * s.width() + products.into_iter().max().unwrap_or(0)
+    let rows = s.block() * s.batch;
+    let products =
+        [room(&s.projection::<T>(s.rows(), s.directions), 1), room(&s.projection::<T>(rows, 1), 1)];
+    let own = 2 * s.state() + s.directions * s.width() + rows * s.width();
+    own + packed_weights::<T>(s) + products.into_iter().max().unwrap_or(0)
+}
+
+/// Elements of the recurrent weights of one direction, packed for steps in either direction and any split.
+fn packed_weights<T: Vectors>(s: &Sequence) -> usize {
+    let of = |gates: usize| {
+        let (forward, back) = (s.recurrence::<T>(gates, gates * s.hidden), s.back::<T>(gates, s.width()));
+        prepared(&forward).max(prepared(&back))
+    };
+    (1..s.gates).map(|split| of(split) + of(s.gates - split)).max().unwrap_or(0).max(of(s.gates))
 }
 
 fn forward<T: Vectors>(
@@ -265,6 +294,7 @@ fn forward<T: Vectors>(
     let (c, rest) = rest.split_at_mut(s.state());
     let (bias, rest) = rest.split_at_mut(s.directions * width);
     let (own, rest) = rest.split_at_mut(s.block() * s.batch * width);
+    let (weights, rest) = rest.split_at_mut(packed_weights::<T>(s));
     for (bias, b) in bias.chunks_exact_mut(width).zip(i.b.unwrap_or_default().chunks_exact(2 * width)) {
         let (input, recurrent) = b.split_at(width);
         bias.copy_from_slice(input);
@@ -277,6 +307,7 @@ fn forward<T: Vectors>(
         many(&p, 1, |_| [0, 0], i.x, i.w, plus, z, 0, rest);
     }
     for d in 0..s.directions {
+        let packed = s.pack_forward(cell.split(), &i.r[d * width * hidden..], weights);
         for (state, first) in [(&mut *h, i.h0), (&mut *c, i.c0)] {
             let Some(first) = first else {
                 state.fill(T::zero());
@@ -320,7 +351,7 @@ fn forward<T: Vectors>(
                     stride: rows.stride,
                     h: &mut *h,
                     c: &mut *c,
-                    room: &mut *rest,
+                    packed,
                 },
             );
             for n in 0..s.batch {
@@ -416,9 +447,7 @@ fn finish<T: Vectors>(s: &Sequence, d: usize, state: &[T], out: &mut Option<&mut
 
 /// Elements of scratch of a gradient through time, with `states` buffers of a state's size.
 pub fn backward_scratch<T: Vectors>(s: &Sequence, states: usize) -> usize {
-    let stride = s.directions * s.width();
-    let products = (1..=s.gates).map(|gates| room(&s.back::<T>(gates, stride), 1)).max();
-    states * s.state() + products.unwrap_or(0)
+    states * s.state() + packed_weights::<T>(s)
 }
 
 /// Elements of scratch that [`recurrent_weights`] needs.

@@ -21,11 +21,15 @@ impl<T: Vectors + Math> Cell<T> for Simple<'_, T> {
         1
     }
 
+    fn split(&self) -> usize {
+        1
+    }
+
     fn step(&self, s: &Sequence, step: Step<T>) {
-        let Step { t, d, lengths, started, z, stride, h, room, .. } = step;
+        let Step { t, d, lengths, started, z, stride, h, packed, .. } = step;
         let hidden = s.hidden;
         if started {
-            s.recur(z, stride, h, &self.r[d * hidden * hidden..], [0, 1], room);
+            s.recur(z, stride, h, &self.r[d * hidden * hidden..], [0, 1], packed[0]);
         }
         let [f] = self.activations[d];
         each_row(s, [(z, stride, hidden), (h, hidden, hidden)], |n, [z, h]| {
@@ -74,6 +78,8 @@ pub fn backward<T: Vectors + Math>(
     for d in 0..s.directions {
         saved.start(s, d, saved.dh, dh);
         let [f] = cell.activations[d];
+        let r = &cell.r[d * hidden * hidden..];
+        let packed = s.pack_back(1, r, room);
         for at in (0..s.steps).rev() {
             let t = s.step(d, at);
             saved.add_dy(s, d, t, dh);
@@ -94,8 +100,7 @@ pub fn backward<T: Vectors + Math>(
                 );
             });
             if at > 0 || dh0.is_some() {
-                let r = &cell.r[d * hidden * hidden..];
-                s.recur_back(&dz[rows.start..], rows.stride, r, [0, 1], T::one(), dh, room);
+                s.recur_back(&dz[rows.start..], rows.stride, r, [0, 1], T::one(), dh, packed[0]);
             }
         }
         finish(s, d, dh, &mut dh0);

@@ -4,6 +4,11 @@ use crate::ops::cases::Case;
 use crate::ops::eval;
 use crate::tensor::{DType, Tensor};
 
+/// In the type in which gradients are checked.
+fn regions(dims: &[usize], values: &[f64]) -> Tensor {
+    Tensor::from_slice(dims, values).unwrap()
+}
+
 fn floats(dims: &[usize], values: &[f32]) -> Tensor {
     Tensor::from_slice(dims, values).unwrap()
 }
@@ -41,7 +46,7 @@ pub(in crate::ops) fn cases() -> Vec<Case> {
         all.push(grid(&[2, 2, 3], &[2, 3, 4, 1]));
         all.push(grid(&[1, 3, 4], &[1, 3, 2, 3, 4]));
     }
-    let boxes = || floats(&[3, 4], &[0.3, 0.7, 4.1, 3.2, -1.0, 1.3, 2.2, 6.0, 1.0, 1.0, 1.5, 1.2]);
+    let boxes = || regions(&[3, 4], &[0.3, 0.7, 4.1, 3.2, -1.0, 1.3, 2.2, 6.0, 1.0, 1.0, 1.5, 1.2]);
     let images = || Tensor::ints(&[1, 0, 1]);
     for mode in ["avg", "max"] {
         let align = |name: &str| {
@@ -58,7 +63,7 @@ pub(in crate::ops) fn cases() -> Vec<Case> {
         all.push(align("two samples").int("sampling_ratio", 2).float("spatial_scale", 0.8));
         all.push(align("output half pixel").string("coordinate_transformation_mode", "output_half_pixel"));
     }
-    let regions = floats(&[2, 5], &[1.0, 0.0, 1.0, 3.0, 4.0, 0.0, 2.0, 0.4, 9.0, 2.6]);
+    let five = regions(&[2, 5], &[1.0, 0.0, 1.0, 3.0, 4.0, 0.0, 2.0, 0.4, 9.0, 2.6]);
     let places = Tensor::from_slice(&[1, 2, 2, 2], &[0i64, 3, 9, 14, 17, 22, 24, 31]).unwrap();
     let patches = |name: &str, x: &[usize], image: &[i64], block: &[i64]| {
         Case::new("Col2Im", 18).named(name).input(x).fixed(Tensor::ints(image)).fixed(Tensor::ints(block))
@@ -69,7 +74,7 @@ pub(in crate::ops) fn cases() -> Vec<Case> {
         Case::new("DeformConv", 19).named(name).input(x).input(w).input(offset)
     };
     all.extend([
-        Case::new("MaxRoiPool", 1).ints("pooled_shape", &[2, 2]).input(&[2, 3, 5, 6]).fixed(regions),
+        Case::new("MaxRoiPool", 1).ints("pooled_shape", &[2, 2]).input(&[2, 3, 5, 6]).fixed(five),
         Case::new("MaxUnpool", 11)
             .ints("kernel_shape", &[2, 2])
             .ints("strides", &[2, 2])
