@@ -137,6 +137,9 @@ pub fn backward<T: Vectors + Math>(
     let (dh, rest) = scratch.split_at_mut(s.state());
     let (through, room) = rest.split_at_mut(s.state());
     let Some(z) = saved.z else { return };
+    if s.batch == 0 {
+        return;
+    }
     for d in 0..s.directions {
         saved.start(s, d, saved.dh, dh);
         let [sigma, gamma] = cell.activations[d];

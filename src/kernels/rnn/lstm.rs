@@ -123,6 +123,9 @@ pub fn backward<T: Vectors + Math>(
     let (dc, rest) = rest.split_at_mut(s.state());
     let (value, room) = rest.split_at_mut(s.state());
     let (Some(z), Some(kept)) = (saved.z, saved.kept) else { return };
+    if s.batch == 0 {
+        return;
+    }
     for d in 0..s.directions {
         saved.start(s, d, saved.dh, dh);
         saved.start(s, d, saved.dc, dc);

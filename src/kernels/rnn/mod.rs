@@ -99,6 +99,14 @@ impl Sequence {
         }
     }
 
+    /// Row `n` of an initial state, which may be one row for the whole batch.
+    fn initial<'a, T>(&self, state: &'a [T], d: usize, n: usize) -> &'a [T] {
+        match state.len() == self.directions * self.hidden {
+            true => &state[d * self.hidden..][..self.hidden],
+            false => self.states(d).of(state, n, self.hidden),
+        }
+    }
+
     /// The `i`th step of direction `d`.
     fn step(&self, d: usize, i: usize) -> usize {
         if self.reverse[d] { self.steps - 1 - i } else { i }
@@ -284,7 +292,12 @@ fn forward<T: Vectors>(
         for (last, first) in [(o.h, i.h0), (o.c, i.c0)] {
             let Some(last) = last else { continue };
             match first {
-                Some(first) => last.copy_from_slice(first),
+                Some(first) if first.len() == last.len() => last.copy_from_slice(first),
+                Some(first) => {
+                    for (d, n) in (0..s.directions).flat_map(|d| (0..s.batch).map(move |n| (d, n))) {
+                        s.states(d).of_mut(last, n, hidden).copy_from_slice(s.initial(first, d, n));
+                    }
+                }
                 None => last.fill(T::zero()),
             }
         }
@@ -314,7 +327,7 @@ fn forward<T: Vectors>(
                 continue;
             };
             for (n, state) in state.chunks_exact_mut(hidden).enumerate() {
-                state.copy_from_slice(s.states(d).of(first, n, hidden));
+                state.copy_from_slice(s.initial(first, d, n));
             }
         }
         for at in 0..s.steps {
@@ -404,7 +417,7 @@ impl<'a, T: Vectors> Saved<'a, T> {
         let before = s.before(d, t).filter(|t| !beyond(self.lengths, *t, n));
         match before {
             Some(t) => self.y.map(|y| s.y(t, d).of(y, n, s.hidden)),
-            None => self.h0.map(|h| s.states(d).of(h, n, s.hidden)),
+            None => self.h0.map(|h| s.initial(h, d, n)),
         }
     }
 
@@ -412,7 +425,7 @@ impl<'a, T: Vectors> Saved<'a, T> {
     fn c_before(&self, s: &Sequence, d: usize, t: usize, n: usize) -> Option<&'a [T]> {
         match s.before(d, t) {
             Some(t) => self.kept.map(|c| s.at(t, d, s.hidden).of(c, n, s.hidden)),
-            None => self.c0.map(|c| s.states(d).of(c, n, s.hidden)),
+            None => self.c0.map(|c| s.initial(c, d, n)),
         }
     }
 

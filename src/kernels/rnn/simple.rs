@@ -75,6 +75,9 @@ pub fn backward<T: Vectors + Math>(
     let hidden = s.hidden;
     let (dh, room) = scratch.split_at_mut(s.state());
     let Some(y) = saved.y else { return };
+    if s.batch == 0 {
+        return;
+    }
     for d in 0..s.directions {
         saved.start(s, d, saved.dh, dh);
         let [f] = cell.activations[d];

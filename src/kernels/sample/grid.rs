@@ -113,6 +113,8 @@ impl Sampling {
         if x < low || x > high {
             match self.outside {
                 Outside::Zeros => {}
+                // Its elements are each moved to the border, as in PyTorch and onnxruntime.
+                Outside::Border if self.interpolation == Interpolation::Cubic => {}
                 Outside::Border => {
                     x = x.max(T::zero()).min(length - one);
                     slope = T::zero();

@@ -46,6 +46,8 @@ struct Region<T> {
     samples: [usize; 2],
 }
 
+/// Elements around a sample. One that is not there counts as 0 for the maximum, as in other implementations.
+const AROUND: usize = 4;
 /// Samples of a bin along a dimension, at most.
 const SAMPLES: f64 = 4096.0;
 
@@ -66,8 +68,14 @@ impl Align {
         Region { start, bin, samples }
     }
 
-    /// Calls `sample(y, x)` for the samples of a bin that lie in the image or next to it; its border is repeated.
-    fn each<T: Float>(&self, g: &Geometry, r: &Region<T>, bin: usize, mut sample: impl FnMut(T, T)) {
+    /// Calls `sample` for the samples (y, x) of a bin; `None`: neither in the image nor next to it. The border is repeated.
+    fn each<T: Float>(
+        &self,
+        g: &Geometry,
+        r: &Region<T>,
+        bin: usize,
+        mut sample: impl FnMut(Option<[T; 2]>),
+    ) {
         let [h, w] = g.image;
         let place = [bin / g.bins[1], bin % g.bins[1]];
         let along = |d: usize, i: usize| {
@@ -78,10 +86,8 @@ impl Align {
         for i in 0..r.samples[0] {
             for j in 0..r.samples[1] {
                 let (y, x) = (along(0, i), along(1, j));
-                if near(y, h) && near(x, w) {
-                    let inside = |v: T, n: usize| v.max(T::zero()).min(T::of(n as f64 - 1.0));
-                    sample(inside(y, h), inside(x, w));
-                }
+                let inside = |v: T, n: usize| v.max(T::zero()).min(T::of(n as f64 - 1.0));
+                sample((near(y, h) && near(x, w)).then(|| [inside(y, h), inside(x, w)]));
             }
         }
     }
@@ -106,20 +112,27 @@ pub fn align<T: Float>(g: &Geometry, a: &Align, x: &[T], regions: &[T], images: 
         let x = &x[n * g.c * plane..];
         for bin in 0..bins {
             let mut first = true;
-            a.each(g, &region, bin, |py, px| {
+            a.each(g, &region, bin, |place| {
                 for c in 0..g.c {
                     let x = &x[c * plane..][..plane];
                     let y = &mut y[c * bins + bin];
-                    let mut none = first;
-                    around(py, px, g.image, |at, w, _| {
-                        let v = w * x[at];
-                        match a.max {
-                            false => *y += v,
-                            true if none || v > *y => *y = v,
-                            true => {}
-                        }
+                    let (mut none, mut found) = (first, 0);
+                    let mut most = |y: &mut T, v: T| {
+                        *y = if none || v > *y { v } else { *y };
                         none = false;
-                    });
+                    };
+                    if let Some([py, px]) = place {
+                        around(py, px, g.image, |at, w, _| {
+                            found += 1;
+                            match a.max {
+                                false => *y += w * x[at],
+                                true => most(y, w * x[at]),
+                            }
+                        });
+                    }
+                    if a.max && found < AROUND {
+                        most(y, T::zero());
+                    }
                 }
                 first = false;
             });
@@ -155,19 +168,28 @@ pub fn align_grad<T: Float>(
                         let channel = i * together + c;
                         let d = dy[(r * g.c + channel) * bins + bin];
                         let x = &x[(n * g.c + channel) * plane..][..plane];
-                        let mut best: Option<(T, usize, T)> = None;
-                        a.each(g, &region, bin, |py, px| {
-                            around(py, px, g.image, |at, w, _| match a.max {
-                                false => dx[at] += w * d / count,
-                                true => {
-                                    let v = w * x[at];
-                                    if best.is_none_or(|(most, ..)| v > most) {
-                                        best = Some((v, at, w));
+                        let mut best: Option<(T, Option<(usize, T)>)> = None;
+                        let mut most = |v: T, tap| {
+                            if best.is_none_or(|(most, _)| v > most) {
+                                best = Some((v, tap));
+                            }
+                        };
+                        a.each(g, &region, bin, |place| {
+                            let mut found = 0;
+                            if let Some([py, px]) = place {
+                                around(py, px, g.image, |at, w, _| {
+                                    found += 1;
+                                    match a.max {
+                                        false => dx[at] += w * d / count,
+                                        true => most(w * x[at], Some((at, w))),
                                     }
-                                }
-                            });
+                                });
+                            }
+                            if a.max && found < AROUND {
+                                most(T::zero(), None);
+                            }
                         });
-                        if let Some((_, at, w)) = best {
+                        if let Some((_, Some((at, w)))) = best {
                             dx[at] += w * d;
                         }
                     }

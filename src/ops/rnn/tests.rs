@@ -50,6 +50,7 @@ fn shared(op: &str, gates: usize, states: usize) -> Vec<Case> {
             [2, 2, 4],
         )
         .outputs(outputs),
+        with_states(layer(op, "one state for all", gates, 1).absent(), [1, 1, 4]),
         layer(op, "a sequence without steps", gates, 1).fixed(lengths_of(&[0, 4])).outputs(outputs),
         with_states(
             Case::new(op, 14)
@@ -78,6 +79,13 @@ fn shared(op: &str, gates: usize, states: usize) -> Vec<Case> {
             .input(&[2, 33 * gates, 33])
             .tolerance(1e-5),
         layer(op, "clipped", gates, 1).float("clip", 0.4),
+        Case::new(op, 14)
+            .named("no sequences")
+            .string("direction", "bidirectional")
+            .input(&[3, 0, 2])
+            .input(&[2, width, 2])
+            .input(&[2, width, 4])
+            .outputs(outputs),
         Case::new(op, 14).named("no steps").input(&[0, 2, 3]).input(&[1, width, 3]).input(&[1, width, 4]),
     ]
 }
