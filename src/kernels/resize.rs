@@ -235,6 +235,14 @@ pub fn resample_grad<T: Float + Wide>(p: &Pass<T>, dy: &[T], dx: &mut [T]) {
                     dx.fill(T::zero());
                     let dy = &dy[(i * per + j) * y_row..][..y_row];
                     let taps = p.index.chunks_exact(p.taps).zip(p.weight.chunks_exact(p.taps));
+                    if p.inner == 1 {
+                        for (dy, (index, weight)) in dy.iter().zip(taps) {
+                            for (i, w) in index.iter().zip(weight) {
+                                dx[*i as usize] += *w * *dy;
+                            }
+                        }
+                        continue;
+                    }
                     for (dy, (index, weight)) in dy.chunks_exact(p.inner).zip(taps) {
                         for (i, w) in index.iter().zip(weight) {
                             let dx = &mut dx[*i as usize * p.inner..][..p.inner];
