@@ -147,9 +147,9 @@ impl Sampling {
                 at => self.filter.at((at as f64 - x) * density),
             };
             let sum: f64 = (0..taps).map(of).sum();
-            for k in 0..taps {
-                index[k] = (first + k as i64).clamp(0, last) as u32;
-                weight[k] = T::of(if sum == 0.0 { 0.0 } else { of(k) / sum });
+            for (k, (index, weight)) in index.iter_mut().zip(weight).enumerate() {
+                *index = (first + k as i64).clamp(0, last) as u32;
+                *weight = T::of(if sum == 0.0 { 0.0 } else { of(k) / sum });
             }
         }
     }
