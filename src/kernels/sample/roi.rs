@@ -155,7 +155,7 @@ pub fn align_grad<T: Float>(
     if dx.is_empty() {
         return;
     }
-    // The channels of a task compute the weights of each sample once.
+    // Channels of a task.
     let together = 8;
     dx.par_chunks_mut(g.c * plane).enumerate().for_each(|(n, dx)| {
         dx.par_chunks_mut(together * plane).enumerate().for_each(|(i, dx)| {
