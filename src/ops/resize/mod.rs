@@ -317,11 +317,11 @@ impl Passes {
     }
 }
 
+/// Indices and weights of a table, and two tensors between passes.
+type Parts<'a, T, W> = (&'a mut [u32], &'a mut [W], [&'a mut [T]; 2]);
+
 /// Scratch memory in the parts that passes need.
-fn parts<'a, T: Elem, W: Elem>(
-    cx: &'a mut Cx,
-    sizes: [usize; 3],
-) -> Result<(&'a mut [u32], &'a mut [W], [&'a mut [T]; 2]), OpError> {
+fn parts<'a, T: Elem, W: Elem>(cx: &'a mut Cx, sizes: [usize; 3]) -> Result<Parts<'a, T, W>, OpError> {
     let short = || OpError::Internal("too little scratch memory".into());
     let [index, weight, between] = sizes;
     let (index, rest) = cx.scratch.split_at_mut_checked(index).ok_or_else(short)?;

@@ -124,7 +124,7 @@ impl Op for AffineGridGrad {
                         let at = point::<f64>(self.align_corners, extents, p);
                         for (r, d) in dy.iter().enumerate() {
                             for (k, a) in at[..rank].iter().chain([&1.0]).enumerate() {
-                                sums[r * (rank + 1) + k] += f64::from(*d) * a;
+                                sums[r * (rank + 1) + k] += d.to64() * a;
                             }
                         }
                     }
