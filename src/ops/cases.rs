@@ -82,6 +82,12 @@ impl Case {
         self
     }
 
+    /// Adds to what tells it apart.
+    pub fn also(mut self, name: &str) -> Self {
+        self.name = format!("{}, {name}", self.name);
+        self
+    }
+
     pub fn attr(mut self, name: &str, value: Attr) -> Self {
         self.attrs.0.insert(name.into(), value);
         self
@@ -387,6 +393,7 @@ fn all() -> Vec<Case> {
         super::cast::cases(),
         super::clip::cases(),
         super::conv::cases(),
+        super::conv::transposed_cases(),
         super::dropout::cases(),
         super::expand::cases(),
         super::fill::cases(),
@@ -399,6 +406,9 @@ fn all() -> Vec<Case> {
         super::pad::cases(),
         super::pool::cases(),
         super::reduce::cases(),
+        super::resize::cases(),
+        super::rnn::cases(),
+        super::sample::cases(),
         super::scan::cases(),
         super::scatter::cases(),
         super::select::cases(),
@@ -428,6 +438,20 @@ fn every_case() {
 /// Operators of convolutional and dense networks: each has a case whose gradient is checked.
 const DIFFERENTIABLE: &[&str] = &[
     "Conv",
+    "ConvTranspose",
+    "Resize",
+    "Upsample",
+    "LSTM",
+    "GRU",
+    "RNN",
+    "GridSample",
+    "AffineGrid",
+    "RoiAlign",
+    "MaxRoiPool",
+    "MaxUnpool",
+    "CenterCropPad",
+    "Col2Im",
+    "DeformConv",
     "BatchNormalization",
     "InstanceNormalization",
     "LRN",

@@ -38,6 +38,9 @@ pub mod norm;
 pub mod pad;
 pub mod pool;
 pub mod reduce;
+pub mod resize;
+pub mod rnn;
+pub mod sample;
 pub mod scan;
 pub mod scatter;
 pub mod select;
@@ -214,6 +217,7 @@ impl Attrs {
     getter!(string, Str, String, "a string");
     getter!(ints, Ints, Vec<i64>, "a list of integers");
     getter!(floats, Floats, Vec<f32>, "a list of floats");
+    getter!(strings, Strs, Vec<String>, "a list of strings");
     getter!(tensor, Tensor, Arc<Tensor>, "a tensor");
 
     pub fn int_or(&self, name: &str, default: i64) -> Result<i64, OpError> {

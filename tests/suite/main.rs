@@ -13,3 +13,4 @@ mod memory;
 mod onnx_cases;
 mod real_models;
 mod resume;
+mod spatial;

@@ -432,7 +432,7 @@ pub fn forward<T: Vectors>(
     sweep(Direction::forward(g), x, w, epilogue, y, scratch, done);
 }
 
-/// `dx = addend + the gradient`; of the epilogue only the residual counts.
+/// `dx = clamp(the gradient + bias + residual)`.
 pub fn input_grad<T: Vectors>(
     g: &Geometry,
     dy: &[T],

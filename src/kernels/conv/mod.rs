@@ -281,7 +281,19 @@ pub fn input_grad<T: Vectors>(
     dx: &mut [T],
     scratch: &mut [T],
 ) {
-    let epilogue = Epilogue { residual: addend, ..Epilogue::none() };
+    transposed(g, dy, w, Epilogue { residual: addend, ..Epilogue::none() }, dx, scratch);
+}
+
+/// As [`input_grad`], with a bias for each of its channels: `dx = clamp(… + bias + residual)`. Kernels of few channels
+/// do not clamp.
+pub fn transposed<T: Vectors>(
+    g: &Geometry,
+    dy: &[T],
+    w: &[T],
+    epilogue: Epilogue<T>,
+    dx: &mut [T],
+    scratch: &mut [T],
+) {
     if g.is_empty() {
         return epilogue.of_nothing(g.c.max(1), dx);
     }

@@ -76,6 +76,7 @@ struct Task<'a, T> {
     plan: &'a Plan<'a>,
     dy: &'a [T],
     weights: &'a [T],
+    bias: Option<&'a [T]>,
     residual: Option<*const T>,
     image: usize,
     /// Of dX.
@@ -91,7 +92,10 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
         let (p, g, panel) = (self.plan, self.plan.g, 2 * S::LANES);
         let z_row = p.panels * panel;
         let runs = [(0isize, g.oc)];
-        self.sums.fill(T::zero());
+        match self.bias {
+            Some(bias) => self.sums.chunks_exact_mut(g.c).for_each(|s| s.copy_from_slice(bias)),
+            None => self.sums.fill(T::zero()),
+        }
         let pieces = Pieces::of(g.y[2], S::ROWS);
         for row in 0..g.y[1] {
             // The rows of taps that reach this task's rows.
@@ -176,7 +180,7 @@ pub(super) fn scratch<T: Vectors>(g: &Geometry) -> usize {
     p.packed(panel) + slots(p.tasks(), p.slot(panel))
 }
 
-/// `dx = addend + Σ_t W[t]ᵀ·dy[…]`; without a residual in the epilogue, nothing is added.
+/// `dx = bias + residual + Σ_t W[t]ᵀ·dy[…]`; the epilogue's clamp does not count.
 pub(super) fn input_grad<T: Vectors>(
     g: &Geometry,
     dy: &[T],
@@ -204,7 +208,8 @@ pub(super) fn input_grad<T: Vectors>(
         };
         // SAFETY: the slices have the geometry's extents; no two tasks write the same rows.
         unsafe {
-            T::dispatch(Task { plan: &p, dy, weights, residual, image, rows, sums, z, dx: dx.ptr() });
+            let (bias, dx) = (epilogue.bias, dx.ptr());
+            T::dispatch(Task { plan: &p, dy, weights, bias, residual, image, rows, sums, z, dx });
         }
     });
 }

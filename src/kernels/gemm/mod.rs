@@ -255,6 +255,36 @@ pub fn many<T: Vectors>(
     }
 }
 
+/// Elements of scratch for a B that [`prepare`] packs for several products; A must not be transposed.
+pub fn prepared<T: Vectors>(p: &Product<T>) -> usize {
+    if p.is_vector() { 0 } else { p.packed() }
+}
+
+/// Packs B for [`gemm_prepared`].
+pub fn prepare<T: Vectors>(p: &Product<T>, b: &[T], packed: &mut [T]) {
+    assert!(!p.trans_a && b.len() >= p.extents()[1], "operands of a product");
+    if !p.is_vector() {
+        pack::columns(p, b, packed, packed.len() >= par::GRAIN);
+    }
+}
+
+/// As [`gemm`], with B packed beforehand for a product of the same extents.
+pub fn gemm_prepared<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], packed: &[T], c: &mut [T]) {
+    let need = p.extents();
+    if need[2] == 0 {
+        return;
+    }
+    assert!(!p.trans_a && (p.m <= 1 || p.ldc >= p.n), "rows of a product overlap");
+    assert!(
+        a.len() >= need[0] && b.len() >= need[1] && c.len() >= need[2] && packed.len() >= prepared(p),
+        "operands of a product"
+    );
+    match p.is_vector() {
+        true => vector::vector(p, a, b, Plus::NOTHING, c),
+        false => shared_out(p, a, b, Plus::NOTHING, c, packed, &mut []),
+    }
+}
+
 /// One product, divided into tasks.
 fn divided<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], plus: Plus<T>, c: &mut [T], scratch: &mut [T]) {
     let (packed, rest) = scratch.split_at_mut(p.packed());
@@ -262,7 +292,19 @@ fn divided<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], plus: Plus<T>, c: &mut 
         Packs::AThenB => pack::rows(p, a, packed),
         _ => pack::columns(p, b, packed, packed.len() >= par::GRAIN),
     }
-    let packed = &*packed;
+    shared_out(p, a, b, plus, c, packed, rest);
+}
+
+/// The tasks of a product whose operand for all of them is packed.
+fn shared_out<T: Vectors>(
+    p: &Product<T>,
+    a: &[T],
+    b: &[T],
+    plus: Plus<T>,
+    c: &mut [T],
+    packed: &[T],
+    rest: &mut [T],
+) {
     let (rows, cols) = p.pieces();
     let c = Shared::new(c);
     let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
