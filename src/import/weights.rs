@@ -349,8 +349,16 @@ impl Weight {
 
 /// A tensor from its little-endian bytes, whose number is checked before anything is allocated.
 pub fn from_stored(dtype: DType, dims: &[usize], bytes: &[u8]) -> std::result::Result<Tensor, String> {
-    if bytes.len() != byte_size(dtype, dims)? {
+    let mut count = byte_size(dtype, dims)?;
+    if dtype.bits() < 8 {
+        count = count.div_ceil(8 / dtype.bits());
+    }
+    if bytes.len() != count {
         return Err(format!("{} bytes of values for {dtype} of shape {dims:?}", bytes.len()));
+    }
+    if dtype.bits() < 8 {
+        let unpacked = dtype.unpack(bytes, dims.iter().product());
+        return Tensor::from_bytes(dtype, dims, &unpacked).map_err(|e| e.to_string());
     }
     let mut t = Tensor::from_bytes(dtype, dims, bytes).map_err(|e| e.to_string())?;
     if dtype == DType::Bool {
@@ -375,7 +383,8 @@ pub fn plain(t: &TensorProto, dtype: DType) -> std::result::Result<Tensor, Strin
         _ => &t.int32_data,
     };
     // Every varint takes at least a byte, so this bounds what is decoded.
-    if chunks.len() < want / dtype.size() {
+    let packed = (8 / dtype.bits().min(8)).max(1);
+    if chunks.len() < (want / dtype.size()).div_ceil(packed) {
         return Err(format!("too few values for {dtype} of shape {:?}", dims.as_slice()));
     }
     let values = chunks.varints().map_err(|e| e.to_string())?;

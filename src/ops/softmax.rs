@@ -50,6 +50,13 @@ pub struct Softmax {
     log: bool,
 }
 
+impl Softmax {
+    /// Over one axis.
+    pub fn along(axis: i64) -> Self {
+        Softmax { over: Over { axis, flatten: false }, log: false }
+    }
+}
+
 impl Op for Softmax {
     fn name(&self) -> &'static str {
         if self.log { "LogSoftmax" } else { "Softmax" }
