@@ -211,7 +211,10 @@ fn compare(model: &Model, feeds: &[(ValueId, Tensor)]) -> Result<Checked> {
             let moved: Vec<f64> =
                 x.iter().map(|x| x + reach * rng.random_range(-1.0..1.0) * x.abs().max(0.1)).collect();
             let moved = Tensor::from_slice(at[v].dims(), &moved).map_err(failed)?;
-            direction.push((*v, x.iter().map(|x| rng.random_range(-1.0..1.0) * x.abs().clamp(0.1, 1.0)).collect()));
+            direction.push((
+                *v,
+                x.iter().map(|x| rng.random_range(-1.0..1.0) * x.abs().clamp(0.1, 1.0)).collect(),
+            ));
             at.insert(*v, moved);
         }
         let line = Line { graph: &forward, loss, at, direction };

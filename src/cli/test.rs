@@ -39,7 +39,9 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
         println!("{} passed, {} failed, {} unsupported", report.passed, report.failed, report.unsupported);
         if let Some(g) = report.gradients {
             let Gradients { checked, none, unchecked, wrong } = g;
-            println!("gradients: {checked} checked, {none} none, {unchecked} could not be checked, {wrong} wrong");
+            println!(
+                "gradients: {checked} checked, {none} none, {unchecked} could not be checked, {wrong} wrong"
+            );
         }
     }
     let wrong = report.gradients.is_some_and(|g| g.wrong > 0);

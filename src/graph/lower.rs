@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use crate::error::{Error, OpError, Result};
 use crate::graph::{Graph, Node, NodeId, Source, ValueId};
-use crate::ops::{Attrs, Op, Spec, create};
-use crate::ops::binary::{Add, Mul};
 use crate::kernels::strided::Extents;
+use crate::ops::binary::{Add, Mul};
 use crate::ops::join::Concat;
 use crate::ops::slice::{Crop, Cut};
 use crate::ops::transpose::Transpose;
 use crate::ops::view::ReshapeTo;
+use crate::ops::{Attrs, Op, Spec, create};
 use crate::tensor::{DType, Dims, Meta, Tensor};
 
 type OpResult<T> = std::result::Result<T, OpError>;
@@ -162,30 +162,30 @@ impl Lowering<'_> {
     }
 }
 
-/// A composite operator alone in a graph, with operands of the given types, shapes and (where known) values.
-fn alone(op: &dyn Op, inputs: &[Option<&Meta>], wanted: Vec<bool>) -> OpResult<(Graph, Vec<Option<ValueId>>, Vec<Option<ValueId>>)> {
+/// A composite operator alone in a graph, with operands of the given types, shapes and (where known) values; and its
+/// outputs.
+fn alone(op: &dyn Op, inputs: &[Option<&Meta>], outputs: usize) -> OpResult<(Graph, Vec<Option<ValueId>>)> {
     let mut graph = Graph::default();
-    let operands: Vec<Option<ValueId>> = inputs
-        .iter()
-        .map(|m| {
-            m.map(|m| match &m.value {
-                Some(value) => graph.add_value("", Source::Constant(value.clone())),
-                None => graph.add_input("", m.clone()),
-            })
+    let operand = |m: &Option<&Meta>| {
+        m.map(|m| match &m.value {
+            Some(value) => graph.add_value("", Source::Constant(value.clone())),
+            None => graph.add_input("", m.clone()),
         })
-        .collect();
-    let mut l = Lowering { graph: &mut graph, inputs: operands.clone(), wanted, hint: String::new() };
-    let made = op.lower(&mut l)?;
-    Ok((graph, operands, made))
+    };
+    let inputs = inputs.iter().map(operand).collect();
+    let wanted = vec![true; outputs];
+    let made = op.lower(&mut Lowering { graph: &mut graph, inputs, wanted, hint: String::new() })?;
+    Ok((graph, made))
 }
 
 /// Element types and shapes of a composite operator's outputs.
 pub fn infer_lowered(op: &dyn Op, inputs: &[Option<&Meta>], outputs: usize) -> OpResult<Vec<Meta>> {
-    let (graph, _, made) = alone(op, inputs, vec![true; outputs])?;
+    let (graph, made) = alone(op, inputs, outputs)?;
     let mut metas = Vec::with_capacity(made.len());
     for v in made.into_iter().map_while(|v| v) {
         let meta = graph.value(v).meta.as_ref();
-        let meta = meta.ok_or_else(|| OpError::Internal(format!("the shape of {} is not known", op.name())))?;
+        let meta =
+            meta.ok_or_else(|| OpError::Internal(format!("the shape of {} is not known", op.name())))?;
         metas.push(Meta::new(meta.dtype, &meta.dims));
     }
     Ok(metas)
@@ -196,7 +196,7 @@ pub fn eval_lowered(op: &dyn Op, inputs: &[Option<&Tensor>], outputs: usize) -> 
     let metas: Vec<Option<Meta>> =
         inputs.iter().map(|t| t.map(|t| Meta { value: Some(Arc::new(t.clone())), ..t.meta() })).collect();
     let refs: Vec<Option<&Meta>> = metas.iter().map(Option::as_ref).collect();
-    let (graph, _, made) = alone(op, &refs, vec![true; outputs])?;
+    let (graph, made) = alone(op, &refs, outputs)?;
     let wanted: Vec<ValueId> = made.into_iter().map_while(|v| v).collect();
     crate::exec::reference::interpret(&graph, &Default::default(), &wanted).map_err(|e| match e {
         Error::Op { source, .. } => source,
@@ -211,10 +211,10 @@ impl Graph {
             return Ok(());
         }
         for (i, node) in std::mem::take(&mut self.nodes).into_iter().enumerate() {
-            let computed = |g: &Graph, v: ValueId| matches!(g.value(v).source, Source::Node(n, _) if n.index() == i);
+            let computed =
+                |g: &Graph, v: ValueId| matches!(g.value(v).source, Source::Node(n, _) if n.index() == i);
             // What was folded at plan time is not computed by its node any more.
-            let live: Vec<bool> =
-                node.outputs.iter().map(|v| v.is_some_and(|v| computed(self, v))).collect();
+            let live: Vec<bool> = node.outputs.iter().map(|v| v.is_some_and(|v| computed(self, v))).collect();
             let at = self.nodes.len();
             if !node.op.is_composite() || !live.contains(&true) {
                 for (v, live) in node.outputs.iter().zip(&live) {
@@ -254,7 +254,8 @@ impl Graph {
                 _ => None,
             };
             if free(self, new).is_none() || node.outputs.contains(&Some(new)) {
-                new = self.emit(&hint, Arc::new(crate::ops::cast::Identity), &[Some(new)], 1).map_err(fail)?[0];
+                new =
+                    self.emit(&hint, Arc::new(crate::ops::cast::Identity), &[Some(new)], 1).map_err(fail)?[0];
             }
             let Some((n, slot)) = free(self, new) else { continue };
             self.nodes[n.index()].outputs[slot] = Some(v);
@@ -267,5 +268,73 @@ impl Graph {
             made.iter_mut().filter(|m| **m == Some(new)).for_each(|m| *m = Some(v));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+    use crate::exec::reference::interpret;
+    use crate::graph::{Bindings, Inferred};
+    use crate::ops::composite::{Composite, Made, Recipe};
+
+    /// X itself, X + X, and X + X again.
+    #[derive(Debug)]
+    struct Doubled;
+
+    impl Recipe for Doubled {
+        fn name(&self) -> &'static str {
+            "Doubled"
+        }
+
+        fn outputs(&self) -> usize {
+            3
+        }
+
+        fn lower(&self, l: &mut Lowering) -> Made {
+            let x = l.x(0)?;
+            let sum = l.add(x, x)?;
+            let more = l.add(sum, x)?;
+            assert!(l.meta(more)?.same_shape(&Meta::new(DType::F32, &[2])));
+            Ok(vec![Some(x), Some(sum), Some(sum)])
+        }
+    }
+
+    #[test]
+    fn values_keep_their_ids_and_names() {
+        let mut g = Graph::default();
+        let x = g.add_input("x", Meta::new(DType::F32, &[2]));
+        let before = g.add_node("", Arc::new(Add), vec![Some(x), Some(x)], &[Some("h")])[0];
+        let names = [Some("a"), Some("b"), Some("c")];
+        let made = g.add_node("node", Arc::new(Composite(Doubled)), vec![before], &names);
+        let y = g.add_node("", Arc::new(Mul), vec![made[1], made[2]], &[Some("y")])[0].unwrap();
+        g.outputs.push(y);
+        assert_eq!(g.infer(&Bindings::new()).unwrap(), Inferred::Complete);
+        assert!(g.nodes.iter().all(|n| !n.op.is_composite()));
+        let wanted: Vec<ValueId> = made.iter().flatten().copied().chain([y]).collect();
+        for (v, name) in wanted.iter().zip(["a", "b", "c", "y"]) {
+            assert_eq!(g.value(*v).name, name);
+            let Source::Node(n, slot) = g.value(*v).source else { panic!("{name} is not computed") };
+            assert_eq!(g.node(n).outputs[slot], Some(*v));
+        }
+        let feeds = HashMap::from([(x, Tensor::from_slice(&[2], &[1.0f32, 2.0]).unwrap())]);
+        let out = interpret(&g, &feeds, &wanted).unwrap();
+        let out: Vec<f64> = out.iter().map(|t| t.to_f64()[1]).collect();
+        assert_eq!(out, [4.0, 8.0, 8.0, 64.0]);
+    }
+
+    #[test]
+    fn known_operands_are_folded_and_wrong_ones_named() {
+        let mut g = Graph::default();
+        let x = g.add_constant("x", Tensor::from_slice(&[2], &[1.0f32, 2.0]).unwrap());
+        let made = g.add_node("", Arc::new(Composite(Doubled)), vec![Some(x)], &[None, Some("b")]);
+        g.infer(&Bindings::new()).unwrap();
+        assert!(matches!(&g.value(made[1].unwrap()).source, Source::Constant(t) if t.to_f64() == [2.0, 4.0]));
+        let mut g = Graph::default();
+        g.add_node("", Arc::new(Composite(Doubled)), vec![None], &[Some("b")]);
+        let refused = g.infer(&Bindings::new()).unwrap_err().to_string();
+        assert!(refused.contains("Doubled") && refused.contains("input 0"), "{refused}");
     }
 }

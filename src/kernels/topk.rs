@@ -36,7 +36,14 @@ impl TopK {
         });
     }
 
-    fn row<T: PartialOrd + Copy>(&self, x: &[T], i: usize, values: &mut [T], positions: &mut [i64], order: &mut [u32]) {
+    fn row<T: PartialOrd + Copy>(
+        &self,
+        x: &[T],
+        i: usize,
+        values: &mut [T],
+        positions: &mut [i64],
+        order: &mut [u32],
+    ) {
         let at = |p: u32| x[p as usize * self.inner + i];
         let before = |p: &u32, q: &u32| {
             let (a, b) = if self.largest { (at(*q), at(*p)) } else { (at(*p), at(*q)) };

@@ -82,17 +82,27 @@ impl Attention {
     }
 
     /// Which keys count, as a bool that broadcasts to (B, H, Sq, T); `None`: all.
-    fn allowed(&self, l: &mut Lowering, queries: usize, past: usize, total: usize) -> Result<Option<ValueId>, OpError> {
+    fn allowed(
+        &self,
+        l: &mut Lowering,
+        queries: usize,
+        past: usize,
+        total: usize,
+    ) -> Result<Option<ValueId>, OpError> {
         let positional = self.causal || self.window.iter().any(Option::is_some);
         let distance = |f: &dyn Fn(i64, i64) -> i64| -> Vec<i64> {
-            (0..queries as i64).flat_map(|i| (0..total as i64).map(move |j| (i, j))).map(|(i, j)| f(i, j)).collect()
+            (0..queries as i64)
+                .flat_map(|i| (0..total as i64).map(move |j| (i, j)))
+                .map(|(i, j)| f(i, j))
+                .collect()
         };
         let Some(valid) = l.x_opt(6) else {
             if !positional {
                 return Ok(None);
             }
             let offset = past as i64;
-            let mask: Vec<u8> = distance(&|i, j| self.sees(i + offset, j) as i64).iter().map(|&m| m as u8).collect();
+            let mask: Vec<u8> =
+                distance(&|i, j| self.sees(i + offset, j) as i64).iter().map(|&m| m as u8).collect();
             return Ok(Some(l.constant(Tensor::from_bytes(DType::Bool, &[queries, total], &mask)?)));
         };
         let batch = l.meta(valid)?.len();
@@ -120,7 +130,14 @@ impl Attention {
     }
 
     /// What is added to the scores (B, H, Sq, T), and whether a row of it may forbid every key.
-    fn bias(&self, l: &mut Lowering, dtype: DType, queries: usize, past: usize, total: usize) -> Result<Option<(ValueId, bool)>, OpError> {
+    fn bias(
+        &self,
+        l: &mut Lowering,
+        dtype: DType,
+        queries: usize,
+        past: usize,
+        total: usize,
+    ) -> Result<Option<(ValueId, bool)>, OpError> {
         let mut allowed = self.allowed(l, queries, past, total)?;
         let offset = past as i64;
         let empty_row = |i: i64| (0..total as i64).all(|j| !self.sees(i + offset, j));
@@ -190,7 +207,9 @@ impl Recipe for Attention {
     fn lower(&self, l: &mut Lowering) -> Made {
         let (q, k, v) = (l.x(0)?, l.x(1)?, l.x(2)?);
         if l.x_opt(4).is_some() != l.x_opt(5).is_some() || (l.x_opt(4).is_some() && l.x_opt(6).is_some()) {
-            return Err(OpError::Shape("past keys and values come together, and without a number of keys".into()));
+            return Err(OpError::Shape(
+                "past keys and values come together, and without a number of keys".into(),
+            ));
         }
         let flat = l.meta(q)?.rank() == 3;
         let q = self.split(l, q, self.heads[0])?;
@@ -198,7 +217,8 @@ impl Recipe for Attention {
         let v = self.split(l, v, self.heads[1])?;
         let (past, k) = cached(l, 4, k)?;
         let (_, v) = cached(l, 5, v)?;
-        let (&[b, h, sq, d], &[_, hk, total, _], &[_, _, _, dv]) = (&*l.dims(q)?, &*l.dims(k)?, &*l.dims(v)?) else {
+        let (&[b, h, sq, d], &[_, hk, total, _], &[_, _, _, dv]) = (&*l.dims(q)?, &*l.dims(k)?, &*l.dims(v)?)
+        else {
             return Err(OpError::Shape("queries, keys and values of one rank, 3 or 4, are needed".into()));
         };
         if hk == 0 || h % hk != 0 {
@@ -283,7 +303,12 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         case("4-D", 23).input(&[2, 3, 4, 5]).input(&[2, 3, 6, 5]).input(&[2, 3, 6, 2]),
         case("grouped queries", 23).input(&q).input(&k).input(&v),
         case("causal", 23).int("is_causal", 1).input(&q).input(&k).input(&v),
-        case("window", 25).int("left_window_size", 1).int("right_window_size", 0).input(&q).input(&k).input(&v),
+        case("window", 25)
+            .int("left_window_size", 1)
+            .int("right_window_size", 0)
+            .input(&q)
+            .input(&k)
+            .input(&v),
         case("3-D and softcap", 24)
             .int("q_num_heads", 4)
             .int("kv_num_heads", 2)
@@ -294,10 +319,11 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
             .input(&[2, 4, 6]),
         case("a mask that is added", 23).input(&q).input(&k).input(&v).input(&[3, 4]),
         case("a short mask", 24).input(&q).input(&k).input(&v).input(&[2, 1, 3, 3]),
-        case("a mask with an empty row", 23).input(&q).input(&k).input(&v).fixed(bools(
-            &[3, 4],
-            &[1, 0, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0],
-        )),
+        case("a mask with an empty row", 23)
+            .input(&q)
+            .input(&k)
+            .input(&v)
+            .fixed(bools(&[3, 4], &[1, 0, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0])),
         case("a cache", 23)
             .int("is_causal", 1)
             .input(&q)

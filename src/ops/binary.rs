@@ -26,7 +26,7 @@ pub enum Binary {
     /// NaN where either operand is.
     Min,
     Max,
-    /// `fmod`: the result has the dividend's sign (C), else the divisor's (Python; integers only).
+    /// `fmod`: the result has the dividend's sign (C), else the divisor's (Python; of floats from opset 28).
     Mod {
         fmod: bool,
     },
@@ -84,9 +84,6 @@ impl Op for Binary {
             return Err(OpError::Type("bool where numbers are computed".into()));
         }
         match self {
-            Binary::Mod { fmod: false } if a.dtype.is_float() => {
-                return Err(OpError::Attribute("'fmod' must be 1 for floating-point operands".into()));
-            }
             PRelu if broadcast(&a.dims, &b.dims)? != a.dims => {
                 let what = format!("slope {:?} does not broadcast to {:?}", &b.dims[..], &a.dims[..]);
                 return Err(OpError::Shape(what));
@@ -219,7 +216,14 @@ impl Binary {
             Min => apply::<T>(x, y, |a, b| if a < b || a.is_nan() { a } else { b }),
             Max => apply::<T>(x, y, |a, b| if a > b || a.is_nan() { a } else { b }),
             PRelu => apply::<T>(x, y, |a, slope| if a < zero { slope * a } else { a }),
-            Binary::Mod { .. } => apply::<T>(x, y, (|a, b| a % b) as fn(T, T) -> T),
+            Binary::Mod { fmod: true } => apply::<T>(x, y, (|a, b| a % b) as fn(T, T) -> T),
+            Binary::Mod { fmod: false } => {
+                let modulo = |a: T, b: T| {
+                    let r = a % b;
+                    if r != T::zero() && (r < T::zero()) != (b < T::zero()) { r + b } else { r }
+                };
+                apply::<T>(x, y, modulo as fn(T, T) -> T)
+            }
             Pow => match exponent::<T>(x.get(1).copied().flatten())? {
                 Some(2.0) => apply::<T>(x, y, |a, _| a * a),
                 Some(3.0) => apply::<T>(x, y, |a, _| a * a * a),
@@ -447,6 +451,9 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
     }
     let divisor = Tensor::scalar(0.75);
     cases.push(Case::new("Mod", 10).int("fmod", 1).given(&[3], &[-4.3, 7.2, 5.0]).fixed(divisor));
+    let divisor = Tensor::scalar(-0.75);
+    cases
+        .push(Case::new("Mod", 28).named("the divisor's sign").given(&[3], &[-4.3, 7.2, 5.0]).fixed(divisor));
     let signs = [-0.5, 0.7, 0.3, -0.2, 0.9, -1.2];
     cases.push(Case::new("PRelu", 7).given(&[1, 2, 3], &signs).input(&[2, 1]));
     cases.push(Case::new("PRelu", 16).named("same shape").given(&[2, 3], &signs).input(&[2, 3]));

@@ -172,9 +172,8 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
     use super::cases::Case;
     use crate::tensor::Tensor;
     let ints = |v: &[i64], t: DType| Tensor::ints(v).cast(t);
-    let two = |case: Case, t| {
-        case.fixed(ints(&[12, 7, 255, 0], t)).fixed(ints(&[1, 200, 3, 9], t)).forward_only()
-    };
+    let two =
+        |case: Case, t| case.fixed(ints(&[12, 7, 255, 0], t)).fixed(ints(&[1, 200, 3, 9], t)).forward_only();
     vec![
         two(Case::new("BitShift", 11).string("direction", "LEFT"), DType::U8),
         two(Case::new("BitShift", 28).named("right").string("direction", "RIGHT"), DType::I64),

@@ -78,7 +78,12 @@ impl Op for CastTo {
             (true, true) => Some(dy),
             (true, false) => Some(g.emit(CastTo::new(from), &[dy])?),
         };
-        Ok(Grads::from_slice(&[dx, None]))
+        // Of the other operand the type alone is read.
+        let like = match g.wants(1) {
+            true => Some(g.zeros_like(g.x(1)?)?),
+            false => None,
+        };
+        Ok(Grads::from_slice(&[dx, like]))
     }
 
     fn in_float64(&self) -> Option<Arc<dyn Op>> {
@@ -184,7 +189,10 @@ impl Op for Identity {
 fn cast(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
     let code = spec.attrs.int("to")?.ok_or_else(|| OpError::Attribute("'to' is missing".into()))?;
     let to = i32::try_from(code).ok().and_then(DType::from_onnx);
-    let to = to.ok_or_else(|| OpError::Unsupported(format!("conversion to ONNX element type {code}")))?;
+    let to = to.ok_or_else(|| match code {
+        8 => OpError::Unsupported("conversion to string".into()),
+        code => OpError::Unsupported(format!("conversion to ONNX element type {code}")),
+    })?;
     Ok(Arc::new(CastTo { to: Some(to), how: conversion(spec)? }))
 }
 

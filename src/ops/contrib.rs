@@ -87,9 +87,7 @@ pub(super) const ROWS: &[Row] = &[
     Row::contrib("BiasGelu", |s| defined(s, "BiasGelu", 1, bias_gelu)),
     Row::contrib("FastGelu", |s| defined(s, "FastGelu", 1, fast_gelu)),
     Row::contrib("Gelu", |_| Ok(Arc::new(Unary(Gelu {})))),
-    Row::contrib("QuickGelu", |s| {
-        Ok(Arc::new(Unary(Swish { alpha: s.attrs.float_or("alpha", 1.702)? })))
-    }),
+    Row::contrib("QuickGelu", |s| Ok(Arc::new(Unary(Swish { alpha: s.attrs.float_or("alpha", 1.702)? })))),
     Row::contrib("SkipLayerNormalization", |s| defined(s, "SkipLayerNormalization", 4, skip_layer_norm)),
     Row::contrib("SkipSimplifiedLayerNormalization", |s| {
         defined(s, "SkipSimplifiedLayerNormalization", 4, skip_rms_norm)
@@ -117,11 +115,11 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
             .within(&[8], 0.5, 1.5)
             .input(&[8])
             .input(&[8]),
-        Case::contrib("SkipLayerNormalization")
-            .named("no shift")
-            .input(&[2, 3, 8])
-            .input(&[2, 3, 8])
-            .within(&[8], 0.5, 1.5),
+        Case::contrib("SkipLayerNormalization").named("no shift").input(&[2, 3, 8]).input(&[2, 3, 8]).within(
+            &[8],
+            0.5,
+            1.5,
+        ),
         Case::contrib("SkipSimplifiedLayerNormalization")
             .input(&[2, 3, 8])
             .input(&[2, 3, 8])

@@ -72,7 +72,8 @@ impl Einsum {
 
     /// The labels of the result.
     fn result(&self, operands: &[Labelled]) -> Result<Vec<char>, OpError> {
-        let mut dots: Vec<char> = operands.iter().flat_map(|o| &o.labels).copied().filter(|c| !c.is_ascii()).collect();
+        let mut dots: Vec<char> =
+            operands.iter().flat_map(|o| &o.labels).copied().filter(|c| !c.is_ascii()).collect();
         dots.sort_unstable_by(|a, b| b.cmp(a));
         dots.dedup();
         let Some(result) = &self.result else {
@@ -143,7 +144,12 @@ fn arrange(l: &mut Lowering, x: &Labelled, labels: &[char]) -> Result<(ValueId, 
 }
 
 /// The product of two tensors, summed over the labels that are not kept.
-fn product(l: &mut Lowering, a: &Labelled, b: &Labelled, keep: impl Fn(char) -> bool) -> Result<Labelled, OpError> {
+fn product(
+    l: &mut Lowering,
+    a: &Labelled,
+    b: &Labelled,
+    keep: impl Fn(char) -> bool,
+) -> Result<Labelled, OpError> {
     let both = |c: &&char| b.labels.contains(c);
     let stack: Vec<char> = a.labels.iter().filter(both).filter(|c| keep(**c)).copied().collect();
     let summed: Vec<char> = a.labels.iter().filter(both).filter(|c| !keep(**c)).copied().collect();

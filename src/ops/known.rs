@@ -10,7 +10,7 @@ use crate::dtype_dispatch;
 use crate::error::OpError;
 use crate::graph::GradBuilder;
 use crate::ops::{Cx, Grads, Op, Row, Spec, get, need};
-use crate::tensor::{Dims, Meta, Tensor, View, ViewMut, axis};
+use crate::tensor::{DType, Dims, Meta, Tensor, View, ViewMut, axis};
 
 /// A function of whole tensors.
 pub trait Known: Debug + Send + Sync + 'static {
@@ -206,6 +206,7 @@ impl Known for NonMaxSuppression {
         let most = number(2).unwrap_or(0.0).max(0.0) as usize;
         let limit = number(3).unwrap_or(0.0) as f32;
         let least = number(4).map(|v| v as f32);
+        let (boxes, scores) = (boxes.cast(DType::F32), scores.cast(DType::F32));
         let (boxes, scores) = (boxes.get::<f32>()?, scores.get::<f32>()?);
         let mut chosen: Vec<i64> = Vec::new();
         for sample in 0..n {
@@ -258,7 +259,6 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::DType;
 
     fn run(k: impl Known, x: &[Option<&Tensor>]) -> Vec<Vec<i64>> {
         k.compute(x).unwrap().iter().map(|t| t.to_f64().iter().map(|v| *v as i64).collect()).collect()

@@ -402,7 +402,8 @@ impl Op for LrnGrad {
 
 pub(super) const ROWS: &[Row] = &[
     Row::new("InstanceNormalization", 6, |s| SampleNorm::parse(s, Kind::Instance)),
-    Row::new("LayerNormalization", 17, |s| {
+    // onnxruntime wrote it into models before the standard had it.
+    Row::new("LayerNormalization", 1, |s| {
         SampleNorm::parse(s, Kind::Layer { axis: s.attrs.int_or("axis", -1)? })
     }),
     Row::new("RMSNormalization", 23, |s| {

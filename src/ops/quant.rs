@@ -14,7 +14,7 @@ use crate::ops::binary::{Mul, Sub};
 use crate::ops::cast::CastTo;
 use crate::ops::reduce::{Kind, Reduce};
 use crate::ops::view::reshape;
-use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::ops::{Attrs, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{Conversion, DType, Dims, Meta, View, ViewMut, axis};
 
 pub use fake::FakeQuantize;
@@ -28,10 +28,12 @@ pub struct Layout {
 }
 
 impl Layout {
-    fn parse(spec: &Spec) -> Result<Layout, OpError> {
-        let block = spec.attrs.int_or("block_size", 0)?;
-        let block = usize::try_from(block).map_err(|_| OpError::Attribute(format!("'block_size' is {block}")))?;
-        Ok(Layout { axis: spec.attrs.int_or("axis", 1)?, block })
+    /// From a node's attributes.
+    pub fn of(attrs: &Attrs) -> Result<Layout, OpError> {
+        let block = attrs.int_or("block_size", 0)?;
+        let block =
+            usize::try_from(block).map_err(|_| OpError::Attribute(format!("'block_size' is {block}")))?;
+        Ok(Layout { axis: attrs.int_or("axis", 1)?, block })
     }
 
     pub fn spread(&self, x: &[usize], scale: &[usize]) -> Result<Spread, OpError> {
@@ -129,7 +131,7 @@ impl QuantizeLinear {
             range(dtype).map_err(|_| unsupported())?;
         }
         let saturate = spec.attrs.int_or("saturate", 1)? != 0;
-        Ok(Arc::new(QuantizeLinear { layout: Layout::parse(spec)?, dtype, saturate }))
+        Ok(Arc::new(QuantizeLinear { layout: Layout::of(spec.attrs)?, dtype, saturate }))
     }
 
     /// The type of the levels.
@@ -213,7 +215,7 @@ impl DequantizeLinear {
         if code != 0 && dtype.is_none_or(|d| d.working() != DType::F32) {
             return Err(OpError::Unsupported(format!("floats of ONNX element type {code}")));
         }
-        Ok(Arc::new(DequantizeLinear { layout: Layout::parse(spec)? }))
+        Ok(Arc::new(DequantizeLinear { layout: Layout::of(spec.attrs)? }))
     }
 }
 
@@ -333,7 +335,9 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         dq("last axis", DType::I32).int("axis", 2).within(&[3], 0.1, 1.0),
         dq("blocks", DType::I8)
             .int("block_size", 2)
-            .fixed(Tensor::from_slice(&[2, 2, 3], &(1..13).map(|i| i as f64 / 8.0).collect::<Vec<_>>()).unwrap())
+            .fixed(
+                Tensor::from_slice(&[2, 2, 3], &(1..13).map(|i| i as f64 / 8.0).collect::<Vec<_>>()).unwrap(),
+            )
             .forward_only(),
     ];
     cases.extend(integer::cases());

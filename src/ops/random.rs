@@ -9,7 +9,6 @@ use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::random::Stream;
 use crate::ops::bytes::{sized, to_dims};
-use crate::ops::reduce::ExpandTo;
 use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Elem, Float, Meta, View, ViewMut};
 
@@ -133,10 +132,7 @@ impl Op for Random {
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         // Only the shape of X is read: dX = 0
         let x = g.x(0)?;
-        let meta = g.meta(x)?.clone();
-        let zero = g.scalar(0.0, meta.dtype);
-        let from = Dims::from_elem(1, meta.rank());
-        Ok(Grads::from_slice(&[Some(g.emit(ExpandTo { from, to: meta.dims, scale: 1.0 }, &[zero])?)]))
+        Ok(Grads::from_slice(&[Some(g.zeros_like(x)?)]))
     }
 
     fn is_pure(&self) -> bool {
@@ -153,7 +149,11 @@ pub struct Bernoulli {
 
 /// Writes small whole numbers in any type.
 fn write<I: Iterator<Item = usize>>(y: &mut ViewMut, values: I) -> Result<(), OpError> {
-    fn fill<T: Elem>(y: &mut ViewMut, values: impl Iterator<Item = usize>, f: impl Fn(usize) -> T) -> Result<(), OpError> {
+    fn fill<T: Elem>(
+        y: &mut ViewMut,
+        values: impl Iterator<Item = usize>,
+        f: impl Fn(usize) -> T,
+    ) -> Result<(), OpError> {
         y.get::<T>()?.iter_mut().zip(values).for_each(|(y, v)| *y = f(v));
         Ok(())
     }
@@ -237,8 +237,14 @@ impl Op for Multinomial {
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let x = need(inputs, 0)?;
         match *x.dims {
-            [n, classes] if classes > 0 && x.dtype.is_float() => Ok(vec![sized(self.dtype, &[n, self.samples])?]),
-            _ => Err(OpError::Shape(format!("{} {:?}: (N, classes) of floats is needed", x.dtype, &x.dims[..]))),
+            [n, classes] if classes > 0 && x.dtype.is_float() => {
+                Ok(vec![sized(self.dtype, &[n, self.samples])?])
+            }
+            _ => Err(OpError::Shape(format!(
+                "{} {:?}: (N, classes) of floats is needed",
+                x.dtype,
+                &x.dims[..]
+            ))),
         }
     }
 
@@ -294,7 +300,10 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
     let f64s = DType::F64.to_onnx() as i64;
     vec![
         Case::new("Bernoulli", 15).int("dtype", 7).within(&[4, 5], 0.0, 1.0).forward_only(),
-        Case::new("Multinomial", 22).int("sample_size", 7).fixed(Tensor::scalar(0.5f32).reshaped(&[1, 1]).unwrap()).forward_only(),
+        Case::new("Multinomial", 22)
+            .int("sample_size", 7)
+            .fixed(Tensor::scalar(0.5f32).reshaped(&[1, 1]).unwrap())
+            .forward_only(),
         Case::new("RandomNormal", 22).ints("shape", &[3, 4]).int("dtype", f64s).forward_only(),
         Case::new("RandomUniform", 22).ints("shape", &[3, 4]).int("dtype", f64s).forward_only(),
         Case::new("RandomNormalLike", 22).input(&[3, 4]).tolerance(1e-6),
@@ -305,8 +314,8 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::Tensor;
     use crate::ops::{Attr, Attrs, create};
+    use crate::tensor::Tensor;
 
     fn draw(op_type: &str, attrs: &[(&str, Attr)], inputs: &[&Tensor], seed: u64) -> Vec<f64> {
         let attrs = Attrs(attrs.iter().map(|(k, v)| (k.to_string(), v.clone())).collect());
@@ -330,18 +339,32 @@ mod tests {
             (mean, (x.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / x.len() as f64).sqrt())
         };
         let shape = ("shape", Attr::Ints(vec![n]));
-        let x = draw("RandomNormal", &[shape.clone(), ("mean", Attr::Float(2.0)), ("scale", Attr::Float(3.0))], &[], 1);
+        let x = draw(
+            "RandomNormal",
+            &[shape.clone(), ("mean", Attr::Float(2.0)), ("scale", Attr::Float(3.0))],
+            &[],
+            1,
+        );
         let (mean, deviation) = moments(&x);
         assert!((mean - 2.0).abs() < 0.06 && (deviation - 3.0).abs() < 0.05, "{mean} {deviation}");
-        let x = draw("RandomUniform", &[shape, ("low", Attr::Float(-1.0)), ("high", Attr::Float(3.0))], &[], 1);
+        let x =
+            draw("RandomUniform", &[shape, ("low", Attr::Float(-1.0)), ("high", Attr::Float(3.0))], &[], 1);
         let (mean, deviation) = moments(&x);
-        assert!((mean - 1.0).abs() < 0.03 && (deviation - 4.0 / 12f64.sqrt()).abs() < 0.02, "{mean} {deviation}");
+        assert!(
+            (mean - 1.0).abs() < 0.03 && (deviation - 4.0 / 12f64.sqrt()).abs() < 0.02,
+            "{mean} {deviation}"
+        );
         let p = Tensor::from_slice(&[n as usize], &vec![0.3f32; n as usize]).unwrap();
         assert!((moments(&draw("Bernoulli", &[], &[&p], 5)).0 - 0.3).abs() < 0.01);
         assert_ne!(draw("Bernoulli", &[], &[&p], 5), draw("Bernoulli", &[], &[&p], 6));
         let logits = Tensor::from_slice(&[1, 3], &[0.0f32, 3f32.ln(), 0.0]).unwrap();
         let x = draw("Multinomial", &[("sample_size", Attr::Int(n))], &[&logits], 2);
         let share = |c: f64| x.iter().filter(|v| **v == c).count() as f64 / n as f64;
-        assert!((share(0.0) - 0.2).abs() < 0.01 && (share(1.0) - 0.6).abs() < 0.01, "{} {}", share(0.0), share(1.0));
+        assert!(
+            (share(0.0) - 0.2).abs() < 0.01 && (share(1.0) - 0.6).abs() < 0.01,
+            "{} {}",
+            share(0.0),
+            share(1.0)
+        );
     }
 }

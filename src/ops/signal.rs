@@ -139,7 +139,8 @@ fn stft(a: &Attrs, l: &mut Lowering) -> Made {
         let w = l.reshape(w, &[l.meta(w)?.len(), 1])?;
         x = l.mul(x, w)?;
     }
-    let t = Transform { length, points: length, parts, inverse: false, onesided: a.int_or("onesided", 1)? != 0 };
+    let t =
+        Transform { length, points: length, parts, inverse: false, onesided: a.int_or("onesided", 1)? != 0 };
     let matrix = t.matrix(l, l.dtype(x)?)?;
     let flat = l.reshape(x, &[n * frames, length * parts])?;
     let y = l.emit(MatMul::default(), &[flat, matrix])?;
@@ -220,7 +221,8 @@ impl Known for MelWeightMatrix {
             let [left, centre, right] = [edge(b), edge(b + 1), edge(b + 2)];
             for (r, row) in m.chunks_exact_mut(bins).enumerate() {
                 let r = r as f64;
-                let rise = if centre == left { (r == centre) as u8 as f64 } else { (r - left) / (centre - left) };
+                let rise =
+                    if centre == left { (r == centre) as u8 as f64 } else { (r - left) / (centre - left) };
                 row[b] = match r {
                     r if r >= left && r < centre => rise,
                     r if r == centre && (centre == left || right > centre) => 1.0,
@@ -249,9 +251,7 @@ pub(super) const ROWS: &[Row] = &[
     Row::new("DFT", 17, make_dft),
     Row::new("HammingWindow", 17, |s| window(s, "HammingWindow", [25.0 / 46.0, 21.0 / 46.0, 0.0])),
     Row::new("HannWindow", 17, |s| window(s, "HannWindow", [0.5, 0.5, 0.0])),
-    Row::new("MelWeightMatrix", 17, |s| {
-        Ok(Arc::new(AtPlanTime(MelWeightMatrix { dtype: output_type(s)? })))
-    }),
+    Row::new("MelWeightMatrix", 17, |s| Ok(Arc::new(AtPlanTime(MelWeightMatrix { dtype: output_type(s)? })))),
     Row::new("STFT", 17, |s| defined(s, "STFT", 1, stft)),
 ];
 

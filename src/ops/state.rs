@@ -104,7 +104,10 @@ impl LinearAttention {
         };
         let heads = [heads("q_num_heads")?, heads("kv_num_heads")?];
         if heads[0] % heads[1] != 0 {
-            return Err(OpError::Attribute(format!("{} heads of queries for {} of keys", heads[0], heads[1])));
+            return Err(OpError::Attribute(format!(
+                "{} heads of queries for {} of keys",
+                heads[0], heads[1]
+            )));
         }
         composite(LinearAttention { decays, corrects, heads, scale: a.float_or("scale", 0.0)? })
     }

@@ -39,7 +39,16 @@ impl DType {
     pub fn size(self) -> usize {
         match self {
             DType::I8 | DType::U8 | DType::Bool => 1,
-            DType::F8E4M3Fn | DType::F8E4M3Fnuz | DType::F8E5M2 | DType::F8E5M2Fnuz | DType::F8E8M0 | DType::F4E2M1 | DType::U4 | DType::I4 | DType::U2 | DType::I2 => 1,
+            DType::F8E4M3Fn
+            | DType::F8E4M3Fnuz
+            | DType::F8E5M2
+            | DType::F8E5M2Fnuz
+            | DType::F8E8M0
+            | DType::F4E2M1
+            | DType::U4
+            | DType::I4
+            | DType::U2
+            | DType::I2 => 1,
             DType::F16 | DType::BF16 | DType::I16 | DType::U16 => 2,
             DType::F32 | DType::I32 | DType::U32 => 4,
             DType::F64 | DType::I64 | DType::U64 => 8,
@@ -54,7 +63,9 @@ impl DType {
     pub fn reads_as(self, elem: DType) -> bool {
         self == elem
             || match elem {
-                DType::U8 => self == DType::Bool || self.is_narrow() && !matches!(self, DType::I4 | DType::I2),
+                DType::U8 => {
+                    self == DType::Bool || self.is_narrow() && !matches!(self, DType::I4 | DType::I2)
+                }
                 DType::I8 => matches!(self, DType::I4 | DType::I2),
                 _ => false,
             }

@@ -75,7 +75,8 @@ impl Format {
             let sign = if negative { -1.0 } else { 1.0 };
             return if magnitude == infinity { sign * f64::INFINITY } else { f64::NAN };
         }
-        let (exponent, fraction) = (magnitude as i32 >> self.mantissa, magnitude as i32 & ((1 << self.mantissa) - 1));
+        let (exponent, fraction) =
+            (magnitude as i32 >> self.mantissa, magnitude as i32 & ((1 << self.mantissa) - 1));
         let value = match exponent {
             0 => fraction as f64 * power(1 - self.bias - self.mantissa),
             e => (fraction + (1 << self.mantissa)) as f64 * power(e - self.bias - self.mantissa),
@@ -99,7 +100,8 @@ impl Format {
         let least = 1 - self.bias;
         let exponent = if a.is_finite() && a > 0.0 { (a.log2().floor() as i32).max(least) } else { least };
         // log2 may be off by one at powers of two; halving the step there does no harm, doubling it would.
-        let exponent = if a.is_finite() && power(exponent) > a { (exponent - 1).max(least) } else { exponent };
+        let exponent =
+            if a.is_finite() && power(exponent) > a { (exponent - 1).max(least) } else { exponent };
         let step = power(exponent - self.mantissa);
         let rounded = if a.is_finite() { (a / step).round_ties_even() * step } else { a };
         if rounded > self.largest {
@@ -233,7 +235,8 @@ mod tests {
     #[test]
     fn numbers_round_to_the_nearest_even() {
         for t in FORMATS {
-            let all: Vec<f64> = (0..1u16 << t.bits()).map(|b| t.decode(b as u8)).filter(|x| x.is_finite()).collect();
+            let all: Vec<f64> =
+                (0..1u16 << t.bits()).map(|b| t.decode(b as u8)).filter(|x| x.is_finite()).collect();
             let most = all.iter().fold(0.0f64, |m, x| m.max(*x));
             for i in -4000..4000 {
                 let x = i as f64 / 4000.0 * most + 1e-5;
@@ -260,7 +263,10 @@ mod tests {
     fn packed_integers() {
         assert_eq!(DType::U4.unpack(&[0x21, 0x0F], 3), [1, 2, 15]);
         assert_eq!(DType::I4.unpack(&[0xF8], 2).iter().map(|b| *b as i8).collect::<Vec<_>>(), [-8, -1]);
-        assert_eq!(DType::I2.unpack(&[0b1101_1000], 4).iter().map(|b| *b as i8).collect::<Vec<_>>(), [0, -2, 1, -1]);
+        assert_eq!(
+            DType::I2.unpack(&[0b1101_1000], 4).iter().map(|b| *b as i8).collect::<Vec<_>>(),
+            [0, -2, 1, -1]
+        );
         assert_eq!(DType::I4.encode(9.0, Conversion::default()) as i8, -7);
     }
 }

@@ -11,5 +11,6 @@ mod icp;
 mod layout;
 mod memory;
 mod onnx_cases;
+mod quantised;
 mod real_models;
 mod resume;

@@ -50,7 +50,13 @@ impl Rotary {
     }
 
     /// Cosines or sines as (B, S, R/2).
-    fn angles(&self, l: &mut Lowering, slot: usize, batch: usize, sequence: usize) -> Result<ValueId, OpError> {
+    fn angles(
+        &self,
+        l: &mut Lowering,
+        slot: usize,
+        batch: usize,
+        sequence: usize,
+    ) -> Result<ValueId, OpError> {
         let cache = l.x(slot)?;
         let Some(mut positions) = l.x_opt(self.slots[2]) else { return Ok(cache) };
         if l.meta(positions)?.rank() < 2 {
@@ -88,7 +94,12 @@ impl Recipe for Rotary {
                 }
                 (b, s, false, [b, s, heads, width / heads])
             }
-            _ => return Err(OpError::Shape(format!("x of shape {:?}: rank 3 or 4 is needed", dims.as_slice()))),
+            _ => {
+                return Err(OpError::Shape(format!(
+                    "x of shape {:?}: rank 3 or 4 is needed",
+                    dims.as_slice()
+                )));
+            }
         };
         let d = shape[3];
         let r = if self.rotated == 0 { d } else { self.rotated };
@@ -101,7 +112,11 @@ impl Recipe for Rotary {
             let found = self.angles(l, self.slots[i], b, s)?;
             if l.dims(found)?.as_slice() != [b, s, half] {
                 let have = l.dims(found)?;
-                return Err(OpError::Shape(format!("angles of shape {:?}, not {:?}", &have[..], [b, s, half])));
+                return Err(OpError::Shape(format!(
+                    "angles of shape {:?}, not {:?}",
+                    &have[..],
+                    [b, s, half]
+                )));
             }
             *v = match heads_first {
                 true => l.reshape(found, &[b, 1, s, half])?,

@@ -55,7 +55,9 @@ fn lines() -> String {
         let own = || cases.iter().filter(|c| c.is_of(row));
         let forward = match own().next().map(Case::make) {
             Some(op) if op.is_composite() => "made of others",
-            _ if ["NonMaxSuppression", "NonZero", "Unique"].contains(&row.op_type) => "values known when planned",
+            _ if ["NonMaxSuppression", "NonZero", "Unique"].contains(&row.op_type) => {
+                "values known when planned"
+            }
             _ => "kernel",
         };
         let gradient = match row.op_type {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{Layout, level_dispatch, sum_to_scales};
 use crate::error::OpError;
 use crate::float_dispatch;
-use crate::graph::{Graph, GradBuilder, NodeId, Source, ValueId};
+use crate::graph::{GradBuilder, Graph, NodeId, Source, ValueId};
 use crate::kernels::quant::{Levels, Spread};
 use crate::ops::bytes::second_derivative;
 use crate::ops::quant::{DequantizeLinear, QuantizeLinear, range};
@@ -38,6 +38,11 @@ struct FakeQuantizeGrad {
 }
 
 impl FakeQuantize {
+    /// A weight of the file whose integers, of type `levels`, are trained as floats that are rounded to them.
+    pub fn of_weight(layout: Layout, levels: DType) -> Self {
+        FakeQuantize { layout, levels }
+    }
+
     /// Joins every pair of the graph, whose shapes are known: a DequantizeLinear of a QuantizeLinear's levels by the
     /// same scale and zero point.
     pub fn join(graph: &mut Graph) {
@@ -60,7 +65,8 @@ impl FakeQuantize {
             if range(meta.dtype).is_err() {
                 continue;
             }
-            let layouts = back.layout == quantize.layout || single(graph, there.inputs.get(1).copied().flatten());
+            let layouts =
+                back.layout == quantize.layout || single(graph, there.inputs.get(1).copied().flatten());
             if !layouts || !same(1) || !same(2) {
                 continue;
             }
@@ -106,6 +112,10 @@ impl Op for FakeQuantize {
             levels.round(data.get()?, y.get()?);
             Ok(())
         }))
+    }
+
+    fn remark(&self) -> Option<String> {
+        Some(format!("computed in floating point, rounded to the levels of {}", self.levels))
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {

@@ -29,7 +29,13 @@ fn exact(terms: usize) -> DType {
 }
 
 /// Operand `slot` less its zero point, seen under `shape` where it is not one number.
-fn centred(l: &mut Lowering, slot: usize, zero: usize, to: DType, shape: impl Fn(usize) -> Vec<usize>) -> Value {
+fn centred(
+    l: &mut Lowering,
+    slot: usize,
+    zero: usize,
+    to: DType,
+    shape: impl Fn(usize) -> Vec<usize>,
+) -> Value {
     let x = l.x(slot)?;
     if !matches!(l.dtype(x)?, DType::U8 | DType::I8) {
         return Err(OpError::Type(format!("quantised operands of {}", l.dtype(x)?)));
