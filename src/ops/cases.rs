@@ -403,7 +403,6 @@ pub fn close(name: &str, what: &str, a: &[f64], b: &[f64], tolerance: f64) {
 /// Every family's cases.
 fn all() -> Vec<Case> {
     [
-        super::affine::cases(),
         super::attention::cases(),
         super::batch_norm::cases(),
         super::binary::cases(),

@@ -15,7 +15,6 @@ use crate::error::OpError;
 use crate::graph::{GradBuilder, Lowering, ValueId};
 use crate::tensor::{Elem, Meta, Tensor, View, ViewMut};
 
-pub mod affine;
 pub mod attention;
 pub mod batch_norm;
 pub mod binary;

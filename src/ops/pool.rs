@@ -286,7 +286,7 @@ impl Op for MaxPoolGrad {
     }
 }
 
-/// ONNX `AveragePool` (opset 7; dilations since 19).
+/// ONNX `AveragePool` (opset 1; dilations since 19).
 #[derive(Debug, Clone)]
 pub struct AveragePool {
     pub window: Window,
@@ -570,7 +570,7 @@ impl Op for LpPoolGrad {
 }
 
 pub(super) const ROWS: &[Row] = &[
-    Row::new("AveragePool", 7, AveragePool::make),
+    Row::new("AveragePool", 1, AveragePool::make),
     Row::new("GlobalAveragePool", 1, |_| Ok(Arc::new(GlobalAveragePool { layout: Layout::First }))),
     Row::new("GlobalLpPool", 2, |s| LpPool::of(s, None)),
     Row::new("GlobalMaxPool", 1, |_| Ok(Arc::new(GlobalMaxPool { layout: Layout::First }))),

@@ -15,7 +15,7 @@ use crate::ops::cast::CastTo;
 use crate::ops::reduce::{Kind, Reduce};
 use crate::ops::view::reshape;
 use crate::ops::{Attrs, Cx, Grads, Op, Row, Spec, get, need, out};
-use crate::tensor::{Conversion, DType, Dims, Meta, View, ViewMut, axis};
+use crate::tensor::{Conversion, DType, Dims, Float, Meta, View, ViewMut, axis};
 
 pub use fake::FakeQuantize;
 
@@ -180,7 +180,7 @@ impl Op for QuantizeLinear {
                 spread.each(y.bytes, |y, at, k, step| {
                     for (i, (y, x)) in y.iter_mut().zip(&x[at..]).enumerate() {
                         let k = k + i * step;
-                        *y = to.encode(f64::from(*x / scale[k]) + zero(k), how);
+                        *y = to.encode((*x / scale[k]).to64() + zero(k), how);
                     }
                 });
                 Ok(())

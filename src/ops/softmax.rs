@@ -168,9 +168,9 @@ impl Op for Hardmax {
 }
 
 pub(super) const ROWS: &[Row] = &[
-    Row::new("Softmax", 7, |s| Ok(Arc::new(Softmax { over: Over::new(s)?, log: false }))),
-    Row::new("LogSoftmax", 7, |s| Ok(Arc::new(Softmax { over: Over::new(s)?, log: true }))),
-    Row::new("Hardmax", 7, |s| Ok(Arc::new(Hardmax { over: Over::new(s)? }))),
+    Row::new("Softmax", 1, |s| Ok(Arc::new(Softmax { over: Over::new(s)?, log: false }))),
+    Row::new("LogSoftmax", 1, |s| Ok(Arc::new(Softmax { over: Over::new(s)?, log: true }))),
+    Row::new("Hardmax", 1, |s| Ok(Arc::new(Hardmax { over: Over::new(s)? }))),
 ];
 
 #[cfg(test)]

@@ -34,7 +34,6 @@ impl Row {
 
 /// The rows of every family.
 static FAMILIES: &[&[Row]] = &[
-    super::affine::ROWS,
     super::attention::ROWS,
     super::batch_norm::ROWS,
     super::binary::ROWS,

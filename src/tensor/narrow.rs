@@ -175,7 +175,7 @@ impl DType {
         let bits = self.bits();
         let signed = matches!(self, DType::I4 | DType::I2);
         let one = |i: usize| {
-            let raw = bytes[i * bits / 8] >> (i * bits % 8) << (8 - bits);
+            let raw = (bytes[i * bits / 8] >> (i * bits % 8)) << (8 - bits);
             if signed { (raw as i8 >> (8 - bits)) as u8 } else { raw >> (8 - bits) }
         };
         (0..count).map(one).collect()

@@ -11,6 +11,17 @@ use crate::graph::{ValueId, grad};
 use crate::ops::table::{NEWEST, Row, table};
 
 const START: &str = "<!-- operators: written by the test `readme`, RETUNE_README=write -->\n";
+/// Computed when the plan is made.
+const AT_PLAN_TIME: &[&str] = &[
+    "BlackmanWindow",
+    "HammingWindow",
+    "HannWindow",
+    "MelWeightMatrix",
+    "NonMaxSuppression",
+    "NonZero",
+    "Unique",
+];
+
 const END: &str = "<!-- operators end -->";
 
 impl Case {
@@ -55,13 +66,13 @@ fn lines() -> String {
         let own = || cases.iter().filter(|c| c.is_of(row));
         let forward = match own().next().map(Case::make) {
             Some(op) if op.is_composite() => "made of others",
-            _ if ["NonMaxSuppression", "NonZero", "Unique"].contains(&row.op_type) => {
-                "values known when planned"
-            }
+            _ if AT_PLAN_TIME.contains(&row.op_type) => "values known when planned",
             _ => "kernel",
         };
         let gradient = match row.op_type {
             "QuantizeLinear" => "straight through, before DequantizeLinear",
+            "DequantizeLinear" => "straight through, after QuantizeLinear; of the scale",
+            "DynamicQuantizeLinear" => "of the scale",
             _ if own().any(Case::checks_a_gradient) => "yes",
             _ => "–",
         };
