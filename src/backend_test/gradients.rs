@@ -169,6 +169,7 @@ pub(super) fn check(model: &Model, feeds: &[(ValueId, Tensor)]) -> Checked {
 }
 
 fn compare(model: &Model, feeds: &[(ValueId, Tensor)]) -> Result<Checked> {
+    let failed = |e: OpError| Error::Op { node: "the sum of the outputs".into(), source: e };
     let (graph, weights) = widened(model)?;
     let wide = |t: &Tensor| if t.dtype().is_float() { t.cast(DType::F64) } else { t.clone() };
     let mut fed: Vec<(ValueId, Tensor)> = feeds.iter().map(|(v, t)| (*v, wide(t))).collect();
@@ -177,6 +178,16 @@ fn compare(model: &Model, feeds: &[(ValueId, Tensor)]) -> Result<Checked> {
         return Ok(unchecked("too large for the plain executor"));
     }
     let (mut graph, bound) = inferred(&graph, &fed)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(11);
+    for (v, t) in &mut fed {
+        if t.dtype() == DType::F64 && !bound.contains(v) {
+            // Next to such numbers a step is nothing; some cases hold memory that was never written.
+            let tame =
+                |x: &f64| if x.is_finite() && x.abs() > 1e6 { rng.random_range(-1.0..1.0) } else { *x };
+            let tamed: Vec<f64> = t.to_f64().iter().map(tame).collect();
+            *t = Tensor::from_slice(t.dims(), &tamed).map_err(failed)?;
+        }
+    }
     let wrt: Vec<ValueId> = fed
         .iter()
         .filter(|(v, t)| t.dtype() == DType::F64 && !bound.contains(v) && !t.is_empty())
@@ -188,8 +199,6 @@ fn compare(model: &Model, feeds: &[(ValueId, Tensor)]) -> Result<Checked> {
     if let Some(node) = graph.nodes.iter().find(|n| n.op.name() == "FakeQuantize") {
         return Ok(unchecked(format!("{}: its gradient is not its derivative", node.op.name())));
     }
-    let mut rng = ChaCha8Rng::seed_from_u64(11);
-    let failed = |e: OpError| Error::Op { node: "the sum of the outputs".into(), source: e };
     let Some(loss) = loss(&mut graph, &mut rng).map_err(failed)? else {
         return Ok(Checked::None("no floating-point output".into()));
     };

@@ -67,7 +67,7 @@ impl<'a> Builder<'a> {
             let len = at.len.unwrap_or(size);
             Location { file: at.file, offset: at.offset, len, encoding: Encoding::Raw }
         } else {
-            let raw = t.raw_data.as_ref().map(std::slice::from_ref).unwrap_or_default();
+            let raw = t.raw_data.as_slice();
             Location::of_chunks(self.files.model(), raw, Encoding::Raw).map_err(fail)?
         };
         let id = self.weight(&t.name, dtype, dims, location)?;
