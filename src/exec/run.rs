@@ -94,12 +94,15 @@ fn with_states(
                 continue;
             }
         };
+        let bytes = if bytes.is_empty() { empty() } else { bytes };
         x.push(Some(View { dtype: o.dtype, dims: &o.dims, bytes }));
     }
     let mut y: SmallVec<[Option<ViewMut>; 8]> = SmallVec::new();
     for o in &step.y {
         let len = o.dims.iter().product::<usize>() * o.dtype.size();
         let bytes = match o.place {
+            // Nothing may lie where something else is read.
+            Place::Arena(_) if len == 0 => Some(empty()),
             Place::Arena(i) => arena[i].write(),
             Place::Store(i) => written[i].take().map(|b| &mut b[..len]),
             Place::Constant(_) | Place::None => None,
@@ -114,6 +117,11 @@ fn with_states(
     let mut nothing = Buffer::default();
     let scratch = step.scratch.and_then(|i| arena[i].write()).unwrap_or(nothing.bytes_mut());
     step.op.forward(&mut Cx { scratch, seed: memory.seed ^ mix(step.node.0 as u64) }, &x, &mut y)
+}
+
+/// No bytes, aligned for any element type.
+fn empty<'a>() -> &'a mut [u8] {
+    bytemuck::cast_slice_mut::<u64, u8>(&mut [])
 }
 
 /// Spreads small integers over all bits (splitmix64's finaliser).

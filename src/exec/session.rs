@@ -196,7 +196,7 @@ impl Session {
     pub fn graph(&self) -> Result<Graph> {
         let mut graph = self.model.graph.clone();
         for (i, w) in self.model.weights.iter().enumerate() {
-            let meta = Meta::new(w.dtype.working(), &w.dims);
+            let meta = Meta::new(w.working(), &w.dims);
             let value = graph.value_mut(w.value);
             if let Some(s) = self.states[i] {
                 value.source = Source::State(s);

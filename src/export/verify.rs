@@ -151,7 +151,7 @@ mod with_tract {
             DType::U32 => DatumType::U32,
             DType::U64 => DatumType::U64,
             DType::Bool => DatumType::Bool,
-            DType::BF16 => return Err(tract::TractError::msg("has no bfloat16")),
+            other => return Err(tract::TractError::msg(format!("has no {other}"))),
         };
         let mut out = tract::Tensor::zero_dt(dt, t.dims())?;
         out.as_bytes_mut().copy_from_slice(t.bytes());

@@ -221,7 +221,8 @@ impl Chains {
         if let Some((id, alpha)) = self.factor(graph, y)
             && self.extend(graph, &mut tail, id)
         {
-            node.op = Arc::new(MatMul { alpha: alpha as f32 });
+            let before = node.op.as_a::<MatMul>().map_or(1.0, |m| m.alpha);
+            node.op = Arc::new(MatMul { alpha: before * alpha as f32 });
         }
         if let Some((id, bias)) = self.bias(graph, tail.out)
             && self.extend(graph, &mut tail, id)

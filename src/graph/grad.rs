@@ -7,9 +7,9 @@ use std::sync::Arc;
 use crate::error::{Blocker, Error, OpError, Result};
 use crate::graph::{Graph, NodeId, ValueId, op_type};
 use crate::ops::binary::Add;
-use crate::ops::reduce::SumTo;
+use crate::ops::reduce::{ExpandTo, SumTo};
 use crate::ops::{Grads, Op};
-use crate::tensor::{DType, Meta, Tensor};
+use crate::tensor::{DType, Dims, Meta, Tensor};
 
 /// The gradient value of each value that was asked for and that the loss depends on.
 pub type Gradients = HashMap<ValueId, ValueId>;
@@ -93,6 +93,14 @@ impl GradBuilder<'_> {
     /// A scalar constant of the given element type.
     pub fn scalar(&mut self, x: f64, dtype: DType) -> ValueId {
         self.graph.add_constant("", Tensor::scalar(x).cast(dtype))
+    }
+
+    /// Zeros of the type and shape of `v`: the gradient of an input of which only those are read.
+    pub fn zeros_like(&mut self, v: ValueId) -> std::result::Result<ValueId, OpError> {
+        let meta = self.meta(v)?.clone();
+        let zero = self.scalar(0.0, meta.dtype);
+        let from = Dims::from_elem(1, meta.rank());
+        self.emit(ExpandTo { from, to: meta.dims, scale: 1.0 }, &[zero])
     }
 
     pub fn constant(&mut self, t: Tensor) -> ValueId {

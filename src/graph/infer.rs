@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::error::{Error, OpError, Result};
 use crate::graph::{Dim, Graph, NodeId, Source, ValueId};
 use crate::ops::eval;
+use crate::ops::quant::FakeQuantize;
 use crate::tensor::{Meta, Tensor};
 
 /// Outputs of at most this many elements are computed at plan time when their inputs are known.
@@ -23,7 +24,7 @@ pub enum Inferred {
 }
 
 impl Graph {
-    /// Infers all shapes for the given inputs and folds what is constant.
+    /// Infers all shapes for the given inputs, folds what is constant and replaces composite operators.
     ///
     /// Weights and states must have their `meta`. A batch dimension that the file fixes, and that the
     /// binding changes, is changed in constant `Reshape` and `Expand` shapes too.
@@ -61,6 +62,8 @@ impl Graph {
                 Err(source) => return Err(Error::Op { node: self.describe(id), source }),
             }
         }
+        FakeQuantize::join(self);
+        self.lower()?;
         Ok(Inferred::Complete)
     }
 

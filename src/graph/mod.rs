@@ -5,6 +5,7 @@ mod fuse;
 mod grad;
 mod infer;
 mod layout;
+mod lower;
 mod passes;
 
 use std::fmt;
@@ -18,6 +19,7 @@ pub use fuse::{fuse, fuse_sums, gather_statistics, join_normalisations};
 pub use grad::{GradBuilder, Gradients, grad};
 pub use infer::{Bindings, Inferred};
 pub use layout::{PinnedLayouts, layout};
+pub use lower::{Lowering, eval_lowered, infer_lowered};
 pub use passes::{inline, logits, set_mode};
 
 macro_rules! id {

@@ -79,7 +79,7 @@ fn floats(a: &AttributeProto) -> Result<Vec<f32>, String> {
 pub(super) fn tensor(files: &mut Files, t: &TensorProto, dtype: DType) -> Result<Tensor, String> {
     let stored = if t.data_location == EXTERNAL {
         let dims = dims_of(&t.dims)?;
-        let want = super::weights::byte_size(dtype, &dims)?;
+        let want = super::weights::byte_size(dtype, &dims)?.div_ceil(8 / dtype.bits().min(8));
         let at = files.external(t).map_err(|e| e.to_string())?;
         let end = at.offset.saturating_add(at.len.unwrap_or(want));
         let bytes =

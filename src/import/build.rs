@@ -1,5 +1,7 @@
 //! One graph node per ONNX node, in an order in which they can run; constants become values.
 
+mod quantised;
+
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
 use std::sync::Arc;
@@ -13,6 +15,7 @@ use crate::import::roles;
 use crate::import::weights::{
     CONSTANT_INTS, Encoding, INITIALIZER_INTS, Location, Reader, Role, Split, Weight, byte_size, dims_of,
 };
+use crate::ops::quant::FakeQuantize;
 use crate::ops::{Attr, Attrs, Foreign, Spec, create};
 use crate::tensor::{DType, Dims, Meta, Tensor};
 
@@ -38,6 +41,7 @@ pub(super) fn build(
     let functions: HashSet<(&str, &str)> =
         model.functions.iter().map(|f| (f.domain.as_str(), f.name.as_str())).collect();
     let mut found = Findings::default();
+    let quantised = quantised::weights(proto);
     loop {
         let mut b = Builder {
             proto,
@@ -45,6 +49,7 @@ pub(super) fn build(
             files,
             functions: &functions,
             found: &found,
+            quantised: &quantised,
             graph: Graph::default(),
             names: HashMap::new(),
             weights: Vec::new(),
@@ -167,6 +172,8 @@ struct Builder<'a> {
     files: &'a mut Files,
     functions: &'a HashSet<(&'a str, &'a str)>,
     found: &'a Findings,
+    /// Of integer initializers that stand for weights, the `DequantizeLinear` that reads them.
+    quantised: &'a HashMap<&'a str, usize>,
     graph: Graph,
     names: HashMap<&'a str, ValueId>,
     weights: Vec<Weight>,
@@ -202,7 +209,14 @@ impl<'a> Builder<'a> {
 
     fn constants(&mut self) -> Result<()> {
         for t in &self.proto.initializer {
-            self.tensor(&t.name, t, INITIALIZER_INTS, "Initializer")?;
+            let levels = match self.quantised.get(t.name.as_str()) {
+                Some(node) => self.levels(*node),
+                None => None,
+            };
+            match levels {
+                Some(levels) => self.quantised_weight(t, levels)?,
+                None => self.tensor(&t.name, t, INITIALIZER_INTS, "Initializer")?,
+            }
         }
         for s in &self.proto.sparse_initializer {
             if let Some(t) = &s.values {
@@ -256,6 +270,7 @@ impl<'a> Builder<'a> {
             uses: Vec::new(),
             split: None,
             merged: false,
+            quantised: None,
         };
         // What is damaged is found now; nothing is decoded for it but half floats in varints.
         if !matches!(w.location.encoding, Encoding::Filled { .. }) {
@@ -329,7 +344,16 @@ impl<'a> Builder<'a> {
                 })?),
             });
         }
-        let made = attrs.and_then(|a| self.operator(n, &a).map(|op| (op, a)));
+        let weight = inputs.first().copied().flatten().and_then(|v| match self.graph.value(v).source {
+            Source::Weight(w) => self.weights.get(w.index()),
+            _ => None,
+        });
+        let levels =
+            weight.and_then(|w| Some(FakeQuantize::of_weight(w.quantised.as_ref()?.layout, w.dtype)));
+        let made = attrs.and_then(|a| match levels {
+            Some(op) if n.op_type == "DequantizeLinear" => Ok((Arc::new(op) as _, a)),
+            _ => self.operator(n, &a).map(|op| (op, a)),
+        });
         let (op, attrs) = made.unwrap_or_else(|why| {
             // What a subgraph takes from outside is an input like the others: the gradient may not
             // pass by, nor may what computes it be pruned.

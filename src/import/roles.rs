@@ -87,7 +87,7 @@ fn strength(role: Role) -> usize {
 /// The dimensions after an operator that only moves elements, where they follow from its attributes.
 fn moved(op: &str, attrs: &Attrs, dims: &Dims, shape: Option<Vec<i64>>) -> Option<Dims> {
     match op {
-        "Identity" | "Cast" | "CastLike" => Some(dims.clone()),
+        "Identity" | "Cast" | "CastLike" | "FakeQuantize" => Some(dims.clone()),
         "Transpose" => match attrs.ints("perm").ok()? {
             None => Some(dims.iter().rev().copied().collect()),
             Some(p) => p.iter().map(|&a| dims.get(usize::try_from(a).ok()?).copied()).collect(),
@@ -136,7 +136,15 @@ fn moved(op: &str, attrs: &Attrs, dims: &Dims, shape: Option<Vec<i64>>) -> Optio
 fn moves_only(op: &str) -> bool {
     matches!(
         op,
-        "Transpose" | "Reshape" | "Unsqueeze" | "Squeeze" | "Cast" | "CastLike" | "Identity" | "Flatten"
+        "Transpose"
+            | "Reshape"
+            | "Unsqueeze"
+            | "Squeeze"
+            | "Cast"
+            | "CastLike"
+            | "Identity"
+            | "Flatten"
+            | "FakeQuantize"
     )
 }
 
@@ -242,15 +250,24 @@ impl Roles<'_> {
             ("BatchNormalization", 3) => RunningMean,
             ("BatchNormalization", 4) => RunningVar,
             (
-                "InstanceNormalization" | "LayerNormalization" | "GroupNormalization" | "RMSNormalization",
+                "InstanceNormalization"
+                | "LayerNormalization"
+                | "GroupNormalization"
+                | "RMSNormalization"
+                | "SimplifiedLayerNormalization",
                 1,
-            ) => Scale,
-            ("InstanceNormalization" | "LayerNormalization" | "GroupNormalization", 2) => Shift,
+            )
+            | ("SkipLayerNormalization" | "SkipSimplifiedLayerNormalization", 2) => Scale,
+            ("InstanceNormalization" | "LayerNormalization" | "GroupNormalization", 2)
+            | ("SkipLayerNormalization", 3) => Shift,
+            ("SkipLayerNormalization", 4) | ("SkipSimplifiedLayerNormalization", 3) => Bias,
+            ("BiasGelu" | "FastGelu", 1) | ("CausalConvWithState", 2) => Bias,
+            ("CausalConvWithState", 1) => Weight,
             ("Gemm", 0 | 1) => Weight,
             ("Gemm", 2) => Bias,
             // A vector that depends on one axis only, such as rotary frequencies, is no matrix.
-            ("MatMul", _) if rank.is_none_or(|r| r == 2) => Weight,
-            ("MatMul", _)
+            ("MatMul" | "FusedMatMul", _) if rank.is_none_or(|r| r == 2) => Weight,
+            ("MatMul" | "FusedMatMul", _)
                 if rank.is_some_and(|r| r > 2) && dims.is_some_and(|d| single_axis(d).is_none()) =>
             {
                 if len > 1 { Weight } else { Constant }
@@ -355,7 +372,7 @@ impl Roles<'_> {
             match self.graph.value(v).source {
                 Source::Weight(w) => return Some((w, direct)),
                 Source::Node(n, 0) if moves_only(self.op(n)) => {
-                    direct &= matches!(self.op(n), "Identity" | "Cast");
+                    direct &= matches!(self.op(n), "Identity" | "Cast" | "FakeQuantize");
                     v = self.input(n, 0)?;
                 }
                 _ => return None,

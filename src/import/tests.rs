@@ -516,3 +516,46 @@ fn real_models() {
         }
     }
 }
+
+#[test]
+fn integers_that_are_dequantised_are_a_weight() {
+    let small = |name: &str, dims: &[i64], levels: &[i8]| TensorProto {
+        name: name.into(),
+        dims: dims.to_vec(),
+        data_type: 3,
+        raw_data: Some(levels.iter().map(|v| *v as u8).collect::<Vec<u8>>().into()),
+        ..Default::default()
+    };
+    let nodes = vec![
+        with(
+            node("DequantizeLinear", &["w", "scale", "zero"], &["wide"]),
+            AttributeProto { i: 1, ..attr("axis", 2) },
+        ),
+        node("MatMul", &["x", "wide"], &["h"]),
+        node("DequantizeLinear", &["shared", "one", ""], &["a"]),
+        node("Add", &["h", "a"], &["g"]),
+        node("CastLike", &["g", "shared"], &["y"]),
+    ];
+    let tensors = vec![
+        small("w", &[3, 2], &[1, -2, 3, 127, -128, 0]),
+        floats("scale", &[2], &[0.5, 0.25]),
+        small("zero", &[2], &[1, 0]),
+        small("shared", &[], &[5]),
+        floats("one", &[], &[1.0]),
+    ];
+    let m = import(&model(nodes, tensors, "y")).unwrap();
+    assert_eq!((role(&m, "w"), m.weight(m.find_weight("w").unwrap()).dtype), (Role::Weight, DType::I8));
+    assert_eq!(values(&m, "w"), [0.0, -0.5, 1.0, 31.75, -64.5, 0.0]);
+    assert_eq!(m.graph.nodes[0].op.name(), "FakeQuantize");
+    // Something else reads these integers, so they stay what they are.
+    assert_eq!(m.find_weight("shared"), None);
+    let w = m.weight(m.find_weight("w").unwrap());
+    let old = w.stored(&m.files).unwrap();
+    let mut new = w.load(&m.files).unwrap();
+    assert_eq!(w.restore(&old, &new).unwrap(), None);
+    new.get_mut::<f32>().unwrap()[..2].copy_from_slice(&[0.9, 1e9]);
+    let levels: Vec<i8> = w.restore(&old, &new).unwrap().unwrap().iter().map(|b| *b as i8).collect();
+    assert_eq!(levels, [3, 127, 3, 127, -128, 0]);
+    new.get_mut::<f32>().unwrap()[3] = f32::NAN;
+    assert!(w.restore(&old, &new).unwrap_err().to_string().contains("not finite"));
+}

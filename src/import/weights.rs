@@ -7,10 +7,12 @@ use std::ops::Range;
 use bytes::Bytes;
 use half::{bf16, f16};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, OpError, Result};
 use crate::graph::{NodeId, ValueId, WeightId};
 use crate::import::SourceFile;
 use crate::import::proto::TensorProto;
+use crate::ops::eval;
+use crate::ops::quant::{DequantizeLinear, Layout, QuantizeLinear};
 use crate::tensor::{ALIGN, DType, Dims, Tensor, View};
 
 /// What a float constant is to the network.
@@ -71,7 +73,7 @@ pub struct Use {
 pub struct Weight {
     /// The initializer's name, or the `Constant` node's output.
     pub name: String,
-    /// As stored; values are computed with in `dtype.working()`.
+    /// As stored; values are computed with in `working()`.
     pub dtype: DType,
     pub dims: Dims,
     pub location: Location,
@@ -89,6 +91,22 @@ pub struct Weight {
     pub split: Option<Split>,
     /// A per-channel parameter of several layers that could not be split.
     pub merged: bool,
+    /// Set where the file has integers, of type `dtype`, that `DequantizeLinear` makes the weight of.
+    pub quantised: Option<Quantised>,
+}
+
+/// How a file's integers stand for a weight's values.
+#[derive(Debug, Clone)]
+pub struct Quantised {
+    pub layout: Layout,
+    pub scale: Tensor,
+    pub zero: Option<Tensor>,
+}
+
+impl Quantised {
+    fn with<'a>(&'a self, x: &'a Tensor) -> [Option<&'a Tensor>; 3] {
+        [Some(x), Some(&self.scale), self.zero.as_ref()]
+    }
 }
 
 /// A weight that shares its bytes with another.
@@ -220,6 +238,11 @@ impl Weight {
         Error::value(&self.name, what)
     }
 
+    /// The type its values are computed in: half floats are widened, integers that stand for floats are those.
+    pub fn working(&self) -> DType {
+        self.quantised.as_ref().map_or(self.dtype.working(), |q| q.scale.dtype())
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.dims.iter().product()
@@ -284,18 +307,23 @@ impl Weight {
         Ok(stored)
     }
 
-    /// The values in the type they are computed in (`dtype.working()`: half floats are widened).
+    /// The values in the type they are computed in, `working()`.
     pub fn load(&self, files: &[SourceFile]) -> Result<Tensor> {
         let stored = self.stored(files)?;
         let t = Tensor::from_bytes(self.dtype, &self.dims, &stored).map_err(|e| self.fail(e.to_string()))?;
-        Ok(if self.dtype == self.dtype.working() { t } else { t.cast(self.dtype.working()) })
+        if let Some(q) = &self.quantised {
+            let op = DequantizeLinear { layout: q.layout };
+            let made = eval(&op, &q.with(&t)).map_err(|e| self.fail(e.to_string()))?;
+            return made.into_iter().next().ok_or_else(|| self.fail("has no values"));
+        }
+        Ok(if self.dtype == self.working() { t } else { t.cast(self.working()) })
     }
 
     /// The values where they lie, when they are contiguous, aligned and in their working type.
     pub fn view<'a>(&'a self, files: &'a [SourceFile]) -> Option<View<'a>> {
         match self.stored(files).ok()? {
             Cow::Borrowed(bytes)
-                if self.dtype == self.dtype.working()
+                if self.dtype == self.working()
                     && (bytes.as_ptr() as usize).is_multiple_of(self.dtype.size()) =>
             {
                 Some(View { dtype: self.dtype, dims: &self.dims, bytes })
@@ -309,14 +337,36 @@ impl Weight {
     ///
     /// Fails when type or shape differ, and when a finite value overflows the stored type.
     pub fn restore(&self, old: &[u8], new: &Tensor) -> Result<Option<Vec<u8>>> {
-        if new.dims() != self.dims.as_slice() || new.dtype() != self.dtype.working() {
+        if new.dims() != self.dims.as_slice() || new.dtype() != self.working() {
             return Err(self.fail(format!(
                 "a new value of {} {:?} for {} {:?}",
                 new.dtype(),
                 new.dims(),
-                self.dtype.working(),
+                self.working(),
                 self.dims.as_slice()
             )));
+        }
+        if let Some(q) = &self.quantised {
+            if let Some(i) = new.to_f64().iter().position(|x| !x.is_finite()) {
+                return Err(self.fail(format!("element {i} is not finite")));
+            }
+            let fail = |e: OpError| self.fail(e.to_string());
+            let before = Tensor::from_bytes(self.dtype, &self.dims, old).map_err(fail)?;
+            let op = DequantizeLinear { layout: q.layout };
+            let was = eval(&op, &q.with(&before)).map_err(fail)?.remove(0);
+            let op = QuantizeLinear { layout: q.layout, dtype: self.dtype, saturate: true };
+            let levels = eval(&op, &q.with(new)).map_err(fail)?.remove(0);
+            // Large levels have more bits than their floats: those that were not trained stay what they are.
+            let mut out = old.to_vec();
+            let (size, width) = (self.dtype.size(), new.dtype().size());
+            let floats = new.bytes().chunks_exact(width).zip(was.bytes().chunks_exact(width));
+            let levels = out.chunks_exact_mut(size).zip(levels.bytes().chunks_exact(size));
+            for ((to, level), (new, was)) in levels.zip(floats) {
+                if new != was {
+                    to.copy_from_slice(level);
+                }
+            }
+            return Ok((out != old).then_some(out));
         }
         if self.dtype == new.dtype() {
             return Ok((new.bytes() != old).then(|| new.bytes().to_vec()));
@@ -349,8 +399,16 @@ impl Weight {
 
 /// A tensor from its little-endian bytes, whose number is checked before anything is allocated.
 pub fn from_stored(dtype: DType, dims: &[usize], bytes: &[u8]) -> std::result::Result<Tensor, String> {
-    if bytes.len() != byte_size(dtype, dims)? {
+    let mut count = byte_size(dtype, dims)?;
+    if dtype.bits() < 8 {
+        count = count.div_ceil(8 / dtype.bits());
+    }
+    if bytes.len() != count {
         return Err(format!("{} bytes of values for {dtype} of shape {dims:?}", bytes.len()));
+    }
+    if dtype.bits() < 8 {
+        let unpacked = dtype.unpack(bytes, dims.iter().product());
+        return Tensor::from_bytes(dtype, dims, &unpacked).map_err(|e| e.to_string());
     }
     let mut t = Tensor::from_bytes(dtype, dims, bytes).map_err(|e| e.to_string())?;
     if dtype == DType::Bool {
@@ -375,7 +433,8 @@ pub fn plain(t: &TensorProto, dtype: DType) -> std::result::Result<Tensor, Strin
         _ => &t.int32_data,
     };
     // Every varint takes at least a byte, so this bounds what is decoded.
-    if chunks.len() < want / dtype.size() {
+    let packed = (8 / dtype.bits().min(8)).max(1);
+    if chunks.len() < (want / dtype.size()).div_ceil(packed) {
         return Err(format!("too few values for {dtype} of shape {:?}", dims.as_slice()));
     }
     let values = chunks.varints().map_err(|e| e.to_string())?;
@@ -407,6 +466,7 @@ mod tests {
             uses: Vec::new(),
             split: None,
             merged: false,
+            quantised: None,
         }
     }
 

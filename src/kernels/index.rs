@@ -7,6 +7,7 @@ use bytemuck::Pod;
 
 use crate::kernels::par::{GRAIN, rows};
 use crate::kernels::strided::{Extents, Unit, dense};
+use crate::tensor::Float;
 
 /// An index operand.
 #[derive(Debug, Clone, Copy)]
@@ -110,6 +111,9 @@ pub struct AlongAxis<'a> {
 impl AlongAxis<'_> {
     /// The data's offsets of positions `start..start + count`, in order.
     fn visit(&self, start: usize, count: usize, mut f: impl FnMut(usize, usize)) {
+        if count == 0 {
+            return;
+        }
         let mut strides: Extents = dense(self.data).iter().map(|&s| s as usize).collect();
         let along = std::mem::replace(&mut strides[self.axis], 0);
         let n = self.data[self.axis];
@@ -208,12 +212,19 @@ impl Tuples<'_> {
     }
 }
 
-/// `y[o, i, b] = Σ x[o, j, b]` over `j ≤ i`, or `j ≥ i` when `reverse`; without `i` itself when `exclusive`.
-/// x and y are (outer, n, block).
-pub fn cumsum<T>(x: &[T], n: usize, block: usize, exclusive: bool, reverse: bool, y: &mut [T])
-where
-    T: Pod + Send + Sync + std::ops::Add<Output = T>,
-{
+/// Which terms a running sum or product takes, of x (outer, n, block): for position `i` those with `j ≤ i`, or `j ≥ i`
+/// when `reverse`; without `i` itself when `exclusive`.
+#[derive(Debug, Clone, Copy)]
+pub struct Running {
+    pub n: usize,
+    pub block: usize,
+    pub exclusive: bool,
+    pub reverse: bool,
+}
+
+/// `y[o, i, b]` is `f` over the terms of position `i`, from `start` on.
+pub fn running<T: Pod + Send + Sync>(x: &[T], run: Running, y: &mut [T], start: T, f: fn(T, T) -> T) {
+    let Running { n, block, exclusive, reverse } = run;
     let row = n * block;
     rows(y, row, GRAIN, |first, piece| {
         for (o, y) in piece.chunks_exact_mut(row.max(1)).enumerate() {
@@ -224,16 +235,51 @@ where
                     true => (n - 1 - i, (i > 0).then(|| n - i)),
                 };
                 for b in 0..block {
-                    let sum = match before {
-                        None => T::zeroed(),
+                    let so_far = match before {
+                        None => start,
                         Some(j) => y[j * block + b],
                     };
                     let term = match (exclusive, before) {
                         (false, _) => x[i * block + b],
                         (true, Some(j)) => x[j * block + b],
-                        (true, None) => T::zeroed(),
+                        (true, None) => start,
                     };
-                    y[i * block + b] = sum + term;
+                    y[i * block + b] = f(so_far, term);
+                }
+            }
+        }
+    });
+}
+
+/// The gradient of running products: `dx[j] = Σ dy[i] · Π x[k]` over the positions whose products hold x[j], k ≠ j.
+/// Right where elements are 0; work grows with n².
+pub fn running_product_grad<T: Float>(x: &[T], dy: &[T], run: Running, dx: &mut [T]) {
+    let Running { n, block, exclusive, reverse } = run;
+    let row = n * block;
+    rows(dx, row, GRAIN, |first, piece| {
+        for (o, dx) in piece.chunks_exact_mut(row.max(1)).enumerate() {
+            let at = (first + o) * row;
+            let (x, dy) = (&x[at..][..row], &dy[at..][..row]);
+            for b in 0..block {
+                // In the order in which the products grow.
+                let place = |i: usize| (if reverse { n - 1 - i } else { i }) * block + b;
+                let mut before = T::one();
+                for j in 0..n {
+                    let (mut others, mut sum) = (before, T::zero());
+                    if !exclusive {
+                        sum += dy[place(j)] * others;
+                    }
+                    for i in j + 1..n {
+                        if exclusive {
+                            sum += dy[place(i)] * others;
+                            others *= x[place(i)];
+                        } else {
+                            others *= x[place(i)];
+                            sum += dy[place(i)] * others;
+                        }
+                    }
+                    dx[place(j)] = sum;
+                    before *= x[place(j)];
                 }
             }
         }

@@ -22,7 +22,7 @@ pub use grad::{BatchNormInputGrad, BatchNormParamGrad, ChannelParamGrad, Channel
 /// What old exporters wrote as momentum when they meant nothing by it; training takes 0.9 instead.
 const NO_MOMENTUM: f32 = 1.0;
 
-/// ONNX `BatchNormalization`, opset 7 and newer.
+/// ONNX `BatchNormalization`, opset 6 and newer.
 ///
 /// Inputs x (N, C, …), scale (C), shift (C), running mean (C), running variance (C). Outputs: y, next running
 /// mean, next running variance, and for the gradient the mean (C) and inverse standard deviation (C) that were
@@ -52,7 +52,11 @@ pub struct BatchNormalization {
 
 impl BatchNormalization {
     fn parse(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
-        let training = if spec.opset >= 14 { spec.attrs.flag("training_mode")? } else { spec.outputs > 1 };
+        let training = match spec.opset {
+            14.. => spec.attrs.flag("training_mode")?,
+            7.. => spec.outputs > 1,
+            _ => !spec.attrs.flag("is_test")?,
+        };
         Ok(Arc::new(BatchNormalization {
             epsilon: spec.attrs.float_or("epsilon", 1e-5)? as f64,
             momentum: spec.attrs.float_or("momentum", 0.9)?,
@@ -386,7 +390,7 @@ impl Op for BatchNormalization {
     }
 }
 
-pub(super) const ROWS: &[Row] = &[Row::new("BatchNormalization", 7, BatchNormalization::parse)];
+pub(super) const ROWS: &[Row] = &[Row::new("BatchNormalization", 6, BatchNormalization::parse)];
 
 #[cfg(test)]
 pub(super) fn cases() -> Vec<super::cases::Case> {

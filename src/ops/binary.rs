@@ -3,18 +3,19 @@
 use std::sync::Arc;
 
 use crate::error::OpError;
-use crate::graph::GradBuilder;
+use crate::graph::{GradBuilder, Lowering};
 use crate::kernels::elementwise::{Walk, apply2, apply3};
 use crate::kernels::integer::Integer;
 use crate::kernels::isa::Wide;
 use crate::kernels::math::Math;
 use crate::ops::cast::CastTo;
+use crate::ops::composite::{Made, Recipe, composite, one};
 use crate::ops::unary::{Neg, Unary};
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
-use crate::tensor::{DType, Elem, Meta, View, ViewMut, broadcast};
+use crate::tensor::{DType, Elem, Meta, View, ViewMut, axis, broadcast};
 use crate::{dtype_dispatch, float_dispatch, int_dispatch};
 
-/// ONNX's arithmetic of two operands, `f32`, `f64` and integers, from opset 7.
+/// ONNX's arithmetic of two operands, `f32`, `f64` and integers, from opset 6.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Binary {
     Add,
@@ -26,7 +27,7 @@ pub enum Binary {
     /// NaN where either operand is.
     Min,
     Max,
-    /// `fmod`: the result has the dividend's sign (C), else the divisor's (Python; integers only).
+    /// `fmod`: the result has the dividend's sign (C), else the divisor's (Python; of floats from opset 28).
     Mod {
         fmod: bool,
     },
@@ -84,9 +85,6 @@ impl Op for Binary {
             return Err(OpError::Type("bool where numbers are computed".into()));
         }
         match self {
-            Binary::Mod { fmod: false } if a.dtype.is_float() => {
-                return Err(OpError::Attribute("'fmod' must be 1 for floating-point operands".into()));
-            }
             PRelu if broadcast(&a.dims, &b.dims)? != a.dims => {
                 let what = format!("slope {:?} does not broadcast to {:?}", &b.dims[..], &a.dims[..]);
                 return Err(OpError::Shape(what));
@@ -219,7 +217,14 @@ impl Binary {
             Min => apply::<T>(x, y, |a, b| if a < b || a.is_nan() { a } else { b }),
             Max => apply::<T>(x, y, |a, b| if a > b || a.is_nan() { a } else { b }),
             PRelu => apply::<T>(x, y, |a, slope| if a < zero { slope * a } else { a }),
-            Binary::Mod { .. } => apply::<T>(x, y, (|a, b| a % b) as fn(T, T) -> T),
+            Binary::Mod { fmod: true } => apply::<T>(x, y, (|a, b| a % b) as fn(T, T) -> T),
+            Binary::Mod { fmod: false } => {
+                let modulo = |a: T, b: T| {
+                    let r = a % b;
+                    if r != T::zero() && (r < T::zero()) != (b < T::zero()) { r + b } else { r }
+                };
+                apply::<T>(x, y, modulo as fn(T, T) -> T)
+            }
             Pow => match exponent::<T>(x.get(1).copied().flatten())? {
                 Some(2.0) => apply::<T>(x, y, |a, _| a * a),
                 Some(3.0) => apply::<T>(x, y, |a, _| a * a * a),
@@ -386,18 +391,58 @@ fn ternary<T: Elem + Wide>(
     Ok(())
 }
 
+/// As before opset 7: the second operand's first axis lies under a given one of the first operand.
+#[derive(Debug)]
+struct Aligned {
+    op: Binary,
+    axis: i64,
+}
+
+impl Recipe for Aligned {
+    fn name(&self) -> &'static str {
+        self.op.name()
+    }
+
+    fn lower(&self, l: &mut Lowering) -> Made {
+        let (a, b) = (l.x(0)?, l.x(1)?);
+        let (rank, mut dims) = (l.meta(a)?.rank(), l.dims(b)?);
+        let at = axis(self.axis, rank.max(1))?;
+        if l.meta(b)?.len() != 1 {
+            let below = rank.checked_sub(at + dims.len()).ok_or_else(|| {
+                OpError::Shape(format!("{:?} under axis {at} of a tensor of rank {rank}", &dims[..]))
+            })?;
+            dims.extend(std::iter::repeat_n(1, below));
+        }
+        let b = l.reshape(b, &dims)?;
+        one(l.emit(self.op, &[a, b]))
+    }
+}
+
+/// Arithmetic of any opset: before 7 with `broadcast` and `axis`.
+fn arithmetic(spec: &Spec, op: Binary) -> Result<Arc<dyn Op>, OpError> {
+    match spec.attrs.int("axis")? {
+        Some(axis) if spec.opset < 7 && spec.attrs.flag("broadcast")? => composite(Aligned { op, axis }),
+        _ => Ok(Arc::new(op)),
+    }
+}
+
+/// Before opset 7 the slopes are the channels'.
+fn prelu(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
+    if spec.opset < 7 { composite(Aligned { op: PRelu, axis: 1 }) } else { Ok(Arc::new(PRelu)) }
+}
+
 fn modulo(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
     Ok(Arc::new(Binary::Mod { fmod: spec.attrs.flag("fmod")? }))
 }
 
 pub(super) const ROWS: &[Row] = &[
-    Row::new("Add", 7, |_| Ok(Arc::new(Add))),
-    Row::new("Sub", 7, |_| Ok(Arc::new(Sub))),
-    Row::new("Mul", 7, |_| Ok(Arc::new(Mul))),
-    Row::new("Div", 7, |_| Ok(Arc::new(Div))),
-    Row::new("Pow", 7, |_| Ok(Arc::new(Pow))),
+    Row::new("Add", 6, |s| arithmetic(s, Add)),
+    Row::new("Sub", 6, |s| arithmetic(s, Sub)),
+    Row::new("Mul", 6, |s| arithmetic(s, Mul)),
+    Row::new("Div", 6, |s| arithmetic(s, Div)),
+    Row::new("Pow", 1, |s| arithmetic(s, Pow)),
     Row::new("Mod", 10, modulo),
-    Row::new("PRelu", 7, |_| Ok(Arc::new(PRelu))),
+    Row::new("PRelu", 6, prelu),
 ];
 
 #[cfg(test)]
@@ -445,8 +490,15 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         let (a, b) = (Tensor::ints(&[-4, 7, 5, 4, -7, 8]), Tensor::ints(&[2, -3, 8, -2, 3, 0]));
         cases.push(Case::new("Mod", 13).named("int").int("fmod", fmod).fixed(a).fixed(b).forward_only());
     }
+    let old = |op: &str| Case::new(op, 6).named("opset 6");
+    let under = |axis| old("Add").int("broadcast", 1).int("axis", axis).input(&[2, 3, 4]);
+    cases.extend([under(0).input(&[2, 3]), under(1).input(&[3]), under(-1).input(&[4]), under(0).input(&[])]);
+    cases.push(old("PRelu").given(&[1, 2, 3], &[-0.5, 0.7, 0.3, -0.2, 0.9, -1.2]).input(&[2]));
     let divisor = Tensor::scalar(0.75);
     cases.push(Case::new("Mod", 10).int("fmod", 1).given(&[3], &[-4.3, 7.2, 5.0]).fixed(divisor));
+    let divisor = Tensor::scalar(-0.75);
+    cases
+        .push(Case::new("Mod", 28).named("the divisor's sign").given(&[3], &[-4.3, 7.2, 5.0]).fixed(divisor));
     let signs = [-0.5, 0.7, 0.3, -0.2, 0.9, -1.2];
     cases.push(Case::new("PRelu", 7).given(&[1, 2, 3], &signs).input(&[2, 1]));
     cases.push(Case::new("PRelu", 16).named("same shape").given(&[2, 3], &signs).input(&[2, 3]));

@@ -11,7 +11,7 @@ use crate::graph::GradBuilder;
 use crate::kernels::par;
 use crate::ops::layout::rank_of;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
-use crate::tensor::{DType, Elem, Meta, View, ViewMut};
+use crate::tensor::{Conversion, DType, Elem, Meta, Round, View, ViewMut};
 
 /// ONNX `Cast` (opset 6 to 25) and `CastLike` (opset 15).
 ///
@@ -21,11 +21,13 @@ use crate::tensor::{DType, Elem, Meta, View, ViewMut};
 pub struct CastTo {
     /// `None`: the type of input 1.
     to: Option<DType>,
+    /// To a narrow float.
+    how: Conversion,
 }
 
 impl CastTo {
     pub fn new(to: DType) -> Self {
-        CastTo { to: Some(to) }
+        CastTo { to: Some(to), how: Conversion::default() }
     }
 }
 
@@ -45,6 +47,9 @@ impl Op for CastTo {
 
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let (x, y) = (need(x, 0)?, out(y, 0)?);
+        if x.dtype.is_narrow() || y.dtype.is_narrow() {
+            return self.narrow(x, y);
+        }
         dtype_dispatch!(x.dtype, S => match (y.dtype, self.to) {
             (DType::Bool, _) => {
                 let zero = S::default();
@@ -73,11 +78,49 @@ impl Op for CastTo {
             (true, true) => Some(dy),
             (true, false) => Some(g.emit(CastTo::new(from), &[dy])?),
         };
-        Ok(Grads::from_slice(&[dx, None]))
+        // Of the other operand the type alone is read.
+        let like = match g.wants(1) {
+            true => Some(g.zeros_like(g.x(1)?)?),
+            false => None,
+        };
+        Ok(Grads::from_slice(&[dx, like]))
+    }
+
+    fn in_float64(&self) -> Option<Arc<dyn Op>> {
+        let narrow = matches!(self.to, Some(DType::F32 | DType::F16 | DType::BF16));
+        narrow.then(|| Arc::new(CastTo::new(DType::F64)) as _)
     }
 
     fn cheap(&self) -> bool {
         true
+    }
+}
+
+impl CastTo {
+    /// From or to a narrow type, by way of float64, which holds every value of one.
+    fn narrow(&self, x: View, y: &mut ViewMut) -> Result<(), OpError> {
+        let (from, to, how) = (x.dtype, y.dtype, self.how);
+        if from == to {
+            y.bytes.copy_from_slice(x.bytes);
+        } else if from.is_narrow() && to.is_narrow() {
+            map(y.bytes, x.bytes, |v: u8| to.encode(from.decode(v), how));
+        } else if from.is_narrow() {
+            let bytes = x.bytes;
+            if to == DType::Bool {
+                map(y.bytes, bytes, |v: u8| (from.decode(v) != 0.0) as u8);
+                return Ok(());
+            }
+            return dtype_dispatch!(to, D => {
+                map(y.get::<D>()?, bytes, |v: u8| AsPrimitive::<D>::as_(from.decode(v)));
+                Ok(())
+            });
+        } else {
+            return dtype_dispatch!(from, S => {
+                map(y.bytes, x.get::<S>()?, |v: S| to.encode(AsPrimitive::<f64>::as_(v), how));
+                Ok(())
+            });
+        }
+        Ok(())
     }
 }
 
@@ -146,13 +189,26 @@ impl Op for Identity {
 fn cast(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
     let code = spec.attrs.int("to")?.ok_or_else(|| OpError::Attribute("'to' is missing".into()))?;
     let to = i32::try_from(code).ok().and_then(DType::from_onnx);
-    let to = to.ok_or_else(|| OpError::Unsupported(format!("conversion to ONNX element type {code}")))?;
-    Ok(Arc::new(CastTo::new(to)))
+    let to = to.ok_or_else(|| match code {
+        8 => OpError::Unsupported("conversion to string".into()),
+        code => OpError::Unsupported(format!("conversion to ONNX element type {code}")),
+    })?;
+    Ok(Arc::new(CastTo { to: Some(to), how: conversion(spec)? }))
+}
+
+fn conversion(spec: &Spec) -> Result<Conversion, OpError> {
+    let round = match spec.attrs.string("round_mode")?.as_deref() {
+        None | Some("up") => Round::Up,
+        Some("down") => Round::Down,
+        Some("nearest") => Round::Nearest,
+        Some(other) => return Err(OpError::Attribute(format!("'round_mode' is '{other}'"))),
+    };
+    Ok(Conversion { saturate: spec.attrs.int_or("saturate", 1)? != 0, round })
 }
 
 pub(super) const ROWS: &[Row] = &[
     Row::new("Cast", 6, cast),
-    Row::new("CastLike", 15, |_| Ok(Arc::new(CastTo { to: None }))),
+    Row::new("CastLike", 15, |s| Ok(Arc::new(CastTo { to: None, how: conversion(s)? }))),
     Row::new("Identity", 1, |_| Ok(Arc::new(Identity))),
 ];
 

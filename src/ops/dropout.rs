@@ -148,7 +148,15 @@ impl Op for Dropout {
             },
         };
         if !drops {
-            return Ok(Grads::from_slice(&[Some(dy), None, None]));
+            // The ratio does nothing.
+            let ratio = match g.wants(1) {
+                true => Some(g.zeros_like(g.x(1)?)?),
+                false => None,
+            };
+            return Ok(Grads::from_slice(&[Some(dy), ratio, None]));
+        }
+        if g.wants(1) {
+            return Err(OpError::NotDifferentiable("the ratio of Dropout".into()));
         }
         let inputs = [Some(dy), Some(g.y(1)?), g.x_opt(1)];
         let dx = g.emit_all(DropoutGrad { ratio: self.ratio }, &inputs, 1)?[0];

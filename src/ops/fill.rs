@@ -114,6 +114,11 @@ impl Op for ConstantOfShape {
         })
     }
 
+    fn in_float64(&self) -> Option<Arc<dyn Op>> {
+        let narrow = self.value.dtype() == DType::F32;
+        narrow.then(|| Arc::new(ConstantOfShape { value: Arc::new(self.value.cast(DType::F64)) }) as _)
+    }
+
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
         no_gradient()
     }
@@ -225,6 +230,11 @@ impl Op for EyeLike {
         }
         // A half type is computed as float32; the file's type is the session's affair.
         Ok(vec![sized(self.dtype.unwrap_or(x.dtype).working(), &x.dims)?])
+    }
+
+    fn in_float64(&self) -> Option<Arc<dyn Op>> {
+        let narrow = self.dtype.is_some_and(|d| d.working() == DType::F32);
+        narrow.then(|| Arc::new(EyeLike { dtype: Some(DType::F64), k: self.k }) as _)
     }
 
     fn forward(&self, _: &mut Cx, _: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {

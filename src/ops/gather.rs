@@ -36,7 +36,7 @@ pub(super) fn in_range(index: &Indices, n: usize) -> Result<(), OpError> {
 /// ONNX `Gather`: (…, n, …) and indices of shape I along `axis` to (…, I, …).
 #[derive(Debug)]
 pub struct Gather {
-    axis: i64,
+    pub axis: i64,
 }
 
 impl Op for Gather {
@@ -166,8 +166,8 @@ impl Op for GatherElements {
 /// The gradient of `GatherElements`: (dY, indices) to `dims`.
 #[derive(Debug)]
 pub struct GatherElementsGrad {
-    axis: usize,
-    dims: Dims,
+    pub axis: usize,
+    pub dims: Dims,
 }
 
 impl Op for GatherElementsGrad {

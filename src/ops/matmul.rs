@@ -15,7 +15,7 @@ use crate::ops::batch_norm::ChannelSum;
 use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Elem, Float, Meta, View, ViewMut, broadcast};
 
-/// ONNX `Gemm` (opset 7): `Y = alpha · A'·B' + beta · C`, A' of (M, K), B' of (K, N), C broadcast to (M, N).
+/// ONNX `Gemm` (opset 6): `Y = alpha · A'·B' + beta · C`, A' of (M, K), B' of (K, N), C broadcast to (M, N).
 #[derive(Debug, Clone)]
 pub struct Gemm {
     pub alpha: f32,
@@ -478,7 +478,7 @@ fn same_type(a: &Meta, b: &Meta) -> Result<(), OpError> {
 }
 
 pub(super) const ROWS: &[Row] =
-    &[Row::new("Gemm", 7, Gemm::make), Row::new("MatMul", 1, |_| Ok(Arc::new(MatMul::default())))];
+    &[Row::new("Gemm", 6, Gemm::make), Row::new("MatMul", 1, |_| Ok(Arc::new(MatMul::default())))];
 
 #[cfg(test)]
 pub(super) fn cases() -> Vec<super::cases::Case> {

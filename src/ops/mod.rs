@@ -12,24 +12,31 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use crate::error::OpError;
-use crate::graph::{GradBuilder, ValueId};
+use crate::graph::{GradBuilder, Lowering, ValueId};
 use crate::tensor::{Elem, Meta, Tensor, View, ViewMut};
 
+pub mod attention;
 pub mod batch_norm;
 pub mod binary;
+pub mod bits;
 mod bytes;
 #[cfg(test)]
 pub mod cases;
 pub mod cast;
 pub mod clip;
+pub mod composite;
+pub mod contrib;
 pub mod conv;
+pub mod det;
 pub mod dropout;
+pub mod einsum;
 pub mod expand;
 pub mod fill;
 pub mod fold;
 mod foreign;
 pub mod gather;
 pub mod join;
+pub mod known;
 pub mod layout;
 pub mod logic;
 pub mod loss;
@@ -37,16 +44,22 @@ pub mod matmul;
 pub mod norm;
 pub mod pad;
 pub mod pool;
+pub mod quant;
+pub mod random;
 pub mod reduce;
 pub mod resize;
 pub mod rnn;
 pub mod sample;
+pub mod scale;
 pub mod scan;
 pub mod scatter;
 pub mod select;
+pub mod signal;
 pub mod slice;
 pub mod softmax;
+pub mod state;
 mod table;
+pub mod topk;
 pub mod transpose;
 pub mod unary;
 pub mod update;
@@ -155,6 +168,22 @@ pub trait Op: Any + Debug + Send + Sync {
     /// `None` where there is none. It computes the same elements.
     fn channels_last(&self, _inputs: &[Option<&Meta>], _outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
         None
+    }
+
+    /// The same operator with float64 wherever its attributes say float32, for checks in float64; `None` where they say
+    /// nothing.
+    fn in_float64(&self) -> Option<Arc<dyn Op>> {
+        None
+    }
+
+    /// Is it defined by other operators, see `lower`? Then no kernel runs and no gradient is asked for.
+    fn is_composite(&self) -> bool {
+        false
+    }
+
+    /// Emits what the operator is made of, and returns its outputs.
+    fn lower(&self, _: &mut Lowering) -> composite::Made {
+        Err(OpError::Internal(format!("{} is not made of other operators", self.name())))
     }
 
     /// What a person should know about how the file's operator was taken.

@@ -44,6 +44,16 @@ impl SampleNorm {
         Ok(Arc::new(SampleNorm { kind, epsilon: spec.attrs.float_or("epsilon", 1e-5)? as f64 }))
     }
 
+    /// Layer normalisation of the dimensions from `axis` on.
+    pub fn layer(axis: i64, epsilon: f32) -> Self {
+        SampleNorm { kind: Kind::Layer { axis }, epsilon: epsilon as f64 }
+    }
+
+    /// Division by the root mean square of the dimensions from `axis` on.
+    pub fn rms(axis: i64, epsilon: f32) -> Self {
+        SampleNorm { kind: Kind::Rms { axis }, epsilon: epsilon as f64 }
+    }
+
     fn group(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
         let groups = spec.attrs.int("num_groups")?.unwrap_or(0);
         let groups = usize::try_from(groups)
@@ -392,7 +402,8 @@ impl Op for LrnGrad {
 
 pub(super) const ROWS: &[Row] = &[
     Row::new("InstanceNormalization", 6, |s| SampleNorm::parse(s, Kind::Instance)),
-    Row::new("LayerNormalization", 17, |s| {
+    // onnxruntime wrote it into models before the standard had it.
+    Row::new("LayerNormalization", 1, |s| {
         SampleNorm::parse(s, Kind::Layer { axis: s.attrs.int_or("axis", -1)? })
     }),
     Row::new("RMSNormalization", 23, |s| {

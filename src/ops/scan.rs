@@ -1,33 +1,36 @@
-//! Along one or two axes: CumSum, Trilu, OneHot.
+//! Along one or two axes: CumSum, CumProd, Trilu, OneHot.
 
+use std::ops::{Add, Mul};
 use std::sync::Arc;
 
 use crate::error::OpError;
+use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::index::cumsum;
+use crate::kernels::index::{Running, running, running_product_grad};
 use crate::kernels::par::{GRAIN, rows};
-use crate::ops::bytes::{by_size, ints, numeric, sized, units, units_mut};
+use crate::ops::bytes::{by_size, ints, numeric, second_derivative, sized, units, units_mut};
 use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Meta, View, ViewMut, axis};
 
-/// ONNX `CumSum` (opset 11): running sums of X along an axis (input 1).
+/// ONNX `CumSum` (opset 11) and `CumProd` (opset 26): running sums or products of X along an axis (input 1).
 #[derive(Debug)]
-pub struct CumSum {
+pub struct Cumulative {
+    product: bool,
     /// Where it is not an input: in the gradient.
     axis: Option<usize>,
     exclusive: bool,
     reverse: bool,
 }
 
-impl Op for CumSum {
+impl Op for Cumulative {
     fn name(&self) -> &'static str {
-        "CumSum"
+        if self.product { "CumProd" } else { "CumSum" }
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let x = need(inputs, 0)?;
         if self.axis.is_none() && need(inputs, 1)?.len() != 1 {
-            return Err(OpError::Shape("the axis of CumSum is not one number".into()));
+            return Err(OpError::Shape(format!("the axis of {} is not one number", self.name())));
         }
         Ok(vec![Meta::new(x.dtype, &x.dims)])
     }
@@ -38,15 +41,20 @@ impl Op for CumSum {
             Some(a) => a,
             None => axis(ints(&need(x, 1)?)?[0], data.dims.len())?,
         };
-        let (n, block) = (data.dims[a], data.dims[a + 1..].iter().product());
+        let run = self.run(data.dims, a);
         numeric!(data.dtype, T => {
-            cumsum::<T>(data.get()?, n, block, self.exclusive, self.reverse, y.get()?);
+            match self.product {
+                #[allow(clippy::unnecessary_cast, reason = "`T` is also i64")]
+                true => running::<T>(data.get()?, run, y.get()?, 1 as T, Product::product),
+                #[allow(clippy::unnecessary_cast, reason = "`T` is also i64")]
+                false => running::<T>(data.get()?, run, y.get()?, 0 as T, Product::sum),
+            }
             Ok(())
         })
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
-        // dX[j] = Σ dY[i] over the i whose sums hold X[j]: the same from the other end.
+        // dX[j] = Σ dY[i] over the i whose sums hold X[j]: the same from the other end. Of products see the kernel.
         let dy = g.dy0()?;
         let a = match self.axis {
             Some(a) => a,
@@ -55,9 +63,77 @@ impl Op for CumSum {
                 axis(given[0], g.meta(dy)?.rank())?
             }
         };
-        let op = CumSum { axis: Some(a), exclusive: self.exclusive, reverse: !self.reverse };
+        if self.product {
+            let x = g.x(0)?;
+            let op = CumProdGrad(Cumulative { axis: Some(a), ..*self });
+            return Ok(Grads::from_slice(&[Some(g.emit(op, &[x, dy])?), None]));
+        }
+        let op = Cumulative { axis: Some(a), reverse: !self.reverse, ..*self };
         let dx = g.emit(op, &[dy])?;
         Ok(Grads::from_slice(&[Some(dx)]))
+    }
+}
+
+impl Cumulative {
+    fn run(&self, dims: &[usize], a: usize) -> Running {
+        let block = dims[a + 1..].iter().product();
+        Running { n: dims[a], block, exclusive: self.exclusive, reverse: self.reverse }
+    }
+
+    fn make(spec: &Spec, product: bool) -> Result<Arc<dyn Op>, OpError> {
+        let (exclusive, reverse) = (spec.attrs.flag("exclusive")?, spec.attrs.flag("reverse")?);
+        Ok(Arc::new(Cumulative { product, axis: None, exclusive, reverse }))
+    }
+}
+
+/// Sum and product of numbers that wrap around where they are integers.
+trait Product: Sized {
+    fn sum(self, b: Self) -> Self;
+    fn product(self, b: Self) -> Self;
+}
+
+macro_rules! products {
+    ($($t:ty: $sum:ident $product:ident),*) => { $(
+        impl Product for $t {
+            fn sum(self, b: Self) -> Self {
+                self.$sum(b)
+            }
+            fn product(self, b: Self) -> Self {
+                self.$product(b)
+            }
+        }
+    )* };
+}
+products!(f32: add mul, f64: add mul, i8: wrapping_add wrapping_mul, i16: wrapping_add wrapping_mul,
+    i32: wrapping_add wrapping_mul, i64: wrapping_add wrapping_mul, u8: wrapping_add wrapping_mul,
+    u16: wrapping_add wrapping_mul, u32: wrapping_add wrapping_mul, u64: wrapping_add wrapping_mul);
+
+/// The gradient of `CumProd` with a given axis: (X, dY) to dX.
+#[derive(Debug)]
+struct CumProdGrad(Cumulative);
+
+impl Op for CumProdGrad {
+    fn name(&self) -> &'static str {
+        "CumProdGrad"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let x = need(inputs, 0)?;
+        Ok(vec![Meta::new(x.dtype, &x.dims)])
+    }
+
+    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let (x, dy, dx) = (need(x, 0)?, need(x, 1)?, out(y, 0)?);
+        let a = self.0.axis.ok_or_else(|| OpError::Internal("CumProdGrad without an axis".into()))?;
+        let run = self.0.run(x.dims, a);
+        float_dispatch!(x.dtype, T => {
+            running_product_grad::<T>(x.get()?, dy.get()?, run, dx.get()?);
+            Ok(())
+        })
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        second_derivative()
     }
 }
 
@@ -195,13 +271,9 @@ impl Op for OneHot {
     }
 }
 
-fn make_cumsum(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
-    let (exclusive, reverse) = (spec.attrs.flag("exclusive")?, spec.attrs.flag("reverse")?);
-    Ok(Arc::new(CumSum { axis: None, exclusive, reverse }))
-}
-
 pub(super) const ROWS: &[Row] = &[
-    Row::new("CumSum", 11, make_cumsum),
+    Row::new("CumSum", 11, |s| Cumulative::make(s, false)),
+    Row::new("CumProd", 26, |s| Cumulative::make(s, true)),
     Row::new("Trilu", 14, |s| Ok(Arc::new(Trilu { upper: s.attrs.int_or("upper", 1)? != 0, k: None }))),
     Row::new("OneHot", 9, |s| Ok(Arc::new(OneHot { axis: s.attrs.int_or("axis", -1)? }))),
 ];
@@ -225,6 +297,24 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
             .int("exclusive", 1)
             .input(&[5])
             .fixed(scalar(0)),
+        Case::new("CumProd", 26).input(&[2, 4]).fixed(scalar(-1)),
+        Case::new("CumProd", 26)
+            .named("with zeros, exclusive, axis 0")
+            .int("exclusive", 1)
+            .given(&[3, 2], &[0.5, 0.0, 0.0, 2.0, -1.0, 0.0])
+            .fixed(Tensor::scalar(0i32)),
+        Case::new("CumProd", 26)
+            .named("both")
+            .int("reverse", 1)
+            .int("exclusive", 1)
+            .input(&[2, 3, 2])
+            .fixed(scalar(1)),
+        Case::new("CumProd", 26).named("reverse").int("reverse", 1).input(&[5]).fixed(scalar(0)),
+        Case::new("CumProd", 26)
+            .named("int64")
+            .fixed(Tensor::ints(&[2, 3, 4]))
+            .fixed(scalar(0))
+            .forward_only(),
         Case::new("Trilu", 14).input(&[3, 4]),
         Case::new("Trilu", 14).named("lower").int("upper", 0).input(&[2, 4, 3]).fixed(scalar(-1)),
         Case::new("Trilu", 14).named("beyond").input(&[3, 3]).fixed(scalar(7)),

@@ -3,12 +3,16 @@
 use std::sync::Arc;
 
 use crate::error::OpError;
-use crate::graph::GradBuilder;
+use crate::graph::{GradBuilder, ValueId};
 use crate::kernels::index::AlongAxis;
+use crate::ops::binary::{Div, Mul};
 use crate::ops::bytes::{by_size, numeric, same_type, second_derivative, units, units_mut};
+use crate::ops::cast::CastTo;
 use crate::ops::gather::{GatherElements, GatherND, along, in_range, index_type, indices, tuples};
+use crate::ops::logic::{Logic, Where};
+use crate::ops::reduce::ExpandTo;
 use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
-use crate::tensor::{Meta, View, ViewMut, axis};
+use crate::tensor::{Dims, Meta, View, ViewMut, axis};
 
 /// What becomes of an element that an update is written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,27 +122,28 @@ impl Op for Scatter {
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         // Replace: dX = dY with 0 where it was written, dU = dY read at the indices (which must not repeat,
-        // as the standard has it). Add: dX = dY, dU = dY read at the indices.
+        // as the standard has it). Add: dX = dY, dU = dY read at the indices. Others: see below.
         let (dy, index) = (g.dy0()?, g.x(1)?);
-        let dx = match self.reduction {
-            _ if !g.wants(0) => None,
-            Reduction::Add => Some(dy),
-            Reduction::Replace => {
-                let clear = Scatter { name: "ScatterClear", to: self.to, reduction: Reduction::Clear };
-                Some(g.emit(clear, &[dy, index])?)
-            }
+        let mut grads = Grads::from_elem(None, 3);
+        match self.reduction {
             Reduction::Clear => return second_derivative(),
-            other => return Err(OpError::NotDifferentiable(format!("reduction {other:?}"))),
-        };
-        let du = match self.to {
-            _ if !g.wants(2) => None,
-            _ if !matches!(self.reduction, Reduction::Add | Reduction::Replace) => {
-                return Err(OpError::NotDifferentiable(format!("reduction {:?}", self.reduction)));
-            }
-            Addressing::Elements { axis } => Some(g.emit(GatherElements { axis }, &[dy, index])?),
-            Addressing::Blocks => Some(g.emit(GatherND { batch_dims: 0 }, &[dy, index])?),
-        };
-        Ok(Grads::from_slice(&[dx, None, du]))
+            Reduction::Min | Reduction::Max => return self.extreme_grad(g, dy, index),
+            Reduction::Mul => return self.product_grad(g, dy, index),
+            _ => {}
+        }
+        if g.wants(0) {
+            grads[0] = Some(match self.reduction {
+                Reduction::Add => dy,
+                _ => {
+                    let clear = Scatter { name: "ScatterClear", to: self.to, reduction: Reduction::Clear };
+                    g.emit(clear, &[dy, index])?
+                }
+            });
+        }
+        if g.wants(2) {
+            grads[2] = Some(self.read(g, dy, index)?);
+        }
+        Ok(grads)
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
@@ -147,6 +152,76 @@ impl Op for Scatter {
 }
 
 impl Scatter {
+    /// `v` at the positions that the updates are written to.
+    fn read(&self, g: &mut GradBuilder, v: ValueId, index: ValueId) -> Result<ValueId, OpError> {
+        match self.to {
+            Addressing::Elements { axis } => g.emit(GatherElements { axis }, &[v, index]),
+            Addressing::Blocks => g.emit(GatherND { batch_dims: 0 }, &[v, index]),
+        }
+    }
+
+    /// `data` with `updates` written in another way.
+    fn emit(
+        &self,
+        g: &mut GradBuilder,
+        reduction: Reduction,
+        [data, index, updates]: [ValueId; 3],
+    ) -> Result<ValueId, OpError> {
+        g.emit(Scatter { name: self.name, to: self.to, reduction }, &[data, index, updates])
+    }
+
+    /// Min and max: dY to whichever of the element and its updates the result is, shared evenly among equals.
+    fn extreme_grad(&self, g: &mut GradBuilder, dy: ValueId, index: ValueId) -> Result<Grads, OpError> {
+        let (x, u, y) = (g.x(0)?, g.x(2)?, g.y(0)?);
+        let dtype = g.meta(dy)?.dtype;
+        let chosen = |g: &mut GradBuilder, a, b| {
+            let equal = g.emit(Logic::Equal, &[a, b])?;
+            g.emit(CastTo::new(dtype), &[equal])
+        };
+        let own = chosen(g, x, y)?;
+        let there = self.read(g, y, index)?;
+        let theirs = chosen(g, u, there)?;
+        let count = self.emit(g, Reduction::Add, [own, index, theirs])?;
+        let share = g.emit(Div, &[dy, count])?;
+        let dx = g.emit(Mul, &[share, own])?;
+        let shared = self.read(g, share, index)?;
+        let du = g.emit(Mul, &[shared, theirs])?;
+        Ok(Grads::from_slice(&[Some(dx), None, Some(du)]))
+    }
+
+    /// Products: dY times the product of the others, which is not 0 where the element alone is.
+    fn product_grad(&self, g: &mut GradBuilder, dy: ValueId, index: ValueId) -> Result<Grads, OpError> {
+        let (x, u) = (g.x(0)?, g.x(2)?);
+        let (dtype, dims) = (g.meta(dy)?.dtype, g.meta(x)?.dims.clone());
+        let filled = |g: &mut GradBuilder, value: f64| {
+            let from = Dims::from_elem(1, dims.len());
+            let one = g.scalar(value, dtype);
+            g.emit(ExpandTo { from, to: dims.clone(), scale: 1.0 }, &[one])
+        };
+        let (zero, one) = (g.scalar(0.0, dtype), g.scalar(1.0, dtype));
+        let mut grads = Grads::from_elem(None, 3);
+        if g.wants(0) {
+            let ones = filled(g, 1.0)?;
+            let others = self.emit(g, Reduction::Mul, [ones, index, u])?;
+            grads[0] = Some(g.emit(Mul, &[dy, others])?);
+        }
+        if g.wants(2) {
+            let none = g.emit(Logic::Equal, &[u, zero])?;
+            let safe = g.emit(Where, &[none, one, u])?;
+            let product = self.emit(g, Reduction::Mul, [x, index, safe])?;
+            let zeros = g.emit(CastTo::new(dtype), &[none])?;
+            let no_zeros = filled(g, 0.0)?;
+            let counts = self.emit(g, Reduction::Add, [no_zeros, index, zeros])?;
+            let (product, counts) = (self.read(g, product, index)?, self.read(g, counts, index)?);
+            let alone = g.emit(Logic::Equal, &[counts, zeros])?;
+            let others = g.emit(Div, &[product, safe])?;
+            let there = self.read(g, dy, index)?;
+            let all = g.emit(Mul, &[there, others])?;
+            grads[2] = Some(g.emit(Where, &[alone, all, zero])?);
+        }
+        Ok(grads)
+    }
+
     fn write<T: Copy>(
         &self,
         index: &View,
@@ -215,10 +290,17 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         Case::new("Scatter", 9).input(&[3, 3]).fixed(index(&[2, 2], &[1, 0, 2, -1])).input(&[2, 2]),
         elements("none").input(&[2, 4]).fixed(index(&[2, 2], &[0, 2, 3, -3])).input(&[2, 2]),
         elements("add").input(&[2, 4]).fixed(index(&[2, 2], &[0, 0, 3, 1])).input(&[2, 2]),
-        elements("mul").input(&[1, 4]).fixed(index(&[1, 2], &[0, 0])).input(&[1, 2]).forward_only(),
+        elements("mul").input(&[1, 4]).fixed(index(&[1, 2], &[0, 0])).input(&[1, 2]),
+        elements("mul, zeros")
+            .string("reduction", "mul")
+            .input(&[1, 3])
+            .fixed(index(&[1, 5], &[0, 0, 1, 1, 1]))
+            .given(&[1, 5], &[0.0, 0.5, 0.0, 0.0, 2.0]),
+        elements("min").input(&[2, 3]).fixed(index(&[2, 4], &[0, 0, 1, 1, 2, 2, 2, 0])).input(&[2, 4]),
+        nd("mul").input(&[4, 2]).fixed(index(&[3, 1], &[3, 1, 3])).input(&[3, 2]),
         nd("none").input(&[4, 2]).fixed(index(&[2, 1], &[3, 1])).input(&[2, 2]),
         nd("add").input(&[4, 2]).fixed(index(&[3, 1], &[3, 1, 3])).input(&[3, 2]),
-        nd("max").input(&[4]).fixed(index(&[3, 1], &[3, 1, 3])).input(&[3]).forward_only(),
+        nd("max").input(&[4]).fixed(index(&[3, 1], &[3, 1, 3])).input(&[3]),
         Case::new("ScatterND", 11).input(&[2, 3]).fixed(index(&[1, 2, 2], &[0, 1, -1, 2])).input(&[1, 2]),
     ]
 }

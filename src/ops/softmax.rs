@@ -50,6 +50,13 @@ pub struct Softmax {
     log: bool,
 }
 
+impl Softmax {
+    /// Over one axis.
+    pub fn along(axis: i64) -> Self {
+        Softmax { over: Over { axis, flatten: false }, log: false }
+    }
+}
+
 impl Op for Softmax {
     fn name(&self) -> &'static str {
         if self.log { "LogSoftmax" } else { "Softmax" }
@@ -161,9 +168,9 @@ impl Op for Hardmax {
 }
 
 pub(super) const ROWS: &[Row] = &[
-    Row::new("Softmax", 7, |s| Ok(Arc::new(Softmax { over: Over::new(s)?, log: false }))),
-    Row::new("LogSoftmax", 7, |s| Ok(Arc::new(Softmax { over: Over::new(s)?, log: true }))),
-    Row::new("Hardmax", 7, |s| Ok(Arc::new(Hardmax { over: Over::new(s)? }))),
+    Row::new("Softmax", 1, |s| Ok(Arc::new(Softmax { over: Over::new(s)?, log: false }))),
+    Row::new("LogSoftmax", 1, |s| Ok(Arc::new(Softmax { over: Over::new(s)?, log: true }))),
+    Row::new("Hardmax", 1, |s| Ok(Arc::new(Hardmax { over: Over::new(s)? }))),
 ];
 
 #[cfg(test)]

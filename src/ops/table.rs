@@ -18,43 +18,60 @@ pub struct Row {
 }
 
 /// The newest opset whose changes have been looked at.
-pub const NEWEST: i64 = 25;
+pub const NEWEST: i64 = 28;
 
 impl Row {
     /// A standard operator, from opset `first` to the newest.
     pub const fn new(op_type: &'static str, first: i64, make: Constructor) -> Row {
         Row { domain: "", op_type, opsets: (first, NEWEST), make }
     }
+
+    /// An operator of onnxruntime's own domain.
+    pub const fn contrib(op_type: &'static str, make: Constructor) -> Row {
+        Row { domain: "com.microsoft", op_type, opsets: (1, 1), make }
+    }
 }
 
 /// The rows of every family.
 static FAMILIES: &[&[Row]] = &[
+    super::attention::ROWS,
     super::batch_norm::ROWS,
     super::binary::ROWS,
+    super::bits::ROWS,
     super::cast::ROWS,
     super::clip::ROWS,
+    super::contrib::ROWS,
     super::conv::ROWS,
     super::conv::TRANSPOSED_ROWS,
+    super::det::ROWS,
     super::dropout::ROWS,
+    super::einsum::ROWS,
     super::expand::ROWS,
     super::fill::ROWS,
     super::gather::ROWS,
     super::join::ROWS,
+    super::known::ROWS,
     super::logic::ROWS,
     super::loss::ROWS,
     super::matmul::ROWS,
     super::norm::ROWS,
     super::pad::ROWS,
     super::pool::ROWS,
+    super::quant::ROWS,
+    super::random::ROWS,
     super::reduce::ROWS,
     super::resize::ROWS,
     super::rnn::ROWS,
     super::sample::ROWS,
+    super::scale::ROWS,
     super::scan::ROWS,
     super::scatter::ROWS,
     super::select::ROWS,
+    super::signal::ROWS,
     super::slice::ROWS,
     super::softmax::ROWS,
+    super::state::ROWS,
+    super::topk::ROWS,
     super::transpose::ROWS,
     super::unary::ROWS,
     super::variadic::ROWS,

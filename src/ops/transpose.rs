@@ -106,7 +106,7 @@ impl Op for Transpose {
     }
 }
 
-/// ONNX `DepthToSpace`: (N, C·b², H, W) to (N, C, H·b, W·b), and its inverse `SpaceToDepth`.
+/// ONNX `DepthToSpace`: (N, C·b², H, W) to (N, C, H·b, W·b), and its inverse `SpaceToDepth` (`mode` from opset 28).
 #[derive(Debug)]
 pub struct Blocks {
     block: usize,
@@ -121,7 +121,7 @@ impl Blocks {
         if !(1..=1 << 16).contains(&block) {
             return Err(OpError::Attribute(format!("'blocksize' is {block}")));
         }
-        let mode = spec.attrs.string("mode")?.filter(|_| to_space);
+        let mode = spec.attrs.string("mode")?.filter(|_| to_space || spec.opset >= 28);
         let crd = match mode.as_deref() {
             None | Some("DCR") => false,
             Some("CRD") => true,
@@ -209,6 +209,11 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         Case::new("Transpose", 13).named("scalar").input(&[]),
         Case::new("Transpose", 13).named("empty").input(&[2, 0, 3]),
         Case::new("DepthToSpace", 11).int("blocksize", 2).input(&[2, 12, 2, 3]),
+        Case::new("SpaceToDepth", 28)
+            .named("CRD")
+            .int("blocksize", 2)
+            .string("mode", "CRD")
+            .input(&[2, 3, 4, 6]),
         Case::new("DepthToSpace", 13)
             .named("CRD")
             .int("blocksize", 2)

@@ -157,10 +157,10 @@ fn fold<T: crate::tensor::Elem + Wide>(
 }
 
 pub(super) const ROWS: &[Row] = &[
-    Row::new("Max", 7, |_: &Spec| Ok(Arc::new(Variadic::Max))),
-    Row::new("Mean", 7, |_: &Spec| Ok(Arc::new(Variadic::Mean))),
-    Row::new("Min", 7, |_: &Spec| Ok(Arc::new(Variadic::Min))),
-    Row::new("Sum", 7, |_: &Spec| Ok(Arc::new(Variadic::Sum))),
+    Row::new("Max", 6, |_: &Spec| Ok(Arc::new(Variadic::Max))),
+    Row::new("Mean", 6, |_: &Spec| Ok(Arc::new(Variadic::Mean))),
+    Row::new("Min", 6, |_: &Spec| Ok(Arc::new(Variadic::Min))),
+    Row::new("Sum", 6, |_: &Spec| Ok(Arc::new(Variadic::Sum))),
 ];
 
 #[cfg(test)]

@@ -21,6 +21,17 @@ pub enum DType {
     U32,
     U64,
     Bool,
+    /// Stored and converted, not computed with (see `narrow`); a byte an element in memory.
+    F8E4M3Fn,
+    F8E4M3Fnuz,
+    F8E5M2,
+    F8E5M2Fnuz,
+    F8E8M0,
+    F4E2M1,
+    U4,
+    I4,
+    U2,
+    I2,
 }
 
 impl DType {
@@ -28,6 +39,16 @@ impl DType {
     pub fn size(self) -> usize {
         match self {
             DType::I8 | DType::U8 | DType::Bool => 1,
+            DType::F8E4M3Fn
+            | DType::F8E4M3Fnuz
+            | DType::F8E5M2
+            | DType::F8E5M2Fnuz
+            | DType::F8E8M0
+            | DType::F4E2M1
+            | DType::U4
+            | DType::I4
+            | DType::U2
+            | DType::I2 => 1,
             DType::F16 | DType::BF16 | DType::I16 | DType::U16 => 2,
             DType::F32 | DType::I32 | DType::U32 => 4,
             DType::F64 | DType::I64 | DType::U64 => 8,
@@ -38,6 +59,18 @@ impl DType {
         matches!(self, DType::F32 | DType::F64 | DType::F16 | DType::BF16)
     }
 
+    /// Do a tensor's bytes read as elements of `elem`?
+    pub fn reads_as(self, elem: DType) -> bool {
+        self == elem
+            || match elem {
+                DType::U8 => {
+                    self == DType::Bool || self.is_narrow() && !matches!(self, DType::I4 | DType::I2)
+                }
+                DType::I8 => matches!(self, DType::I4 | DType::I2),
+                _ => false,
+            }
+    }
+
     /// The type values of this type are computed in: half types are widened to `F32`.
     pub fn working(self) -> DType {
         match self {
@@ -46,7 +79,7 @@ impl DType {
         }
     }
 
-    /// From `TensorProto.DataType`; `None` for strings, complex and sub-byte types.
+    /// From `TensorProto.DataType`; `None` for strings and complex numbers.
     pub fn from_onnx(code: i32) -> Option<DType> {
         Some(match code {
             1 => DType::F32,
@@ -62,6 +95,16 @@ impl DType {
             12 => DType::U32,
             13 => DType::U64,
             16 => DType::BF16,
+            17 => DType::F8E4M3Fn,
+            18 => DType::F8E4M3Fnuz,
+            19 => DType::F8E5M2,
+            20 => DType::F8E5M2Fnuz,
+            24 => DType::F8E8M0,
+            23 => DType::F4E2M1,
+            21 => DType::U4,
+            22 => DType::I4,
+            25 => DType::U2,
+            26 => DType::I2,
             _ => return None,
         })
     }
@@ -82,6 +125,16 @@ impl DType {
             DType::U32 => 12,
             DType::U64 => 13,
             DType::BF16 => 16,
+            DType::F8E4M3Fn => 17,
+            DType::F8E4M3Fnuz => 18,
+            DType::F8E5M2 => 19,
+            DType::F8E5M2Fnuz => 20,
+            DType::F8E8M0 => 24,
+            DType::F4E2M1 => 23,
+            DType::U4 => 21,
+            DType::I4 => 22,
+            DType::U2 => 25,
+            DType::I2 => 26,
         }
     }
 }
@@ -102,11 +155,22 @@ impl fmt::Display for DType {
             DType::U32 => "uint32",
             DType::U64 => "uint64",
             DType::Bool => "bool",
+            DType::F8E4M3Fn => "float8e4m3fn",
+            DType::F8E4M3Fnuz => "float8e4m3fnuz",
+            DType::F8E5M2 => "float8e5m2",
+            DType::F8E5M2Fnuz => "float8e5m2fnuz",
+            DType::F8E8M0 => "float8e8m0",
+            DType::F4E2M1 => "float4e2m1",
+            DType::U4 => "uint4",
+            DType::I4 => "int4",
+            DType::U2 => "uint2",
+            DType::I2 => "int2",
         })
     }
 }
 
-/// A Rust type that can be a tensor's element. `u8` also reads and writes `Bool` (0 or 1).
+/// A Rust type that can be a tensor's element. `u8` also reads and writes `Bool` (0 or 1), unsigned narrow integers and
+/// the bits of narrow floats, `i8` signed narrow integers.
 pub trait Elem: Pod + PartialOrd + fmt::Debug + Send + Sync + Default + 'static {
     const DTYPE: DType;
 }
@@ -184,7 +248,7 @@ macro_rules! dtype_dispatch {
                 type $t = half::bf16;
                 $body
             }
-            $crate::tensor::DType::I8 => {
+            $crate::tensor::DType::I8 | $crate::tensor::DType::I4 | $crate::tensor::DType::I2 => {
                 type $t = i8;
                 $body
             }
@@ -200,7 +264,16 @@ macro_rules! dtype_dispatch {
                 type $t = i64;
                 $body
             }
-            $crate::tensor::DType::U8 | $crate::tensor::DType::Bool => {
+            $crate::tensor::DType::U8
+            | $crate::tensor::DType::Bool
+            | $crate::tensor::DType::U4
+            | $crate::tensor::DType::U2
+            | $crate::tensor::DType::F8E4M3Fn
+            | $crate::tensor::DType::F8E4M3Fnuz
+            | $crate::tensor::DType::F8E5M2
+            | $crate::tensor::DType::F8E5M2Fnuz
+            | $crate::tensor::DType::F8E8M0
+            | $crate::tensor::DType::F4E2M1 => {
                 type $t = u8;
                 $body
             }

@@ -4,6 +4,7 @@
 
 mod buffer;
 mod dtype;
+mod narrow;
 
 use std::fmt;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use crate::error::OpError;
 
 pub use buffer::{ALIGN, Buffer};
 pub use dtype::{DType, Elem, Float};
+pub use narrow::{Conversion, Round};
 
 /// Dimensions of a tensor, outermost first; empty for a scalar.
 pub type Dims = SmallVec<[usize; 6]>;
@@ -179,7 +181,7 @@ impl Tensor {
         Ok(self)
     }
 
-    /// Elements as integers (any integer type or bool).
+    /// Elements as integers (any integer type or bool; of narrow floats their bits).
     pub fn to_ints(&self) -> Result<Vec<i64>, OpError> {
         if self.dtype.is_float() {
             return Err(OpError::Type(format!("{} where integers are needed", self.dtype)));
@@ -188,7 +190,7 @@ impl Tensor {
             DType::I64 => self.get::<i64>()?.to_vec(),
             DType::I32 => self.get::<i32>()?.iter().map(|&x| x as i64).collect(),
             DType::I16 => self.get::<i16>()?.iter().map(|&x| x as i64).collect(),
-            DType::I8 => self.get::<i8>()?.iter().map(|&x| x as i64).collect(),
+            DType::I8 | DType::I4 | DType::I2 => self.get::<i8>()?.iter().map(|&x| x as i64).collect(),
             DType::U64 => self.get::<u64>()?.iter().map(|&x| x as i64).collect(),
             DType::U32 => self.get::<u32>()?.iter().map(|&x| x as i64).collect(),
             DType::U16 => self.get::<u16>()?.iter().map(|&x| x as i64).collect(),
@@ -204,6 +206,7 @@ impl Tensor {
             DType::F64 => bytemuck::cast_slice::<u8, f64>(b).to_vec(),
             DType::F16 => bytemuck::cast_slice::<u8, f16>(b).iter().map(|x| x.to_f64()).collect(),
             DType::BF16 => bytemuck::cast_slice::<u8, bf16>(b).iter().map(|x| x.to_f64()).collect(),
+            d if d.is_narrow() => b.iter().map(|&x| d.decode(x)).collect(),
             _ => self.to_ints().unwrap_or_default().into_iter().map(|x| x as f64).collect(),
         }
     }
@@ -216,7 +219,8 @@ impl Tensor {
         }
         let mut out = Tensor::zeros(to, &self.dims);
         // Integers that f64 cannot hold exactly keep all their bits on the integer path.
-        if !self.dtype.is_float() && !to.is_float() {
+        let whole = |d: DType| !d.is_float() && !d.is_narrow();
+        if whole(self.dtype) && whole(to) {
             let src = self.to_ints().unwrap_or_default();
             write_ints(&mut out, &src);
         } else {
@@ -267,6 +271,7 @@ fn write_f64(out: &mut Tensor, src: &[f64]) {
         DType::I32 => fill(out, src, |x| x as i32),
         DType::U64 => fill(out, src, |x| x as u64),
         DType::I64 => fill(out, src, |x| x as i64),
+        narrow => fill(out, src, |x| narrow.encode(x, Conversion::default())),
     }
 }
 
@@ -337,7 +342,7 @@ impl ViewMut<'_> {
 }
 
 fn check<T: Elem>(dtype: DType) -> Result<(), OpError> {
-    if T::DTYPE == dtype || (T::DTYPE == DType::U8 && dtype == DType::Bool) {
+    if dtype.reads_as(T::DTYPE) {
         Ok(())
     } else {
         Err(OpError::Type(format!("{dtype} where {} is needed", T::DTYPE)))

@@ -161,6 +161,8 @@ impl Saved for Stored<'_> {
             DType::U32 => Dtype::U32,
             DType::U64 => Dtype::U64,
             DType::Bool => Dtype::BOOL,
+            // No state has a narrow type; its bytes would be these.
+            _ => Dtype::U8,
         }
     }
 

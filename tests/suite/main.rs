@@ -11,6 +11,7 @@ mod icp;
 mod layout;
 mod memory;
 mod onnx_cases;
+mod quantised;
 mod real_models;
 mod resume;
 mod spatial;

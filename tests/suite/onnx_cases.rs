@@ -1,99 +1,121 @@
-//! ONNX's own backend test cases (Debian's libonnx-testdata, fetched).
+//! ONNX's own backend test cases: Debian's libonnx-testdata, and those that the onnx package generates (both fetched).
 
-use crate::common::{fetched, json, text};
+use std::collections::BTreeMap;
 
-/// Operators that retune promises to run.
-const OPERATORS: &[&str] = &[
-    "Conv",
-    "BatchNormalization",
-    "InstanceNormalization",
-    "LRN",
-    "Gemm",
-    "MatMul",
-    "Add",
-    "Sub",
-    "Mul",
-    "Div",
-    "Pow",
-    "Min",
-    "Max",
-    "Sum",
-    "Mean",
-    "Relu",
-    "LeakyRelu",
-    "PRelu",
-    "Elu",
-    "Gelu",
-    "Sigmoid",
-    "Tanh",
-    "HardSigmoid",
-    "HardSwish",
-    "Clip",
-    "Erf",
-    "Exp",
-    "Log",
-    "Sqrt",
-    "Abs",
-    "Neg",
-    "Softmax",
-    "LogSoftmax",
-    "MaxPool",
-    "AveragePool",
-    "GlobalAveragePool",
-    "GlobalMaxPool",
-    "ReduceMean",
-    "ReduceSum",
-    "ReduceMax",
-    "ReduceMin",
-    "Reshape",
-    "Flatten",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Concat",
-    "Split",
-    "Slice",
-    "Pad",
-    "Gather",
-    "Cast",
-    "Identity",
-    "Constant",
-    "ConstantOfShape",
-    "Shape",
-    "Dropout",
-    "Where",
-    "Expand",
-    "Equal",
-    "Greater",
-    "Less",
-    "And",
-    "Or",
-    "Not",
+use serde_json::Value;
+
+use crate::common::{fetched, json, shipped, text};
+
+/// What cases of other kinds than floating-point, integer and boolean tensors lack; they are listed, not counted.
+const OTHER_KINDS: &[&str] = &[
+    // Operators on sequences, optionals, strings and encoded images.
+    "ConcatFromSequence",
+    "ImageDecoder",
+    "Input",
+    "Optional",
+    "OptionalGetElement",
+    "OptionalHasElement",
+    "RegexFullMatch",
+    "SequenceAt",
+    "SequenceConstruct",
+    "SequenceEmpty",
+    "SequenceErase",
+    "SequenceInsert",
+    "SequenceLength",
+    "SequenceMap",
+    "SplitToSequence",
+    "StringConcat",
+    "StringNormalizer",
+    "StringSplit",
+    "TfIdfVectorizer",
+    // Element types.
+    "complex128",
+    "complex64",
+    "string",
+    // Expected values that another random generator drew.
+    "random numbers",
 ];
+
+/// Shares of the cases of our kind that pass at least; what is missing is printed. The goals, once resizing, transposed
+/// convolutions, recurrent layers and control flow are there: .97, .95 and 1.
+const NODE: f64 = 0.92;
+const GENERATED: f64 = 0.92;
+const PYTORCH: f64 = 0.97;
+
+fn is_other_kind(lacks: &str) -> bool {
+    OTHER_KINDS.contains(&lacks) || lacks.starts_with("ai.onnx.ml.") || lacks.starts_with("ai.onnx.preview.")
+}
+
+/// Runs a folder of cases: none may fail, and of those of our kind at least `least` (a share) must pass.
+fn share(folder: &str, least: f64) {
+    let Some(folder) = fetched(folder) else { return };
+    let report = json(&["test", text(&folder), "--json"], 0);
+    let cases = report["cases"].as_array().unwrap();
+    let mut lacking: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    let (mut passed, mut counted, mut others) = (0, 0, Vec::new());
+    for case in cases {
+        let name = case["name"].as_str().unwrap();
+        let lacks: Vec<&str> =
+            case["lacks"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        match case["outcome"].as_str().unwrap() {
+            "passed" => passed += 1,
+            _ if lacks.iter().any(|l| is_other_kind(l)) => {
+                others.push(name);
+                continue;
+            }
+            outcome => {
+                assert_eq!(outcome, "unsupported", "{case}");
+                lacking.entry(lacks.join(", ")).or_default().push(name);
+            }
+        }
+        counted += 1;
+    }
+    let reached = passed as f64 / counted as f64;
+    println!("{}: {passed} of {counted} pass ({:.2}%)", folder.display(), 100.0 * reached);
+    lacking.iter().for_each(|(what, names)| println!("  lack {what}: {}", names.join(", ")));
+    println!("  {} of other kinds: {}", others.len(), others.join(", "));
+    assert!(reached >= least, "{reached} of the cases in {} pass, not {least}", folder.display());
+}
 
 #[test]
 fn node_cases() {
-    let Some(folder) = fetched("onnx-testdata/node") else { return };
-    let report = json(&["test", text(&folder), "--json"], 0);
-    let summary = &report["summary"];
-    println!("node: {summary}");
-    assert_eq!(summary["failed"], 0);
-    assert!(summary["passed"].as_u64().unwrap() >= 550, "{summary}");
-    // No operator of the list is without a kernel.
-    for case in report["cases"].as_array().unwrap() {
-        let reason = case["reason"].as_str().unwrap_or("");
-        let operator =
-            reason.rsplit("operator ").next().unwrap_or("").split_whitespace().next().unwrap_or("");
-        assert!(!(reason.contains("operator ") && OPERATORS.contains(&operator)), "{case}");
-    }
+    share("onnx-testdata/node", NODE);
+}
+
+#[test]
+fn generated_node_cases() {
+    share("onnx-node-cases", GENERATED);
 }
 
 #[test]
 fn pytorch_cases() {
-    for part in ["pytorch-operator", "pytorch-converted", "simple"] {
-        let Some(folder) = fetched(&format!("onnx-testdata/{part}")) else { return };
-        let report = json(&["test", text(&folder), "--json"], 0);
-        println!("{part}: {}", report["summary"]);
-        assert_eq!(report["summary"]["failed"], 0);
+    share("onnx-testdata/simple", 1.0);
+    share("onnx-testdata/pytorch-operator", PYTORCH);
+    share("onnx-testdata/pytorch-converted", PYTORCH);
+}
+
+/// onnxruntime's own operators, against what it computed (tests/fixtures/contrib.py), and their gradients.
+#[test]
+fn contrib_cases() {
+    let report = json(&["test", text(&shipped("tests/fixtures/contrib")), "--grad", "--json"], 0);
+    let cases = report["cases"].as_array().unwrap();
+    assert!(
+        cases.iter().all(|c| c["outcome"] == "passed" && c["gradient"]["outcome"] == "equal"),
+        "{report:#}"
+    );
+    assert_eq!(cases.len(), 15);
+}
+
+/// Gradients of the same cases, against differences: none is wrong, and most that have one can be checked.
+#[test]
+fn gradients() {
+    for folder in ["onnx-node-cases", "onnx-testdata/pytorch-operator", "onnx-testdata/pytorch-converted"] {
+        let Some(folder) = fetched(folder) else { continue };
+        let report = json(&["test", text(&folder), "--grad", "--json"], 0);
+        let counts = &report["gradients"];
+        println!("{}: gradients {counts}", folder.display());
+        assert_eq!(counts["wrong"], 0);
+        let count = |name: &str| counts[name].as_u64().unwrap();
+        assert!(count("checked") > 3 * count("unchecked"), "{counts}");
     }
 }

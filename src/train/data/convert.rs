@@ -130,6 +130,7 @@ fn widen_float(from: DType, src: &[u8], out: &mut [f64]) {
         DType::U16 => read(src, out, |x: u16| x as f64),
         DType::U32 => read(src, out, |x: u32| x as f64),
         DType::U64 => read(src, out, |x: u64| x as f64),
+        narrow => read(src, out, |x: u8| narrow.decode(x)),
     }
 }
 

@@ -38,7 +38,7 @@ pub fn write_npz(path: impl AsRef<Path>, arrays: &[(&str, &Tensor)]) -> Result<(
         let mut zip = ZipWriter::new(file);
         for (name, t) in arrays {
             let wide;
-            let t = if t.dtype() == DType::BF16 {
+            let t = if t.dtype() == DType::BF16 || t.dtype().is_narrow() {
                 wide = t.cast(DType::F32);
                 &wide
             } else {
@@ -70,7 +70,8 @@ fn header(t: &Tensor) -> Vec<u8> {
         DType::U32 => "<u4",
         DType::U64 => "<u8",
         DType::Bool => "|b1",
-        DType::F32 | DType::BF16 => "<f4",
+        // What numpy has no type for is written as float32.
+        _ => "<f4",
     };
     let dims: Vec<String> = t.dims().iter().map(usize::to_string).collect();
     let comma = if dims.len() == 1 { "," } else { "" };
