@@ -73,6 +73,9 @@ pub struct Config {
     pub clip: Option<f64>,
     /// `all`, `head`, `last:N`, `bias`, `norm`, or globs over parameter names.
     pub train: String,
+    /// Outputs of a fresh head: of the last dense layer, or of one put on the value `at`.
+    pub head: Option<usize>,
+    pub at: Option<String>,
     pub norm: Norm,
     /// Share of the data that is held out, or the path of held-out data; 0: none.
     pub holdout: NumberOr,
@@ -125,6 +128,8 @@ impl Default for Config {
             lr_gamma: 0.1,
             clip: None,
             train: "all".into(),
+            head: None,
+            at: None,
             norm: Norm::Batch,
             holdout: NumberOr::Number(0.2),
             guard: true,
@@ -180,6 +185,12 @@ impl Config {
         }
         if self.nesterov && self.momentum == 0.0 {
             return config("--nesterov needs --momentum above 0");
+        }
+        if self.head == Some(0) {
+            return config("--head must be at least 1");
+        }
+        if self.at.is_some() && self.head.is_none() {
+            return config("--at needs --head N");
         }
         if self.precision != "f32" {
             return config(format!("--precision {}: only f32 is supported so far", self.precision));
@@ -308,6 +319,8 @@ mod tests {
         assert!(bad(|c| c.lr = f64::NAN).contains("--lr"));
         assert!(bad(|c| c.holdout = NumberOr::Number(1.0)).contains("--holdout"));
         assert!(bad(|c| c.icp_alpha = NumberOr::Word("half".into())).contains("--icp-alpha"));
+        assert!(bad(|c| c.head = Some(0)).contains("--head"));
+        assert!(bad(|c| c.at = Some("x".into())).contains("--head"));
         assert!(bad(|c| c.nesterov = true).contains("--momentum"));
         Config::default().check().unwrap();
     }

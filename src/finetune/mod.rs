@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::exec::{Options, Session, Usage};
 use crate::export::{self, Verification};
 use crate::graph::{Dim, WeightId};
-use crate::import::Model;
+use crate::import::{Model, NewHead, replace_head};
 use crate::tensor::{DType, Tensor};
 use crate::train::data::{Dataset, InputSpec, split};
 use crate::train::fit::{CheckpointOptions, Evaluated, Fitted, Progress, Run, evaluate, fit};
@@ -181,11 +181,14 @@ pub fn finetune(
     let started = Instant::now();
     let loss = config.loss()?;
     let requirement = config.require.as_deref().map(Require::parse).transpose()?;
+    let original = model;
+    let (model, headed) = with_head(&original, &data, config)?;
     let options = Options { threads: config.threads, seed: config.seed, ..Options::default() };
     let mut session = Session::new(model.clone(), options)?;
     let data = check_target(&session, &loss, data)?;
     let held = held.map(|h| check_target(&session, &loss, h)).transpose()?;
     let mut notes: Vec<String> = data.notes().to_vec();
+    notes.extend(headed);
 
     let (train, held_indices) = match (&held, config.holdout_fraction()?) {
         (Some(h), _) => ((0..data.len()).collect(), (0..h.len()).collect()),
@@ -263,7 +266,7 @@ pub fn finetune(
     if kept {
         verified = write(&mut session, held_data, config, output)?;
     } else {
-        export::write(&model, &[], output, export::Options { rename_data: config.rename_data })?;
+        export::write(&original, &[], output, export::Options { rename_data: config.rename_data })?;
     }
     let summary = Summary {
         before: before.as_ref().map(|e| e.metrics.clone()),
@@ -286,6 +289,21 @@ pub fn finetune(
         curve: Curve { epochs: fitted.epochs },
     };
     Ok(Finished { summary, before, after, class_names: data.class_names().to_vec(), session, recipe })
+}
+
+/// The model with the new head that was asked for, and a note of it.
+fn with_head(model: &Arc<Model>, data: &Dataset, config: &Config) -> Result<(Arc<Model>, Option<String>)> {
+    let Some(outputs) = config.head else { return Ok((model.clone(), None)) };
+    let head = NewHead { outputs, at: config.at.clone(), seed: config.seed };
+    let mut batch = data.new_batch(1);
+    data.batch(&[0], None, &mut batch)?;
+    let inputs: Vec<_> = batch.inputs.iter().map(|(name, t)| (name.clone(), t.meta())).collect();
+    let (new, what) = replace_head(model, &head, &inputs)?;
+    let note = format!(
+        "new head: {what} has {outputs} fresh outputs; `before` is measured with them untrained, and the guard compares \
+         with that"
+    );
+    Ok((Arc::new(new), Some(note)))
 }
 
 /// Everything that decides a run's result, in one hash.

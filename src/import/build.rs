@@ -97,7 +97,7 @@ fn is_standard(domain: &str) -> bool {
 }
 
 /// Names that the subgraphs of `n` take from around them.
-fn captured(n: &NodeProto) -> Vec<&str> {
+pub(super) fn captured(n: &NodeProto) -> Vec<&str> {
     let mut free = Vec::new();
     let mut todo: Vec<&GraphProto> = Vec::new();
     for a in &n.attribute {
