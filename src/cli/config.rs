@@ -20,6 +20,9 @@ pub struct Overrides {
     /// Share of the target spread over all classes [default: 0]
     #[arg(long)]
     label_smoothing: Option<f64>,
+    /// Weights of the classes in the loss: balanced, or one number a class [default: all alike]
+    #[arg(long, value_name = "balanced|W,…")]
+    class_weights: Option<String>,
     /// [default: 10]
     #[arg(long)]
     epochs: Option<usize>,

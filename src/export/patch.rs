@@ -167,10 +167,10 @@ impl<'a> Patch<'a> {
             Encoding::Scattered(chunks) => {
                 scatter(self.by_file.entry(location.file).or_default(), chunks, &bytes);
             }
-            Encoding::Varints { chunks, path } => {
+            Encoding::Varints { chunks } => {
                 let file = &self.model.files[location.file].bytes;
                 let list = self.by_file.entry(location.file).or_default();
-                let done = varints(list, file, chunks, path, &bytes);
+                let done = varints(list, file, chunks, &bytes);
                 done.map_err(|e| self.malformed(e))?;
             }
             Encoding::Filled { node, .. } => self.replace(*node, weight, bytes)?,
@@ -196,16 +196,17 @@ fn varints(
     list: &mut Vec<Edit>,
     file: &[u8],
     chunks: &[Range<usize>],
-    path: &[u32],
     halves: &[u8],
 ) -> std::result::Result<(), wire::WireError> {
     let mut packed = Vec::with_capacity(halves.len() * 3 / 2);
     for h in halves.chunks_exact(2) {
         wire::put_varint(&mut packed, u64::from(u16::from_le_bytes([h[0], h[1]])));
     }
+    let first = chunks.first().map_or(0, |c| c.start);
+    let path = splice::path_to(file, first)?;
     let (&number, around) = path.split_last().ok_or(wire::WireError { at: 0, what: "an empty path" })?;
     for (i, range) in chunks.iter().enumerate() {
-        let chain = wire::enclosing(file, path, range.start)?;
+        let chain = wire::enclosing(file, &path, range.start)?;
         let field = chain.last().ok_or(wire::WireError { at: range.start, what: "an empty path" })?;
         let mut bytes = Vec::new();
         if i == 0 {

@@ -25,7 +25,7 @@ use crate::train::metrics::Metrics;
 use crate::train::select::Select;
 use crate::train::step::{Recipe, Shapes};
 
-pub use config::{Config, MethodName, NumberOr, OptimizerName, ScheduleName, parse_loss};
+pub use config::{ClassWeights, Config, MethodName, NumberOr, OptimizerName, ScheduleName, parse_loss};
 pub use require::Require;
 
 /// Samples on which the export is compared with tract.
@@ -143,11 +143,12 @@ pub fn check_target(session: &Session, loss: &Loss, data: Dataset) -> Result<Dat
     };
     let dims = net.graph.meta(output)?.dims.clone();
     match loss {
-        Loss::CrossEntropy { .. } => match dims.get(1) {
+        Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => match dims.get(1) {
             Some(&classes) => {
                 if data.labels().is_some() {
                     data.check_labels(classes)?;
                 }
+                data.check_probabilities(classes)?;
                 Ok(data)
             }
             None => Err(Error::Config(format!(
@@ -159,6 +160,19 @@ pub fn check_target(session: &Session, loss: &Loss, data: Dataset) -> Result<Dat
         Loss::Mse => data.float_target(&dims[1..]),
         Loss::Bce | Loss::Graph(_) => Ok(data),
     }
+}
+
+/// How many classes the first output tells apart.
+fn classes(session: &Session, data: &Dataset) -> Result<usize> {
+    let net = crate::train::step::Network::new(
+        session,
+        crate::ops::Mode::EVAL,
+        &shapes_of(data, 1)?,
+        &std::collections::HashMap::new(),
+    )?;
+    let output = net.graph.outputs.first().copied();
+    let output = output.ok_or_else(|| Error::Config("the model has no output".into()))?;
+    Ok(net.graph.meta(output)?.dims.get(1).copied().unwrap_or(1))
 }
 
 /// The shapes of a batch of the first `n` samples.
@@ -200,6 +214,16 @@ pub fn finetune(
         (None, None) => return Err(Error::Config("held-out data were named and not opened".into())),
     };
     let held_data = held.as_ref().unwrap_or(&data);
+    let plain = loss;
+    let loss = match &config.class_weights {
+        None => plain.clone(),
+        Some(weights) => {
+            let labels: Option<Vec<i64>> =
+                data.labels().map(|all| train.iter().map(|i: &usize| all[*i]).collect());
+            let weights = weights.resolve(labels.as_deref(), classes(&session, &data)?)?;
+            Loss::ClassWeighted { label_smoothing: config.label_smoothing, weights: Arc::new(weights) }
+        }
+    };
     if held_indices.is_empty() && requirement.is_some() {
         return Err(Error::Config("--require needs held-out data: --holdout must not be 0".into()));
     }
@@ -217,7 +241,7 @@ pub fn finetune(
     let measure = |session: &mut Session| -> Result<Option<Evaluated>> {
         match held_indices.is_empty() {
             true => Ok(None),
-            false => evaluate(session, &loss, held_data, &held_indices, EVAL_BATCH).map(Some),
+            false => evaluate(session, &plain, held_data, &held_indices, EVAL_BATCH).map(Some),
         }
     };
     let before = measure(&mut session)?;

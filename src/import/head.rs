@@ -47,7 +47,8 @@ pub fn replace(model: &Model, head: &NewHead, inputs: &[(String, Meta)]) -> Resu
         .map_err(|e| Error::file(&model.path, format!("is damaged: {e}")))?;
     let Some(graph) = &proto.graph else { return Err(Error::file(&model.path, "has no graph")) };
     let before = inferred(model, inputs)?;
-    let mut surgery = Surgery { model, head, proto: graph, old: &before, edits: Vec::new(), taken: names(model, graph) };
+    let mut surgery =
+        Surgery { model, head, proto: graph, old: &before, edits: Vec::new(), taken: names(model, graph) };
     let what = match &head.at {
         Some(at) => surgery.attach(at)?,
         None => surgery.renew()?,
@@ -59,7 +60,10 @@ pub fn replace(model: &Model, head: &NewHead, inputs: &[(String, Meta)]) -> Resu
     };
     let draft = apply(edits.clone())?;
     let after = inferred(&draft, inputs).map_err(|e| {
-        Error::Config(format!("--head {}: what follows {what} cannot take as many outputs: {e}", head.outputs))
+        Error::Config(format!(
+            "--head {}: what follows {what} cannot take as many outputs: {e}",
+            head.outputs
+        ))
     })?;
     check(&before, &after, head, &what)?;
     let mut all = edits;
@@ -72,7 +76,9 @@ fn inferred(model: &Model, inputs: &[(String, Meta)]) -> Result<Graph> {
     let mut graph = model.graph.clone();
     let bindings: Bindings = inputs
         .iter()
-        .filter_map(|(name, meta)| Some((graph.inputs.iter().copied().find(|v| graph.value(*v).name == *name)?, meta.clone())))
+        .filter_map(|(name, meta)| {
+            Some((graph.inputs.iter().copied().find(|v| graph.value(*v).name == *name)?, meta.clone()))
+        })
         .collect();
     match graph.infer(&bindings)? {
         Inferred::Complete => Ok(graph),
@@ -212,9 +218,7 @@ impl Surgery<'_> {
         let what = self.old.describe(layer);
         let refuse = |why: &str| Err(Error::Config(format!("--head: {what} cannot be renewed: {why}")));
         let node = self.position(layer)?;
-        let attr = |name: &str| {
-            self.proto.node[node].attribute.iter().find(|a| a.name == name).map(|a| a.i)
-        };
+        let attr = |name: &str| self.proto.node[node].attribute.iter().find(|a| a.name == name).map(|a| a.i);
         let dims = self.dims(layer, 1)?;
         let axis = match self.old.node(layer).op.name() {
             "Conv" if attr("group").unwrap_or(1) != 1 => return refuse("a grouped convolution"),
@@ -256,7 +260,11 @@ impl Surgery<'_> {
     }
 
     /// Gives an operand a fresh constant; the old one goes when nothing else reads it.
-    fn renew_constant(&mut self, mut part: Part, replaced: &mut HashMap<(usize, usize), String>) -> Result<()> {
+    fn renew_constant(
+        &mut self,
+        mut part: Part,
+        replaced: &mut HashMap<(usize, usize), String>,
+    ) -> Result<()> {
         let model = self.model;
         let weight = model.weight(part.weight);
         let operand = self.proto.node[part.node].input[part.slot].clone();
@@ -282,7 +290,8 @@ impl Surgery<'_> {
                     continue;
                 }
                 // An initializer takes the place of the one before it.
-                let here = number == 5 && again && self.model.ir_version >= splice::FREE_INITIALIZERS && !placed;
+                let here =
+                    number == 5 && again && self.model.ir_version >= splice::FREE_INITIALIZERS && !placed;
                 placed |= here;
                 let bytes = if here { field.clone() } else { Vec::new() };
                 self.edits.push(Edit { path: vec![7], range: f.whole.clone(), bytes });
@@ -317,7 +326,11 @@ impl Surgery<'_> {
             let read = self.proto.output.iter().any(|o| o.name == name)
                 || self.proto.node.iter().enumerate().any(|(i, n)| {
                     !removed.contains(&i)
-                        && (n.input.iter().enumerate().any(|(s, x)| *x == name && !replaced.contains_key(&(i, s)))
+                        && (n
+                            .input
+                            .iter()
+                            .enumerate()
+                            .any(|(s, x)| *x == name && !replaced.contains_key(&(i, s)))
                             || build::captured(n).contains(&name.as_str()))
                 });
             if read {
@@ -360,7 +373,9 @@ impl Surgery<'_> {
             }
             n.outputs.iter().flatten().for_each(|v| after[v.index()] = true);
             let shape = n.inputs.get(1).copied().flatten().filter(|_| n.op.name() == "Reshape");
-            let Some(shape) = shape.filter(|v| matches!(self.model.graph.value(*v).source, Source::Constant(_))) else {
+            let Some(shape) =
+                shape.filter(|v| matches!(self.model.graph.value(*v).source, Source::Constant(_)))
+            else {
                 continue;
             };
             let Source::Constant(t) = &self.model.graph.value(shape).source else { continue };
@@ -378,7 +393,11 @@ impl Surgery<'_> {
                 ir_version: self.model.ir_version,
             };
             let start = nodes[position].whole.start;
-            self.edits.push(Edit { path: vec![7], range: start..start, bytes: constant.field(String::new()) });
+            self.edits.push(Edit {
+                path: vec![7],
+                range: start..start,
+                bytes: constant.field(String::new()),
+            });
             self.rename_operand(&nodes[position], 1, &name)?;
         }
         Ok(())
@@ -391,7 +410,9 @@ impl Surgery<'_> {
         let own = self.proto.node.iter().any(|n| n.output.iter().any(|o| o == at))
             || self.proto.input.iter().any(|i| i.name == at);
         let Some(value) = value.filter(|_| own) else {
-            return Err(Error::Config(format!("--at {at}: the model has no such value; `retune inspect` shows some")));
+            return Err(Error::Config(format!(
+                "--at {at}: the model has no such value; `retune inspect` shows some"
+            )));
         };
         let meta = self.old.meta(value)?.clone();
         if !meta.dtype.is_float() {
@@ -423,19 +444,21 @@ impl Surgery<'_> {
         };
         fields.extend(constant(&weight, &[n, width], 1.0 / (width.max(1) as f32).sqrt()));
         fields.extend(constant(&bias, &[n], 0.0));
-        let int = |name: &str, i: i64| AttributeProto { name: name.into(), r#type: 2, i, ..Default::default() };
-        let mut node = |op: &str, name: &str, input: &[&str], output: &str, attribute: Vec<AttributeProto>| {
-            let input = input.iter().map(|s| s.to_string()).collect();
-            let node = NodeProto {
-                op_type: op.into(),
-                name: name.into(),
-                input,
-                output: vec![output.into()],
-                attribute,
-                ..Default::default()
+        let int =
+            |name: &str, i: i64| AttributeProto { name: name.into(), r#type: 2, i, ..Default::default() };
+        let mut node =
+            |op: &str, name: &str, input: &[&str], output: &str, attribute: Vec<AttributeProto>| {
+                let input = input.iter().map(|s| s.to_string()).collect();
+                let node = NodeProto {
+                    op_type: op.into(),
+                    name: name.into(),
+                    input,
+                    output: vec![output.into()],
+                    attribute,
+                    ..Default::default()
+                };
+                wire::put_field(&mut fields, 1, &node.encode_to_vec());
             };
-            wire::put_field(&mut fields, 1, &node.encode_to_vec());
-        };
         let mut features = at.to_string();
         if pooled {
             let (mean, flat) = (self.fresh("head.pooled"), self.fresh("head.features"));
@@ -511,7 +534,11 @@ fn declared(
                     if a != b && wire::varint(bytes, value.payload.start, value.payload.end)?.0 == a as u64 {
                         let mut n = Vec::new();
                         wire::put_varint(&mut n, b as u64);
-                        edits.push(Edit { path: vec![7, number, 2, 1, 2, 1], range: value.payload, bytes: n });
+                        edits.push(Edit {
+                            path: vec![7, number, 2, 1, 2, 1],
+                            range: value.payload,
+                            bytes: n,
+                        });
                     }
                 }
             }

@@ -5,8 +5,10 @@
 //! not fail the import: it is listed in [`Model::blockers`], all at once.
 
 mod attrs;
+mod bodies;
 mod build;
 mod external;
+mod flat;
 mod head;
 mod map;
 pub mod proto;
@@ -97,7 +99,7 @@ fn from_source(file: SourceFile, folder: Option<PathBuf>) -> Result<Model> {
         return Err(Error::file(&path, "has no graph: is it an ONNX model?"));
     };
     let mut files = Files::new(file, folder);
-    files.open_all(graph)?;
+    files.open_all(&proto, graph)?;
     let mut opsets = BTreeMap::new();
     for o in &proto.opset_import {
         let domain = if o.domain == "ai.onnx" { "" } else { o.domain.as_str() };

@@ -56,13 +56,9 @@ impl Constant {
 }
 
 /// The edit that gives operand `slot` of a node of the main graph another name; `None` when it has no such operand.
-pub fn operand(
-    bytes: &[u8],
-    node: &Field,
-    slot: usize,
-    name: &str,
-) -> Result<Option<Edit>, WireError> {
-    let mut inputs = wire::fields(bytes, node.payload.clone()).filter(|f| !matches!(f, Ok(f) if f.number != 1));
+pub fn operand(bytes: &[u8], node: &Field, slot: usize, name: &str) -> Result<Option<Edit>, WireError> {
+    let mut inputs =
+        wire::fields(bytes, node.payload.clone()).filter(|f| !matches!(f, Ok(f) if f.number != 1));
     let Some(input) = inputs.nth(slot).transpose()? else { return Ok(None) };
     Ok(Some(Edit { path: vec![7, 1, 1], range: input.payload, bytes: name.as_bytes().to_vec() }))
 }
@@ -95,4 +91,45 @@ pub fn fresh(base: &str, taken: impl Fn(&str) -> bool) -> String {
         n += 1;
     }
     name
+}
+
+/// Messages that tensors lie in.
+#[derive(Clone, Copy)]
+enum Kind {
+    Model,
+    Function,
+    Graph,
+    Node,
+    Attribute,
+    Sparse,
+    Tensor,
+}
+
+/// The field numbers that lead from a model to the tensor's field which holds byte `at`: through functions, subgraphs
+/// and attributes.
+pub fn path_to(bytes: &[u8], at: usize) -> Result<Vec<u32>, WireError> {
+    let (mut range, mut kind, mut path) = (0..bytes.len(), Kind::Model, Vec::new());
+    loop {
+        let mut inner = None;
+        for f in wire::fields(bytes, range.clone()) {
+            let f = f?;
+            if f.payload.contains(&at) {
+                inner = Some(f);
+                break;
+            }
+        }
+        let Some(f) = inner else { return Err(WireError { at, what: "no tensor lies here" }) };
+        path.push(f.number);
+        kind = match (kind, f.number) {
+            (Kind::Tensor, _) => return Ok(path),
+            (Kind::Model, 7) | (Kind::Attribute, 6 | 11) => Kind::Graph,
+            (Kind::Model, 25) => Kind::Function,
+            (Kind::Function, 7) | (Kind::Graph, 1) => Kind::Node,
+            (Kind::Function, 11) | (Kind::Node, 5) => Kind::Attribute,
+            (Kind::Graph, 5) | (Kind::Attribute, 5 | 10) | (Kind::Sparse, 1 | 2) => Kind::Tensor,
+            (Kind::Graph, 15) | (Kind::Attribute, 22 | 23) => Kind::Sparse,
+            _ => return Err(WireError { at, what: "no tensor lies here" }),
+        };
+        range = f.payload;
+    }
 }

@@ -22,6 +22,7 @@ mod bytes;
 pub mod cases;
 pub mod cast;
 pub mod clip;
+pub mod control;
 pub mod conv;
 pub mod dropout;
 pub mod expand;
@@ -44,6 +45,8 @@ pub mod select;
 pub mod slice;
 pub mod softmax;
 mod table;
+#[cfg(feature = "tract")]
+pub(crate) mod tract;
 pub mod transpose;
 pub mod unary;
 pub mod update;
@@ -51,7 +54,7 @@ pub mod variadic;
 pub mod view;
 pub mod window;
 
-pub use foreign::Foreign;
+pub use foreign::{Foreign, stand_in};
 pub use layout::ChannelsLast;
 pub use table::{Row, create, table};
 

@@ -5,6 +5,7 @@
 mod allocations;
 mod common;
 mod contract;
+mod control;
 mod finetune;
 mod gradients;
 mod icp;
