@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::error::{Blocker, Error, Result};
+use crate::error::{Blocker, Error, OpError, Result};
 use crate::exec::{Options, Session};
 use crate::finetune::input_specs;
 use crate::graph::{Graph, NodeId, ValueId, logits};
@@ -82,6 +82,8 @@ pub struct Report {
     /// What cannot be run, or cannot be trained through, node by node.
     pub blockers: Vec<Blocker>,
     pub notes: Vec<String>,
+    /// Whether shapes were known well enough to try a gradient.
+    pub tried: bool,
 }
 
 /// Reports on a model; nothing is trained or run.
@@ -118,11 +120,21 @@ pub fn inspect(model: &Arc<Model>) -> Report {
         folded_norms: folded(model),
         blockers: model.blockers.clone(),
         notes: remarks(&model.graph),
+        tried: true,
     };
-    if report.blockers.is_empty()
-        && let Err(e) = trial(model, &mut report)
-    {
-        report.notes.push(format!("taps, multiply-adds and what blocks training are not known: {e}"));
+    if report.blockers.is_empty() {
+        match trial(model, &mut report) {
+            Ok(()) => {}
+            // A node that turns out not to run with these shapes.
+            Err(Error::Op { node, source: source @ OpError::Unsupported(_) }) => {
+                let op_type = node.split(' ').next().unwrap_or_default().to_string();
+                report.blockers.push(Blocker { node, op_type, why: source.to_string() });
+            }
+            Err(e) => {
+                report.tried = false;
+                report.notes.push(format!("taps, multiply-adds and what blocks training are not known: {e}"));
+            }
+        }
     }
     report
 }
@@ -178,7 +190,7 @@ fn shared(model: &Model) -> Vec<Shared> {
 }
 
 /// Convolutions with a bias in a network that normalises nothing: as exporters leave them that fold normalisations.
-fn folded(model: &Model) -> Vec<Folded> {
+pub(crate) fn folded(model: &Model) -> Vec<Folded> {
     let norms = model.weights.iter().any(|w| matches!(w.role, Role::Scale | Role::RunningMean));
     let mut out = Vec::new();
     for (i, n) in model.graph.nodes.iter().enumerate() {
@@ -307,6 +319,7 @@ impl Report {
     /// One sentence on whether it trains.
     fn verdict(&self) -> String {
         match (self.blockers.len(), self.trainable_parameters) {
+            _ if !self.tried => "whether it trains is not known".into(),
             (0, 0) => "nothing in it trains by default".into(),
             (0, n) => format!(
                 "{} of {} parameters train; nothing blocks training",

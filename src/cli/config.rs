@@ -74,6 +74,9 @@ pub struct Overrides {
     /// Normalisation by the batch's statistics, or frozen [default: batch]
     #[arg(long)]
     norm: Option<String>,
+    /// Put normalisations back that the exporter folded into convolutions, and fold them again in the export
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    reinsert_norms: Option<bool>,
     /// Held-out share of the data, or a path of held-out data; 0 for none [default: 0.2]
     #[arg(long, value_name = "FRACTION|DATA")]
     holdout: Option<String>,

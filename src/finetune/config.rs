@@ -129,6 +129,8 @@ pub struct Config {
     pub head: Option<usize>,
     pub at: Option<String>,
     pub norm: Norm,
+    /// Normalisations that the exporter folded into convolutions are put back for the training.
+    pub reinsert_norms: bool,
     /// Share of the data that is held out, or the path of held-out data; 0: none.
     pub holdout: NumberOr,
     pub guard: bool,
@@ -184,6 +186,7 @@ impl Default for Config {
             head: None,
             at: None,
             norm: Norm::Batch,
+            reinsert_norms: false,
             holdout: NumberOr::Number(0.2),
             guard: true,
             shuffle: true,

@@ -1,6 +1,7 @@
 //! The main job: a deployed network and data in, the same file with better weights out, never a worse one.
 
 mod config;
+mod norms;
 mod require;
 
 use std::path::{Path, PathBuf};
@@ -141,7 +142,11 @@ pub fn check_target(session: &Session, loss: &Loss, data: Dataset) -> Result<Dat
     let Some(&output) = net.graph.outputs.first() else {
         return Err(Error::Config("the model has no output".into()));
     };
-    let dims = net.graph.meta(output)?.dims.clone();
+    let scores = match loss.wants_labels() {
+        true => crate::graph::logits(&net.graph, output).0,
+        false => output,
+    };
+    let dims = net.graph.meta(scores)?.dims.clone();
     match loss {
         Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => match dims.get(1) {
             Some(&classes) => {
@@ -172,7 +177,8 @@ fn classes(session: &Session, data: &Dataset) -> Result<usize> {
     )?;
     let output = net.graph.outputs.first().copied();
     let output = output.ok_or_else(|| Error::Config("the model has no output".into()))?;
-    Ok(net.graph.meta(output)?.dims.get(1).copied().unwrap_or(1))
+    let (scores, _) = crate::graph::logits(&net.graph, output);
+    Ok(net.graph.meta(scores)?.dims.get(1).copied().unwrap_or(1))
 }
 
 /// The shapes of a batch of the first `n` samples.
@@ -198,7 +204,8 @@ pub fn finetune(
     let original = model;
     let (model, headed) = with_head(&original, &data, config)?;
     let options = Options { threads: config.threads, seed: config.seed, ..Options::default() };
-    let mut session = Session::new(model.clone(), options)?;
+    let session_options = options.clone();
+    let mut session = Session::new(model, options)?;
     let data = check_target(&session, &loss, data)?;
     let held = held.map(|h| check_target(&session, &loss, h)).transpose()?;
     let mut notes: Vec<String> = data.notes().to_vec();
@@ -213,6 +220,18 @@ pub fn finetune(
         }
         (None, None) => return Err(Error::Config("held-out data were named and not opened".into())),
     };
+    let reinserted = match config.reinsert_norms {
+        true => Some(norms::reinsert(&mut session, &data, &train)?),
+        false => None,
+    };
+    if let Some(r) = &reinserted {
+        session = Session::new(r.model.clone(), session_options)?;
+        notes.push(format!(
+            "{} folded normalisations were put back for the training, and folded again",
+            r.len()
+        ));
+    }
+    let model = session.model().clone();
     let held_data = held.as_ref().unwrap_or(&data);
     let plain = loss;
     let loss = match &config.class_weights {
@@ -288,7 +307,7 @@ pub fn finetune(
     let kept = unmet.is_empty() && (!config.guard || verdict.is_none_or(|v| v.better));
     let (usage, mut verified) = (session.usage(), "original kept".to_string());
     if kept {
-        verified = write(&mut session, held_data, config, output)?;
+        verified = write(&mut session, reinserted.as_ref(), held_data, config, output)?;
     } else {
         export::write(&original, &[], output, export::Options { rename_data: config.rename_data })?;
     }
@@ -363,9 +382,17 @@ fn fingerprint(model: &Model, data: &Dataset, config: &Config) -> Result<String>
 }
 
 /// Writes the file with the session's weights, after tract agreed (where it can be asked).
-fn write(session: &mut Session, data: &Dataset, config: &Config, output: &Path) -> Result<String> {
-    let model = session.model().clone();
-    let changes = session.changes();
+fn write(
+    session: &mut Session,
+    reinserted: Option<&norms::Reinserted>,
+    data: &Dataset,
+    config: &Config,
+    output: &Path,
+) -> Result<String> {
+    let (model, changes) = match reinserted {
+        Some(r) => r.folded(session)?,
+        None => (session.model().clone(), session.changes()),
+    };
     let changes: Vec<(WeightId, &Tensor)> = changes.iter().map(|(w, t)| (*w, t)).collect();
     let options = export::Options { rename_data: config.rename_data };
     let staged = export::stage(&model, &changes, output, options)?;

@@ -569,3 +569,6 @@ fn fresh_values(dims: &[usize], bound: f32, seed: u64, dtype: DType) -> Vec<u8> 
     };
     values
 }
+
+#[cfg(test)]
+mod tests;

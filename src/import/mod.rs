@@ -76,7 +76,7 @@ pub fn from_bytes(name: &str, bytes: impl Into<Bytes>) -> Result<Model> {
 }
 
 /// `model` with other bytes in its main file, which keeps its path and its external data.
-fn edited(model: &Model, bytes: Vec<u8>) -> Result<Model> {
+pub(crate) fn edited(model: &Model, bytes: Vec<u8>) -> Result<Model> {
     let file = SourceFile::in_memory(&model.path, bytes);
     let folder = (model.files.len() > 1).then(|| folder(&model.path).to_path_buf());
     from_source(file, folder)

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::error::OpError;
 use crate::graph::{Bindings, GradBuilder, Graph, Inferred, Source, ValueId};
-use crate::ops::{Cx, Grads, Op, Spec, eval, need};
+use crate::ops::{Cx, Grads, Op, Spec, eval, get, need};
 use crate::tensor::{Dims, Meta, Tensor, View, ViewMut};
 
 /// Rounds after which a loop that does not end is an error.
@@ -385,7 +385,14 @@ impl Op for Control {
                     _ => Err(OpError::NeedsValue(0)),
                 }
             }
-            Kind::Loop => self.infer_loop(inputs),
+            Kind::Loop => self.infer_loop(inputs).map_err(|e| {
+                // Known rounds are unrolled, and then every shape follows.
+                let open = (0..2).find(|i| get(inputs, *i).is_some_and(|m| m.value.is_none()));
+                match (e, open) {
+                    (OpError::Unsupported(_), Some(i)) => OpError::NeedsValue(i),
+                    (e, _) => e,
+                }
+            }),
             Kind::Scan(scan) => self.infer_scan(scan, inputs),
         }
     }
