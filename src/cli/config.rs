@@ -65,9 +65,10 @@ pub struct Overrides {
     /// all, head, last:N, bias, norm, or globs over parameter names [default: all]
     #[arg(long)]
     train: Option<String>,
-    /// Fresh outputs for the last dense layer (or for a new one, see --at), so that the network learns new classes
-    #[arg(long, value_name = "N")]
-    head: Option<usize>,
+    /// Fresh outputs for the last dense layer (or for a new one, see --at), so that the network learns new classes; +N:
+    /// beside those it has
+    #[arg(long, value_name = "N|+N")]
+    head: Option<String>,
     /// The value to put the new head on, for a network without one; its output becomes the first
     #[arg(long, value_name = "VALUE")]
     at: Option<String>,

@@ -96,6 +96,29 @@ impl ClassWeights {
     }
 }
 
+/// How many fresh outputs a head has.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum HeadSize {
+    Number(usize),
+    /// `N`, or `+N`: beside those that the layer has.
+    Word(String),
+}
+
+impl HeadSize {
+    /// The number, and whether the outputs that are there stay.
+    pub fn parse(&self) -> Result<(usize, bool)> {
+        let (n, add) = match self {
+            HeadSize::Number(n) => (Some(*n), false),
+            HeadSize::Word(w) => (w.strip_prefix('+').unwrap_or(w).parse().ok(), w.starts_with('+')),
+        };
+        match n {
+            Some(n) if n > 0 => Ok((n, add)),
+            _ => config("--head takes a number of outputs from 1, or +N to add N to those there are"),
+        }
+    }
+}
+
 /// Every option of `retune finetune` with its default; keys of the TOML file are the long flags' names.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
@@ -126,7 +149,7 @@ pub struct Config {
     /// `all`, `head`, `last:N`, `bias`, `norm`, or globs over parameter names.
     pub train: String,
     /// Outputs of a fresh head: of the last dense layer, or of one put on the value `at`.
-    pub head: Option<usize>,
+    pub head: Option<HeadSize>,
     pub at: Option<String>,
     pub norm: Norm,
     /// Normalisations that the exporter folded into convolutions are put back for the training.
@@ -246,9 +269,7 @@ impl Config {
         if self.nesterov && self.momentum == 0.0 {
             return config("--nesterov needs --momentum above 0");
         }
-        if self.head == Some(0) {
-            return config("--head must be at least 1");
-        }
+        self.head.as_ref().map(HeadSize::parse).transpose()?;
         if self.at.is_some() && self.head.is_none() {
             return config("--at needs --head N");
         }
@@ -379,7 +400,9 @@ mod tests {
         assert!(bad(|c| c.lr = f64::NAN).contains("--lr"));
         assert!(bad(|c| c.holdout = NumberOr::Number(1.0)).contains("--holdout"));
         assert!(bad(|c| c.icp_alpha = NumberOr::Word("half".into())).contains("--icp-alpha"));
-        assert!(bad(|c| c.head = Some(0)).contains("--head"));
+        assert!(bad(|c| c.head = Some(HeadSize::Number(0))).contains("--head"));
+        assert!(bad(|c| c.head = Some(HeadSize::Word("+x".into()))).contains("--head"));
+        assert_eq!(HeadSize::Word("+5".into()).parse().unwrap(), (5, true));
         assert!(bad(|c| c.at = Some("x".into())).contains("--head"));
         assert!(bad(|c| c.nesterov = true).contains("--momentum"));
         Config::default().check().unwrap();

@@ -26,7 +26,9 @@ use crate::train::metrics::Metrics;
 use crate::train::select::Select;
 use crate::train::step::{Recipe, Shapes};
 
-pub use config::{ClassWeights, Config, MethodName, NumberOr, OptimizerName, ScheduleName, parse_loss};
+pub use config::{
+    ClassWeights, Config, HeadSize, MethodName, NumberOr, OptimizerName, ScheduleName, parse_loss,
+};
 pub use require::Require;
 
 /// Samples on which the export is compared with tract.
@@ -336,8 +338,9 @@ pub fn finetune(
 
 /// The model with the new head that was asked for, and a note of it.
 fn with_head(model: &Arc<Model>, data: &Dataset, config: &Config) -> Result<(Arc<Model>, Option<String>)> {
-    let Some(outputs) = config.head else { return Ok((model.clone(), None)) };
-    let head = NewHead { outputs, at: config.at.clone(), seed: config.seed };
+    let Some(size) = &config.head else { return Ok((model.clone(), None)) };
+    let (outputs, add) = size.parse()?;
+    let head = NewHead { outputs, add, at: config.at.clone(), seed: config.seed };
     let mut batch = data.new_batch(1);
     data.batch(&[0], None, &mut batch)?;
     let inputs: Vec<_> = batch.inputs.iter().map(|(name, t)| (name.clone(), t.meta())).collect();

@@ -170,8 +170,9 @@ fn statistics(
     }
     let of = |(n, sum, squares): (f64, Vec<f64>, Vec<f64>)| {
         let mean: Vec<f64> = sum.iter().map(|s| s / n.max(1.0)).collect();
-        let var = squares.iter().zip(&mean).map(|(s, m)| (s / n.max(1.0) - m * m).max(0.0) as f32).collect();
-        (mean.iter().map(|m| *m as f32).collect(), var)
+        let var: Vec<f32> =
+            squares.iter().zip(&mean).map(|(s, m)| (s / n.max(1.0) - m * m).max(0.0) as f32).collect();
+        (mean.iter().map(|m| *m as f32).collect::<Vec<f32>>(), var)
     };
     Ok(sums.into_iter().map(of).collect())
 }

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::attrs::attrs;
-use super::build::order;
 use super::external::Files;
 use super::flat::Opsets;
+use super::order::order;
 use super::proto::{GraphProto, NodeProto};
 use crate::error::{Blocker, OpError};
 use crate::graph::{Graph, NodeId, Source, ValueId};

@@ -414,3 +414,6 @@ fn referred<'b>(
     let value = given?.get(&a.ref_attr_name)?;
     Some(Cow::Owned(AttributeProto { name: a.name.clone(), ref_attr_name: String::new(), ..value.clone() }))
 }
+
+#[cfg(test)]
+mod tests;

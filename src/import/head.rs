@@ -5,17 +5,18 @@
 //! an ordinary model. Only what the head consists of, and shapes that the file declares and that change with it, are
 //! edited; the rest stays byte for byte.
 
+mod values;
+
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use prost::Message;
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
 
+use super::order::captured;
 use super::proto::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto};
 use super::proto::{DimensionProto, TensorShapeProto, TensorTypeProto, TypeProto, ValueInfoProto};
 use super::splice::{self, Constant};
 use super::wire::{self, Edit, Field};
-use super::{Model, Role, build, edited};
+use super::{Model, Role, edited};
 use crate::error::{Error, Result};
 use crate::graph::{Bindings, Dim, Graph, Inferred, NodeId, Source, ValueId, WeightId};
 use crate::tensor::{DType, Dims, Meta, Tensor};
@@ -23,8 +24,10 @@ use crate::tensor::{DType, Dims, Meta, Tensor};
 /// What is asked for.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NewHead {
-    /// How many outputs (classes) the head has.
+    /// How many fresh outputs (classes) the head has.
     pub outputs: usize,
+    /// The outputs that the layer has already stay as they are, and the fresh ones come after them.
+    pub add: bool,
     /// The value that gets a dense layer; `None`: the last dense layer of the first output is replaced.
     pub at: Option<String>,
     /// Of the initial weights.
@@ -47,25 +50,29 @@ pub fn replace(model: &Model, head: &NewHead, inputs: &[(String, Meta)]) -> Resu
         .map_err(|e| Error::file(&model.path, format!("is damaged: {e}")))?;
     let Some(graph) = &proto.graph else { return Err(Error::file(&model.path, "has no graph")) };
     let before = inferred(model, inputs)?;
-    let mut surgery =
-        Surgery { model, head, proto: graph, old: &before, edits: Vec::new(), taken: names(model, graph) };
+    let mut surgery = Surgery {
+        model,
+        head,
+        outputs: head.outputs,
+        proto: graph,
+        old: &before,
+        edits: Vec::new(),
+        taken: names(model, graph),
+    };
     let what = match &head.at {
         Some(at) => surgery.attach(at)?,
         None => surgery.renew()?,
     };
-    let edits = surgery.edits;
+    let (edits, outputs) = (surgery.edits, surgery.outputs);
     let apply = |edits: Vec<Edit>| -> Result<Model> {
         let new = wire::apply(bytes, edits).map_err(|e| Error::file(&model.path, e.to_string()))?;
         edited(model, new)
     };
     let draft = apply(edits.clone())?;
     let after = inferred(&draft, inputs).map_err(|e| {
-        Error::Config(format!(
-            "--head {}: what follows {what} cannot take as many outputs: {e}",
-            head.outputs
-        ))
+        Error::Config(format!("--head: what follows {what} cannot take {outputs} outputs: {e}"))
     })?;
-    check(&before, &after, head, &what)?;
+    check(&before, &after, head.at.is_some(), outputs, &what)?;
     let mut all = edits;
     all.extend(declared(bytes, graph, &before, &after).map_err(|e| Error::file(&model.path, e.to_string()))?);
     Ok((apply(all)?, what))
@@ -97,25 +104,24 @@ fn names(model: &Model, proto: &GraphProto) -> HashSet<String> {
 }
 
 /// The first output must have changed from the old number of classes to the new one, and in nothing else.
-fn check(before: &Graph, after: &Graph, head: &NewHead, what: &str) -> Result<()> {
+fn check(before: &Graph, after: &Graph, own: bool, outputs: usize, what: &str) -> Result<()> {
     let (Some(&old), Some(&new)) = (before.outputs.first(), after.outputs.first()) else {
         return Err(Error::Config("the model has no output".into()));
     };
     let dims = &after.meta(new)?.dims;
-    let fits = match head.at {
-        Some(_) => dims.len() == 2 && dims[1] == head.outputs,
-        None => {
+    let fits = match own {
+        true => dims.len() == 2 && dims[1] == outputs,
+        false => {
             let old = &before.meta(old)?.dims;
             let differ = old.iter().zip(dims).filter(|(a, b)| a != b).count();
-            old.len() == dims.len() && differ <= 1 && dims.iter().skip(1).any(|d| *d == head.outputs)
+            old.len() == dims.len() && differ <= 1 && dims.iter().skip(1).any(|d| *d == outputs)
         }
     };
     match fits {
         true => Ok(()),
         false => Err(Error::Config(format!(
-            "--head {}: with {what} changed, output '{}' has shape {:?}: its classes do not come from that layer alone; \
+            "--head: with {what} changed, output '{}' has shape {:?}: its classes do not come from that layer alone; \
              name a value to put a head on with --at VALUE",
-            head.outputs,
             after.value(new).name,
             dims.as_slice()
         ))),
@@ -138,6 +144,8 @@ struct Part {
 struct Surgery<'a> {
     model: &'a Model,
     head: &'a NewHead,
+    /// Of the head, those that stay included.
+    outputs: usize,
     proto: &'a GraphProto,
     /// With shapes.
     old: &'a Graph,
@@ -228,6 +236,9 @@ impl Surgery<'_> {
             _ => 1,
         };
         let old = dims[axis];
+        if self.head.add {
+            self.outputs += old;
+        }
         let fan_in = dims.iter().product::<usize>() / old.max(1);
         let bound = 1.0 / (fan_in.max(1) as f32).sqrt();
         let mut parts = vec![Part { node, slot: 1, weight, dims, axis, bound }];
@@ -268,7 +279,7 @@ impl Surgery<'_> {
         let model = self.model;
         let weight = model.weight(part.weight);
         let operand = self.proto.node[part.node].input[part.slot].clone();
-        part.dims[part.axis] = self.head.outputs;
+        let values = self.values(&mut part, &operand)?;
         replaced.insert((part.node, part.slot), String::new());
         let dead = self.dead(&operand, replaced);
         let nodes = self.fields(1)?;
@@ -276,7 +287,7 @@ impl Surgery<'_> {
         let again = dead.contains(&operand) && operand == weight.name;
         let name = if again { operand.clone() } else { self.fresh(&format!("{}.head", weight.name)) };
         let constant = Constant {
-            values: fresh_values(&part.dims, part.bound, self.head.seed, weight.dtype),
+            values,
             dtype: weight.dtype,
             dims: part.dims.iter().map(|d| *d as i64).collect(),
             name: name.clone(),
@@ -308,6 +319,30 @@ impl Surgery<'_> {
         Ok(())
     }
 
+    /// The stored values of a part, and its dimensions as they will be: fresh ones, after those that stay.
+    fn values(&self, part: &mut Part, operand: &str) -> Result<Vec<u8>> {
+        let weight = self.model.weight(part.weight);
+        let old = part.dims.clone();
+        part.dims[part.axis] = self.head.outputs;
+        let fresh = values::fresh(&part.dims, part.bound, self.head.seed, weight.dtype);
+        if !self.head.add {
+            return Ok(fresh);
+        }
+        if operand != weight.name || old != weight.dims {
+            let what = "is moved or reshaped before the layer reads it: --head +N cannot add to it";
+            return Err(Error::value(&weight.name, what));
+        }
+        let stays = weight.stored(&self.model.files)?;
+        let outer: usize = old[..part.axis].iter().product();
+        part.dims[part.axis] = self.outputs;
+        if outer == 0 {
+            return Ok(Vec::new());
+        }
+        let (a, b) = (stays.len() / outer, fresh.len() / outer);
+        let row = |i: usize| [&stays[i * a..(i + 1) * a], &fresh[i * b..(i + 1) * b]].concat();
+        Ok((0..outer).flat_map(row).collect())
+    }
+
     fn rename_operand(&mut self, node: &Field, slot: usize, name: &str) -> Result<()> {
         let edit = splice::operand(self.bytes(), node, slot, name)
             .map_err(|e| Error::file(&self.model.path, e.to_string()))?
@@ -331,7 +366,7 @@ impl Surgery<'_> {
                             .iter()
                             .enumerate()
                             .any(|(s, x)| *x == name && !replaced.contains_key(&(i, s)))
-                            || build::captured(n).contains(&name.as_str()))
+                            || captured(n).contains(&name.as_str()))
                 });
             if read {
                 continue;
@@ -382,7 +417,7 @@ impl Surgery<'_> {
             let Ok(mut ints) = t.to_ints() else { continue };
             let at: Vec<usize> = (0..ints.len()).filter(|k| ints[*k] == old as i64).collect();
             let [k] = at.as_slice() else { continue };
-            ints[*k] = self.head.outputs as i64;
+            ints[*k] = self.outputs as i64;
             let position = self.position(NodeId(i as u32))?;
             let name = self.fresh(&format!("{}.head", self.old.value(shape).name));
             let constant = Constant {
@@ -437,7 +472,7 @@ impl Surgery<'_> {
                 name: name.into(),
                 dtype,
                 dims: dims.iter().map(|d| *d as i64).collect(),
-                values: fresh_values(dims, bound, self.head.seed, dtype),
+                values: values::fresh(dims, bound, self.head.seed, dtype),
                 ir_version: self.model.ir_version,
             };
             constant.field(String::new())
@@ -545,29 +580,6 @@ fn declared(
         }
     }
     Ok(edits)
-}
-
-/// Little-endian values of `dtype`, uniform in ±`bound`; the seed alone decides.
-fn fresh_values(dims: &[usize], bound: f32, seed: u64, dtype: DType) -> Vec<u8> {
-    let mut key = [0u8; 32];
-    key[..8].copy_from_slice(&seed.to_le_bytes());
-    key[8..16].copy_from_slice(b"new head");
-    let mut rng = ChaCha8Rng::from_seed(key);
-    let n: usize = dims.iter().product();
-    let values: Vec<f32> = (0..n)
-        .map(|_| {
-            // 24 bits: every float32 in 0..1 of equal spacing.
-            let unit = (rng.next_u32() >> 8) as f32 / (1u32 << 24) as f32;
-            (2.0 * unit - 1.0) * bound
-        })
-        .collect();
-    let values: Vec<u8> = match dtype {
-        DType::F64 => values.iter().flat_map(|v| f64::from(*v).to_le_bytes()).collect(),
-        DType::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
-        DType::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
-        _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-    };
-    values
 }
 
 #[cfg(test)]

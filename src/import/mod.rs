@@ -11,6 +11,7 @@ mod external;
 mod flat;
 mod head;
 mod map;
+mod order;
 pub mod proto;
 mod roles;
 pub(crate) mod splice;

@@ -32,7 +32,7 @@ fn fixture(name: &str) -> PathBuf {
 fn samples(path: &Path, dims: &[usize], classes: i64, dtype: DType) {
     let n: usize = 16 * dims.iter().product::<usize>();
     let x: Vec<f64> = (0..n).map(|i| ((i * 7919 % 101) as f64 / 17.0).floor()).collect();
-    let x = Tensor::from_slice(&[&[16], dims].concat(), &x).unwrap().cast(dtype);
+    let x = Tensor::from_slice(&[&[16][..], dims].concat(), &x).unwrap().cast(dtype);
     let y = Tensor::ints(&(0..16).map(|i| i % classes).collect::<Vec<_>>());
     write_npz(path, &[("x", &x), ("y", &y)]).unwrap();
 }
@@ -188,7 +188,8 @@ fn soft_labels_and_class_weights_train() {
     let hard = Tensor::ints(&(0..32).map(|i| i % 4).collect::<Vec<_>>());
     let base =
         ["finetune", text(&model), "--data", text(&data), "--output", text(&new), "--method", "supervised"];
-    let options = ["--epochs", "3", "--lr", "0.05", "--no-guard", "--schedule", "one-cycle", "--json"];
+    let options =
+        ["--epochs", "20", "--batch", "8", "--lr", "0.05", "--no-guard", "--schedule", "one-cycle", "--json"];
     write_npz(&data, &[("x", &x), ("y", &soft)]).unwrap();
     let s = json(&[&base[..], &options].concat(), 0);
     let loss = |s: &serde_json::Value, at: &str| s[at]["loss"].as_f64().unwrap();

@@ -16,7 +16,7 @@ fn images(path: &Path, dims: &[usize], classes: usize) {
     let x: Vec<f32> = (0..n * len)
         .map(|i| (i as f32 * 0.37).sin() * 0.3 + (i / len % classes) as f32 / classes as f32)
         .collect();
-    let x = Tensor::from_slice(&[&[n], dims].concat(), &x).unwrap();
+    let x = Tensor::from_slice(&[&[n][..], dims].concat(), &x).unwrap();
     let y = Tensor::ints(&(0..n).map(|i| (i % classes) as i64).collect::<Vec<_>>());
     write_npz(path, &[("x", &x), ("y", &y)]).unwrap();
 }

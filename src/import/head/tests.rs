@@ -6,9 +6,12 @@ use crate::import::proto::TensorProto;
 /// The model with another head, fed with two samples of three features.
 fn headed(m: &ModelProto, outputs: usize, at: Option<&str>) -> Result<(Model, ModelProto)> {
     let model = from_bytes("test.onnx", m.encode_to_vec())?;
-    let head = NewHead { outputs, at: at.map(String::from), seed: 7 };
+    headed_by(&model, &NewHead { outputs, add: false, at: at.map(String::from), seed: 7 })
+}
+
+fn headed_by(model: &Model, head: &NewHead) -> Result<(Model, ModelProto)> {
     let inputs = [("x".to_string(), Meta::new(DType::F32, &[2, 3]))];
-    let (new, _) = replace(&model, &head, &inputs)?;
+    let (new, _) = replace(model, head, &inputs)?;
     let proto = ModelProto::decode(new.files[0].bytes.clone()).unwrap();
     Ok((new, proto))
 }
@@ -139,7 +142,7 @@ fn a_head_on_a_value_is_the_first_output() {
     assert_eq!(crate::train::select::Select::Head.resolve(&new).unwrap().len(), 2);
     // A name that is taken is not taken again.
     let (twice, _) = {
-        let head = NewHead { outputs: 2, at: Some("logits".into()), seed: 0 };
+        let head = NewHead { outputs: 2, add: false, at: Some("logits".into()), seed: 0 };
         replace(&new, &head, &[("x".to_string(), Meta::new(DType::F32, &[2, 3]))]).unwrap()
     };
     assert_eq!(twice.output_names().next(), Some("logits.2"));
@@ -162,4 +165,34 @@ fn what_cannot_be_is_refused_by_name() {
     let nodes = vec![nodes[0].clone(), with(nodes[1].clone(), AttributeProto { i: 1, ..attr("axis", 2) })];
     let m = classifier(nodes, vec![ramp("w", &[3, 5])], 8);
     assert!(says(&m, 4, None).contains("that layer alone"), "{}", says(&m, 4, None));
+}
+
+#[test]
+fn added_outputs_come_after_those_that_stay() {
+    for (dims, transposed) in [([3i64, 5], false), ([5, 3], true)] {
+        let layer = match transposed {
+            true => gemm(&["x", "w", "b"], "y"),
+            false => node("Gemm", &["x", "w", "b"], &["y"]),
+        };
+        let m = classifier(vec![layer], vec![ramp("w", &dims), ramp("b", &[5])], 5);
+        let model = from_bytes("test.onnx", m.encode_to_vec()).unwrap();
+        let head = NewHead { outputs: 2, add: true, at: None, seed: 0 };
+        let (new, _) = headed_by(&model, &head).unwrap();
+        let values = |m: &Model, name: &str| m.load_weight(m.find_weight(name).unwrap()).unwrap().to_f64();
+        assert_eq!(values(&new, "b"), [0.5, 1.5, 2.5, 3.5, 4.5, 0.0, 0.0]);
+        let (old, w) = (values(&model, "w"), values(&new, "w"));
+        assert_eq!(w.len(), 21);
+        for input in 0..3 {
+            for class in 0..5 {
+                let at =
+                    |classes: usize| if transposed { class * 3 + input } else { input * classes + class };
+                assert_eq!(w[at(7)], old[at(5)]);
+            }
+        }
+    }
+    let nodes = vec![node("Transpose", &["w"], &["t"]), node("MatMul", &["x", "t"], &["y"])];
+    let m = from_bytes("m", classifier(nodes, vec![ramp("w", &[5, 3])], 5).encode_to_vec()).unwrap();
+    let head = NewHead { outputs: 2, add: true, at: None, seed: 0 };
+    assert!(headed_by(&m, &head).unwrap_err().to_string().contains("cannot add"));
+    assert!(headed_by(&m, &NewHead { at: Some("t".into()), ..head }).is_err());
 }
