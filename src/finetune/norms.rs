@@ -27,6 +27,9 @@ const SAMPLES: usize = 256;
 const BATCH: usize = 16;
 const EPSILON: f32 = 1e-5;
 
+/// New values of weights.
+type Changes = Vec<(WeightId, Tensor)>;
+
 /// A convolution that gets its normalisation back.
 struct Layer {
     weight: WeightId,
@@ -179,17 +182,17 @@ fn statistics(
 
 impl Reinserted {
     /// How many normalisations there are.
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.layers.len()
     }
 
     /// The model of the file, and what changes in it for the session's weights.
-    pub fn folded(&self, session: &Session) -> Result<(Arc<Model>, Vec<(WeightId, Tensor)>)> {
+    pub(super) fn folded(&self, session: &Session) -> Result<(Arc<Model>, Changes)> {
         let value = |name: &str| -> Result<Tensor> {
             let id = self.model.find_weight(name).ok_or_else(|| Error::value(name, "is not in the model"))?;
             session.weight(id)
         };
-        let mut changes: Vec<(WeightId, Tensor)> = Vec::new();
+        let mut changes = Changes::new();
         for l in &self.layers {
             let floats = |name: &str| Ok::<_, Error>(value(name)?.to_f64());
             let [scale, shift, mean, var] = names(&l.output);

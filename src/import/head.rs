@@ -45,6 +45,10 @@ pub fn replace(model: &Model, head: &NewHead, inputs: &[(String, Meta)]) -> Resu
     if head.outputs == 0 {
         return Err(Error::Config("--head needs at least one output".into()));
     }
+    if head.add && head.at.is_some() {
+        let what = "--head +N adds to the last dense layer, --at makes a new one: one of the two";
+        return Err(Error::Config(what.into()));
+    }
     let bytes = &model.files[0].bytes;
     let proto = ModelProto::decode(bytes.clone())
         .map_err(|e| Error::file(&model.path, format!("is damaged: {e}")))?;

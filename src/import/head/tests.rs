@@ -161,8 +161,8 @@ fn what_cannot_be_is_refused_by_name() {
     let m = classifier(nodes, vec![ramp("w", &[3, 5]), ramp("s", &[5])], 5);
     assert!(says(&m, 4, None).contains("cannot take"), "{}", says(&m, 4, None));
     // The layer is not what the output's classes come from.
-    let nodes = vec![node("MatMul", &["x", "w"], &["h"]), node("Concat", &["h", "x"], &["y"])];
-    let nodes = vec![nodes[0].clone(), with(nodes[1].clone(), AttributeProto { i: 1, ..attr("axis", 2) })];
+    let concat = with(node("Concat", &["h", "x"], &["y"]), AttributeProto { i: 1, ..attr("axis", 2) });
+    let nodes = vec![node("MatMul", &["x", "w"], &["h"]), concat];
     let m = classifier(nodes, vec![ramp("w", &[3, 5])], 8);
     assert!(says(&m, 4, None).contains("that layer alone"), "{}", says(&m, 4, None));
 }
