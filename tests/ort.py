@@ -2,6 +2,7 @@
 
     python tests/ort.py MODEL.onnx IN.npz OUT.npz          one array per output
     python tests/ort.py --randomise MODEL.onnx NEW.onnx    weights that are ConstantOfShape become random initializers
+    python tests/ort.py --check MODEL.onnx                 onnx.checker with shape inference
 """
 
 import sys
@@ -51,7 +52,15 @@ def randomise(model, new):
     onnx.save(m, new)
 
 
+def check(model):
+    import onnx
+
+    onnx.checker.check_model(model, full_check=True)
+
+
 if sys.argv[1] == "--randomise":
     randomise(*sys.argv[2:])
+elif sys.argv[1] == "--check":
+    check(*sys.argv[2:])
 else:
     run(*sys.argv[1:])

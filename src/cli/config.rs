@@ -20,6 +20,9 @@ pub struct Overrides {
     /// Share of the target spread over all classes [default: 0]
     #[arg(long)]
     label_smoothing: Option<f64>,
+    /// Weights of the classes in the loss: balanced, or one number a class [default: all alike]
+    #[arg(long, value_name = "balanced|W,…")]
+    class_weights: Option<String>,
     /// [default: 10]
     #[arg(long)]
     epochs: Option<usize>,
@@ -62,9 +65,19 @@ pub struct Overrides {
     /// all, head, last:N, bias, norm, or globs over parameter names [default: all]
     #[arg(long)]
     train: Option<String>,
+    /// Fresh outputs for the last dense layer (or for a new one, see --at), so that the network learns new classes; +N:
+    /// beside those it has
+    #[arg(long, value_name = "N|+N")]
+    head: Option<String>,
+    /// The value to put the new head on, for a network without one; its output becomes the first
+    #[arg(long, value_name = "VALUE")]
+    at: Option<String>,
     /// Normalisation by the batch's statistics, or frozen [default: batch]
     #[arg(long)]
     norm: Option<String>,
+    /// Put normalisations back that the exporter folded into convolutions, and fold them again in the export
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    reinsert_norms: Option<bool>,
     /// Held-out share of the data, or a path of held-out data; 0 for none [default: 0.2]
     #[arg(long, value_name = "FRACTION|DATA")]
     holdout: Option<String>,

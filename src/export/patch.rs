@@ -7,7 +7,8 @@ use prost::Message;
 
 use crate::error::{Error, Result};
 use crate::graph::WeightId;
-use crate::import::proto::{AttributeProto, NodeProto, TensorProto};
+use crate::import::proto::NodeProto;
+use crate::import::splice::{self, Constant};
 use crate::import::wire::{self, Edit};
 use crate::import::{Encoding, Model, Reader, Weight};
 use crate::tensor::Tensor;
@@ -16,11 +17,6 @@ pub(super) struct Edits {
     pub by_file: BTreeMap<usize, Vec<Edit>>,
     pub changed: Vec<WeightId>,
 }
-
-/// IR version from which an initializer need not be an input of the graph as well.
-const FREE_INITIALIZERS: i64 = 4;
-/// `AttributeProto.AttributeType.TENSOR`.
-const TENSOR: i32 = 4;
 
 pub(super) fn edits(model: &Model, changes: &[(WeightId, &Tensor)]) -> Result<Edits> {
     let mut new: BTreeMap<WeightId, Vec<u8>> = BTreeMap::new();
@@ -154,13 +150,8 @@ impl<'a> Patch<'a> {
         let file = &self.model.files[0].bytes;
         for &(node, slot) in operands {
             let field = self.node(node, weight)?;
-            let mut inputs =
-                wire::fields(file, field.payload).filter(|f| !matches!(f, Ok(f) if f.number != 1));
-            let input = inputs.nth(slot).ok_or_else(missing)?.map_err(|e| self.malformed(e))?;
-            self.push(
-                0,
-                Edit { path: vec![7, 1, 1], range: input.payload, bytes: weight.name.clone().into_bytes() },
-            );
+            let edit = splice::operand(file, &field, slot, &weight.name).map_err(|e| self.malformed(e))?;
+            self.push(0, edit.ok_or_else(missing)?);
         }
         let first = operands.iter().map(|(node, _)| *node).min().ok_or_else(missing)?;
         let at = self.node(first, weight)?.whole.start;
@@ -176,10 +167,10 @@ impl<'a> Patch<'a> {
             Encoding::Scattered(chunks) => {
                 scatter(self.by_file.entry(location.file).or_default(), chunks, &bytes);
             }
-            Encoding::Varints { chunks, path } => {
+            Encoding::Varints { chunks } => {
                 let file = &self.model.files[location.file].bytes;
                 let list = self.by_file.entry(location.file).or_default();
-                let done = varints(list, file, chunks, path, &bytes);
+                let done = varints(list, file, chunks, &bytes);
                 done.map_err(|e| self.malformed(e))?;
             }
             Encoding::Filled { node, .. } => self.replace(*node, weight, bytes)?,
@@ -205,16 +196,17 @@ fn varints(
     list: &mut Vec<Edit>,
     file: &[u8],
     chunks: &[Range<usize>],
-    path: &[u32],
     halves: &[u8],
 ) -> std::result::Result<(), wire::WireError> {
     let mut packed = Vec::with_capacity(halves.len() * 3 / 2);
     for h in halves.chunks_exact(2) {
         wire::put_varint(&mut packed, u64::from(u16::from_le_bytes([h[0], h[1]])));
     }
+    let first = chunks.first().map_or(0, |c| c.start);
+    let path = splice::path_to(file, first)?;
     let (&number, around) = path.split_last().ok_or(wire::WireError { at: 0, what: "an empty path" })?;
     for (i, range) in chunks.iter().enumerate() {
-        let chain = wire::enclosing(file, path, range.start)?;
+        let chain = wire::enclosing(file, &path, range.start)?;
         let field = chain.last().ok_or(wire::WireError { at: range.start, what: "an empty path" })?;
         let mut bytes = Vec::new();
         if i == 0 {
@@ -225,30 +217,14 @@ fn varints(
     Ok(())
 }
 
-/// A field of the graph that holds a weight: an initializer, or in a file so old that every initializer is
-/// also an input, a `Constant` node called `name`.
+/// A field of the graph that holds a weight; `name` is the node's, where a node it must be.
 fn constant(ir_version: i64, name: String, weight: &Weight, bytes: Vec<u8>) -> Vec<u8> {
-    let tensor = TensorProto {
+    let constant = Constant {
         name: weight.name.clone(),
+        dtype: weight.dtype,
         dims: weight.dims.iter().map(|&d| d as i64).collect(),
-        data_type: weight.dtype.to_onnx(),
-        raw_data: Some(bytes.into()),
-        ..Default::default()
+        values: bytes,
+        ir_version,
     };
-    let mut out = Vec::new();
-    if ir_version >= FREE_INITIALIZERS {
-        wire::put_field(&mut out, 5, &tensor.encode_to_vec());
-        return out;
-    }
-    let value =
-        AttributeProto { name: "value".into(), r#type: TENSOR, t: Some(tensor), ..Default::default() };
-    let node = NodeProto {
-        op_type: "Constant".into(),
-        name,
-        output: vec![weight.name.clone()],
-        attribute: vec![value],
-        ..Default::default()
-    };
-    wire::put_field(&mut out, 1, &node.encode_to_vec());
-    out
+    constant.field(name)
 }

@@ -85,10 +85,11 @@ mod with_tract {
     use std::path::Path;
 
     use tract_onnx::prelude as tract;
-    use tract_onnx::prelude::{DatumType, Framework, InferenceModelExt, IntoRunnable, TractResult};
+    use tract_onnx::prelude::{Framework, InferenceModelExt, IntoRunnable, TractResult};
     use tract_onnx::tract_hir::infer::Factoid;
 
-    use crate::tensor::{DType, Tensor};
+    use crate::ops::tract::{from_tract, to_tract};
+    use crate::tensor::Tensor;
 
     /// What tract computes, or why it does not.
     pub fn attempt(path: &Path, feeds: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>, String> {
@@ -118,7 +119,7 @@ mod with_tract {
             let Some((_, feed)) = feeds.iter().find(|(n, _)| *n == name) else {
                 return Err(tract::TractError::msg(format!("input '{name}' is not fed")));
             };
-            let mut tensor = to_tract(feed)?;
+            let mut tensor = to_tract(feed.view())?;
             // A half-typed input is fed with the float32 that we compute in.
             if let Some(declared) = model.input_fact(i)?.datum_type.concretize() {
                 tensor = tensor.cast_to_dt(declared)?.into_owned();
@@ -135,53 +136,5 @@ mod with_tract {
         let runnable = model.into_optimized()?.into_runnable()?;
         let results = runnable.run(values)?;
         names.into_iter().zip(results.iter()).map(|(name, t)| Ok((name, from_tract(t)?))).collect()
-    }
-
-    fn to_tract(t: &Tensor) -> TractResult<tract::Tensor> {
-        let dt = match t.dtype() {
-            DType::F32 => DatumType::F32,
-            DType::F64 => DatumType::F64,
-            DType::F16 => DatumType::F16,
-            DType::I8 => DatumType::I8,
-            DType::I16 => DatumType::I16,
-            DType::I32 => DatumType::I32,
-            DType::I64 => DatumType::I64,
-            DType::U8 => DatumType::U8,
-            DType::U16 => DatumType::U16,
-            DType::U32 => DatumType::U32,
-            DType::U64 => DatumType::U64,
-            DType::Bool => DatumType::Bool,
-            other => return Err(tract::TractError::msg(format!("has no {other}"))),
-        };
-        let mut out = tract::Tensor::zero_dt(dt, t.dims())?;
-        out.as_bytes_mut().copy_from_slice(t.bytes());
-        Ok(out)
-    }
-
-    fn from_tract(t: &tract::Tensor) -> TractResult<Tensor> {
-        let dtype = match t.datum_type() {
-            DatumType::F64 => DType::F64,
-            DatumType::I8 => DType::I8,
-            DatumType::I16 => DType::I16,
-            DatumType::I32 => DType::I32,
-            DatumType::I64 => DType::I64,
-            DatumType::U8 => DType::U8,
-            DatumType::U16 => DType::U16,
-            DatumType::U32 => DType::U32,
-            DatumType::U64 => DType::U64,
-            DatumType::Bool => DType::Bool,
-            DatumType::F16 | DatumType::F32 => {
-                let t = t.cast_to_dt(DatumType::F32)?;
-                return Tensor::from_bytes(DType::F32, t.shape(), t.as_bytes())
-                    .map_err(|e| tract::TractError::msg(e.to_string()));
-            }
-            // Shapes are symbolic integers in tract.
-            _ => {
-                let t = t.cast_to_dt(DatumType::I64)?;
-                return Tensor::from_bytes(DType::I64, t.shape(), t.as_bytes())
-                    .map_err(|e| tract::TractError::msg(e.to_string()));
-            }
-        };
-        Tensor::from_bytes(dtype, t.shape(), t.as_bytes()).map_err(|e| tract::TractError::msg(e.to_string()))
     }
 }

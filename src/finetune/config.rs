@@ -46,6 +46,79 @@ pub enum NumberOr {
     Word(String),
 }
 
+/// Weights of classes in the loss.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum ClassWeights {
+    List(Vec<f64>),
+    /// `balanced`: in inverse proportion to how often a class occurs; or numbers joined by commas.
+    Word(String),
+}
+
+impl ClassWeights {
+    /// One weight a class, for these labels of the training data.
+    pub fn resolve(&self, labels: Option<&[i64]>, classes: usize) -> Result<Vec<f64>> {
+        let list = match self {
+            ClassWeights::List(list) => list.clone(),
+            ClassWeights::Word(w) if w == "balanced" => {
+                let Some(labels) = labels else {
+                    return config("--class-weights balanced needs one label a sample");
+                };
+                let mut counts = vec![0usize; classes];
+                labels.iter().filter_map(|l| usize::try_from(*l).ok()).for_each(|l| {
+                    if let Some(n) = counts.get_mut(l) {
+                        *n += 1;
+                    }
+                });
+                let seen = counts.iter().filter(|n| **n > 0).count().max(1);
+                let weight = |n: &usize| match n {
+                    0 => 1.0,
+                    n => labels.len() as f64 / (seen * n) as f64,
+                };
+                return Ok(counts.iter().map(weight).collect());
+            }
+            ClassWeights::Word(w) => match w.split(',').map(|x| x.trim().parse()).collect() {
+                Ok(list) => list,
+                Err(_) => {
+                    return config(format!(
+                        "--class-weights {w}: takes `balanced`, or numbers joined by commas"
+                    ));
+                }
+            },
+        };
+        if list.len() != classes {
+            return config(format!("--class-weights: {} weights for {classes} classes", list.len()));
+        }
+        if list.iter().any(|w: &f64| !w.is_finite() || *w < 0.0) || list.iter().sum::<f64>() <= 0.0 {
+            return config("--class-weights: weights are numbers from 0, not all of them 0");
+        }
+        Ok(list)
+    }
+}
+
+/// How many fresh outputs a head has.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum HeadSize {
+    Number(usize),
+    /// `N`, or `+N`: beside those that the layer has.
+    Word(String),
+}
+
+impl HeadSize {
+    /// The number, and whether the outputs that are there stay.
+    pub fn parse(&self) -> Result<(usize, bool)> {
+        let (n, add) = match self {
+            HeadSize::Number(n) => (Some(*n), false),
+            HeadSize::Word(w) => (w.strip_prefix('+').unwrap_or(w).parse().ok(), w.starts_with('+')),
+        };
+        match n {
+            Some(n) if n > 0 => Ok((n, add)),
+            _ => config("--head takes a number of outputs from 1, or +N to add N to those there are"),
+        }
+    }
+}
+
 /// Every option of `retune finetune` with its default; keys of the TOML file are the long flags' names.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
@@ -54,6 +127,8 @@ pub struct Config {
     /// `cross-entropy`, `bce`, `mse`, or the path of an ONNX graph.
     pub loss: String,
     pub label_smoothing: f64,
+    /// Of cross-entropy, in training.
+    pub class_weights: Option<ClassWeights>,
     pub epochs: usize,
     pub batch: usize,
     /// Batches whose gradients make one update.
@@ -73,7 +148,12 @@ pub struct Config {
     pub clip: Option<f64>,
     /// `all`, `head`, `last:N`, `bias`, `norm`, or globs over parameter names.
     pub train: String,
+    /// Outputs of a fresh head: of the last dense layer, or of one put on the value `at`.
+    pub head: Option<HeadSize>,
+    pub at: Option<String>,
     pub norm: Norm,
+    /// Normalisations that the exporter folded into convolutions are put back for the training.
+    pub reinsert_norms: bool,
     /// Share of the data that is held out, or the path of held-out data; 0: none.
     pub holdout: NumberOr,
     pub guard: bool,
@@ -111,6 +191,7 @@ impl Default for Config {
             method: MethodName::Icp,
             loss: "cross-entropy".into(),
             label_smoothing: 0.0,
+            class_weights: None,
             epochs: 10,
             batch: 32,
             accumulate: 1,
@@ -125,7 +206,10 @@ impl Default for Config {
             lr_gamma: 0.1,
             clip: None,
             train: "all".into(),
+            head: None,
+            at: None,
             norm: Norm::Batch,
+            reinsert_norms: false,
             holdout: NumberOr::Number(0.2),
             guard: true,
             shuffle: true,
@@ -178,8 +262,16 @@ impl Config {
         if !(0.0..1.0).contains(&self.label_smoothing) {
             return config(format!("--label-smoothing {}: must be from 0 to below 1", self.label_smoothing));
         }
+        if self.class_weights.is_some() && self.loss != "cross-entropy" {
+            return config("--class-weights belong to --loss cross-entropy");
+        }
+        self.images.augmentation().check()?;
         if self.nesterov && self.momentum == 0.0 {
             return config("--nesterov needs --momentum above 0");
+        }
+        self.head.as_ref().map(HeadSize::parse).transpose()?;
+        if self.at.is_some() && self.head.is_none() {
+            return config("--at needs --head N");
         }
         if self.precision != "f32" {
             return config(format!("--precision {}: only f32 is supported so far", self.precision));
@@ -308,8 +400,26 @@ mod tests {
         assert!(bad(|c| c.lr = f64::NAN).contains("--lr"));
         assert!(bad(|c| c.holdout = NumberOr::Number(1.0)).contains("--holdout"));
         assert!(bad(|c| c.icp_alpha = NumberOr::Word("half".into())).contains("--icp-alpha"));
+        assert!(bad(|c| c.head = Some(HeadSize::Number(0))).contains("--head"));
+        assert!(bad(|c| c.head = Some(HeadSize::Word("+x".into()))).contains("--head"));
+        assert_eq!(HeadSize::Word("+5".into()).parse().unwrap(), (5, true));
+        assert!(bad(|c| c.at = Some("x".into())).contains("--head"));
         assert!(bad(|c| c.nesterov = true).contains("--momentum"));
         Config::default().check().unwrap();
+    }
+
+    #[test]
+    fn class_weights_balance_or_are_given() {
+        let word = |w: &str| ClassWeights::Word(w.into());
+        // Classes 0, 0, 0, 2: 4/(2·3) and 4/(2·1); one that does not occur stays at 1.
+        let w = word("balanced").resolve(Some(&[0, 0, 0, 2]), 3).unwrap();
+        assert!((w[0] - 2.0 / 3.0).abs() < 1e-12 && w[1] == 1.0 && w[2] == 2.0);
+        assert_eq!(word("1, 2.5").resolve(None, 2).unwrap(), [1.0, 2.5]);
+        assert_eq!(ClassWeights::List(vec![1.0]).resolve(None, 1).unwrap(), [1.0]);
+        for bad in ["1", "1,x", "0,0", "1,-1"] {
+            assert!(word(bad).resolve(None, 2).is_err(), "{bad}");
+        }
+        assert!(word("balanced").resolve(None, 2).is_err());
     }
 
     #[test]

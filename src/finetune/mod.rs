@@ -1,6 +1,7 @@
 //! The main job: a deployed network and data in, the same file with better weights out, never a worse one.
 
 mod config;
+mod norms;
 mod require;
 
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::exec::{Options, Session, Usage};
 use crate::export::{self, Verification};
 use crate::graph::{Dim, WeightId};
-use crate::import::Model;
+use crate::import::{Model, NewHead, replace_head};
 use crate::tensor::{DType, Tensor};
 use crate::train::data::{Dataset, InputSpec, split};
 use crate::train::fit::{CheckpointOptions, Evaluated, Fitted, Progress, Run, evaluate, fit};
@@ -25,7 +26,9 @@ use crate::train::metrics::Metrics;
 use crate::train::select::Select;
 use crate::train::step::{Recipe, Shapes};
 
-pub use config::{Config, MethodName, NumberOr, OptimizerName, ScheduleName, parse_loss};
+pub use config::{
+    ClassWeights, Config, HeadSize, MethodName, NumberOr, OptimizerName, ScheduleName, parse_loss,
+};
 pub use require::Require;
 
 /// A quantised network's outputs may differ by this much of the largest from tract's: what lies between two levels may
@@ -144,13 +147,18 @@ pub fn check_target(session: &Session, loss: &Loss, data: Dataset) -> Result<Dat
     let Some(&output) = net.graph.outputs.first() else {
         return Err(Error::Config("the model has no output".into()));
     };
-    let dims = net.graph.meta(output)?.dims.clone();
+    let scores = match loss.wants_labels() {
+        true => crate::graph::logits(&net.graph, output).0,
+        false => output,
+    };
+    let dims = net.graph.meta(scores)?.dims.clone();
     match loss {
-        Loss::CrossEntropy { .. } => match dims.get(1) {
+        Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => match dims.get(1) {
             Some(&classes) => {
                 if data.labels().is_some() {
                     data.check_labels(classes)?;
                 }
+                data.check_probabilities(classes)?;
                 Ok(data)
             }
             None => Err(Error::Config(format!(
@@ -162,6 +170,20 @@ pub fn check_target(session: &Session, loss: &Loss, data: Dataset) -> Result<Dat
         Loss::Mse => data.float_target(&dims[1..]),
         Loss::Bce | Loss::Graph(_) => Ok(data),
     }
+}
+
+/// How many classes the first output tells apart.
+fn classes(session: &Session, data: &Dataset) -> Result<usize> {
+    let net = crate::train::step::Network::new(
+        session,
+        crate::ops::Mode::EVAL,
+        &shapes_of(data, 1)?,
+        &std::collections::HashMap::new(),
+    )?;
+    let output = net.graph.outputs.first().copied();
+    let output = output.ok_or_else(|| Error::Config("the model has no output".into()))?;
+    let (scores, _) = crate::graph::logits(&net.graph, output);
+    Ok(net.graph.meta(scores)?.dims.get(1).copied().unwrap_or(1))
 }
 
 /// The shapes of a batch of the first `n` samples.
@@ -184,11 +206,15 @@ pub fn finetune(
     let started = Instant::now();
     let loss = config.loss()?;
     let requirement = config.require.as_deref().map(Require::parse).transpose()?;
+    let original = model;
+    let (model, headed) = with_head(&original, &data, config)?;
     let options = Options { threads: config.threads, seed: config.seed, ..Options::default() };
-    let mut session = Session::new(model.clone(), options)?;
+    let session_options = options.clone();
+    let mut session = Session::new(model, options)?;
     let data = check_target(&session, &loss, data)?;
     let held = held.map(|h| check_target(&session, &loss, h)).transpose()?;
     let mut notes: Vec<String> = data.notes().to_vec();
+    notes.extend(headed);
 
     let (train, held_indices) = match (&held, config.holdout_fraction()?) {
         (Some(h), _) => ((0..data.len()).collect(), (0..h.len()).collect()),
@@ -199,7 +225,29 @@ pub fn finetune(
         }
         (None, None) => return Err(Error::Config("held-out data were named and not opened".into())),
     };
+    let reinserted = match config.reinsert_norms {
+        true => Some(norms::reinsert(&mut session, &data, &train)?),
+        false => None,
+    };
+    if let Some(r) = &reinserted {
+        session = Session::new(r.model.clone(), session_options)?;
+        notes.push(format!(
+            "{} folded normalisations were put back for the training, and folded again",
+            r.len()
+        ));
+    }
+    let model = session.model().clone();
     let held_data = held.as_ref().unwrap_or(&data);
+    let plain = loss;
+    let loss = match &config.class_weights {
+        None => plain.clone(),
+        Some(weights) => {
+            let labels: Option<Vec<i64>> =
+                data.labels().map(|all| train.iter().map(|i: &usize| all[*i]).collect());
+            let weights = weights.resolve(labels.as_deref(), classes(&session, &data)?)?;
+            Loss::ClassWeighted { label_smoothing: config.label_smoothing, weights: Arc::new(weights) }
+        }
+    };
     if held_indices.is_empty() && requirement.is_some() {
         return Err(Error::Config("--require needs held-out data: --holdout must not be 0".into()));
     }
@@ -217,7 +265,7 @@ pub fn finetune(
     let measure = |session: &mut Session| -> Result<Option<Evaluated>> {
         match held_indices.is_empty() {
             true => Ok(None),
-            false => evaluate(session, &loss, held_data, &held_indices, EVAL_BATCH).map(Some),
+            false => evaluate(session, &plain, held_data, &held_indices, EVAL_BATCH).map(Some),
         }
     };
     let before = measure(&mut session)?;
@@ -264,9 +312,9 @@ pub fn finetune(
     let kept = unmet.is_empty() && (!config.guard || verdict.is_none_or(|v| v.better));
     let (usage, mut verified) = (session.usage(), "original kept".to_string());
     if kept {
-        verified = write(&mut session, held_data, config, output)?;
+        verified = write(&mut session, reinserted.as_ref(), held_data, config, output)?;
     } else {
-        export::write(&model, &[], output, export::Options { rename_data: config.rename_data })?;
+        export::write(&original, &[], output, export::Options { rename_data: config.rename_data })?;
     }
     let summary = Summary {
         before: before.as_ref().map(|e| e.metrics.clone()),
@@ -289,6 +337,22 @@ pub fn finetune(
         curve: Curve { epochs: fitted.epochs },
     };
     Ok(Finished { summary, before, after, class_names: data.class_names().to_vec(), session, recipe })
+}
+
+/// The model with the new head that was asked for, and a note of it.
+fn with_head(model: &Arc<Model>, data: &Dataset, config: &Config) -> Result<(Arc<Model>, Option<String>)> {
+    let Some(size) = &config.head else { return Ok((model.clone(), None)) };
+    let (outputs, add) = size.parse()?;
+    let head = NewHead { outputs, add, at: config.at.clone(), seed: config.seed };
+    let mut batch = data.new_batch(1);
+    data.batch(&[0], None, &mut batch)?;
+    let inputs: Vec<_> = batch.inputs.iter().map(|(name, t)| (name.clone(), t.meta())).collect();
+    let (new, what) = replace_head(model, &head, &inputs)?;
+    let note = format!(
+        "new head: {what} has {outputs} fresh outputs; `before` is measured with them untrained, and the guard compares \
+         with that"
+    );
+    Ok((Arc::new(new), Some(note)))
 }
 
 /// Everything that decides a run's result, in one hash.
@@ -324,9 +388,17 @@ fn fingerprint(model: &Model, data: &Dataset, config: &Config) -> Result<String>
 }
 
 /// Writes the file with the session's weights, after tract agreed (where it can be asked).
-fn write(session: &mut Session, data: &Dataset, config: &Config, output: &Path) -> Result<String> {
-    let model = session.model().clone();
-    let changes = session.changes();
+fn write(
+    session: &mut Session,
+    reinserted: Option<&norms::Reinserted>,
+    data: &Dataset,
+    config: &Config,
+    output: &Path,
+) -> Result<String> {
+    let (model, changes) = match reinserted {
+        Some(r) => r.folded(session)?,
+        None => (session.model().clone(), session.changes()),
+    };
     let changes: Vec<(WeightId, &Tensor)> = changes.iter().map(|(w, t)| (*w, t)).collect();
     let options = export::Options { rename_data: config.rename_data };
     let staged = export::stage(&model, &changes, output, options)?;

@@ -41,13 +41,20 @@ impl Graph {
             self.value_mut(input).meta = Some(meta);
         }
         let rebatch = self.rebound_batch();
-        for i in 0..self.nodes.len() {
+        let mut i = 0;
+        while i < self.nodes.len() {
             let id = NodeId(i as u32);
             if let Some((old, new)) = rebatch {
                 self.rebind_shape_operand(id, old, new);
             }
-            match self.infer_node(id) {
-                Ok(()) => {}
+            let done = match self.expand(id) {
+                // What stands here now is looked at next.
+                Ok(true) => continue,
+                Ok(false) => self.infer_node(id),
+                Err(e) => Err(e),
+            };
+            match done {
+                Ok(()) => i += 1,
                 Err(OpError::NeedsValue(index)) => {
                     let needed = self.nodes[i].inputs.get(index).copied().flatten();
                     let roots = needed.map(|v| self.input_ancestors(v)).unwrap_or_default();
@@ -67,7 +74,7 @@ impl Graph {
         Ok(Inferred::Complete)
     }
 
-    fn infer_node(&mut self, id: NodeId) -> std::result::Result<(), OpError> {
+    pub(super) fn infer_node(&mut self, id: NodeId) -> std::result::Result<(), OpError> {
         let node = self.node(id).clone();
         let mut metas = Vec::with_capacity(node.inputs.len());
         for v in &node.inputs {

@@ -1,6 +1,7 @@
 //! The network as a graph of values and nodes: one node per ONNX node, and, appended by
 //! [`grad`], the nodes of its gradient.
 
+mod control;
 mod fuse;
 mod grad;
 mod infer;
@@ -15,6 +16,7 @@ use crate::error::{Error, OpError};
 use crate::ops::Op;
 use crate::tensor::{DType, Meta, Tensor};
 
+pub use control::MOST_UNROLLED;
 pub use fuse::{fuse, fuse_sums, gather_statistics, join_normalisations};
 pub use grad::{GradBuilder, Gradients, grad};
 pub use infer::{Bindings, Inferred};

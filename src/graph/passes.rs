@@ -65,18 +65,32 @@ pub fn inline(graph: &mut Graph, other: &Graph, bound: &[(ValueId, ValueId)]) ->
     other.outputs.iter().map(|v| map.get(v).copied().ok_or_else(|| missing(v))).collect()
 }
 
-/// The value that a classifier's output is a softmax of, and that softmax; `(output, None)` where the output
-/// is not one. Looks through Identity.
+/// The value that a classifier's output is a softmax of, or the largest place of, and the outermost node that stands
+/// between; `(output, None)` where the output is neither. Looks through Identity, and through what only casts or
+/// reshapes class indices.
 pub fn logits(graph: &Graph, output: ValueId) -> (ValueId, Option<NodeId>) {
-    let mut v = output;
-    while let Source::Node(id, 0) = graph.value(v).source {
+    let (mut v, mut outer) = (output, None);
+    while let Source::Node(id, at) = graph.value(v).source {
         let node = graph.node(id);
         let Some(Some(input)) = node.inputs.first() else { break };
-        match node.op.name() {
-            "Identity" => v = *input,
-            "Softmax" | "LogSoftmax" => return (*input, Some(id)),
+        let index = graph.value(v).meta.as_ref().is_some_and(|m| !m.dtype.is_float());
+        match (node.op.name(), at) {
+            ("Identity", 0) => v = *input,
+            ("Softmax" | "LogSoftmax", 0) => return (*input, outer.or(Some(id))),
+            ("ArgMax", 0) | ("TopK", _) => {
+                outer = outer.or(Some(id));
+                v = *input;
+            }
+            ("Cast" | "Squeeze" | "Unsqueeze" | "Reshape" | "Flatten", 0) if index => {
+                outer = outer.or(Some(id));
+                v = *input;
+            }
             _ => break,
         }
     }
-    (output, None)
+    let float = graph.value(v).meta.as_ref().is_none_or(|m| m.dtype.is_float());
+    match outer {
+        Some(_) if float => (v, outer),
+        _ => (output, None),
+    }
 }

@@ -2,21 +2,21 @@
 
 mod quantised;
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::error::{Blocker, Error, Result};
 use crate::graph::{Declared, Dim, Graph, NodeId, Source, ValueId, WeightId};
 use crate::import::attrs::{self, attrs};
+use crate::import::bodies;
 use crate::import::external::Files;
+use crate::import::flat::{Flat, Opsets, Origin, flatten};
+use crate::import::order::{captured, describe, order};
 use crate::import::proto::{EXTERNAL, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
 use crate::import::roles;
-use crate::import::weights::{
-    CONSTANT_INTS, Encoding, INITIALIZER_INTS, Location, Reader, Role, Split, Weight, byte_size, dims_of,
-};
+use crate::import::weights::{Encoding, Location, Reader, Role, Split, Weight, byte_size, dims_of};
 use crate::ops::quant::FakeQuantize;
-use crate::ops::{Attr, Attrs, Foreign, Spec, create};
+use crate::ops::{Attr, Attrs, Foreign, Op, Spec, create, stand_in};
 use crate::tensor::{DType, Dims, Meta, Tensor};
 
 /// A constant tensor computed by `ConstantOfShape` may be a weight up to this many elements.
@@ -34,20 +34,19 @@ pub(super) struct Built {
 pub(super) fn build(
     model: &ModelProto,
     proto: &GraphProto,
-    opsets: &BTreeMap<String, i64>,
+    opsets: &Opsets,
     files: &mut Files,
 ) -> Result<Built> {
-    let order = order(proto, files)?;
-    let functions: HashSet<(&str, &str)> =
-        model.functions.iter().map(|f| (f.domain.as_str(), f.name.as_str())).collect();
+    let Flat { graph: flat, origins } = flatten(model, proto, opsets).map_err(|e| damaged(files, e))?;
+    let proto = &flat;
+    let order = order(&proto.node).map_err(|e| damaged(files, e))?;
     let mut found = Findings::default();
     let quantised = quantised::weights(proto);
     loop {
         let mut b = Builder {
             proto,
-            opsets,
+            origins: &origins,
             files,
-            functions: &functions,
             found: &found,
             quantised: &quantised,
             graph: Graph::default(),
@@ -88,89 +87,15 @@ fn damaged(files: &Files, what: impl Into<String>) -> Error {
     Error::file(&files.files[0].path, what)
 }
 
-/// How a person finds a node of the file.
-fn describe(n: &NodeProto) -> String {
-    let out = n.output.iter().find(|o| !o.is_empty()).map(String::as_str).unwrap_or("");
-    match n.name.is_empty() {
-        true => format!("{} (output '{out}')", n.op_type),
-        false => format!("{} '{}' (output '{out}')", n.op_type, n.name),
-    }
-}
-
 fn is_standard(domain: &str) -> bool {
     matches!(domain, "" | "ai.onnx")
 }
 
-/// Names that the subgraphs of `n` take from around them.
-fn captured(n: &NodeProto) -> Vec<&str> {
-    let mut free = Vec::new();
-    let mut todo: Vec<&GraphProto> = Vec::new();
-    for a in &n.attribute {
-        todo.extend(a.g.as_deref().into_iter().chain(&a.graphs));
-    }
-    // A name defined in any of the nested graphs is not looked for outside: precise enough for an
-    // order, since ONNX forbids to define a name again that is visible from outside.
-    let mut defined: HashSet<&str> = HashSet::new();
-    while let Some(g) = todo.pop() {
-        defined.extend(g.initializer.iter().map(|t| t.name.as_str()));
-        defined.extend(g.input.iter().map(|i| i.name.as_str()));
-        for n in &g.node {
-            defined.extend(n.output.iter().map(String::as_str));
-            free.extend(n.input.iter().map(String::as_str));
-            for a in &n.attribute {
-                todo.extend(a.g.as_deref().into_iter().chain(&a.graphs));
-            }
-        }
-        free.extend(g.output.iter().map(|o| o.name.as_str()));
-    }
-    let mut seen = HashSet::new();
-    free.retain(|f| !f.is_empty() && !defined.contains(f) && seen.insert(*f));
-    free
-}
-
-/// Node indices in an order in which they can run: the file's own where that is one.
-fn order(proto: &GraphProto, files: &Files) -> Result<Vec<usize>> {
-    let mut producer: HashMap<&str, usize> = HashMap::new();
-    for (i, n) in proto.node.iter().enumerate() {
-        for o in n.output.iter().filter(|o| !o.is_empty()) {
-            if producer.insert(o, i).is_some() {
-                return Err(damaged(files, format!("two nodes produce '{o}'")));
-            }
-        }
-    }
-    let mut waiting = vec![0usize; proto.node.len()];
-    let mut readers: Vec<Vec<usize>> = vec![Vec::new(); proto.node.len()];
-    for (i, n) in proto.node.iter().enumerate() {
-        for name in n.input.iter().map(String::as_str).chain(captured(n)) {
-            if let Some(&p) = producer.get(name) {
-                readers[p].push(i);
-                waiting[i] += 1;
-            }
-        }
-    }
-    let mut ready: BinaryHeap<Reverse<usize>> =
-        waiting.iter().enumerate().filter(|(_, w)| **w == 0).map(|(i, _)| Reverse(i)).collect();
-    let mut order = Vec::with_capacity(proto.node.len());
-    while let Some(Reverse(i)) = ready.pop() {
-        order.push(i);
-        for &r in &readers[i] {
-            waiting[r] -= 1;
-            if waiting[r] == 0 {
-                ready.push(Reverse(r));
-            }
-        }
-    }
-    match waiting.iter().position(|&w| w > 0) {
-        None => Ok(order),
-        Some(i) => Err(damaged(files, format!("node {} is part of a cycle", describe(&proto.node[i])))),
-    }
-}
-
 struct Builder<'a> {
     proto: &'a GraphProto,
-    opsets: &'a BTreeMap<String, i64>,
+    /// Of the nodes of `proto`.
+    origins: &'a [Origin],
     files: &'a mut Files,
-    functions: &'a HashSet<(&'a str, &'a str)>,
     found: &'a Findings,
     /// Of integer initializers that stand for weights, the `DequantizeLinear` that reads them.
     quantised: &'a HashMap<&'a str, usize>,
@@ -215,7 +140,7 @@ impl<'a> Builder<'a> {
             };
             match levels {
                 Some(levels) => self.quantised_weight(t, levels)?,
-                None => self.tensor(&t.name, t, INITIALIZER_INTS, "Initializer")?,
+                None => self.tensor(&t.name, t, "Initializer")?,
             }
         }
         for s in &self.proto.sparse_initializer {
@@ -227,7 +152,7 @@ impl<'a> Builder<'a> {
     }
 
     /// A constant given as a TensorProto.
-    fn tensor(&mut self, name: &'a str, t: &TensorProto, ints: &'static [u32], op_type: &str) -> Result<()> {
+    fn tensor(&mut self, name: &'a str, t: &TensorProto, op_type: &str) -> Result<()> {
         let Some(dtype) = DType::from_onnx(t.data_type) else {
             return self.foreign(name, op_type, format!("element type {} is not supported", t.data_type));
         };
@@ -248,7 +173,7 @@ impl<'a> Builder<'a> {
                 encoding: Encoding::Raw,
             }
         } else {
-            Location::in_tensor(self.files.model(), t, dtype, ints).map_err(fail)?
+            Location::in_tensor(self.files.model(), t, dtype).map_err(fail)?
         };
         self.weight(name, dtype, dims, location).map(|_| ())
     }
@@ -301,8 +226,14 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
+    /// The place of a node in the file's main graph; `None` inside functions and branches.
+    fn position(&self, index: usize) -> Option<usize> {
+        self.origins.get(index).and_then(|o| o.position)
+    }
+
     fn node(&mut self, index: usize) -> Result<()> {
         let n = &self.proto.node[index];
+        let position = self.position(index);
         let standard = is_standard(&n.domain);
         let op_type = if standard { n.op_type.clone() } else { format!("{}.{}", n.domain, n.op_type) };
         *self.ops.entry(op_type).or_insert(0) += 1;
@@ -311,7 +242,7 @@ impl<'a> Builder<'a> {
         }
         let found = self.found;
         if let Some((source, name, reader)) =
-            found.splits.iter().find(|(_, _, r)| *r == Reader::Identity(index))
+            found.splits.iter().find(|(_, _, r)| position.is_some_and(|p| *r == Reader::Identity(p)))
         {
             return self.split(source, name, reader);
         }
@@ -328,7 +259,7 @@ impl<'a> Builder<'a> {
             let own = found
                 .splits
                 .iter()
-                .find(|(_, _, r)| matches!(r, Reader::Operands(at) if at.contains(&(index, slot))));
+                .find(|(_, _, r)| matches!((r, position), (Reader::Operands(at), Some(p)) if at.contains(&(p, slot))));
             if let Some((source, name, reader)) = own
                 && !self.names.contains_key(name.as_str())
             {
@@ -350,17 +281,29 @@ impl<'a> Builder<'a> {
         });
         let levels =
             weight.and_then(|w| Some(FakeQuantize::of_weight(w.quantised.as_ref()?.layout, w.dtype)));
+        let mut outside: Vec<String> = Vec::new();
         let made = attrs.and_then(|a| match levels {
-            Some(op) if n.op_type == "DequantizeLinear" => Ok((Arc::new(op) as _, a)),
-            _ => self.operator(n, &a).map(|op| (op, a)),
+            Some(op) if n.op_type == "DequantizeLinear" => Ok((Arc::new(op) as Arc<dyn Op>, a)),
+            _ if bodies::is_control(n) => {
+                let (op, captured) = bodies::control(self.files, n, &a, &self.origins[index].opsets)?;
+                outside = captured;
+                Ok((Arc::new(op) as Arc<dyn Op>, a))
+            }
+            _ => self.operator(n, index, &a).map(|op| (op, a)),
         });
         let (op, attrs) = made.unwrap_or_else(|why| {
             // What a subgraph takes from outside is an input like the others: the gradient may not
             // pass by, nor may what computes it be pruned.
             inputs.extend(captured(n).into_iter().filter_map(|c| self.names.get(c).copied()).map(Some));
-            let op = Foreign { domain: n.domain.clone(), op_type: n.op_type.clone(), why };
-            (Arc::new(op) as _, Attrs::default())
+            let domain = if is_standard(&n.domain) { "" } else { n.domain.as_str() };
+            (stand_in(n, self.origins[index].opsets.get(domain).copied(), why), Attrs::default())
         });
+        for name in &outside {
+            inputs.push(Some(*self.names.get(name.as_str()).ok_or_else(|| {
+                let what = format!("a body of {} reads '{name}', which nothing produces", describe(n));
+                damaged(self.files, what)
+            })?));
+        }
         let names: Vec<Option<&str>> =
             n.output.iter().map(|o| (!o.is_empty()).then_some(o.as_str())).collect();
         let made = self.graph.add_node(&n.name, op, inputs, &names);
@@ -407,6 +350,10 @@ impl<'a> Builder<'a> {
                 }
                 _ => None,
             };
+            // Inside a function or a branch nothing can be given a new name: the layers stay tied.
+            let at: Option<Vec<(usize, usize)>> =
+                at.into_iter().map(|(index, slot)| Some((self.position(index)?, slot))).collect();
+            let Some(at) = at else { continue };
             let (name, reader) = match (identity, at.first()) {
                 (Some(n), Some((i, _))) => {
                     (n.output.first().cloned().unwrap_or_default(), Reader::Identity(*i))
@@ -431,12 +378,14 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn operator(&self, n: &NodeProto, attrs: &Attrs) -> std::result::Result<Arc<dyn crate::ops::Op>, String> {
-        if self.functions.contains(&(n.domain.as_str(), n.op_type.as_str())) {
-            return Err(format!("a call of the model's own function {}", n.op_type));
-        }
+    fn operator(
+        &self,
+        n: &NodeProto,
+        index: usize,
+        attrs: &Attrs,
+    ) -> std::result::Result<Arc<dyn crate::ops::Op>, String> {
         let domain = if is_standard(&n.domain) { "" } else { n.domain.as_str() };
-        let Some(&opset) = self.opsets.get(domain) else {
+        let Some(&opset) = self.origins[index].opsets.get(domain) else {
             return Err(format!("operator {}: the model imports no opset of domain '{domain}'", n.op_type));
         };
         let spec = Spec {
@@ -467,7 +416,7 @@ impl<'a> Builder<'a> {
         match (a.name.as_str(), attrs::kind(a)) {
             ("value", 4) => {
                 let t = a.t.as_ref().ok_or_else(|| fail("a constant without a value"))?;
-                self.tensor(name, t, CONSTANT_INTS, "Constant")?;
+                self.tensor(name, t, "Constant")?;
             }
             ("value_float", 1) => {
                 let location = match &a.f {
@@ -478,7 +427,13 @@ impl<'a> Builder<'a> {
                     )
                     .map_err(|e| fail(&e))?,
                     // Zero, left out by the writer: there are no bytes to overwrite.
-                    None => Location { file: 0, offset: 0, len: 0, encoding: of(index) },
+                    None => match self.position(index) {
+                        Some(node) => Location { file: 0, offset: 0, len: 0, encoding: of(node) },
+                        None => {
+                            let v = self.graph.add_constant(name, Tensor::scalar(0f32));
+                            return self.define(name, v).map(|()| true);
+                        }
+                    },
                 };
                 self.weight(name, DType::F32, Dims::new(), location)?;
             }
@@ -528,7 +483,9 @@ impl<'a> Builder<'a> {
         if !dtype.is_float() || size > FILLED_LIMIT || self.found.kept.contains(&index) {
             return Ok(false);
         }
-        let encoding = Encoding::Filled { node: index, element };
+        // Inside a function or a branch no initializer can take its place.
+        let Some(node) = self.position(index) else { return Ok(false) };
+        let encoding = Encoding::Filled { node, element };
         let id = self.weight(name, dtype, dims, Location { file: 0, offset: 0, len: 0, encoding })?;
         self.filled.push((index, id));
         Ok(true)
@@ -569,13 +526,12 @@ impl<'a> Builder<'a> {
         }
         let mut blockers = self.inputs;
         for (i, node) in self.graph.nodes.iter().enumerate() {
-            if let Some(op_type) = node.op.foreign_type() {
-                let why = match node.op.infer(&[]) {
-                    Err(e) => e.to_string(),
-                    Ok(_) => "no kernel".into(),
-                };
+            if let Some(foreign) = node.op.as_a::<Foreign>() {
+                let op_type = foreign.foreign_type().unwrap_or_default();
+                let why = crate::error::OpError::Unsupported(foreign.why.clone()).to_string();
                 blockers.push(Blocker { node: self.graph.describe(NodeId(i as u32)), op_type, why });
             }
+            bodies::blockers(node.op.as_ref(), &self.graph.describe(NodeId(i as u32)), &mut blockers);
         }
         Ok(Built { graph: self.graph, weights: self.weights, ops: self.ops, blockers })
     }

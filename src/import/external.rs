@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use crate::error::{Error, Result};
 use crate::import::map;
-use crate::import::proto::{EXTERNAL, GraphProto, TensorProto};
+use crate::import::proto::{EXTERNAL, GraphProto, ModelProto, TensorProto};
 
 /// A mapped file.
 #[derive(Debug, Clone)]
@@ -100,10 +100,21 @@ impl Files {
         Ok(self.files.len() - 1)
     }
 
-    /// Opens every external data file that `graph` names, in subgraphs too: an export has to write
-    /// them all.
-    pub fn open_all(&mut self, graph: &GraphProto) -> Result<()> {
-        for t in tensors(graph) {
+    /// Opens every external data file that a model with this main graph names, in subgraphs and functions too: an
+    /// export has to write them all.
+    pub fn open_all(&mut self, model: &ModelProto, graph: &GraphProto) -> Result<()> {
+        let mut found = Vec::new();
+        let mut graphs = vec![graph];
+        let inside = model
+            .functions
+            .iter()
+            .flat_map(|f| f.attribute_proto.iter().chain(f.node.iter().flat_map(|n| &n.attribute)));
+        for a in inside {
+            found.extend(a.t.iter().chain(&a.tensors));
+            graphs.extend(a.g.as_deref().into_iter().chain(&a.graphs));
+        }
+        found.extend(tensors(graphs));
+        for t in found {
             if t.data_location == EXTERNAL {
                 self.external(t)?;
             }
@@ -119,10 +130,9 @@ pub(crate) fn normal(location: &str) -> String {
     parts.join("/")
 }
 
-/// Every tensor in `graph`, subgraphs included.
-fn tensors(graph: &GraphProto) -> Vec<&TensorProto> {
+/// Every tensor in `graphs`, subgraphs included.
+fn tensors(mut graphs: Vec<&GraphProto>) -> Vec<&TensorProto> {
     let mut out = Vec::new();
-    let mut graphs = vec![graph];
     while let Some(g) = graphs.pop() {
         out.extend(&g.initializer);
         for s in &g.sparse_initializer {

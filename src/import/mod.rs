@@ -5,11 +5,16 @@
 //! not fail the import: it is listed in [`Model::blockers`], all at once.
 
 mod attrs;
+mod bodies;
 mod build;
 mod external;
+mod flat;
+mod head;
 mod map;
+mod order;
 pub mod proto;
 mod roles;
+pub(crate) mod splice;
 pub mod weights;
 pub mod wire;
 
@@ -25,6 +30,7 @@ use crate::tensor::Tensor;
 
 pub use external::SourceFile;
 pub(crate) use external::normal;
+pub use head::{NewHead, replace as replace_head};
 pub use weights::{Encoding, Location, Reader, Role, Split, Use, Weight};
 
 use external::Files;
@@ -61,18 +67,29 @@ pub struct Model {
 pub fn load(path: impl AsRef<Path>) -> Result<Model> {
     let path = path.as_ref();
     let bytes = map::map(path)?;
-    let folder = match path.parent() {
-        Some(p) if p.as_os_str().is_empty() => Path::new("."),
-        Some(p) => p,
-        None => Path::new("/"),
-    };
     let file = SourceFile { path: path.to_path_buf(), location: String::new(), bytes };
-    from_source(file, Some(folder.to_path_buf()))
+    from_source(file, Some(folder(path).to_path_buf()))
 }
 
 /// Imports a model from memory; `name` is what messages call it. It can have no external data.
 pub fn from_bytes(name: &str, bytes: impl Into<Bytes>) -> Result<Model> {
     from_source(SourceFile::in_memory(name, bytes), None)
+}
+
+/// `model` with other bytes in its main file, which keeps its path and its external data.
+pub(crate) fn edited(model: &Model, bytes: Vec<u8>) -> Result<Model> {
+    let file = SourceFile::in_memory(&model.path, bytes);
+    let folder = (model.files.len() > 1).then(|| folder(&model.path).to_path_buf());
+    from_source(file, folder)
+}
+
+/// The folder that a model's external data lie in.
+fn folder(path: &Path) -> &Path {
+    match path.parent() {
+        Some(p) if p.as_os_str().is_empty() => Path::new("."),
+        Some(p) => p,
+        None => Path::new("/"),
+    }
 }
 
 fn from_source(file: SourceFile, folder: Option<PathBuf>) -> Result<Model> {
@@ -83,7 +100,7 @@ fn from_source(file: SourceFile, folder: Option<PathBuf>) -> Result<Model> {
         return Err(Error::file(&path, "has no graph: is it an ONNX model?"));
     };
     let mut files = Files::new(file, folder);
-    files.open_all(graph)?;
+    files.open_all(&proto, graph)?;
     let mut opsets = BTreeMap::new();
     for o in &proto.opset_import {
         let domain = if o.domain == "ai.onnx" { "" } else { o.domain.as_str() };

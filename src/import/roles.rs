@@ -3,11 +3,14 @@
 //! Names are never looked at. A constant is followed through operators that only move its elements;
 //! each place where it arrives gives a role, and the strongest decides.
 
+mod body;
+
 use std::collections::HashSet;
 
 use crate::graph::{Graph, NodeId, Source, ValueId, WeightId, op_type};
 use crate::import::weights::{Role, Use, Weight};
 use crate::ops::Attrs;
+use crate::ops::control::Control;
 use crate::tensor::Dims;
 
 /// How far the origin of a value is followed.
@@ -242,6 +245,9 @@ impl Roles<'_> {
     fn rule(&self, n: NodeId, slot: usize, dims: Option<&[usize]>, len: usize) -> Role {
         use Role::*;
         let rank = dims.map(<[usize]>::len);
+        if let Some(control) = self.graph.node(n).op.as_a::<Control>() {
+            return body::inside(control, slot, dims, len);
+        }
         match (self.op(n), slot) {
             ("Conv" | "ConvTranspose" | "DeformConv", 1) => Weight,
             ("Conv" | "ConvTranspose", 2) | ("DeformConv", 3) => Bias,

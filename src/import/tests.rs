@@ -67,17 +67,15 @@ fn what_cannot_be_executed_is_listed_all_at_once() {
     cond.attribute.push(AttributeProto { g: Some(Box::new(body)), ..attr("then_branch", 5) });
     let mut contrib = node("Odd", &["i"], &["y"]);
     contrib.domain = "com.microsoft".into();
-    let bools = TensorProto {
-        name: "c".into(),
-        data_type: 9,
-        raw_data: Some(vec![1u8].into()),
-        ..Default::default()
-    };
     let strings =
         TensorProto { name: "s".into(), data_type: 8, dims: vec![1], strings: 1, ..Default::default() };
     // `h` is computed after its capturing node in the file.
-    let m =
-        import(&model(vec![cond, contrib, node("Relu", &["x"], &["h"])], vec![bools, strings], "y")).unwrap();
+    let m = import(&model(
+        vec![cond, contrib, node("Less", &["x", "x"], &["c"]), node("Relu", &["x"], &["h"])],
+        vec![strings],
+        "y",
+    ))
+    .unwrap();
     let types: Vec<&str> = m.blockers.iter().map(|b| b.op_type.as_str()).collect();
     assert!(
         types.contains(&"If") && types.contains(&"com.microsoft.Odd") && types.contains(&"Initializer"),

@@ -154,19 +154,11 @@ pub enum Encoding {
     /// One of the packed kinds, in several chunks or unpacked: the ranges of whole elements.
     Scattered(Vec<Range<usize>>),
     /// Half floats in `int32_data`: of variable length, so a change splices the field.
-    Varints {
-        chunks: Vec<Range<usize>>,
-        /// Field numbers that lead to `int32_data`.
-        path: &'static [u32],
-    },
+    Varints { chunks: Vec<Range<usize>> },
     /// A node that computes the constant (`ConstantOfShape`, or a `Constant` whose zero is not written
     /// out), by its position in the file: replaced at the first change.
     Filled { node: usize, element: Vec<u8> },
 }
-
-/// Path from a model to the `int32_data` of an initializer, and of a `Constant` node's tensor.
-pub const INITIALIZER_INTS: &[u32] = &[7, 5, 5];
-pub const CONSTANT_INTS: &[u32] = &[7, 1, 5, 5, 5];
 
 /// The size of a tensor in bytes, or why it cannot be one.
 pub fn byte_size(dtype: DType, dims: &[usize]) -> std::result::Result<usize, String> {
@@ -191,12 +183,7 @@ pub fn position(file: &Bytes, slice: &Bytes) -> Option<Range<usize>> {
 
 impl Location {
     /// Of the values of a tensor that lie in the model file itself.
-    pub fn in_tensor(
-        model: &Bytes,
-        t: &TensorProto,
-        dtype: DType,
-        ints: &'static [u32],
-    ) -> std::result::Result<Location, String> {
+    pub fn in_tensor(model: &Bytes, t: &TensorProto, dtype: DType) -> std::result::Result<Location, String> {
         let (chunks, packed) = if let Some(raw) = &t.raw_data {
             (std::slice::from_ref(raw), Encoding::Raw)
         } else {
@@ -204,7 +191,7 @@ impl Location {
                 DType::F32 => (t.float_data.0.as_slice(), Encoding::PackedFloat),
                 DType::F64 => (t.double_data.0.as_slice(), Encoding::PackedDouble),
                 DType::F16 | DType::BF16 => {
-                    (t.int32_data.0.as_slice(), Encoding::Varints { chunks: Vec::new(), path: ints })
+                    (t.int32_data.0.as_slice(), Encoding::Varints { chunks: Vec::new() })
                 }
                 _ => return Err(format!("{dtype} is not a float type")),
             }
@@ -225,7 +212,7 @@ impl Location {
         // Chunks of one field are met in file order.
         let len = ranges.last().map_or(0, |r| r.end.saturating_sub(offset));
         let encoding = match packed {
-            Encoding::Varints { path, .. } => Encoding::Varints { chunks: ranges, path },
+            Encoding::Varints { .. } => Encoding::Varints { chunks: ranges },
             _ if ranges.len() > 1 => Encoding::Scattered(ranges),
             packed => packed,
         };
@@ -271,7 +258,7 @@ impl Weight {
                 }
                 Cow::Owned(out)
             }
-            Encoding::Varints { chunks, .. } => {
+            Encoding::Varints { chunks } => {
                 let mut out = Vec::with_capacity(want.min(2 * file.len()));
                 for r in chunks {
                     let chunk = file.get(r.clone()).ok_or_else(outside)?;

@@ -34,7 +34,8 @@ struct Rule {
 }
 
 /// Softmax cross-entropy, averaged over items. Inputs: logits (N, C, …) and either class indices (N, …), int32 or
-/// int64, or probabilities of the logits' shape. A label outside 0..C is an error that says where it stands.
+/// int64, or probabilities of the logits' shape; with class indices optionally class weights (C), by whose sum over the
+/// items is divided. A label outside 0..C is an error that says where it stands.
 #[derive(Debug, Clone)]
 pub struct CrossEntropy {
     /// In 0..1: this part of each target is spread over all classes.
@@ -145,11 +146,17 @@ impl Op for CrossEntropy {
         } else {
             check_labels(x, t)?;
         }
+        if let Some(w) = get(inputs, 2) {
+            if t.dtype.is_float() {
+                return Err(OpError::Unsupported("class weights with probabilities as targets".into()));
+            }
+            same(w, &Meta::new(x.dtype, &x.dims[1..2]))?;
+        }
         Ok(scalar(x.dtype))
     }
 
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let (x, t) = (need(x, 0)?, need(x, 1)?);
+        let (x, t, weights) = (need(x, 0)?, need(x, 1)?, get(x, 2));
         let d = classes(x.dims)?;
         float_dispatch!(x.dtype, T => {
             if t.dtype.is_float() {
@@ -157,18 +164,21 @@ impl Op for CrossEntropy {
                 return set::<T>(y, loss / (d.n * d.s) as f64);
             }
             let rule = self.rule();
-            rule.forward(x, rule.hard::<T>(t, None, d.c)?, d, y)
+            let weights = weights.map(|w| w.get::<T>()).transpose()?;
+            rule.forward(x, rule.hard::<T>(t, weights, d.c)?, d, y)
         })
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
-        // dx = (softmax(x) − q)/items · dloss, q the (smoothed) target                            (N, C, …)
-        if g.wants(1) {
-            return Err(OpError::NotDifferentiable("the target of a loss".into()));
+        // dx = w·(softmax(x) − q)/Σw · dloss, q the (smoothed) target, w the items' weights (1 without)  (N, C, …)
+        if g.wants(1) || g.wants(2) {
+            return Err(OpError::NotDifferentiable("the target and the class weights of a loss".into()));
         }
         let (x, t, dy) = (g.x(0)?, g.x(1)?, g.dy0()?);
         let dims = g.meta(x)?.dims.clone();
-        Ok(Grads::from_slice(&[Some(g.emit(ClassLossGrad { rule: self.rule(), dims }, &[x, t, dy])?)]))
+        let inputs = [Some(x), Some(t), Some(dy), g.x_opt(2)];
+        let inputs = if inputs[3].is_some() { &inputs[..] } else { &inputs[..3] };
+        Ok(Grads::from_slice(&[Some(g.emit_all(ClassLossGrad { rule: self.rule(), dims }, inputs, 1)?[0])]))
     }
 }
 
@@ -541,6 +551,11 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         ce(0.2).named("smoothed map").input(&[2, 3, 2, 20]).fixed(map.clone()),
         ce(0.0).named("soft").input(&[2, 3]).fixed(soft.clone()),
         ce(0.3).named("smoothed soft").input(&[2, 3]).fixed(soft),
+        ce(0.1)
+            .named("weighted")
+            .input(&[4, 3])
+            .fixed(ints(&[4], &[0, 2, 1, 2]))
+            .fixed(floats(&[3], &[0.5, 2.0, 1.25])),
         ce(0.3).named("soft map").input(&[2, 3, 2]).fixed(floats(&[2, 3, 2], &soft_map)),
         ce(0.0)
             .named("many")
@@ -570,27 +585,4 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ops::eval;
-    use crate::tensor::Tensor;
-
-    #[test]
-    fn a_label_out_of_range_is_named_with_its_place() {
-        let x = Tensor::zeros(DType::F32, &[2, 3, 2]);
-        let t = Tensor::from_slice(&[2, 2], &[0i64, 1, 3, 2]).unwrap();
-        let error = eval(&CrossEntropy { label_smoothing: 0.0 }, &[Some(&x), Some(&t)]).unwrap_err();
-        assert_eq!(error.to_string(), "label 3 at position [1, 0] is none of the 3 classes");
-    }
-
-    #[test]
-    fn large_logits_stay_finite() {
-        let x = Tensor::from_slice(&[1, 3], &[1e4f32, -1e4, 0.0]).unwrap();
-        let t = Tensor::from_slice(&[1], &[1i64]).unwrap();
-        let y = eval(&CrossEntropy { label_smoothing: 0.0 }, &[Some(&x), Some(&t)]).unwrap();
-        assert_eq!(y[0].to_f64(), [2e4]);
-        let t = Tensor::from_slice(&[1, 3], &[0.0f32, 1.0, 1.0]).unwrap();
-        let y = eval(&BceWithLogits, &[Some(&x), Some(&t)]).unwrap();
-        assert!((y[0].to_f64()[0] - (2e4 + 2f64.ln()) / 3.0).abs() < 1e-2);
-    }
-}
+mod tests;

@@ -26,6 +26,7 @@ pub mod cast;
 pub mod clip;
 pub mod composite;
 pub mod contrib;
+pub mod control;
 pub mod conv;
 pub mod det;
 pub mod dropout;
@@ -60,6 +61,8 @@ pub mod softmax;
 pub mod state;
 mod table;
 pub mod topk;
+#[cfg(feature = "tract")]
+pub(crate) mod tract;
 pub mod transpose;
 pub mod unary;
 pub mod update;
@@ -67,7 +70,7 @@ pub mod variadic;
 pub mod view;
 pub mod window;
 
-pub use foreign::Foreign;
+pub use foreign::{Foreign, stand_in};
 pub use layout::ChannelsLast;
 pub use table::{Row, create, table};
 

@@ -7,11 +7,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::exec::Session;
+use crate::tensor::Tensor;
 use crate::train::checkpoint::{Checkpoints, Position};
 use crate::train::data::{Augment, Batch, Dataset, epoch_order};
 use crate::train::loss::Loss;
 use crate::train::method::{At, Method};
-use crate::train::metrics::{Confusion, Meter, Metrics, predicted};
+use crate::train::metrics::{Confusion, Meter, Metrics, labels_of, predicted};
 use crate::train::schedule::Schedule;
 use crate::train::step::{self, Apply, Evaluation, Recipe, Shapes, feeds};
 
@@ -239,10 +240,10 @@ impl Running {
             self.features += f;
             self.taught += 1;
         }
-        let labels = batch.target.as_ref().filter(|_| loss.wants_labels()).and_then(|t| t.get::<i64>().ok());
+        let labels = batch.target.as_ref().filter(|_| loss.wants_labels()).and_then(labels_of);
         let (Some(labels), [_, classes]) = (labels, l.logits.dims()) else { return };
         let logits = l.logits.to_f64();
-        for (row, label) in logits.chunks_exact((*classes).max(1)).zip(labels) {
+        for (row, label) in logits.chunks_exact((*classes).max(1)).zip(&labels) {
             self.hits += usize::from(predicted(row.len(), |c| row[c]) as i64 == *label);
             self.labelled += 1;
         }
@@ -284,12 +285,12 @@ pub fn evaluate(
         session.run(&plan.program, &feeds(&plan.inputs, plan.attached.target, &batch)?, 0)?;
         let value = session.scalar(&plan.program, plan.attached.loss)?;
         let logits = session.output(&plan.program, plan.attached.logits)?.to_tensor();
-        let labels = batch.target.as_ref().and_then(|t| t.get::<i64>().ok()).filter(|_| loss.wants_labels());
-        match labels {
-            Some(labels) => {
+        let target = batch.target.as_ref().filter(|_| loss.wants_labels());
+        match target.and_then(|t| Some((t, labels_of(t)?))) {
+            Some((target, labels)) => {
                 let values = logits.to_f64();
-                meter.add(value, picks.len(), Some((&values, logits.dims(), labels)));
-                out.per_sample(&values, logits.dims(), labels);
+                meter.add(value, picks.len(), Some((&values, logits.dims(), &labels)));
+                out.per_sample(&values, logits.dims(), &labels, target);
             }
             None => {
                 meter.add(value, picks.len(), None);
@@ -304,13 +305,17 @@ pub fn evaluate(
 }
 
 impl Evaluated {
-    /// Cross-entropy and hit of each sample of `[N, C]` logits.
-    fn per_sample(&mut self, logits: &[f64], dims: &[usize], labels: &[i64]) {
+    /// Cross-entropy and hit of each sample of `[N, C]` logits; `target` has the labels, or probabilities.
+    fn per_sample(&mut self, logits: &[f64], dims: &[usize], labels: &[i64], target: &Tensor) {
         let [_, classes] = dims else { return };
-        for (row, &label) in logits.chunks_exact((*classes).max(1)).zip(labels) {
+        let soft = target.get::<f32>().ok();
+        for (i, (row, &label)) in logits.chunks_exact((*classes).max(1)).zip(labels).enumerate() {
             let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let log_sum = max + row.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
-            let at = row.get(label as usize).copied().unwrap_or(f64::NAN);
+            let at = match soft.and_then(|q| q.get(i * row.len()..(i + 1) * row.len())) {
+                Some(q) => row.iter().zip(q).map(|(x, q)| x * f64::from(*q)).sum(),
+                None => row.get(label as usize).copied().unwrap_or(f64::NAN),
+            };
             self.losses.push(log_sum - at);
             self.hits.push(predicted(row.len(), |c| row[c]) as i64 == label);
         }

@@ -6,13 +6,17 @@ use crate::error::{Error, Result};
 use crate::graph::{self, Graph, Source, ValueId};
 use crate::import::Model;
 use crate::ops::loss::{BceWithLogits, CrossEntropy, Mse};
-use crate::tensor::{DType, Meta};
+use crate::ops::view::ReshapeTo;
+use crate::tensor::{DType, Dims, Meta, Tensor};
 
 /// What is minimised, on the model's first output.
 #[derive(Debug, Clone)]
 pub enum Loss {
     /// Softmax cross-entropy with integer labels; a final Softmax of the model is left out.
     CrossEntropy { label_smoothing: f64 },
+    /// As `CrossEntropy`, each sample weighted by its class, the mean taken over the weights. With smoothing a sample's
+    /// whole loss has the weight of its label.
+    ClassWeighted { label_smoothing: f64, weights: Arc<Vec<f64>> },
     /// Sigmoid cross-entropy; a final Sigmoid of the model is left out.
     Bce,
     /// Mean squared error over all elements.
@@ -37,7 +41,17 @@ pub struct Attached {
 impl Loss {
     /// Whether targets are class indices.
     pub fn wants_labels(&self) -> bool {
-        matches!(self, Loss::CrossEntropy { .. })
+        matches!(self, Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. })
+    }
+
+    /// The loss by which results are compared: without class weights.
+    pub fn unweighted(&self) -> Loss {
+        match self {
+            Loss::ClassWeighted { label_smoothing, .. } => {
+                Loss::CrossEntropy { label_smoothing: *label_smoothing }
+            }
+            other => other.clone(),
+        }
     }
 
     /// Appends the loss for a target of the given shape and type. Shapes must have been inferred.
@@ -46,11 +60,15 @@ impl Loss {
             return Err(Error::Config("the model has no output to compute a loss on".into()));
         };
         let (logits, activation) = match self {
-            Loss::CrossEntropy { .. } => graph::logits(graph, output),
+            Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => graph::logits(graph, output),
             Loss::Bce => before_sigmoid(graph, output),
             _ => (output, None),
         };
         let left_out = activation.map(|n| graph.describe(n));
+        let logits = match self {
+            Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => flat(graph, logits, target.dims.len())?,
+            _ => logits,
+        };
         let target = graph.add_input("target", target);
         let emit = |graph: &mut Graph, op: Arc<dyn crate::ops::Op>| {
             graph.emit("loss", op, &[Some(logits), Some(target)], 1).map(|v| v[0]).map_err(|source| {
@@ -61,12 +79,31 @@ impl Loss {
             Loss::CrossEntropy { label_smoothing } => {
                 emit(graph, Arc::new(CrossEntropy { label_smoothing: *label_smoothing }))?
             }
+            Loss::ClassWeighted { label_smoothing, weights } => {
+                let dtype = graph.meta(logits)?.dtype;
+                let t = Tensor::from_slice(&[weights.len()], weights).map(|t| t.cast(dtype));
+                let at = |source| Error::Op { node: "the loss".into(), source };
+                let weights = graph.add_constant("class-weights", t.map_err(at)?);
+                let op = Arc::new(CrossEntropy { label_smoothing: *label_smoothing });
+                graph.emit("loss", op, &[Some(logits), Some(target), Some(weights)], 1).map_err(at)?[0]
+            }
             Loss::Bce => emit(graph, Arc::new(BceWithLogits))?,
             Loss::Mse => emit(graph, Arc::new(Mse))?,
             Loss::Graph(model) => loss_graph(graph, model, target)?,
         };
         Ok(Attached { loss, target, logits, left_out })
     }
+}
+
+/// Scores [N, C, 1, …] of a classifier whose head is a convolution, as [N, C] where there is one label a sample.
+fn flat(graph: &mut Graph, logits: ValueId, labels: usize) -> Result<ValueId> {
+    let dims = graph.meta(logits)?.dims.clone();
+    if labels != 1 || dims.len() <= 2 || dims[2..].iter().any(|d| *d != 1) {
+        return Ok(logits);
+    }
+    let to = ReshapeTo { dims: Dims::from_slice(&dims[..2]) };
+    let made = graph.emit("logits", Arc::new(to), &[Some(logits)], 1);
+    made.map(|v| v[0]).map_err(|source| Error::Op { node: "the logits".into(), source })
 }
 
 fn before_sigmoid(graph: &Graph, output: ValueId) -> (ValueId, Option<graph::NodeId>) {
@@ -121,7 +158,7 @@ fn loss_graph(graph: &mut Graph, model: &Model, target: ValueId) -> Result<Value
 pub fn default_target(loss: &Loss, output: &Meta) -> Meta {
     let mut dims = output.dims.clone();
     match loss {
-        Loss::CrossEntropy { .. } => {
+        Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => {
             if dims.len() > 1 {
                 dims.remove(1);
             }

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::tensor::Tensor;
+
 /// Loss and metrics over a data set.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Metrics {
@@ -30,6 +32,16 @@ pub struct Confusion {
 /// The class of `classes` whose logit, as `at` gives it, is the largest; the first of equals.
 pub fn predicted(classes: usize, at: impl Fn(usize) -> f64) -> usize {
     (1..classes).fold(0, |best, c| if at(c) > at(best) { c } else { best })
+}
+
+/// The labels of a batch: class indices, or the most probable class of each row of probabilities.
+pub fn labels_of(target: &Tensor) -> Option<Vec<i64>> {
+    if let Ok(labels) = target.get::<i64>() {
+        return Some(labels.to_vec());
+    }
+    let ([_, classes], Ok(rows)) = (target.dims(), target.get::<f32>()) else { return None };
+    let best = |row: &[f32]| predicted(row.len(), |c| f64::from(row[c])) as i64;
+    Some(rows.chunks_exact((*classes).max(1)).map(best).collect())
 }
 
 /// Gathers metrics batch by batch.

@@ -5,8 +5,11 @@
 mod allocations;
 mod common;
 mod contract;
+mod control;
+mod files;
 mod finetune;
 mod gradients;
+mod head;
 mod icp;
 mod layout;
 mod memory;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::conv::{self as kernel, Epilogue, Geometry};
+use crate::kernels::conv::{self as kernel, Epilogue, Geometry, Operand};
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::Channels;
 use crate::ops::batch_norm::ChannelSum;
@@ -222,7 +222,8 @@ impl Op for ConvTransposeInputGrad {
         let (g, _) = self.conv.geometry(&self.x, w.dims)?;
         float_dispatch!(dy.dtype, T => {
             let dx = out(y, 0)?.get::<T>()?;
-            kernel::forward(&g, dy.get::<T>()?, w.get::<T>()?, Epilogue::none(), dx, floats(cx.scratch)?);
+            let dy = Operand::plain(dy.get::<T>()?, g.c);
+            kernel::forward(&g, dy, w.get::<T>()?, Epilogue::none(), dx, floats(cx.scratch)?);
             Ok(())
         })
     }
@@ -230,7 +231,11 @@ impl Op for ConvTransposeInputGrad {
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let Some(w) = get(inputs, 1) else { return 0 };
         self.conv.geometry(&self.x, &w.dims).map_or(0, |(g, _)| {
-            room(&g, w.dtype, [kernel::forward_scratch::<f32>, kernel::forward_scratch::<f64>])
+            room(
+                &g,
+                w.dtype,
+                [|g| kernel::forward_scratch::<f32>(g, true), |g| kernel::forward_scratch::<f64>(g, true)],
+            )
         })
     }
 
@@ -274,7 +279,8 @@ impl Op for ConvTransposeWeightGrad {
         float_dispatch!(dy.dtype, T => {
             // Of the convolution from Y to X, X is the result.
             let dw = out(y, 0)?.get::<T>()?;
-            kernel::weight_grad(&g, x.get::<T>()?, dy.get::<T>()?, None, dw, floats(cx.scratch)?);
+            let dy = Operand::plain(dy.get::<T>()?, g.c);
+            kernel::weight_grad(&g, x.get::<T>()?, dy, dw, floats(cx.scratch)?);
             Ok(())
         })
     }
@@ -282,7 +288,14 @@ impl Op for ConvTransposeWeightGrad {
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let Some(x) = get(inputs, 1) else { return 0 };
         self.conv.geometry(&x.dims, &self.w).map_or(0, |(g, _)| {
-            room(&g, x.dtype, [kernel::weight_grad_scratch::<f32>, kernel::weight_grad_scratch::<f64>])
+            room(
+                &g,
+                x.dtype,
+                [
+                    |g| kernel::weight_grad_scratch::<f32>(g, true),
+                    |g| kernel::weight_grad_scratch::<f64>(g, true),
+                ],
+            )
         })
     }
 

@@ -47,7 +47,7 @@ impl Dataset {
                         ));
                     }
                     // Whatever takes less memory is kept.
-                    if spec.dtype.size() <= t.dtype().size() || c.shift > 0 {
+                    if spec.dtype.size() <= t.dtype().size() || !c.augmentation.is_none() {
                         *t = convert::array(&c.name, t, spec.dtype)?;
                     } else {
                         convert::check(&c.name, t, spec.dtype)?;

@@ -79,7 +79,7 @@ pub fn degrade(data: &Dataset, worn: &Worn) -> Result<Dataset> {
     out.class_names = data.class_names.clone();
     out.notes = data.notes.clone();
     out.columns[0].planes = planes;
-    out.columns[0].shift = column.shift;
+    out.columns[0].augmentation = column.augmentation;
     Ok(out)
 }
 

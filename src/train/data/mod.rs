@@ -31,7 +31,7 @@ pub use npz::{read_npz, write_npz};
 #[cfg(feature = "cli")]
 pub use open::open;
 pub use split::{Split, epoch_order, split};
-pub use transform::{Channels, ImageOptions, Layout};
+pub use transform::{Augmentation, Channels, ImageOptions, Layout};
 
 use crate::error::{Error, OpError, Result};
 use crate::tensor::{DType, Dims, Tensor};
@@ -98,10 +98,9 @@ struct Column {
     dtype: DType,
     /// Dimensions of one sample.
     dims: Dims,
-    /// How one sample divides into image planes: needed by the table and the shift.
+    /// How one sample divides into image planes: needed by the table and the augmentation.
     planes: Planes,
-    /// Largest random shift in pixels, 0 for none.
-    shift: usize,
+    augmentation: Augmentation,
 }
 
 impl Column {
@@ -154,7 +153,8 @@ impl Dataset {
             .map(|(name, t)| {
                 let dims = Dims::from_slice(&t.dims()[1..]);
                 let planes = Planes::flat(dims.iter().product());
-                Column { name, dtype: t.dtype(), dims, planes, shift: 0, storage: Storage::Array(t) }
+                let augmentation = Augmentation::default();
+                Column { name, dtype: t.dtype(), dims, planes, augmentation, storage: Storage::Array(t) }
             })
             .collect();
         let target = target.map(normal_target).transpose()?;
@@ -185,7 +185,7 @@ impl Dataset {
             dtype: table.dtype(),
             dims: frame.dims.clone(),
             planes: frame.planes(),
-            shift: options.shift,
+            augmentation: options.augmentation(),
             storage: Storage::Pixels { bytes, table },
         };
         let target = labels.map(|l| Tensor::ints(&l));
@@ -283,6 +283,32 @@ impl Dataset {
         }
     }
 
+    /// Fails when the target holds probabilities [N, C] that are none: of another number of classes, below 0, or with a
+    /// sum other than 1 (within 1e-3). Other targets pass.
+    pub fn check_probabilities(&self, classes: usize) -> Result<()> {
+        let Some(t) = self.target.as_ref().filter(|t| t.dtype().is_float()) else { return Ok(()) };
+        if t.dims().len() != 2 {
+            return Ok(());
+        }
+        if t.dims()[1] != classes {
+            return Err(Error::Data(format!(
+                "the target has rows of {} probabilities, the model {classes} outputs",
+                t.dims()[1]
+            )));
+        }
+        let rows = t.get::<f32>().map_err(internal)?.chunks_exact(classes.max(1));
+        for (i, row) in rows.enumerate() {
+            let sum: f64 = row.iter().map(|p| f64::from(*p)).sum();
+            if row.iter().any(|p| *p < 0.0) || (sum - 1.0).abs() > 1e-3 {
+                return Err(Error::Data(format!(
+                    "sample {i}: its target is no distribution over classes (sum {sum}); cross-entropy takes class \
+                     indices or probabilities"
+                )));
+            }
+        }
+        Ok(())
+    }
+
     /// The same data with its target as float32, one row of `dims` per sample: for losses that compare numbers
     /// (BCE, MSE) with a model whose output is `[N, dims…]`.
     ///
@@ -303,7 +329,15 @@ impl Dataset {
     /// epoch when a batch is taken with [`Augment`].
     ///
     /// Fails when no input holds images (`[N, C, H, W]` or `[N, H, W, C]`, floating point).
-    pub fn with_shift(mut self, max: usize, layout: Layout) -> Result<Dataset> {
+    pub fn with_shift(self, max: usize, layout: Layout) -> Result<Dataset> {
+        self.with_augmentation(Augmentation { shift: max, ..Augmentation::default() }, layout)
+    }
+
+    /// The same data, its images changed at random when a batch is taken with [`Augment`].
+    ///
+    /// Fails when no input holds images (`[N, C, H, W]` or `[N, H, W, C]`, floating point).
+    pub fn with_augmentation(mut self, augmentation: Augmentation, layout: Layout) -> Result<Dataset> {
+        augmentation.check()?;
         let mut images = 0;
         for c in &mut self.columns {
             match &mut c.storage {
@@ -316,11 +350,13 @@ impl Dataset {
                 }
                 Storage::Array(_) => continue,
             }
-            c.shift = max;
+            c.augmentation = augmentation;
             images += 1;
         }
-        if images == 0 && max > 0 {
-            return Err(Error::Config("shift: no input of the data is a batch of images".into()));
+        if images == 0 && !augmentation.is_none() {
+            return Err(Error::Config(
+                "shift, flip, rotate, crop: no input of the data is a batch of images".into(),
+            ));
         }
         Ok(self)
     }
@@ -366,7 +402,7 @@ impl Dataset {
         }
     }
 
-    /// Fills `out` with the samples at `indices`, in that order; shifted at random where the data asks for it and
+    /// Fills `out` with the samples at `indices`, in that order; shifted, mirrored, turned and cropped at random where the data asks for it and
     /// `augment` is given (training), as they are otherwise.
     ///
     /// Allocates only when `out` was made for another number of samples or another dataset: keep one batch for
@@ -383,13 +419,13 @@ impl Dataset {
             }
             let size = c.dtype.size();
             for (&i, dst) in indices.iter().zip(t.bytes_mut().chunks_exact_mut(n * size)) {
-                let shift = match augment {
-                    Some(a) if c.shift > 0 => transform::shift_of(a, i, c.shift),
-                    _ => (0, 0),
+                let place = match augment {
+                    Some(a) if !c.augmentation.is_none() => c.augmentation.draw(a, i, c.planes),
+                    _ => transform::Placement::default(),
                 };
                 match &c.storage {
                     Storage::Pixels { bytes, table } => {
-                        transform::look_up(&bytes[i * n..(i + 1) * n], table, c.planes, shift, dst)?;
+                        transform::look_up(&bytes[i * n..(i + 1) * n], table, c.planes, place, dst)?;
                     }
                     Storage::Array(a) => {
                         let from = a.dtype();
@@ -397,10 +433,10 @@ impl Dataset {
                         if from != c.dtype {
                             // Checked over the whole array by `bind`: nothing here fails to convert.
                             convert::bytes(from, row, c.dtype, dst);
-                        } else if shift == (0, 0) {
+                        } else if place == transform::Placement::default() {
                             dst.copy_from_slice(row);
                         } else {
-                            transform::shifted(row, size, c.planes, shift, dst)?;
+                            transform::placed(row, c.dtype, c.planes, place, dst)?;
                         }
                     }
                 }
@@ -447,7 +483,7 @@ impl Column {
             dtype: self.dtype,
             dims: self.dims.clone(),
             planes: self.planes,
-            shift: self.shift,
+            augmentation: self.augmentation,
         }
     }
 }

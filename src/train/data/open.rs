@@ -80,8 +80,8 @@ fn arrays(path: &Path, options: &ImageOptions, inputs: &[InputSpec]) -> Result<D
     if target.is_none() {
         data.notes.push(format!("no array 'y' in {}", path.display()));
     }
-    if options.shift > 0 {
-        data = data.with_shift(options.shift, options.layout)?;
+    if !options.augmentation().is_none() {
+        data = data.with_augmentation(options.augmentation(), options.layout)?;
     }
     Ok(data)
 }
