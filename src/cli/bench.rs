@@ -187,7 +187,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
     if args.json {
         super::print_json(&report)?;
     } else {
-        println!(
+        outln!(
             "median {:.2} ms (min {:.2}, max {:.2}) over {} runs, {:.0} samples/s, {} threads, peak memory {}",
             report.median_ms,
             report.min_ms,
@@ -197,18 +197,26 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
             report.threads,
             super::human_bytes(report.peak_bytes)
         );
-        println!(
+        outln!(
             "{:.1} GFLOP/s of {:.1} ({:.0}%); first run finished {:.1} ms after the start",
-            report.gflops, report.peak_gflops, report.percent_of_peak, report.cold_start_ms
+            report.gflops,
+            report.peak_gflops,
+            report.percent_of_peak,
+            report.cold_start_ms
         );
         if let Some(peak) = report.peak_gigabytes {
-            println!("memory {peak:.1} GB/s; by kernel call, a run: ms, % of peak, GB/s of operands");
+            outln!("memory {peak:.1} GB/s; by kernel call, a run: ms, % of peak, GB/s of operands");
         }
         for k in &report.profile {
             let percent = k.percent_of_peak.map_or(String::from("   "), |p| format!("{p:3.0}%"));
-            println!(
+            outln!(
                 "{:9.3} {percent:4} {:6.1}  {:8} {:22} {}  {}",
-                k.ms, k.gigabytes_per_second, k.program, k.op, k.node, k.operands
+                k.ms,
+                k.gigabytes_per_second,
+                k.program,
+                k.op,
+                k.node,
+                k.operands
             );
         }
     }

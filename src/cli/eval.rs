@@ -42,7 +42,7 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
     if args.json {
         super::print_json(&result.metrics)?;
     } else {
-        println!("{}", describe(&result.metrics));
+        outln!("{}", describe(&result.metrics));
     }
     Ok(0)
 }

@@ -18,8 +18,8 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
     let title = args.model.display().to_string();
     match (args.json, args.markdown) {
         (true, _) => super::print_json(&report)?,
-        (_, true) => print!("{}", report.markdown(&title)),
-        _ => print!("{}", report.text(&title)),
+        (_, true) => out!("{}", report.markdown(&title)),
+        _ => out!("{}", report.text(&title)),
     }
     Ok(0)
 }

@@ -1,5 +1,8 @@
 //! The command line: each subcommand parses, calls the library, prints; no logic of its own.
 
+#[macro_use]
+mod out;
+
 mod bench;
 mod config;
 mod data;

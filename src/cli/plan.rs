@@ -168,14 +168,21 @@ pub fn with_target(
 }
 
 fn print(r: &Report) {
-    println!("batch {}, {}", r.batch, r.optimizer);
-    println!(
+    outln!("batch {}, {}", r.batch, r.optimizer);
+    outln!(
         "{:12} {:>10} {:>10} {:>10} {:>10} {:>12} {:>10} {:>10}",
-        "", "peak", "weights", "optimizer", "step", "activations", "gradients", "scratch"
+        "",
+        "peak",
+        "weights",
+        "optimizer",
+        "step",
+        "activations",
+        "gradients",
+        "scratch"
     );
     for m in &r.modes {
         let worst = m.programs.iter().map(|p| p.peak).max_by_key(|p| p.arena).unwrap_or_default();
-        println!(
+        outln!(
             "{:12} {:>10} {:>10} {:>10} {:>10} {:>12} {:>10} {:>10}",
             m.mode,
             human_bytes(m.peak_bytes),
@@ -187,7 +194,7 @@ fn print(r: &Report) {
             human_bytes(worst.scratch),
         );
         for p in m.programs.iter().filter(|_| m.programs.len() > 1) {
-            println!("  {:10} {:>10} arena, {} kernels", p.program, human_bytes(p.peak.arena), p.kernels);
+            outln!("  {:10} {:>10} arena, {} kernels", p.program, human_bytes(p.peak.arena), p.kernels);
         }
     }
 }

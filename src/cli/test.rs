@@ -23,23 +23,23 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
     } else {
         for c in report.cases.iter().filter(|c| c.outcome != backend_test::Outcome::Passed) {
             let outcome = format!("{:?}", c.outcome).to_lowercase();
-            println!("{outcome:11} {}: {}", c.name, c.reason.as_deref().unwrap_or(""));
+            outln!("{outcome:11} {}: {}", c.name, c.reason.as_deref().unwrap_or(""));
         }
         for c in &report.cases {
             if let Some(Checked::Wrong(why)) = &c.gradient {
-                println!("{:11} {}: gradient: {why}", "wrong", c.name);
+                outln!("{:11} {}: gradient: {why}", "wrong", c.name);
             }
         }
         let lacking = report.lacking();
         if !lacking.is_empty() {
-            println!("\nwhat unsupported cases lack, and how many of them:");
-            lacking.iter().for_each(|(what, n)| println!("{n:6} {what}"));
-            println!();
+            outln!("\nwhat unsupported cases lack, and how many of them:");
+            lacking.iter().for_each(|(what, n)| outln!("{n:6} {what}"));
+            outln!();
         }
-        println!("{} passed, {} failed, {} unsupported", report.passed, report.failed, report.unsupported);
+        outln!("{} passed, {} failed, {} unsupported", report.passed, report.failed, report.unsupported);
         if let Some(g) = report.gradients {
             let Gradients { checked, none, unchecked, wrong } = g;
-            println!(
+            outln!(
                 "gradients: {checked} checked, {none} none, {unchecked} could not be checked, {wrong} wrong"
             );
         }

@@ -78,15 +78,13 @@ impl<'a, T: Vectors> Sums<'a, T> {
 }
 
 /// Is there such a pass for this convolution, worth its while?
-pub fn fuses<T: Vectors>(g: &Geometry) -> bool {
-    !g.is_empty()
-        && g.layout == Layout::Last
-        && if g.depthwise() { g.axis > 0 } else { pointwise::fuses::<T>(g) }
+pub fn fuses(g: &Geometry) -> bool {
+    !g.is_empty() && g.layout == Layout::Last && if g.depthwise() { g.axis > 0 } else { pointwise::fuses(g) }
 }
 
 /// Elements of `f64` that [`Sums`] need.
-pub fn sums_room<T: Vectors>(g: &Geometry) -> usize {
-    let slabs = if g.depthwise() { depthwise::grads_slabs(g) } else { pointwise::grads_slabs::<T>(g) };
+pub fn sums_room(g: &Geometry) -> usize {
+    let slabs = if g.depthwise() { depthwise::grads_slabs(g) } else { pointwise::grads_slabs(g) };
     slabs * 2 * g.c
 }
 
@@ -102,7 +100,7 @@ pub fn grads_scratch<T: Vectors>(g: &Geometry, plain: [bool; 2]) -> usize {
 pub fn grads<T: Vectors>(g: &Geometry, both: Both<T>, dx: &mut [T], dw: &mut [T], scratch: &mut [T]) {
     g.check(dx, both.dy.data);
     g.check(both.x.data, both.dy.data);
-    assert!(fuses::<T>(g), "gradients in one pass");
+    assert!(fuses(g), "gradients in one pass");
     both.dy.check();
     both.x.check();
     match g.depthwise() {

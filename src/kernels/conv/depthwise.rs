@@ -64,7 +64,7 @@ impl<'a> Direction<'a> {
         let g = self.g;
         std::array::from_fn(|d| {
             let reach = (g.k[d] - 1) * g.dilation[d];
-            let n = if self.gradient { (reach + g.stride[d] - 1) / g.stride[d] + 2 } else { reach + 1 };
+            let n = if self.gradient { reach.div_ceil(g.stride[d]) + 2 } else { reach + 1 };
             n.min(self.source[d])
         })
     }

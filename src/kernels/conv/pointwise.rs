@@ -32,7 +32,7 @@ fn positions(g: &Geometry) -> usize {
 }
 
 /// Worth computing both gradients together?
-pub fn fuses<T: Vectors>(g: &Geometry) -> bool {
+pub fn fuses(g: &Geometry) -> bool {
     applies(g) && g.c * g.oc <= SMALL && positions(g) >= 4 * FEW
 }
 
@@ -45,7 +45,7 @@ fn chunks(g: &Geometry) -> Pieces {
     Pieces::by(positions(g), chunk(g))
 }
 
-pub fn grads_slabs<T: Vectors>(g: &Geometry) -> usize {
+pub fn grads_slabs(g: &Geometry) -> usize {
     chunks(g).count.min(SLABS)
 }
 
@@ -58,7 +58,7 @@ fn near(g: &Geometry, plain: [bool; 2]) -> [usize; 3] {
 
 /// Elements of scratch that [`grads`] needs; `plain`: are dY and X?
 pub fn grads_scratch<T: Vectors>(g: &Geometry, plain: [bool; 2]) -> usize {
-    let slabs = grads_slabs::<T>(g);
+    let slabs = grads_slabs(g);
     dense::packed_back::<T>(&of(g, chunk(g)))
         + slabs * weight::sum_size::<T>(g)
         + slots(slabs, near(g, plain).iter().sum())
@@ -66,7 +66,7 @@ pub fn grads_scratch<T: Vectors>(g: &Geometry, plain: [bool; 2]) -> usize {
 
 /// dX (N, spatial…, C) and dW (M, C, 1…).
 pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], scratch: &mut [T]) {
-    let (chunks, slabs, size) = (chunks(g), grads_slabs::<T>(g), weight::sum_size::<T>(g));
+    let (chunks, slabs, size) = (chunks(g), grads_slabs(g), weight::sum_size::<T>(g));
     let back = grids::Plan::input_grad(&of(g, chunk(g)));
     let (weights, rest) = scratch.split_at_mut(dense::packed_back::<T>(&of(g, chunk(g))));
     grids::pack(&back, false, T::panel(), b.w, weights);

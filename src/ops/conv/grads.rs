@@ -36,10 +36,7 @@ const FIRST: usize = 4;
 impl ConvGrads {
     /// Is there such a kernel for this convolution?
     pub fn can(conv: &Conv, x: &Meta, w: &[usize]) -> bool {
-        conv.geometry(&x.dims, w).is_ok_and(|(g, _)| match x.dtype {
-            DType::F64 => kernel::fuses::<f64>(&g),
-            _ => kernel::fuses::<f32>(&g),
-        })
+        conv.geometry(&x.dims, w).is_ok_and(|(g, _)| kernel::fuses(&g))
     }
 
     /// The input with which `back` begins.
@@ -90,7 +87,7 @@ impl Op for ConvGrads {
         };
         float_dispatch!(dy.dtype, T => {
             let input = input.get::<T>()?;
-            let room = if self.sums { kernel::sums_room::<T>(&g) } else { 0 };
+            let room = if self.sums { kernel::sums_room(&g) } else { 0 };
             let (room, scratch) = cx.scratch.split_at_mut_checked(room * size_of::<f64>()).ok_or_else(short)?;
             let (coefficients, scratch) = floats::<T>(scratch)?.split_at_mut_checked(g.c + 3 * g.oc).ok_or_else(short)?;
             let (factor, coefficients) = coefficients.split_at_mut(g.c);
@@ -145,11 +142,11 @@ impl Op for ConvGrads {
         let Some(x) = get(inputs, 2) else { return 0 };
         let plain = [self.back.is_none(), self.conv.normalises.is_none()];
         self.conv.geometry(&x.dims, &self.w).map_or(0, |(g, _)| {
-            let (room, elements) = match x.dtype {
-                DType::F64 => (kernel::sums_room::<f64>(&g), kernel::grads_scratch::<f64>(&g, plain)),
-                _ => (kernel::sums_room::<f32>(&g), kernel::grads_scratch::<f32>(&g, plain)),
+            let elements = match x.dtype {
+                DType::F64 => kernel::grads_scratch::<f64>(&g, plain),
+                _ => kernel::grads_scratch::<f32>(&g, plain),
             };
-            let room = if self.sums { room } else { 0 };
+            let room = if self.sums { kernel::sums_room(&g) } else { 0 };
             room * size_of::<f64>() + (elements + g.c + 3 * g.oc) * x.dtype.size()
         })
     }
