@@ -226,21 +226,27 @@ pub(crate) fn folded(model: &Model) -> Vec<Folded> {
 /// Infers shapes for a small batch and differentiates the first output: its logits, the taps, what blocks.
 fn trial(model: &Arc<Model>, report: &mut Report) -> Result<()> {
     let session = Session::new(model.clone(), Options { threads: 1, ..Options::default() })?;
-    let mut open = false;
-    let inputs = input_specs(model)
-        .into_iter()
-        .map(|s| {
-            open |= s.dims.iter().skip(1).any(Option::is_none);
+    let specs = input_specs(model);
+    let open = specs.iter().any(|s| s.dims.iter().skip(1).any(Option::is_none));
+    // The first dimensions that the file fixes as a batch of ours, or, where that does not do (states of recurrent
+    // layers have another order), as they are.
+    let network = |fixed: bool| {
+        let mut batch = BATCH;
+        let mut inputs = Vec::new();
+        for s in &specs {
             let mut dims: Vec<usize> = s.dims.iter().map(|d| d.unwrap_or(OPEN)).collect();
-            if let Some(batch) = dims.first_mut() {
-                *batch = BATCH;
+            if let Some(first) = dims.first_mut() {
+                let kept = s.dims[0].filter(|_| fixed);
+                *first = kept.unwrap_or(BATCH);
+                batch = if inputs.is_empty() { *first } else { batch };
             }
-            (s.name, Meta::new(s.dtype, &dims))
-        })
-        .collect();
-    let shapes = Shapes { inputs, target: Meta::new(DType::I64, &[BATCH]) };
-    let mut net = Network::new(&session, Mode::TRAIN, &shapes, &Default::default())?;
-    report.multiply_adds = Some(multiply_adds(&net.graph) / BATCH);
+            inputs.push((s.name.clone(), Meta::new(s.dtype, &dims)));
+        }
+        let shapes = Shapes { inputs, target: Meta::new(DType::I64, &[batch]) };
+        Ok((Network::new(&session, Mode::TRAIN, &shapes, &Default::default())?, batch))
+    };
+    let (mut net, batch) = network(false).or_else(|e: Error| network(true).map_err(|_| e))?;
+    report.multiply_adds = Some(multiply_adds(&net.graph) / batch.max(1));
     if open {
         report.notes.push(format!("dimensions that the file leaves open were tried at {OPEN}"));
     }

@@ -58,8 +58,8 @@ impl<'a> Direction<'a> {
         Direction { g, source: g.y, target: g.x, gradient: true }
     }
 
-    /// Planes and rows of the source that lie between the first and the last that `step` target rows side by side
-    /// (of a gradient as many as the stride, with what the next few need at most) are computed from.
+    /// Planes and rows of the source within which all of those lie that a row of the target is computed from, or, of a
+    /// gradient, as many rows as the stride.
     fn window(&self) -> [usize; 2] {
         let g = self.g;
         std::array::from_fn(|d| {
