@@ -23,7 +23,6 @@ pub mod rnn;
 pub mod sample;
 pub mod simd;
 pub mod softmax;
-pub mod stream;
 pub mod strided;
 pub mod tile;
 pub mod topk;

@@ -50,16 +50,6 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     }
     /// The same for a line that will be written.
     unsafe fn prefetch_write(p: *const Self::Elem);
-    /// Writes a vector to an address that is a multiple of its size, past the caches where there is a way to: the line
-    /// is not read first. Other threads see it after [`fence`](Self::fence).
-    #[inline(always)]
-    unsafe fn stream(p: *mut Self::Elem, v: Self::V) {
-        // SAFETY: the caller's promise.
-        unsafe { Self::store(p, v) }
-    }
-    /// What was streamed comes before whatever follows.
-    #[inline(always)]
-    unsafe fn fence() {}
 }
 
 /// A vector, or its first `n` lanes.
@@ -260,7 +250,7 @@ macro_rules! vectors {
      prefetch_write: |$to:ident| $prefetch_write:expr,
      load_part: |$lp:ident, $ln:ident| $load_part:expr,
      store_part: |$sp:ident, $sv:ident, $sn:ident| $store_part:expr
-     $(, transpose: $transpose:path, stream: $stream:path)?) => {
+     $(, transpose: $transpose:path)?) => {
         $(#[$doc])*
         #[derive(Clone, Copy)]
         pub struct $name;
@@ -341,16 +331,6 @@ macro_rules! vectors {
             unsafe fn transpose(p: *const f32, ld: usize, to: *mut f32, ld_to: usize) {
                 // SAFETY: see `splat`.
                 unsafe { $transpose(p, ld, to, ld_to) }
-            }
-            #[inline(always)]
-            unsafe fn stream(p: *mut f32, v: $v) {
-                // SAFETY: see `splat`.
-                unsafe { $stream(p, v) }
-            }
-            #[inline(always)]
-            unsafe fn fence() {
-                // SAFETY: see `splat`.
-                unsafe { std::arch::x86_64::_mm_sfence() }
             })?
             #[inline(always)]
             unsafe fn prefetch_write($to: *const f32) {
@@ -380,8 +360,7 @@ pub mod x86 {
         prefetch_write: |p| _mm_prefetch::<_MM_HINT_ET0>(p.cast()),
         load_part: |p, n| _mm512_maskz_loadu_ps((1u32 << n) as u16 - 1, p),
         store_part: |p, v, n| _mm512_mask_storeu_ps(p, (1u32 << n) as u16 - 1, v),
-        transpose: transpose16,
-        stream: _mm512_stream_ps
+        transpose: transpose16
     );
 
     /// Four columns at a time: of rows 4i to 4i + 3, lane blocks of 4×4 are transposed, then blocks change places.
@@ -437,8 +416,7 @@ pub mod x86 {
         prefetch_write: |p| _mm_prefetch::<_MM_HINT_ET0>(p.cast()),
         load_part: |p, n| _mm256_maskload_ps(p, below(n)),
         store_part: |p, v, n| _mm256_maskstore_ps(p, below(n), v),
-        transpose: transpose8,
-        stream: _mm256_stream_ps
+        transpose: transpose8
     );
 
     /// As [`transpose16`], with two lane blocks.

@@ -14,7 +14,6 @@ use crate::kernels::conv::{
 };
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
-use crate::kernels::stream;
 use crate::kernels::tile::{Pieces, along_rows};
 use crate::tile_sizes;
 
@@ -211,7 +210,7 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
                 for j in 0..N {
                     let at = j * S::LANES;
                     let part = (t.lanes - at).min(S::LANES);
-                    store_up_to::<S>(t.y.wrapping_add(y[i] + t.channel + at), acc[i][j], part);
+                    store_up_to::<S>(t.y.add(y[i] + t.channel + at), acc[i][j], part);
                 }
             }
             return;
@@ -232,7 +231,7 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
                     v = S::add(v, load_up_to::<S>(r.add(y[i] + t.channel + at), part));
                 }
                 v = S::min(high, S::max(low, v));
-                store_up_to::<S>(t.y.wrapping_add(y[i] + t.channel + at), v, part);
+                store_up_to::<S>(t.y.add(y[i] + t.channel + at), v, part);
             }
         }
     }
@@ -282,10 +281,7 @@ fn run<T: Vectors>(
     // Results of a row.
     let line = volume(plan.target) / plan.target[plan.axis] * plan.groups * plan.co;
     let y = Shared::new(y);
-    let block = block(plan, &d);
-    let far = block > 0 && blocks[2] == 1 && !matches!(epilogue.residual, Residual::InOutput);
-    in_slots(volume(blocks), slot(plan, &d, x.is_plain()) + block, slots, |task, slot| {
-        let (slot, block) = slot.split_at_mut(slot.len() - block);
+    in_slots(volume(blocks), slot(plan, &d, x.is_plain()), slots, |task, slot| {
         let [i, r, p] = split(task, blocks);
         let images = i * d.images..plan.n.min((i + 1) * d.images);
         let rows = r * d.rows..rows.min((r + 1) * d.rows);
@@ -294,7 +290,6 @@ fn run<T: Vectors>(
         // Rows of one image, or whole images.
         let first = (images.start * plan.rows() + rows.start) * line;
         let count = images.len() * rows.len() * line;
-        let to = if far { block.as_mut_ptr().wrapping_sub(first) } else { y.ptr() };
         let (a, window) = match (plan.copies(), x.is_plain()) {
             (true, _) => {
                 let window = plan.window(d.rows);
@@ -311,17 +306,11 @@ fn run<T: Vectors>(
         // SAFETY: the slices have the plan's extents (checked by the callers), so all windows of the task's
         // positions lie in `a`; no two tasks write the same elements of `y`.
         unsafe {
-            T::dispatch(Task { plan, a, window, weights, panels, images, rows, epilogue, y: to });
+            T::dispatch(Task { plan, a, window, weights, panels, images, rows, epilogue, y: y.ptr() });
         }
-        // SAFETY: with all panels in one task, this one has written all of these results, and it alone.
-        unsafe {
-            let results = || std::slice::from_raw_parts(to.wrapping_add(first), count);
-            if let Some(done) = done {
-                done(i * blocks[1] + r, results());
-            }
-            if far {
-                stream::copy(results(), y.ptr().add(first));
-            }
+        if let Some(done) = done {
+            // SAFETY: with all panels in one task, this one has written all of these results, and it alone.
+            done(i * blocks[1] + r, unsafe { std::slice::from_raw_parts(y.ptr().add(first), count) });
         }
     });
 }
@@ -329,15 +318,6 @@ fn run<T: Vectors>(
 /// Elements of a task's copy of its input.
 fn slot(plan: &Plan, d: &Division, plain: bool) -> usize {
     if plain { plan.slot(d) } else { d.rows * plan.ci }
-}
-
-/// Elements of a task's results, where they are computed near by.
-fn block(plan: &Plan, d: &Division) -> usize {
-    let channels = plan.groups * plan.co;
-    match stream::pays(plan.n * volume(plan.target) * channels) && plan.grids.len() == 1 {
-        true => d.images * d.rows * volume(plan.target) / plan.target[plan.axis] * channels,
-        false => 0,
-    }
 }
 
 /// The forward pass; of a pointwise convolution all images' positions in a row.
@@ -352,8 +332,7 @@ fn forward_plan(g: &Geometry) -> Plan {
 pub fn forward_scratch<T: Vectors>(g: &Geometry, plain: bool) -> usize {
     let plan = forward_plan(g);
     let d = plan.division(T::panel());
-    plan.packed(T::panel())
-        + slots(volume(plan.blocks(&d, T::panel())), slot(&plan, &d, plain) + block(&plan, &d))
+    plan.packed(T::panel()) + slots(volume(plan.blocks(&d, T::panel())), slot(&plan, &d, plain))
 }
 
 /// Blocks of whole positions in which [`forward`] computes, if it does so.
@@ -383,7 +362,7 @@ pub fn forward<T: Vectors>(
 pub fn input_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
     let plan = input_grad_plan(g);
     let d = plan.division(T::panel());
-    plan.packed(T::panel()) + slots(volume(plan.blocks(&d, T::panel())), plan.slot(&d) + block(&plan, &d))
+    plan.packed(T::panel()) + slots(volume(plan.blocks(&d, T::panel())), plan.slot(&d))
 }
 
 fn input_grad_plan(g: &Geometry) -> Plan {

@@ -11,10 +11,9 @@ mod weight;
 use smallvec::SmallVec;
 
 use crate::kernels::conv::load::{Operand, Rows};
-use crate::kernels::conv::{Done, Epilogue, Geometry, Residual, in_slots, slots, split, volume};
+use crate::kernels::conv::{Done, Epilogue, Geometry, Residual, in_slots, slots, split};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors};
-use crate::kernels::stream;
 
 pub use both::{grads, grads_scratch, grads_slabs};
 pub use weight::{weight_grad, weight_grad_scratch};
@@ -69,12 +68,6 @@ impl<'a> Direction<'a> {
         })
     }
 
-    /// Elements of a task's results, where they are computed near by.
-    fn block(&self, rows: usize) -> usize {
-        let line = self.target[2] * self.g.c;
-        if stream::pays(self.g.n * volume(self.target) * self.g.c) { rows * line } else { 0 }
-    }
-
     /// Elements of the ring that a task keeps rows of the source in.
     fn ring(&self, plain: bool) -> usize {
         if plain { 0 } else { Rows::<f32>::room(self.source, self.window(), self.g.c) }
@@ -125,8 +118,6 @@ struct Sweep<'a, T> {
     /// (k…, C)
     w: &'a [T],
     epilogue: Epilogue<'a, T>,
-    /// Results are near already.
-    near: bool,
     y: *mut T,
 }
 
@@ -192,7 +183,6 @@ impl<T: Vectors> Sweep<'_, T> {
                 step,
                 soon,
                 epilogue: &self.epilogue,
-                fetch_results: !self.near,
                 y: self.y,
                 y_row: (row * way.target[2] + r) * g.c,
                 y_step: way.residues(2) * g.c,
@@ -261,7 +251,6 @@ struct Line<'a, T> {
     step: usize,
     soon: Soon<T>,
     epilogue: &'a Epilogue<'a, T>,
-    fetch_results: bool,
     y: *mut T,
     y_row: usize,
     y_step: usize,
@@ -362,11 +351,9 @@ impl<T: Vectors> Line<'_, T> {
                         S::prefetch(from.wrapping_add(r * soon.row + i * (soon.step / soon.each)));
                     }
                 }
-                if self.fetch_results {
-                    let y = self.y.wrapping_add(self.y_row + q * self.y_step + AHEAD + channel);
-                    for i in 0..P {
-                        S::prefetch_write(y.wrapping_add(i * self.y_step));
-                    }
+                let y = self.y.wrapping_add(self.y_row + q * self.y_step + AHEAD + channel);
+                for i in 0..P {
+                    S::prefetch_write(y.wrapping_add(i * self.y_step));
                 }
             }
             acc = match self.step {
@@ -381,7 +368,7 @@ impl<T: Vectors> Line<'_, T> {
             let (low, high) = (S::splat(self.epilogue.clamp.low), S::splat(self.epilogue.clamp.high));
             for i in 0..P {
                 let at = self.y_row + (q + i) * self.y_step + channel;
-                let y = self.y.wrapping_add(at);
+                let y = self.y.add(at);
                 let mut v = acc[i];
                 match self.epilogue.residual {
                     Residual::None => {}
@@ -415,7 +402,7 @@ pub fn input_grad_scratch(g: &Geometry) -> usize {
 
 fn scratch(way: &Direction, plain: bool) -> usize {
     let (total, each) = division(way);
-    way.g.taps() * way.g.c + slots(total.div_ceil(each), way.ring(plain) + way.block(each))
+    way.g.taps() * way.g.c + slots(total.div_ceil(each), way.ring(plain))
 }
 
 /// `y = clamp(conv(x, w) + bias + residual)`, all (N, spatial…, C).
@@ -478,26 +465,16 @@ fn sweep<T: Vectors>(
     let line = way.target[2] * g.c;
     let y = Shared::new(y);
     let w: &[T] = by_tap;
-    let block = way.block(each);
-    let far = block > 0 && !matches!(epilogue.residual, Residual::InOutput);
-    in_slots(total.div_ceil(each), way.ring(source.is_plain()) + block, rings, |i, ring| {
+    in_slots(total.div_ceil(each), way.ring(source.is_plain()), rings, |i, ring| {
         let rows = i * each..total.min((i + 1) * each);
         let (first, count) = (rows.start * line, rows.len() * line);
-        let (ring, block) = ring.split_at_mut(ring.len() - block);
         let source = Rows::new(source, way.source, way.window(), ring);
-        let to = if far { block.as_mut_ptr().wrapping_sub(first) } else { y.ptr() };
-        let sweep = Sweep { way, w, epilogue, near: far, y: to };
-        // SAFETY: tasks write different rows of `y`, or their own block; the extents were checked.
+        let sweep = Sweep { way, w, epilogue, y: y.ptr() };
+        // SAFETY: tasks write different rows of `y`; the extents were checked.
         unsafe { T::dispatch(Task { sweep, source, rows }) }
-        // SAFETY: rows that this task alone has written, and may write.
-        unsafe {
-            let results = std::slice::from_raw_parts(to.wrapping_add(first), count);
-            if let Some(done) = done {
-                done(i, results);
-            }
-            if far {
-                stream::copy(results, y.ptr().add(first));
-            }
+        if let Some(done) = done {
+            // SAFETY: rows that this task alone has written.
+            done(i, unsafe { std::slice::from_raw_parts(y.ptr().add(first), count) });
         }
     });
 }

@@ -2,10 +2,9 @@
 #![allow(unsafe_code)]
 
 use super::both::Both;
-use super::{Epilogue, Geometry, Residual, dense, grids, in_slots, slots, volume, weight};
+use super::{Epilogue, Geometry, dense, grids, in_slots, slots, volume, weight};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::Vectors;
-use crate::kernels::stream;
 use crate::kernels::tile::Pieces;
 
 /// Elements of dW up to which both gradients are computed together: each slab of positions has a sum.
@@ -49,11 +48,9 @@ pub fn grads_slabs(g: &Geometry) -> usize {
     chunks(g).count.min(SLABS)
 }
 
-/// Elements that a task computes near by of dY, of X and of dX.
-fn near(g: &Geometry, plain: [bool; 2]) -> [usize; 3] {
-    let far = stream::pays(positions(g) * g.c);
-    let room = |needed: bool, channels: usize| if needed { chunk(g) * channels } else { 0 };
-    [room(!plain[0], g.oc), room(!plain[1], g.c), room(far, g.c)]
+/// Elements that a task computes near by of dY and of X.
+fn near(g: &Geometry, plain: [bool; 2]) -> [usize; 2] {
+    [if plain[0] { 0 } else { chunk(g) * g.oc }, if plain[1] { 0 } else { chunk(g) * g.c }]
 }
 
 /// Elements of scratch that [`grads`] needs; `plain`: are dY and X?
@@ -72,13 +69,11 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
     grids::pack(&back, false, T::panel(), b.w, weights);
     let weights: &[T] = weights;
     let (sums, slot) = rest.split_at_mut(slabs * size);
-    let [dy_near, x_near, dx_near] = near(g, [b.dy.is_plain(), b.x.is_plain()]);
-    let far = dx_near > 0 && !matches!(b.addend, Residual::InOutput);
+    let [dy_near, x_near] = near(g, [b.dy.is_plain(), b.x.is_plain()]);
     let epilogue = Epilogue { residual: b.addend, ..Epilogue::none() };
     let (shared, to) = (Shared::new(sums), Shared::new(dx));
-    in_slots(slabs, dy_near + x_near + dx_near, slot, |slab, slot| {
-        let (dy_slot, slot) = slot.split_at_mut(dy_near);
-        let (x_slot, dx_slot) = slot.split_at_mut(x_near);
+    in_slots(slabs, dy_near + x_near, slot, |slab, slot| {
+        let (dy_slot, x_slot) = slot.split_at_mut(dy_near);
         // SAFETY: the slab's own sums.
         let sum = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(slab * size), size) };
         // SAFETY: asked for here alone.
@@ -88,15 +83,10 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
             let (start, n) = (chunks.start(i), chunks.len(i));
             let dy = b.dy.near(start, n, dy_slot);
             // SAFETY: the positions' elements of dX are this chunk's alone.
-            let there = unsafe { std::slice::from_raw_parts_mut(to.ptr().add(start * g.c), n * g.c) };
-            let dx = if far { &mut dx_slot[..n * g.c] } else { there };
+            let dx = unsafe { std::slice::from_raw_parts_mut(to.ptr().add(start * g.c), n * g.c) };
             dense::positions(&back, dy, weights, epilogue.from(start * g.c, n * g.c), dx);
             if let Some((sums, part)) = &mut part {
                 sums.add(start * g.c, dx, part);
-            }
-            if far {
-                // SAFETY: as above.
-                unsafe { stream::copy(dx, to.ptr().add(start * g.c)) }
             }
             let x = b.x.near(start, n, x_slot);
             weight::add_positions(&of(g, n), x, dy, i > first, sum);

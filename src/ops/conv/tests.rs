@@ -307,7 +307,7 @@ fn joined_with_normalisations() {
     }
 }
 
-/// Results so large that they are written past the caches are those of each image by itself.
+/// Results of many tasks are those of each image by itself.
 #[test]
 fn large_results() {
     let images = 5;
@@ -322,7 +322,6 @@ fn large_results() {
         let k = conv.window.pads[0] * 2 + 1;
         let w = data(&[oc, if conv.groups == 1 { c } else { 1 }, k, k]);
         let y = eval(&conv, &[Some(&x), Some(&w)]).unwrap().remove(0).to_f64();
-        assert!(crate::kernels::stream::pays(y.len()));
         let back = ConvInputGrad { conv: conv.clone(), x: Dims::from_slice(&[images, extent, extent, oc]) };
         let turned = data(&[oc, if conv.groups == 1 { oc } else { 1 }, k, k]);
         let dy = data(&[images, extent, extent, oc]);

@@ -5,10 +5,9 @@ use super::weight::{add_row, finish, window};
 use super::{Direction, Sweep, in_tap_order};
 use crate::kernels::conv::both::{Both, Sums};
 use crate::kernels::conv::load::Rows;
-use crate::kernels::conv::{Epilogue, Geometry, Residual, in_slots, slots, split};
+use crate::kernels::conv::{Epilogue, Geometry, in_slots, slots, split};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors};
-use crate::kernels::stream;
 
 /// Sums of dW, each over a share of the rows of dY.
 const SLABS: usize = 16;
@@ -19,9 +18,6 @@ struct Task<'a, T> {
     x: Rows<'a, T>,
     /// Rows of dY, all images' counted.
     rows: std::ops::Range<usize>,
-    dx: *mut T,
-    /// Room for a row of dX, where it is computed near by.
-    near: &'a mut [T],
     dw: &'a mut [T],
     sums: Option<(&'a Sums<'a, T>, &'a mut [f64])>,
 }
@@ -29,8 +25,7 @@ struct Task<'a, T> {
 impl<T: Vectors> Kernel<T> for Task<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(mut self) {
-        let way = self.back.way;
-        let g = way.g;
+        let g = self.back.way.g;
         self.dw.fill(T::zero());
         let line = g.x[2] * g.c;
         for row in self.rows.clone() {
@@ -47,18 +42,12 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                 add_row::<S>(g, row, dy, soon, &mut self.x, self.dw);
                 for i1 in own.clone() {
                     let start = (image * g.x[1] + i1) * line;
-                    let far = !self.near.is_empty();
-                    let to = if far { self.near.as_mut_ptr().wrapping_sub(start) } else { self.dx };
-                    self.back.y = to;
                     let soon = (x_next + i1 - own.start).saturating_sub(g.pad[1]);
                     let soon = self.x.raw(image, 0, soon)[0];
                     self.back.row::<S>(&mut self.dy, image * g.x[1] + i1, Some(soon));
-                    let dx = std::slice::from_raw_parts(to.wrapping_add(start), line);
+                    let dx = std::slice::from_raw_parts(self.back.y.add(start), line);
                     if let Some((sums, part)) = &mut self.sums {
                         sums.add(start, dx, part);
-                    }
-                    if far {
-                        stream::copy(dx, self.dx.add(start));
                     }
                 }
             }
@@ -70,17 +59,16 @@ pub fn grads_slabs(g: &Geometry) -> usize {
     (g.n * g.y[1]).min(SLABS)
 }
 
-/// Elements of a task's rings of dY and of X, and of its row of dX.
-fn rooms(g: &Geometry, plain: [bool; 2]) -> [usize; 3] {
+/// Elements of a task's rings of dY and of X.
+fn rings(g: &Geometry, plain: [bool; 2]) -> [usize; 2] {
     let x = if plain[1] { 0 } else { Rows::<f32>::room(g.x, window(g), g.c) };
-    let way = Direction::back(g);
-    [way.ring(plain[0]), x, way.block(1)]
+    [Direction::back(g).ring(plain[0]), x]
 }
 
 /// Elements of scratch that [`grads`] needs; `plain`: are dY and X?
 pub fn grads_scratch(g: &Geometry, plain: [bool; 2]) -> usize {
     let size = g.taps() * g.c;
-    (1 + grads_slabs(g)) * size + slots(grads_slabs(g), rooms(g, plain).iter().sum())
+    (1 + grads_slabs(g)) * size + slots(grads_slabs(g), rings(g, plain).iter().sum())
 }
 
 /// dX (N, spatial…, C) and dW (C, 1, k…), over at most two dimensions.
@@ -90,20 +78,16 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
     in_tap_order(g, b.w, w);
     let w: &[T] = w;
     let (sums, slots) = rest.split_at_mut(slabs * size);
-    let [dy_ring, x_ring, near] = rooms(g, [b.dy.is_plain(), b.x.is_plain()]);
-    let far = near > 0 && !matches!(b.addend, Residual::InOutput);
+    let [dy_ring, x_ring] = rings(g, [b.dy.is_plain(), b.x.is_plain()]);
     let way = Direction::back(g);
     let epilogue = Epilogue { residual: b.addend, ..Epilogue::none() };
     let (shared, dx) = (Shared::new(sums), Shared::new(dx));
-    in_slots(slabs, dy_ring + x_ring + near, slots, |slab, slot| {
-        let (dy, slot) = slot.split_at_mut(dy_ring);
-        let (x, row) = slot.split_at_mut(x_ring);
+    in_slots(slabs, dy_ring + x_ring, slots, |slab, slot| {
+        let (dy, x) = slot.split_at_mut(dy_ring);
         // SAFETY: the slab's own sum.
         let dw = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(slab * size), size) };
         let task = Task {
-            back: Sweep { way, w, epilogue, near: far, y: dx.ptr() },
-            dx: dx.ptr(),
-            near: if far { row } else { &mut [] },
+            back: Sweep { way, w, epilogue, y: dx.ptr() },
             dy: Rows::new(b.dy, g.y, way.window(), dy),
             x: Rows::new(b.x, g.x, window(g), x),
             rows: total * slab / slabs..total * (slab + 1) / slabs,
