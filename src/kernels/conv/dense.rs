@@ -330,9 +330,12 @@ fn forward_plan(g: &Geometry) -> Plan {
 
 /// Elements of scratch that [`forward`] needs; `plain`: is X?
 pub fn forward_scratch<T: Vectors>(g: &Geometry, plain: bool) -> usize {
-    let plan = forward_plan(g);
+    scratch::<T>(&forward_plan(g), plain)
+}
+
+fn scratch<T: Vectors>(plan: &Plan, plain: bool) -> usize {
     let d = plan.division(T::panel());
-    plan.packed(T::panel()) + slots(volume(plan.blocks(&d, T::panel())), slot(&plan, &d, plain))
+    plan.packed(T::panel()) + slots(volume(plan.blocks(&d, T::panel())), slot(plan, &d, plain))
 }
 
 /// Blocks of whole positions in which [`forward`] computes, if it does so.
@@ -360,9 +363,7 @@ pub fn forward<T: Vectors>(
 
 /// Elements of scratch that [`input_grad`] needs.
 pub fn input_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
-    let plan = input_grad_plan(g);
-    let d = plan.division(T::panel());
-    plan.packed(T::panel()) + slots(volume(plan.blocks(&d, T::panel())), plan.slot(&d))
+    scratch::<T>(&input_grad_plan(g), true)
 }
 
 fn input_grad_plan(g: &Geometry) -> Plan {

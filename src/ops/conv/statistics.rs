@@ -4,7 +4,7 @@ use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::conv::{self as kernel, Statistics};
-use crate::ops::conv::{Conv, floats};
+use crate::ops::conv::{Conv, floats, short};
 use crate::ops::{ChannelsLast, Cx, Grads, Op, get, need};
 use crate::tensor::{DType, Meta, View, ViewMut};
 
@@ -42,7 +42,6 @@ impl Op for ConvStatistics {
         let (input, w) = (need(x, 0)?, need(x, 1)?);
         let (g, _) = self.conv.geometry(input.dims, w.dims)?;
         let bytes = self.room(input.dims, w.dims, input.dtype);
-        let short = || OpError::Internal("too little scratch memory".into());
         let (room, scratch) = cx.scratch.split_at_mut_checked(bytes).ok_or_else(short)?;
         let [Some(y), Some(mean), Some(variance)] = y else {
             return Err(OpError::Internal("three outputs are needed".into()));

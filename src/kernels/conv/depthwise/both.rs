@@ -1,7 +1,7 @@
 //! Both gradients of a depthwise convolution in one pass over its tensors.
 #![allow(unsafe_code)]
 
-use super::weight::{add_row, finish, window};
+use super::weight::{add_row, finish};
 use super::{Direction, Sweep, in_tap_order};
 use crate::kernels::conv::both::{Both, Sums};
 use crate::kernels::conv::load::Rows;
@@ -61,8 +61,7 @@ pub fn grads_slabs(g: &Geometry) -> usize {
 
 /// Elements of a task's rings of dY and of X.
 fn rings(g: &Geometry, plain: [bool; 2]) -> [usize; 2] {
-    let x = if plain[1] { 0 } else { Rows::<f32>::room(g.x, window(g), g.c) };
-    [Direction::back(g).ring(plain[0]), x]
+    [Direction::back(g).ring(plain[0]), Direction::forward(g).ring(plain[1])]
 }
 
 /// Elements of scratch that [`grads`] needs; `plain`: are dY and X?
@@ -89,7 +88,7 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
         let task = Task {
             back: Sweep { way, w, epilogue, y: dx.ptr() },
             dy: Rows::new(b.dy, g.y, way.window(), dy),
-            x: Rows::new(b.x, g.x, window(g), x),
+            x: Rows::new(b.x, g.x, Direction::forward(g).window(), x),
             rows: total * slab / slabs..total * (slab + 1) / slabs,
             dw,
             // SAFETY: asked for here alone.

@@ -1,7 +1,7 @@
 //! The weight gradient of depthwise convolution.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
-use super::{WORK, load};
+use super::{Direction, WORK, load};
 use crate::kernels::conv::load::{Operand, Rows};
 use crate::kernels::conv::{Geometry, in_slots, split};
 use crate::kernels::par::Shared;
@@ -34,11 +34,6 @@ impl<T: Vectors> Kernel<T> for WeightGrad<'_, T> {
             unsafe { add_row::<S>(self.g, row, dy, [next; 2], &mut self.x, self.sum) }
         }
     }
-}
-
-/// Planes and rows of X among which those lie that a row of dY needs.
-pub(super) fn window(g: &Geometry) -> [usize; 2] {
-    std::array::from_fn(|d| ((g.k[d] - 1) * g.dilation[d] + 1).min(g.x[d]))
 }
 
 /// Adds what row `row` of dY contributes to the sum (k…, C). `soon`: rows like that one that will be read soon.
@@ -217,12 +212,7 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
 
 /// Elements of scratch that [`weight_grad`] needs, and more of it where X is not plain.
 pub fn weight_grad_scratch(g: &Geometry, plain: bool) -> usize {
-    SLABS * (g.taps() * g.c + ring(g, plain))
-}
-
-/// Elements of a slab's rows of X.
-fn ring(g: &Geometry, plain: bool) -> usize {
-    if plain { 0 } else { Rows::<f32>::room(g.x, window(g), g.c) }
+    SLABS * (g.taps() * g.c + Direction::forward(g).ring(plain))
 }
 
 /// dW (C, 1, k…) from dY and X, both (N, spatial…, C).
@@ -234,11 +224,12 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Operand<T>, dw: &mut [
     let (sums, rings) = scratch.split_at_mut(SLABS * size);
     let sums = &mut sums[..slabs * size];
     let shared = Shared::new(sums);
-    in_slots(slabs, ring(g, x.is_plain()), rings, |slab, ring| {
+    let way = Direction::forward(g);
+    in_slots(slabs, way.ring(x.is_plain()), rings, |slab, ring| {
         let rows = total * slab / slabs..total * (slab + 1) / slabs;
         // SAFETY: the slab's own sum.
         let sum = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(slab * size), size) };
-        let x = Rows::new(x, g.x, window(g), ring);
+        let x = Rows::new(x, g.x, way.window(), ring);
         // SAFETY: the extents were checked.
         unsafe { T::dispatch(WeightGrad { g, dy, x, sum, rows }) }
     });
