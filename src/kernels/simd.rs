@@ -15,9 +15,12 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     type Elem: Float;
     type V: Copy;
     const LANES: usize;
-    /// Rows of the register tile of matrix products: with two vectors a row, all accumulators, the two vectors of
+    /// Rows of the register tile of convolutions: with two vectors a row, all accumulators, the two vectors of
     /// B and a broadcast of A stay in registers.
     const ROWS: usize;
+    /// Rows and vectors of the register tile of matrix products: nearer to a square, so that fewer elements are
+    /// loaded for each multiplication.
+    const PRODUCT: (usize, usize);
 
     unsafe fn splat(x: Self::Elem) -> Self::V;
     unsafe fn load(p: *const Self::Elem) -> Self::V;
@@ -87,11 +90,32 @@ pub trait Vectors: Float {
     /// The kernel's own promises.
     unsafe fn dispatch<K: Kernel<Self>>(kernel: K);
 
-    /// Columns of the register tile that `dispatch` will choose: two vectors.
-    fn panel() -> usize;
+    /// The vectors that `dispatch` will choose.
+    fn level() -> Level;
+
+    /// Columns of the register tile of convolutions: two vectors.
+    fn panel() -> usize {
+        2 * Self::level().lanes
+    }
 
     /// And its rows.
-    fn rows() -> usize;
+    fn rows() -> usize {
+        Self::level().rows
+    }
+}
+
+/// The constants of [`Simd`].
+#[derive(Debug, Clone, Copy)]
+pub struct Level {
+    pub lanes: usize,
+    pub rows: usize,
+    pub product: (usize, usize),
+}
+
+impl Level {
+    fn of<S: Simd>() -> Level {
+        Level { lanes: S::LANES, rows: S::ROWS, product: S::PRODUCT }
+    }
 }
 
 impl Vectors for f32 {
@@ -126,25 +150,16 @@ impl Vectors for f32 {
         unsafe { kernel.run::<Plain<f32>>() }
     }
 
-    fn panel() -> usize {
-        2 * level().0
-    }
-
-    fn rows() -> usize {
-        level().1
-    }
-}
-
-/// Lanes of float32 vectors and rows of register tiles at the level in use.
-fn level() -> (usize, usize) {
-    match isa() {
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => (x86::Avx512::LANES, x86::Avx512::ROWS),
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => (x86::Avx2::LANES, x86::Avx2::ROWS),
-        #[cfg(target_arch = "aarch64")]
-        level if level > Isa::Portable => (arm::Neon::LANES, arm::Neon::ROWS),
-        _ => (Plain::<f32>::LANES, Plain::<f32>::ROWS),
+    fn level() -> Level {
+        match isa() {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Level::of::<x86::Avx512>(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Level::of::<x86::Avx2>(),
+            #[cfg(target_arch = "aarch64")]
+            level if level > Isa::Portable => Level::of::<arm::Neon>(),
+            _ => Level::of::<Plain<f32>>(),
+        }
     }
 }
 
@@ -155,12 +170,8 @@ impl Vectors for f64 {
         unsafe { kernel.run::<Plain<f64>>() }
     }
 
-    fn panel() -> usize {
-        2 * Plain::<f64>::LANES
-    }
-
-    fn rows() -> usize {
-        Plain::<f64>::ROWS
+    fn level() -> Level {
+        Level::of::<Plain<f64>>()
     }
 }
 
@@ -179,6 +190,7 @@ unsafe impl<T: Float> Simd for Plain<T> {
     type V = [T; 4];
     const LANES: usize = 4;
     const ROWS: usize = 4;
+    const PRODUCT: (usize, usize) = (4, 2);
 
     #[inline(always)]
     unsafe fn splat(x: T) -> [T; 4] {
@@ -242,7 +254,7 @@ unsafe impl<T: Float> Simd for Plain<T> {
 
 /// Implements [`Simd`] for `f32` by one intrinsic a method.
 macro_rules! vectors {
-    ($(#[$doc:meta])* $name:ident, $v:ty, $lanes:literal, $rows:literal,
+    ($(#[$doc:meta])* $name:ident, $v:ty, $lanes:literal, $rows:literal, $product:expr,
      $splat:path, $load:path, $store:path, $add:path, $sub:path, $mul:path, $max:path, $min:path,
      fma: |$a:ident, $b:ident, $c:ident| $fma:expr,
      pass: |$py:ident, $low:ident, $high:ident, $px:ident| $pass:expr,
@@ -261,6 +273,7 @@ macro_rules! vectors {
             type V = $v;
             const LANES: usize = $lanes;
             const ROWS: usize = $rows;
+            const PRODUCT: (usize, usize) = $product;
 
             #[inline(always)]
             unsafe fn splat(x: f32) -> $v {
@@ -349,7 +362,7 @@ pub mod x86 {
 
     vectors!(
         /// AVX-512: 16 lanes, masked tails.
-        Avx512, __m512, 16, 8,
+        Avx512, __m512, 16, 8, (6, 4),
         _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps, _mm512_sub_ps, _mm512_mul_ps, _mm512_max_ps, _mm512_min_ps,
         fma: |a, b, c| _mm512_fmadd_ps(a, b, c),
         pass: |y, low, high, x| {
@@ -405,7 +418,7 @@ pub mod x86 {
 
     vectors!(
         /// AVX2 with FMA: 8 lanes, masked tails.
-        Avx2, __m256, 8, 6,
+        Avx2, __m256, 8, 6, (6, 2),
         _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps, _mm256_sub_ps, _mm256_mul_ps, _mm256_max_ps, _mm256_min_ps,
         fma: |a, b, c| _mm256_fmadd_ps(a, b, c),
         pass: |y, low, high, x| {
@@ -454,7 +467,7 @@ pub mod arm {
 
     vectors!(
         /// NEON: 4 lanes.
-        Neon, float32x4_t, 4, 8,
+        Neon, float32x4_t, 4, 8, (6, 4),
         vdupq_n_f32, vld1q_f32, vst1q_f32, vaddq_f32, vsubq_f32, vmulq_f32, vmaxq_f32, vminq_f32,
         fma: |a, b, c| vfmaq_f32(c, a, b),
         pass: |y, low, high, x| {

@@ -175,6 +175,32 @@ macro_rules! tile_sizes {
     };
 }
 
+/// Calls `$f::<S, M, N>(…)` for a number of rows and of vectors of a product's tile.
+#[macro_export]
+macro_rules! product_sizes {
+    ($m:expr, $n:expr, $s:ident, $f:ident($($arg:expr),* $(,)?)) => {
+        match $n {
+            1 => $crate::product_sizes!(rows $m, 1, $s, $f($($arg),*)),
+            2 => $crate::product_sizes!(rows $m, 2, $s, $f($($arg),*)),
+            // Sizes that a level does not have are not compiled for it.
+            3 if $s::PRODUCT.1 > 2 => $crate::product_sizes!(rows $m, 3, $s, $f($($arg),*)),
+            4 if $s::PRODUCT.1 > 2 => $crate::product_sizes!(rows $m, 4, $s, $f($($arg),*)),
+            _ => unreachable!("vectors of a tile"),
+        }
+    };
+    (rows $m:expr, $n:literal, $s:ident, $f:ident($($arg:expr),*)) => {
+        match $m {
+            1 => $f::<$s, 1, $n>($($arg),*),
+            2 => $f::<$s, 2, $n>($($arg),*),
+            3 => $f::<$s, 3, $n>($($arg),*),
+            4 => $f::<$s, 4, $n>($($arg),*),
+            5 if $s::PRODUCT.0 > 4 => $f::<$s, 5, $n>($($arg),*),
+            6 if $s::PRODUCT.0 > 4 => $f::<$s, 6, $n>($($arg),*),
+            _ => unreachable!("rows of a tile"),
+        }
+    };
+}
+
 /// `0..total` in pieces of at most some length that differ by one at most, longer ones first.
 #[derive(Debug, Clone, Copy)]
 pub struct Pieces {

@@ -1,7 +1,7 @@
 //! Matrix products on row-major slices.
 //!
-//! B is packed in panels of two vectors' columns (unless rows of it can be read as they lie), and a large A that would be
-//! read across its rows in strips; register tiles of a few rows by one panel do the rest (`tile`). Work is divided by the extents alone and every element of C is summed in one
+//! B is packed in panels of a few vectors' columns (unless rows of it can be read as they lie), and a large A that would
+//! be read across its rows in strips; register tiles of a few rows by one panel do the rest (`tile`). Work is divided by the extents alone and every element of C is summed in one
 //! order, so the bits of a result do not depend on the number of threads.
 
 #![allow(unsafe_code, clippy::needless_range_loop)]
@@ -16,10 +16,10 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::kernels::par::{self, Shared};
-use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
+use crate::kernels::simd::{Kernel, Level, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::{Pieces, Positions, along_columns, along_rows};
 use crate::tensor::Float;
-use crate::tile_sizes;
+use crate::product_sizes;
 
 /// Multiply-adds worth a task of their own.
 const WORK: usize = 1 << 19;
@@ -28,11 +28,12 @@ const LARGE: usize = 1 << 23;
 /// Tasks that keep the threads of a small machine equally busy.
 const TASKS: usize = 16;
 /// Elements of A that stay in the second-level cache while B passes by.
-const BLOCK: usize = 1 << 17;
+const BLOCK: usize = 1 << 16;
 /// Steps of the summed dimension that are added up in registers before they are added to C: of few, sums are more
 /// accurate and B's panel stays in the cache. Fewer when A is read across its rows as they lie.
 const STEPS: usize = 512;
 const STEPS_ACROSS: usize = 128;
+const STEPS_NEAR: usize = 128;
 /// Rows or columns of C that are at least a task's own where it packs their operand.
 const NARROW: usize = 32;
 /// Tasks that pack something of their own at a time.
@@ -85,21 +86,17 @@ impl<T: Vectors> Product<T> {
 
     /// Rows of C in tiles' strips.
     fn strips(&self) -> Pieces {
-        Pieces::of(self.m, T::rows())
+        Pieces::of(self.m, T::level().product.0)
     }
 
-    fn panels(&self) -> usize {
-        self.n.div_ceil(T::panel())
+    fn panels(&self) -> Panels {
+        let Level { lanes, product, .. } = T::level();
+        Panels::of(self.n, lanes, product.1)
     }
 
     /// Elements of A in strips, for as many steps of the summed dimension.
     fn in_strips(&self, strips: usize, steps: usize) -> usize {
-        strips * T::rows() * steps
-    }
-
-    /// Elements of B in panels.
-    fn in_panels(&self, panels: usize, steps: usize) -> usize {
-        panels * T::panel() * steps
+        strips * T::level().product.0 * steps
     }
 
     /// How the operands are read.
@@ -122,7 +119,7 @@ impl<T: Vectors> Product<T> {
     fn packed(&self) -> usize {
         match self.packs() {
             Packs::Nothing => 0,
-            Packs::B | Packs::BThenA => self.in_panels(self.panels(), self.k),
+            Packs::B | Packs::BThenA => self.panels().start(self.panels().count()) * self.k,
             Packs::AThenB => self.in_strips(self.strips().count, self.k),
         }
     }
@@ -133,14 +130,14 @@ impl<T: Vectors> Product<T> {
         match self.packs() {
             Packs::Nothing | Packs::B => 0,
             Packs::BThenA => self.in_strips(self.strips().count.div_ceil(rows), steps),
-            Packs::AThenB => self.in_panels(self.panels().div_ceil(cols), steps),
+            Packs::AThenB => self.panels().most(self.panels().count().div_ceil(cols)) * steps,
         }
     }
 
     /// How many pieces the strips and the panels of C are divided into.
     fn pieces(&self) -> (usize, usize) {
         let tasks = (self.work() / WORK).clamp(1, TASKS);
-        let (rows, cols) = (self.strips().count.max(1), self.panels().max(1));
+        let (rows, cols) = (self.strips().count.max(1), self.panels().count().max(1));
         match self.packs() {
             Packs::BThenA => (tasks.min(self.m.div_ceil(NARROW)).min(rows), 1),
             Packs::AThenB => (1, tasks.min(self.n.div_ceil(NARROW)).min(cols)),
@@ -159,6 +156,42 @@ impl<T: Vectors> Product<T> {
                 (tasks.div_ceil(n).min(rows), n)
             }
         }
+    }
+}
+
+/// Columns of C in panels of whole vectors, as wide as a tile at most, and equally wide if possible.
+#[derive(Debug, Clone, Copy)]
+struct Panels {
+    vectors: Pieces,
+    lanes: usize,
+}
+
+impl Panels {
+    #[inline(always)]
+    fn of(columns: usize, lanes: usize, vectors: usize) -> Panels {
+        Panels { vectors: Pieces::of(columns.div_ceil(lanes), vectors), lanes }
+    }
+
+    #[inline(always)]
+    fn count(&self) -> usize {
+        self.vectors.count
+    }
+
+    /// The first column of panel `q`; where B is packed, as many elements a step precede the panel.
+    #[inline(always)]
+    fn start(&self, q: usize) -> usize {
+        self.vectors.start(q) * self.lanes
+    }
+
+    /// Columns of panel `q`, with those beyond the last of C.
+    #[inline(always)]
+    fn width(&self, q: usize) -> usize {
+        self.vectors.len(q) * self.lanes
+    }
+
+    /// Columns of so many panels at most.
+    fn most(&self, panels: usize) -> usize {
+        self.start(panels.min(self.count()))
     }
 }
 
@@ -245,9 +278,9 @@ pub fn many<T: Vectors>(
         let shared = Shared::new(c);
         tasks(batch, p.packed(), scratch, |i, packed| {
             let (a, b) = operands(i);
-            pack::columns(p, b, packed, false);
+            pack_shared(p, a, b, packed, false);
             let c = shared.ptr().wrapping_add(i * c_stride);
-            let (strips, panels) = (0..p.strips().count, 0..p.panels());
+            let (strips, panels) = (0..p.strips().count, 0..p.panels().count());
             let part = Part { p, a, b, packed, near: &mut [], plus: added(i), c, strips, panels };
             // SAFETY: the extents were checked above; no two products share elements of C.
             unsafe { T::dispatch(part) }
@@ -288,11 +321,17 @@ pub fn gemm_prepared<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], packed: &[T],
 /// One product, divided into tasks.
 fn divided<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], plus: Plus<T>, c: &mut [T], scratch: &mut [T]) {
     let (packed, rest) = scratch.split_at_mut(p.packed());
-    match p.packs() {
-        Packs::AThenB => pack::rows(p, a, packed),
-        _ => pack::columns(p, b, packed, packed.len() >= par::GRAIN),
-    }
+    pack_shared(p, a, b, packed, packed.len() >= par::GRAIN);
     shared_out(p, a, b, plus, c, packed, rest);
+}
+
+/// Packs what all tasks read, by several tasks or by this one.
+fn pack_shared<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], packed: &mut [T], several: bool) {
+    match p.packs() {
+        Packs::Nothing => {}
+        Packs::B | Packs::BThenA => pack::columns(p, b, packed, several),
+        Packs::AThenB => pack::rows(p, a, packed),
+    }
 }
 
 /// The tasks of a product whose operand for all of them is packed.
@@ -310,7 +349,7 @@ fn shared_out<T: Vectors>(
     let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
     tasks(rows * cols, p.near(), rest, |task, near| {
         let strips = share(task / cols, rows, p.strips().count);
-        let panels = share(task % cols, cols, p.panels());
+        let panels = share(task % cols, cols, p.panels().count());
         let part = Part { p, a, b, packed, near, plus, c: c.ptr(), strips, panels };
         // SAFETY: the callers checked the extents; no two tasks share elements of C.
         unsafe { T::dispatch(part) }
@@ -349,18 +388,19 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
         let (p, packs) = (self.p, self.p.packs());
-        let panel = 2 * S::LANES;
-        let strips = p.strips();
+        let (strips, height) = (Pieces::of(p.m, S::PRODUCT.0), S::PRODUCT.0);
+        let panels = Panels::of(p.n, S::LANES, S::PRODUCT.1);
         // As they lie, few steps across A at a time, whatever the number of rows. Of a near B, one strip passes by all
         // panels.
         let (steps, block) = match packs {
             Packs::Nothing => (STEPS_ACROSS, self.strips.len()),
             Packs::B if p.trans_a => (STEPS_ACROSS, self.strips.len()),
-            Packs::B => (STEPS, (BLOCK / p.k.clamp(1, STEPS)).div_ceil(S::ROWS)),
+            Packs::B => (STEPS, (BLOCK / p.k.clamp(1, STEPS)).div_ceil(height)),
             Packs::BThenA => (STEPS, self.strips.len()),
-            Packs::AThenB => (STEPS, 1),
+            Packs::AThenB => (STEPS_NEAR, self.strips.len()),
         };
         let near = self.near.as_mut_ptr();
+        let own = |q: usize| panels.start(q) - panels.start(self.panels.start);
         let mut k = 0;
         while k < p.k || k == 0 {
             let count = steps.min(p.k - k);
@@ -369,13 +409,13 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
             unsafe {
                 match packs {
                     Packs::BThenA => {
-                        let size = count * S::ROWS;
+                        let size = count * height;
                         pack::strips::<S>(p, self.a, self.strips.clone(), k..k + count, near, size);
                     }
                     Packs::AThenB => {
                         for q in self.panels.clone() {
-                            let out = near.wrapping_add((q - self.panels.start) * count * panel);
-                            pack::panel::<S>(p, self.b, q, k..k + count, out);
+                            let out = near.wrapping_add(own(q) * count);
+                            pack::panel::<S>(p, self.b, &panels, q, k..k + count, out);
                         }
                     }
                     _ => {}
@@ -385,16 +425,13 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
             while from < self.strips.end {
                 let to = (from + block.max(1)).min(self.strips.end);
                 for q in self.panels.clone() {
-                    let lanes = panel.min(p.n - q * panel);
-                    let n = if lanes > S::LANES { 2 } else { 1 };
+                    let (first, width) = (panels.start(q), panels.width(q));
                     let (b, b_step) = match packs {
-                        Packs::Nothing => (self.b.as_ptr().wrapping_add(k * p.ldb + q * panel), p.ldb),
+                        Packs::Nothing => (self.b.as_ptr().wrapping_add(k * p.ldb + first), p.ldb),
                         Packs::B | Packs::BThenA => {
-                            (self.packed.as_ptr().wrapping_add((q * p.k + k) * panel), panel)
+                            (self.packed.as_ptr().wrapping_add(first * p.k + k * width), width)
                         }
-                        Packs::AThenB => {
-                            (near.cast_const().wrapping_add((q - self.panels.start) * count * panel), panel)
-                        }
+                        Packs::AThenB => (near.cast_const().wrapping_add(own(q) * count), width),
                     };
                     for i in from..to {
                         let (row, m) = (strips.start(i), strips.len(i));
@@ -404,14 +441,14 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                                 (self.a.as_ptr().wrapping_add(at), p.lda)
                             }
                             Packs::BThenA => {
-                                let at = (i - self.strips.start) * count * S::ROWS;
-                                (near.cast_const().wrapping_add(at), S::ROWS)
+                                let at = (i - self.strips.start) * count * height;
+                                (near.cast_const().wrapping_add(at), height)
                             }
                             Packs::AThenB => {
-                                (self.packed.as_ptr().wrapping_add((i * p.k + k) * S::ROWS), S::ROWS)
+                                (self.packed.as_ptr().wrapping_add((i * p.k + k) * height), height)
                             }
                         };
-                        let to = row * p.ldc + q * panel;
+                        let to = row * p.ldc + first;
                         let tile = Tile {
                             across: p.trans_a,
                             packed: packs != Packs::Nothing,
@@ -422,14 +459,14 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                             steps: count,
                             alpha: p.alpha,
                             beta,
-                            row: plus.row.map(|r| r.as_ptr().wrapping_add(q * panel)),
+                            row: plus.row.map(|r| r.as_ptr().wrapping_add(first)),
                             all: plus.all.map(|x| x.as_ptr().wrapping_add(to)),
                             c: self.c.wrapping_add(to),
                             ldc: p.ldc,
-                            lanes,
+                            lanes: width.min(p.n - first),
                         };
                         // SAFETY: the part lies inside the product, whose operands have its extents.
-                        unsafe { tile_sizes!(m, n, S, tile_run(&tile)) }
+                        unsafe { product_sizes!(m, width / S::LANES, S, tile_run(&tile)) }
                     }
                 }
                 from = to;

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::Product;
+use super::{Panels, Product};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::Pieces;
@@ -12,19 +12,22 @@ use crate::kernels::tile::Pieces;
 /// Steps of the summed dimension that are packed at a time.
 const STEPS: usize = 64;
 /// Strips that are written at a time: more would push each other out of the cache.
-const GROUP: usize = 4;
+const GROUP: usize = 8;
 /// Steps that rows are fetched ahead: neighbours in a panel are far apart in B.
 const AHEAD: usize = 12;
 
 /// op(B) in panels, by several tasks or by this one.
 pub(super) fn columns<T: Vectors>(p: &Product<T>, b: &[T], out: &mut [T], several: bool) {
     assert!(b.len() >= p.extents()[1], "operands of a product");
-    let size = p.in_panels(1, p.k).max(1);
-    // SAFETY: B's length was checked; a panel has `size` elements.
-    let one = |(q, out): (usize, &mut [T])| unsafe { T::dispatch(Panel { p, b, q, out }) };
+    let panels = p.panels();
+    let count = panels.count();
+    assert!(out.len() >= panels.start(count) * p.k, "operands of a product");
+    let out = Shared::new(out);
+    // SAFETY: lengths were checked; each panel has its own place.
+    let one = |q| unsafe { T::dispatch(Panel { p, b, q, out: out.ptr().add(panels.start(q) * p.k) }) };
     match several {
-        true => out.par_chunks_exact_mut(size).enumerate().for_each(one),
-        false => out.chunks_exact_mut(size).enumerate().for_each(one),
+        true => (0..count).into_par_iter().for_each(one),
+        false => (0..count).for_each(one),
     }
 }
 
@@ -44,14 +47,15 @@ struct Panel<'a, T> {
     p: &'a Product<T>,
     b: &'a [T],
     q: usize,
-    out: &'a mut [T],
+    out: *mut T,
 }
 
 impl<T: Vectors> Kernel<T> for Panel<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
+        let panels = Panels::of(self.p.n, S::LANES, S::PRODUCT.1);
         // SAFETY: the caller's promise.
-        unsafe { panel::<S>(self.p, self.b, self.q, 0..self.p.k, self.out.as_mut_ptr()) }
+        unsafe { panel::<S>(self.p, self.b, &panels, self.q, 0..self.p.k, self.out) }
     }
 }
 
@@ -66,8 +70,8 @@ struct Strips<'a, T> {
 impl<T: Vectors> Kernel<T> for Strips<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
-        let (all, size) = (0..self.p.strips().count, self.p.k * S::ROWS);
-        let out = self.out.wrapping_add(self.steps.start * S::ROWS);
+        let (all, size) = (0..self.p.strips().count, self.p.k * S::PRODUCT.0);
+        let out = self.out.wrapping_add(self.steps.start * S::PRODUCT.0);
         // SAFETY: the caller's promise.
         unsafe { strips::<S>(self.p, self.a, all, self.steps, out, size) }
     }
@@ -81,12 +85,12 @@ impl<T: Vectors> Kernel<T> for Strips<'_, T> {
 pub(super) unsafe fn panel<S: Simd>(
     p: &Product<S::Elem>,
     b: &[S::Elem],
+    panels: &Panels,
     q: usize,
     steps: Range<usize>,
     out: *mut S::Elem,
 ) {
-    let panel = 2 * S::LANES;
-    let first = q * panel;
+    let (first, panel) = (panels.start(q), panels.width(q));
     let cols = panel.min(p.n - first);
     // SAFETY: rows and columns of op(B), all of which B has; the panel has as many rows as there are steps.
     unsafe {
@@ -96,11 +100,10 @@ pub(super) unsafe fn panel<S: Simd>(
         if !p.trans_b {
             let b = b.as_ptr().wrapping_add(steps.start * p.ldb + first);
             for k in 0..steps.len() {
-                S::prefetch(b.wrapping_add((k + AHEAD) * p.ldb));
-                S::prefetch(b.wrapping_add((k + AHEAD) * p.ldb + S::LANES));
                 let (from, to) = (b.add(k * p.ldb), out.add(k * panel));
                 let mut j = 0;
                 while j < cols {
+                    S::prefetch(from.wrapping_add(AHEAD * p.ldb + j));
                     let part = S::LANES.min(cols - j);
                     store_up_to::<S>(to.add(j), load_up_to::<S>(from.add(j), part), part);
                     j += S::LANES;
@@ -152,7 +155,7 @@ pub(super) unsafe fn strips<S: Simd>(
     out: *mut S::Elem,
     size: usize,
 ) {
-    let strips = Pieces::of(p.m, S::ROWS);
+    let strips = Pieces::of(p.m, S::PRODUCT.0);
     let mut first = steps.start;
     while first < steps.end {
         let last = steps.end.min(first + STEPS);
@@ -165,19 +168,16 @@ pub(super) unsafe fn strips<S: Simd>(
                     // SAFETY: the step's rows of A, and the strip's place for them.
                     unsafe {
                         let from = a.as_ptr().add(k * p.lda + start);
-                        let to = out.add((i - some.start) * size + (k - steps.start) * S::ROWS);
-                        if len < S::ROWS {
-                            for r in 0..S::ROWS {
+                        S::prefetch(from.wrapping_add(AHEAD * p.lda));
+                        let to = out.add((i - some.start) * size + (k - steps.start) * S::PRODUCT.0);
+                        if len < S::PRODUCT.0 {
+                            for r in 0..S::PRODUCT.0 {
                                 *to.add(r) = if r < len { *from.add(r) } else { num_traits::zero() };
                             }
                             continue;
                         }
-                        let mut r = 0;
-                        while r < S::ROWS {
-                            let part = S::LANES.min(S::ROWS - r);
-                            store_up_to::<S>(to.add(r), load_up_to::<S>(from.add(r), part), part);
-                            r += S::LANES;
-                        }
+                        // As many bytes as the compiler knows: a masked vector was slower by half.
+                        std::ptr::copy_nonoverlapping(from, to, S::PRODUCT.0);
                     }
                 }
             }
