@@ -49,7 +49,7 @@ fn registers() -> f64 {
 /// Billions of float32 operations a second that the current pool's threads reach together on registers.
 pub fn gflops() -> f64 {
     let threads = rayon::current_num_threads();
-    let flop = (2 * 12 * STEPS * f32::panel() / 2 * threads) as f64;
+    let flop = (2 * 12 * STEPS * f32::level().lanes * threads) as f64;
     let best = |_| {
         let times: Vec<f64> = rayon::broadcast(|_| registers());
         times.into_iter().fold(0.0, f64::max)

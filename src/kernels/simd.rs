@@ -15,12 +15,9 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     type Elem: Float;
     type V: Copy;
     const LANES: usize;
-    /// Rows of the register tile of convolutions: with two vectors a row, all accumulators, the two vectors of
-    /// B and a broadcast of A stay in registers.
-    const ROWS: usize;
-    /// Rows and vectors of the register tile of matrix products: nearer to a square, so that fewer elements are
-    /// loaded for each multiplication.
-    const PRODUCT: (usize, usize);
+    /// Rows of a register tile of one, two … vectors a row: all accumulators, the vectors of B and a broadcast of A
+    /// stay in registers. The nearer to a square, the fewer elements are loaded for each multiplication.
+    const ROWS: &'static [usize];
 
     unsafe fn splat(x: Self::Elem) -> Self::V;
     unsafe fn load(p: *const Self::Elem) -> Self::V;
@@ -92,29 +89,38 @@ pub trait Vectors: Float {
 
     /// The vectors that `dispatch` will choose.
     fn level() -> Level;
-
-    /// Columns of the register tile of convolutions: two vectors.
-    fn panel() -> usize {
-        2 * Self::level().lanes
-    }
-
-    /// And its rows.
-    fn rows() -> usize {
-        Self::level().rows
-    }
 }
 
-/// The constants of [`Simd`].
+/// The constants of [`Simd`], and what follows from them.
 #[derive(Debug, Clone, Copy)]
 pub struct Level {
     pub lanes: usize,
-    pub rows: usize,
-    pub product: (usize, usize),
+    rows: &'static [usize],
 }
 
 impl Level {
-    fn of<S: Simd>() -> Level {
-        Level { lanes: S::LANES, rows: S::ROWS, product: S::PRODUCT }
+    #[inline(always)]
+    pub fn of<S: Simd>() -> Level {
+        Level { lanes: S::LANES, rows: S::ROWS }
+    }
+
+    /// Width of the panels that so many columns are divided into: whole vectors, at most as many as a tile has, and
+    /// as equal as they can be.
+    #[inline(always)]
+    pub fn panel(&self, columns: usize) -> usize {
+        let vectors = columns.div_ceil(self.lanes).max(1);
+        vectors.div_ceil(vectors.div_ceil(self.rows.len())) * self.lanes
+    }
+
+    /// Width of panels of two vectors.
+    pub fn pair(&self) -> usize {
+        2 * self.lanes
+    }
+
+    /// Rows of a register tile on panels of that width.
+    #[inline(always)]
+    pub fn rows(&self, panel: usize) -> usize {
+        self.rows[panel / self.lanes - 1]
     }
 }
 
@@ -189,8 +195,7 @@ unsafe impl<T: Float> Simd for Plain<T> {
     type Elem = T;
     type V = [T; 4];
     const LANES: usize = 4;
-    const ROWS: usize = 4;
-    const PRODUCT: (usize, usize) = (4, 2);
+    const ROWS: &'static [usize] = &[4, 4];
 
     #[inline(always)]
     unsafe fn splat(x: T) -> [T; 4] {
@@ -254,7 +259,7 @@ unsafe impl<T: Float> Simd for Plain<T> {
 
 /// Implements [`Simd`] for `f32` by one intrinsic a method.
 macro_rules! vectors {
-    ($(#[$doc:meta])* $name:ident, $v:ty, $lanes:literal, $rows:literal, $product:expr,
+    ($(#[$doc:meta])* $name:ident, $v:ty, $lanes:literal, $rows:expr,
      $splat:path, $load:path, $store:path, $add:path, $sub:path, $mul:path, $max:path, $min:path,
      fma: |$a:ident, $b:ident, $c:ident| $fma:expr,
      pass: |$py:ident, $low:ident, $high:ident, $px:ident| $pass:expr,
@@ -272,8 +277,7 @@ macro_rules! vectors {
             type Elem = f32;
             type V = $v;
             const LANES: usize = $lanes;
-            const ROWS: usize = $rows;
-            const PRODUCT: (usize, usize) = $product;
+            const ROWS: &'static [usize] = &$rows;
 
             #[inline(always)]
             unsafe fn splat(x: f32) -> $v {
@@ -362,7 +366,7 @@ pub mod x86 {
 
     vectors!(
         /// AVX-512: 16 lanes, masked tails.
-        Avx512, __m512, 16, 8, (6, 4),
+        Avx512, __m512, 16, [8, 8, 8, 6],
         _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps, _mm512_sub_ps, _mm512_mul_ps, _mm512_max_ps, _mm512_min_ps,
         fma: |a, b, c| _mm512_fmadd_ps(a, b, c),
         pass: |y, low, high, x| {
@@ -418,7 +422,7 @@ pub mod x86 {
 
     vectors!(
         /// AVX2 with FMA: 8 lanes, masked tails.
-        Avx2, __m256, 8, 6, (6, 2),
+        Avx2, __m256, 8, [6, 6],
         _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps, _mm256_sub_ps, _mm256_mul_ps, _mm256_max_ps, _mm256_min_ps,
         fma: |a, b, c| _mm256_fmadd_ps(a, b, c),
         pass: |y, low, high, x| {
@@ -467,7 +471,7 @@ pub mod arm {
 
     vectors!(
         /// NEON: 4 lanes.
-        Neon, float32x4_t, 4, 8, (6, 4),
+        Neon, float32x4_t, 4, [8, 8, 8, 6],
         vdupq_n_f32, vld1q_f32, vst1q_f32, vaddq_f32, vsubq_f32, vmulq_f32, vmaxq_f32, vminq_f32,
         fma: |a, b, c| vfmaq_f32(c, a, b),
         pass: |y, low, high, x| {

@@ -1,6 +1,6 @@
 //! Register tiles: the inner loops of every matrix product and dense convolution.
 //!
-//! A tile of up to `S::ROWS` rows by one or two vectors is accumulated in registers over the whole summed dimension:
+//! A tile of up to `S::ROWS` rows by a few vectors is accumulated in registers over the whole summed dimension:
 //! each step loads the vectors of B and multiplies them by one broadcast element of A a row.
 //!
 //! Loops here and in the kernels around are written with indices and without closures: what an iterator hides in a
@@ -150,41 +150,16 @@ unsafe fn columns<S: Simd, const M: usize, const N: usize, const WHOLE: bool>(
     }
 }
 
-/// Calls `$f::<S, M, 1 or 2>(…)` for a number of rows `1..=8` and of vectors.
+/// Calls `$f::<S, M, N>(…)` for a number of rows and of vectors that [`Simd::ROWS`] allows; sizes that a level does not have
+/// are not compiled for it.
 #[macro_export]
 macro_rules! tile_sizes {
     ($m:expr, $n:expr, $s:ident, $f:ident($($arg:expr),* $(,)?)) => {
-        match ($m, $n) {
-            (1, 1) => $f::<$s, 1, 1>($($arg),*),
-            (2, 1) => $f::<$s, 2, 1>($($arg),*),
-            (3, 1) => $f::<$s, 3, 1>($($arg),*),
-            (4, 1) => $f::<$s, 4, 1>($($arg),*),
-            (5, 1) => $f::<$s, 5, 1>($($arg),*),
-            (6, 1) => $f::<$s, 6, 1>($($arg),*),
-            (7, 1) => $f::<$s, 7, 1>($($arg),*),
-            (_, 1) => $f::<$s, 8, 1>($($arg),*),
-            (1, _) => $f::<$s, 1, 2>($($arg),*),
-            (2, _) => $f::<$s, 2, 2>($($arg),*),
-            (3, _) => $f::<$s, 3, 2>($($arg),*),
-            (4, _) => $f::<$s, 4, 2>($($arg),*),
-            (5, _) => $f::<$s, 5, 2>($($arg),*),
-            (6, _) => $f::<$s, 6, 2>($($arg),*),
-            (7, _) => $f::<$s, 7, 2>($($arg),*),
-            (_, _) => $f::<$s, 8, 2>($($arg),*),
-        }
-    };
-}
-
-/// Calls `$f::<S, M, N>(…)` for a number of rows and of vectors of a product's tile.
-#[macro_export]
-macro_rules! product_sizes {
-    ($m:expr, $n:expr, $s:ident, $f:ident($($arg:expr),* $(,)?)) => {
         match $n {
-            1 => $crate::product_sizes!(rows $m, 1, $s, $f($($arg),*)),
-            2 => $crate::product_sizes!(rows $m, 2, $s, $f($($arg),*)),
-            // Sizes that a level does not have are not compiled for it.
-            3 if $s::PRODUCT.1 > 2 => $crate::product_sizes!(rows $m, 3, $s, $f($($arg),*)),
-            4 if $s::PRODUCT.1 > 2 => $crate::product_sizes!(rows $m, 4, $s, $f($($arg),*)),
+            1 => $crate::tile_sizes!(rows $m, 1, $s, $f($($arg),*)),
+            2 => $crate::tile_sizes!(rows $m, 2, $s, $f($($arg),*)),
+            3 if $s::ROWS.len() > 2 => $crate::tile_sizes!(rows $m, 3, $s, $f($($arg),*)),
+            4 if $s::ROWS.len() > 3 => $crate::tile_sizes!(rows $m, 4, $s, $f($($arg),*)),
             _ => unreachable!("vectors of a tile"),
         }
     };
@@ -194,8 +169,10 @@ macro_rules! product_sizes {
             2 => $f::<$s, 2, $n>($($arg),*),
             3 => $f::<$s, 3, $n>($($arg),*),
             4 => $f::<$s, 4, $n>($($arg),*),
-            5 if $s::PRODUCT.0 > 4 => $f::<$s, 5, $n>($($arg),*),
-            6 if $s::PRODUCT.0 > 4 => $f::<$s, 6, $n>($($arg),*),
+            5 if $s::ROWS[$n - 1] > 4 => $f::<$s, 5, $n>($($arg),*),
+            6 if $s::ROWS[$n - 1] > 4 => $f::<$s, 6, $n>($($arg),*),
+            7 if $s::ROWS[$n - 1] > 6 => $f::<$s, 7, $n>($($arg),*),
+            8 if $s::ROWS[$n - 1] > 6 => $f::<$s, 8, $n>($($arg),*),
             _ => unreachable!("rows of a tile"),
         }
     };

@@ -2,7 +2,7 @@
 //!
 //! Both are the same loop nest. Output positions that sum over the same kernel taps form a [`Grid`] (one grid for
 //! the forward pass, one for each residue of the stride for the gradient). A register tile holds several positions
-//! by two vectors of output channels; its rows of A are read where they lie in the input, or, where the kernel
+//! by a few vectors of output channels; its rows of A are read where they lie in the input, or, where the kernel
 //! reaches beyond the edge, in a zero-padded copy of the few rows that a task needs. Taps that are neighbours in
 //! memory form one run of the summed dimension.
 #![allow(unsafe_code, clippy::needless_range_loop)]
@@ -13,7 +13,7 @@ use crate::kernels::conv::{
     Done, Epilogue, Geometry, Residual, in_slots, pointwise, slots, split, strides, volume,
 };
 use crate::kernels::par::Shared;
-use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
+use crate::kernels::simd::{Kernel, Level, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::{Pieces, along_rows};
 use crate::tile_sizes;
 
@@ -96,7 +96,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
         let plan = self.plan;
-        let (ci, co, panel) = (plan.ci, plan.co, 2 * S::LANES);
+        let (ci, co, panel) = (plan.ci, plan.co, Level::of::<S>().panel(plan.co));
         let per_group = plan.panels(panel);
         let (c, oc) = (plan.groups * ci, plan.groups * co);
         let a_strides = strides(self.window, c);
@@ -126,6 +126,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                 let mut tile = Tile {
                     runs: &grid.runs,
                     b: self.weights.as_ptr(),
+                    b_step: panel,
                     bias: None,
                     residual: match self.epilogue.residual {
                         Residual::None => None,
@@ -140,7 +141,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                     channel: 0,
                     lanes: 0,
                 };
-                let pieces = Pieces::of(total, S::ROWS);
+                let pieces = Pieces::of(total, Level::of::<S>().rows(panel));
                 let mut next = self.rows_of(&mut walk, y0, pieces.len(0));
                 for i in 0..pieces.count {
                     let m = pieces.len(i);
@@ -162,7 +163,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                                 unsafe { S::prefetch_write(y) }
                             }
                         }
-                        let n = if tile.lanes > S::LANES { 2 } else { 1 };
+                        let n = tile.lanes.div_ceil(S::LANES);
                         // SAFETY: the walk stays inside the task's rows, whose windows `a` holds; see `tile_run`.
                         unsafe { tile_sizes!(m, n, S, tile_run(&tile, &a, &y)) }
                     }
@@ -175,6 +176,8 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
 struct Tile<'a, T> {
     runs: &'a [(isize, usize)],
     b: *const T,
+    /// From a row of the packed weights to the next.
+    b_step: usize,
     bias: Option<*const T>,
     residual: Option<*const T>,
     low: T,
@@ -198,13 +201,13 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
     a: &[*const S::Elem; 8],
     y: &[usize; 8],
 ) {
-    // SAFETY: the caller's promise. With one vector a row the packed rows still are two vectors wide.
+    // SAFETY: the caller's promise.
     unsafe {
         let mut rows = [a[0]; M];
         for i in 0..M {
             rows[i] = a[i].wrapping_add(t.input);
         }
-        let mut acc = along_rows::<S, M, N>(t.runs, rows, t.b, 2 * S::LANES);
+        let mut acc = along_rows::<S, M, N>(t.runs, rows, t.b, t.b_step);
         if t.plain {
             for i in 0..M {
                 for j in 0..N {
@@ -242,8 +245,9 @@ pub(super) fn positions<T: Vectors>(plan: &Plan, a: &[T], weights: &[T], epilogu
     let rows = a.len() / plan.ci.max(1);
     let window = [1, 1, rows];
     assert!(plan.n == 1 && plan.groups == 1 && plan.source == plan.target && rows <= volume(plan.source));
-    assert!(y.len() == rows * plan.co && weights.len() == plan.packed(T::panel()), "positions");
-    let panels = 0..plan.panels(T::panel());
+    let panel = plan.panel::<T>();
+    assert!(y.len() == rows * plan.co && weights.len() == plan.packed(panel), "positions");
+    let panels = 0..plan.panels(panel);
     let task = Task {
         plan,
         a: a.as_ptr(),
@@ -270,7 +274,7 @@ fn run<T: Vectors>(
     scratch: &mut [T],
     done: Option<&Done<T>>,
 ) {
-    let panel = T::panel();
+    let panel = plan.panel::<T>();
     let (weights, slots) = scratch.split_at_mut(plan.packed(panel));
     pack(plan, forward, panel, w, weights);
     let weights: &[T] = weights;
@@ -334,14 +338,16 @@ pub fn forward_scratch<T: Vectors>(g: &Geometry, plain: bool) -> usize {
 }
 
 fn scratch<T: Vectors>(plan: &Plan, plain: bool) -> usize {
-    let d = plan.division(T::panel());
-    plan.packed(T::panel()) + slots(volume(plan.blocks(&d, T::panel())), slot(plan, &d, plain))
+    let panel = plan.panel::<T>();
+    let d = plan.division(panel);
+    plan.packed(panel) + slots(volume(plan.blocks(&d, panel)), slot(plan, &d, plain))
 }
 
 /// Blocks of whole positions in which [`forward`] computes, if it does so.
 pub fn forward_blocks<T: Vectors>(g: &Geometry) -> Option<usize> {
     let plan = forward_plan(g);
-    let [images, rows, panels] = plan.blocks(&plan.division(T::panel()), T::panel());
+    let panel = plan.panel::<T>();
+    let [images, rows, panels] = plan.blocks(&plan.division(panel), panel);
     (panels == 1).then_some(images * rows)
 }
 
@@ -375,7 +381,8 @@ fn input_grad_plan(g: &Geometry) -> Plan {
 
 /// Elements of its packed weights.
 pub(super) fn packed_back<T: Vectors>(g: &Geometry) -> usize {
-    input_grad_plan(g).packed(T::panel())
+    let plan = input_grad_plan(g);
+    plan.packed(plan.panel::<T>())
 }
 
 /// `dx = addend + Σ_t W[t]ᵀ·dy[…]`; without a residual in the epilogue, nothing is added.

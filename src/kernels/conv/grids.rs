@@ -1,5 +1,6 @@
 //! Which positions of a dense convolution sum over which taps, how that is divided into tasks, and the layouts that
 //! its tiles read: packed weights, padded rows of the input.
+#![allow(unsafe_code)]
 
 use std::ops::Range;
 
@@ -7,14 +8,16 @@ use rayon::prelude::*;
 use smallvec::SmallVec;
 
 use crate::kernels::conv::{Geometry, split, strides, volume};
-use crate::kernels::simd::Vectors;
+use crate::kernels::simd::{Kernel, Simd, Vectors, store_up_to};
 
 /// Elements of input and output that a task should keep in the second-level cache.
 const CHUNK: usize = 1 << 16;
 /// Tasks that are enough to keep the threads of a small machine equally busy.
 const TASKS: usize = 16;
-/// Elements of the buffer that weights pass through while they are packed.
-const BUFFER: usize = 1 << 12;
+/// Elements of a square of the widest vectors.
+const SQUARE: usize = 16 * 16;
+/// Taps of kernels for which the places of taps are looked up in a table.
+const PLACES: usize = 32;
 /// Positions of a register tile.
 const TILE: usize = 8;
 /// Multiply-adds worth a task of their own.
@@ -198,6 +201,11 @@ impl Plan {
         self.order.len() * self.ci
     }
 
+    /// Output channels of a panel.
+    pub(super) fn panel<T: Vectors>(&self) -> usize {
+        T::level().panel(self.co)
+    }
+
     pub(super) fn panels(&self, panel: usize) -> usize {
         self.co.div_ceil(panel)
     }
@@ -286,39 +294,89 @@ pub(super) fn pack_panel<T: Vectors>(
     w: &[T],
     out: &mut [T],
 ) {
-    let (ci, co) = (plan.ci, plan.co);
-    // Elements between the outputs of a group, and between its inputs.
-    let total = plan.taps;
-    let (o_step, i_step) = if forward { (ci * total, total) } else { (total, co * total) };
+    let (ci, co, taps) = (plan.ci, plan.co, plan.taps);
     let (group, first) = (p / plan.panels(panel), p % plan.panels(panel) * panel);
-    let lanes = panel.min(co - first);
-    let w = &w[group * ci * co * total + first * o_step..];
-    if lanes < panel {
-        out.fill(T::zero());
-    }
-    // The rows of `w` that make up a panel may be far apart: a run of each is brought near first.
-    let width = (BUFFER / (lanes * total)).min(inputs.len());
-    let mut near = [T::zero(); BUFFER];
-    for i0 in inputs.clone().step_by(width.max(1)) {
-        let count = width.clamp(1, inputs.end - i0);
-        let (w, o_step) = match forward && width > 1 {
-            true => {
-                for lane in 0..lanes {
-                    let from = &w[lane * o_step + i0 * i_step..][..count * total];
-                    near[lane * count * total..][..count * total].copy_from_slice(from);
-                }
-                (&near[..], count * total)
+    let start = match forward {
+        true => (first * ci + inputs.start) * taps,
+        false => (inputs.start * co + first) * taps,
+    };
+    let (lanes, inputs) = (panel.min(co - first), inputs.len());
+    assert!(out.len() >= plan.order.len() * inputs * panel, "packed weights");
+    let w = &w[group * ci * co * taps + start..];
+    // SAFETY: the panel has its rows.
+    unsafe { T::dispatch(PackPanel { plan, forward, panel, lanes, inputs, w, out }) }
+}
+
+struct PackPanel<'a, T> {
+    plan: &'a Plan,
+    forward: bool,
+    panel: usize,
+    /// Columns of the panel that are outputs.
+    lanes: usize,
+    inputs: usize,
+    /// From the panel's first weight on.
+    w: &'a [T],
+    out: &'a mut [T],
+}
+
+impl<T: Vectors> Kernel<T> for PackPanel<'_, T> {
+    /// Squares of W are transposed in registers. A row is an output's: forward it has all inputs with their taps, for the
+    /// gradient the taps of one input.
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(self) {
+        let PackPanel { plan, forward, panel, lanes, inputs, w, out } = self;
+        let taps = plan.taps;
+        let (o_step, i_step) = if forward { (plan.ci * taps, taps) } else { (taps, plan.co * taps) };
+        let (blocks, columns) = if forward { (1, inputs * taps) } else { (inputs, taps) };
+        if lanes < panel {
+            out.fill(T::zero());
+        }
+        if o_step == 1 {
+            // In order already.
+            for input in 0..if plan.order.is_empty() { 0 } else { inputs } {
+                out[input * panel..][..lanes].copy_from_slice(&w[input * i_step..][..lanes]);
             }
-            false => (&w[i0 * i_step..], o_step),
-        };
-        for i in 0..count {
-            for (t, tap) in plan.order.iter().enumerate() {
-                let w = &w[i * i_step + *tap as usize..];
-                let row = &mut out[(t * inputs.len() + i0 - inputs.start + i) * panel..][..lanes];
-                // By index: stepping iterators compile to much slower loops.
-                let w = &w[..(lanes - 1) * o_step + 1];
-                for lane in 0..lanes {
-                    row[lane] = w[lane * o_step];
+            return;
+        }
+        let mut places = [None; PLACES];
+        for (t, tap) in plan.order.iter().enumerate() {
+            if let Some(place) = places.get_mut(*tap as usize) {
+                *place = Some(t);
+            }
+        }
+        let mut square = [T::zero(); SQUARE];
+        for block in 0..blocks {
+            for lane in (0..lanes).step_by(S::LANES) {
+                let height = S::LANES.min(lanes - lane);
+                for column in (0..columns).step_by(S::LANES) {
+                    let width = S::LANES.min(columns - column);
+                    let from = block * i_step + lane * o_step + column;
+                    // What is read beyond the columns must be there, too.
+                    let whole = height == S::LANES && from + (S::LANES - 1) * o_step + S::LANES <= w.len();
+                    if whole {
+                        // SAFETY: as was just said.
+                        unsafe { S::transpose(w.as_ptr().add(from), o_step, square.as_mut_ptr(), S::LANES) }
+                    } else {
+                        for i in 0..height {
+                            for j in 0..width {
+                                square[j * S::LANES + i] = w[from + i * o_step + j];
+                            }
+                        }
+                    }
+                    for j in 0..width {
+                        let (input, tap) = (block + (column + j) / taps, (column + j) % taps);
+                        let place = match places.get(tap) {
+                            Some(place) => *place,
+                            None => plan.order.iter().position(|o| *o as usize == tap),
+                        };
+                        let Some(t) = place else { continue };
+                        let to = &mut out[(t * inputs + input) * panel + lane..][..height];
+                        // SAFETY: both have `height` elements.
+                        unsafe {
+                            let v = S::load(square.as_ptr().add(j * S::LANES));
+                            store_up_to::<S>(to.as_mut_ptr(), v, height);
+                        }
+                    }
                 }
             }
         }

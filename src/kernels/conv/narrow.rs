@@ -96,7 +96,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
             Some(bias) => self.sums.chunks_exact_mut(g.c).for_each(|s| s.copy_from_slice(bias)),
             None => self.sums.fill(T::zero()),
         }
-        let pieces = Pieces::of(g.y[2], S::ROWS);
+        let pieces = Pieces::of(g.y[2], S::ROWS[1]);
         for row in 0..g.y[1] {
             // The rows of taps that reach this task's rows.
             let mut taps = g.k[1]..0;
@@ -176,7 +176,7 @@ unsafe fn add<S: Simd>(to: *mut S::Elem, x: *const S::Elem, n: usize) {
 
 /// Elements of scratch that [`input_grad`] needs.
 pub(super) fn scratch<T: Vectors>(g: &Geometry) -> usize {
-    let (panel, p) = (T::panel(), Plan::new(g, T::panel()));
+    let (panel, p) = (T::level().pair(), Plan::new(g, T::level().pair()));
     p.packed(panel) + slots(p.tasks(), p.slot(panel))
 }
 
@@ -190,7 +190,7 @@ pub(super) fn input_grad<T: Vectors>(
     scratch: &mut [T],
 ) {
     g.check(dx, dy);
-    let panel = T::panel();
+    let panel = T::level().pair();
     let p = Plan::new(g, panel);
     let (weights, slots) = scratch.split_at_mut(p.packed(panel));
     pack(&p, panel, w, weights);

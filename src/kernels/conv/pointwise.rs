@@ -66,7 +66,7 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
     let (chunks, slabs, size) = (chunks(g), grads_slabs(g), weight::sum_size::<T>(g));
     let back = grids::Plan::input_grad(&of(g, chunk(g)));
     let (weights, rest) = scratch.split_at_mut(dense::packed_back::<T>(&of(g, chunk(g))));
-    grids::pack(&back, false, T::panel(), b.w, weights);
+    grids::pack(&back, false, back.panel::<T>(), b.w, weights);
     let weights: &[T] = weights;
     let (sums, slot) = rest.split_at_mut(slabs * size);
     let [dy_near, x_near] = near(g, [b.dy.is_plain(), b.x.is_plain()]);

@@ -1,6 +1,6 @@
 //! The weight gradient of dense and grouped convolutions, channels last.
 //!
-//! `dW[t][c][o] = Σ_positions X[position + t][c]·dY[position][o]`: register tiles of a few input channels by two
+//! `dW[t][c][o] = Σ_positions X[position + t][c]·dY[position][o]`: register tiles of a few input channels by a few
 //! vectors of output channels, summed over all positions for which the tap lies inside the input. With few input
 //! channels (first layers) the taps of a kernel row are taken as channels of a zero-padded copy instead.
 //!
@@ -9,9 +9,10 @@
 
 use rayon::prelude::*;
 
-use crate::kernels::conv::{Geometry, split, strides, volume};
+use crate::kernels::conv::{Geometry, pointwise, split, strides, volume};
+use crate::kernels::gemm::{self, Product};
 use crate::kernels::par::{self, Shared};
-use crate::kernels::simd::{Kernel, Simd, Vectors};
+use crate::kernels::simd::{Kernel, Level, Simd, Vectors};
 use crate::kernels::tile::{Pieces, Positions, along_columns};
 use crate::tile_sizes;
 
@@ -22,7 +23,7 @@ const LARGE_CHUNK: usize = 1 << 18;
 /// Elements of all slabs' sums together, beyond which the outputs are divided instead of the positions.
 const SUMS: usize = 1 << 19;
 const TASKS: usize = 8;
-/// Elements of dW from which on its operands are packed.
+/// Elements of dW from which on its operands are packed, or it is one product.
 const LARGE: usize = 1 << 16;
 /// Multiply-adds worth a task of their own.
 const WORK: usize = 1 << 19;
@@ -97,6 +98,11 @@ impl Plan {
         volume(self.k)
     }
 
+    /// Output channels of a panel.
+    fn panel<T: Vectors>(&self) -> usize {
+        T::level().panel(self.og)
+    }
+
     /// Panels of output channels.
     fn panels(&self, panel: usize) -> usize {
         self.groups * self.og.div_ceil(panel)
@@ -120,10 +126,12 @@ impl Plan {
 
     /// The strips of X and of dY, and the elements that they take packed.
     fn strips<T: Vectors>(&self) -> [(Pieces, usize); 2] {
-        let (rows, panel) = (Pieces::of(self.m, T::rows()), T::panel());
+        let panel = self.panel::<T>();
+        let height = T::level().rows(panel);
+        let rows = Pieces::of(self.m, height);
         let columns = Pieces::by(self.og, panel);
         [
-            (rows, rows.count * self.n * volume(self.x) * T::rows()),
+            (rows, rows.count * self.n * volume(self.x) * height),
             (columns, columns.count * self.n * volume(self.y) * panel),
         ]
     }
@@ -215,7 +223,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
         let (p, d) = (self.plan, self.division);
-        let panel = 2 * S::LANES;
+        let panel = Level::of::<S>().panel(p.og);
         let per_group = p.og.div_ceil(panel);
         let row_blocks = p.y[p.axis].div_ceil(d.rows);
         let (xs, ys) = (strides(p.x, 1), strides(p.y, 1));
@@ -269,11 +277,11 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                     for q in self.panels.clone() {
                         let (group, col) = (q / per_group, q % per_group * panel);
                         let lanes = panel.min(p.og - col);
-                        let n = if lanes > S::LANES { 2 } else { 1 };
+                        let n = lanes.div_ceil(S::LANES);
                         // Packed rows are whole.
                         let tail =
                             if self.dy.packed.is_some() { S::LANES } else { lanes - (n - 1) * S::LANES };
-                        let pieces = Pieces::of(p.m, S::ROWS);
+                        let pieces = Pieces::of(p.m, Level::of::<S>().rows(panel));
                         for i in 0..pieces.count {
                             let (row, m) = (pieces.start(i), pieces.len(i));
                             let a = self.x.at(i, group * p.m + row, x0);
@@ -282,7 +290,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                             let add = self.add || nth > 0 || plane > 0;
                             // SAFETY: `lo..hi` are positions whose operands lie inside; the sum's elements are
                             // this task's.
-                            unsafe { tile_sizes!(m, n, S, tile_run(&positions, a, b, c, tail, add)) }
+                            unsafe { tile_sizes!(m, n, S, tile_run(&positions, a, b, c, panel, tail, add)) }
                         }
                     }
                 }
@@ -292,13 +300,14 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
 }
 
 /// # Safety
-/// `a` and `b` must be valid at all positions, `c` for `M` rows of two vectors.
+/// `a` and `b` must be valid at all positions, `c` for `M` rows of `N` vectors, `c_row` apart.
 #[inline(always)]
 unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
     p: &Positions,
     a: *const S::Elem,
     b: *const S::Elem,
     c: *mut S::Elem,
+    c_row: usize,
     tail: usize,
     add: bool,
 ) {
@@ -307,7 +316,7 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
         let acc = along_columns::<S, M, N>(p, a, b, tail);
         for i in 0..M {
             for j in 0..N {
-                let (c, v) = (c.add((2 * i + j) * S::LANES), acc[i][j]);
+                let (c, v) = (c.add(i * c_row + j * S::LANES), acc[i][j]);
                 S::store(c, if add { S::add(S::load(c), v) } else { v });
             }
         }
@@ -318,18 +327,32 @@ fn dot(at: [usize; 3], steps: [usize; 3]) -> usize {
     at[0] * steps[0] + at[1] * steps[1] + at[2] * steps[2]
 }
 
+/// dW = dYᵀ·X as one product, where its positions need not be divided to keep threads busy.
+fn product<T: Vectors>(g: &Geometry) -> Option<Product<T>> {
+    let positions = g.n * volume(g.x);
+    (pointwise::applies(g) && g.c * g.oc >= LARGE).then(|| Product::dense(true, false, g.oc, g.c, positions))
+}
+
 /// Elements of scratch that [`weight_grad`] needs.
 pub fn weight_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
+    if let Some(product) = product::<T>(g) {
+        return gemm::room(&product, 1);
+    }
     let p = Plan::new(g);
-    let packed = if p.packs(T::panel()) { p.strips::<T>().iter().map(|s| s.1).sum() } else { 0 };
-    p.copy() + packed + p.division(T::panel()).slabs * p.size(T::panel())
+    let panel = p.panel::<T>();
+    let packed = if p.packs(panel) { p.strips::<T>().iter().map(|s| s.1).sum() } else { 0 };
+    p.copy() + packed + p.division(panel).slabs * p.size(panel)
 }
 
 /// dW (M, C/groups, k…) from dY (N, spatial…, M) and X (N, spatial…, C).
 pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], scratch: &mut [T]) {
     g.check(x, dy);
+    if let Some(product) = product(g) {
+        return gemm::gemm(&product, dy, x, dw, scratch);
+    }
     let p = Plan::new(g);
-    let d = p.division(T::panel());
+    let panel = p.panel::<T>();
+    let d = p.division(panel);
     let (copy, sums) = scratch.split_at_mut(p.copy());
     let x = if p.merged {
         pad(g, &p, x, copy);
@@ -337,20 +360,20 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], sc
     } else {
         x
     };
-    let (x, dy, sums) = if p.packs(T::panel()) {
+    let (x, dy, sums) = if p.packs(panel) {
         let [(rows, a), (columns, b)] = p.strips::<T>();
         let (pa, rest) = sums.split_at_mut(a);
         let (pb, sums) = rest.split_at_mut(b);
-        let x = pack(x, p.n * volume(p.x), p.c, rows, T::rows(), pa);
-        (x, pack(dy, p.n * volume(p.y), p.og, columns, T::panel(), pb), sums)
+        let x = pack(x, p.n * volume(p.x), p.c, rows, T::level().rows(panel), pa);
+        (x, pack(dy, p.n * volume(p.y), p.og, columns, panel, pb), sums)
     } else {
         let plain = |data, step| Side { data, step, packed: None };
         (plain(x, p.c), plain(dy, g.oc), sums)
     };
-    let size = p.size(T::panel());
+    let size = p.size(panel);
     let sums = &mut sums[..d.slabs * size];
     let chunks = p.n.div_ceil(d.images) * p.y[p.axis].div_ceil(d.rows);
-    let panels = p.panels(T::panel());
+    let panels = p.panels(panel);
     let per_slab = panels.div_ceil(d.panels) * d.pieces;
     let shared = Shared::new(sums);
     let run = |task: usize| {
@@ -381,15 +404,17 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], sc
 
 /// Elements of one sum, as [`add_positions`] adds to it.
 pub(super) fn sum_size<T: Vectors>(g: &Geometry) -> usize {
-    Plan::new(g).size(T::panel())
+    let p = Plan::new(g);
+    p.size(p.panel::<T>())
 }
 
 /// The contribution of one image's positions to a sum, written or, with `add`, added to it.
 pub(super) fn add_positions<T: Vectors>(g: &Geometry, x: &[T], dy: &[T], add: bool, sum: &mut [T]) {
     g.check(x, dy);
     let plan = Plan::new(g);
-    assert!(g.n == 1 && !plan.merged && sum.len() == plan.size(T::panel()), "positions");
-    let panels = plan.panels(T::panel());
+    let panel = plan.panel::<T>();
+    assert!(g.n == 1 && !plan.merged && sum.len() == plan.size(panel), "positions");
+    let panels = plan.panels(panel);
     let division = Division { slabs: 1, images: 1, rows: plan.y[plan.axis], pieces: 1, panels };
     let plain = |data, step| Side { data, step, packed: None };
     let task = Task {
@@ -411,7 +436,7 @@ pub(super) fn add_positions<T: Vectors>(g: &Geometry, x: &[T], dy: &[T], add: bo
 pub(super) fn finish<T: Vectors>(g: &Geometry, sums: &mut [T], dw: &mut [T]) {
     let size = sum_size::<T>(g);
     add(sums, size);
-    in_order(g, &sums[..size], dw);
+    in_order(g, T::level().panel(g.og()), &sums[..size], dw);
 }
 
 /// X with zeros around it.
@@ -446,8 +471,7 @@ fn add<T: Vectors>(sums: &mut [T], size: usize) {
 }
 
 /// A sum (panels, taps, C/groups, panel) in the order of the weights.
-pub(super) fn in_order<T: Vectors>(g: &Geometry, sum: &[T], dw: &mut [T]) {
-    let panel = T::panel();
+pub(super) fn in_order<T: Vectors>(g: &Geometry, panel: usize, sum: &[T], dw: &mut [T]) {
     let (cg, og, taps) = (g.cg(), g.og(), g.taps());
     // Taps that were merged with the input channels are in the right order all the same.
     let at = |o: usize, t: usize, c: usize| {

@@ -19,7 +19,7 @@ use crate::kernels::par::{self, Shared};
 use crate::kernels::simd::{Kernel, Level, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::{Pieces, Positions, along_columns, along_rows};
 use crate::tensor::Float;
-use crate::product_sizes;
+use crate::tile_sizes;
 
 /// Multiply-adds worth a task of their own.
 const WORK: usize = 1 << 19;
@@ -84,19 +84,29 @@ impl<T: Vectors> Product<T> {
         self.m == 1 || self.n == 1
     }
 
-    /// Rows of C in tiles' strips.
-    fn strips(&self) -> Pieces {
-        Pieces::of(self.m, T::level().product.0)
+    /// Columns of a panel, and rows of a strip.
+    fn tile(&self) -> (usize, usize) {
+        let panel = T::level().panel(self.n);
+        (panel, T::level().rows(panel))
     }
 
-    fn panels(&self) -> Panels {
-        let Level { lanes, product, .. } = T::level();
-        Panels::of(self.n, lanes, product.1)
+    /// Rows of C in tiles' strips.
+    fn strips(&self) -> Pieces {
+        Pieces::of(self.m, self.tile().1)
+    }
+
+    fn panels(&self) -> usize {
+        self.n.div_ceil(self.tile().0)
     }
 
     /// Elements of A in strips, for as many steps of the summed dimension.
     fn in_strips(&self, strips: usize, steps: usize) -> usize {
-        strips * T::level().product.0 * steps
+        strips * self.tile().1 * steps
+    }
+
+    /// Elements of B in panels.
+    fn in_panels(&self, panels: usize, steps: usize) -> usize {
+        panels * self.tile().0 * steps
     }
 
     /// How the operands are read.
@@ -119,7 +129,7 @@ impl<T: Vectors> Product<T> {
     fn packed(&self) -> usize {
         match self.packs() {
             Packs::Nothing => 0,
-            Packs::B | Packs::BThenA => self.panels().start(self.panels().count()) * self.k,
+            Packs::B | Packs::BThenA => self.in_panels(self.panels(), self.k),
             Packs::AThenB => self.in_strips(self.strips().count, self.k),
         }
     }
@@ -130,14 +140,14 @@ impl<T: Vectors> Product<T> {
         match self.packs() {
             Packs::Nothing | Packs::B => 0,
             Packs::BThenA => self.in_strips(self.strips().count.div_ceil(rows), steps),
-            Packs::AThenB => self.panels().most(self.panels().count().div_ceil(cols)) * steps,
+            Packs::AThenB => self.in_panels(self.panels().div_ceil(cols), steps),
         }
     }
 
     /// How many pieces the strips and the panels of C are divided into.
     fn pieces(&self) -> (usize, usize) {
         let tasks = (self.work() / WORK).clamp(1, TASKS);
-        let (rows, cols) = (self.strips().count.max(1), self.panels().count().max(1));
+        let (rows, cols) = (self.strips().count.max(1), self.panels().max(1));
         match self.packs() {
             Packs::BThenA => (tasks.min(self.m.div_ceil(NARROW)).min(rows), 1),
             Packs::AThenB => (1, tasks.min(self.n.div_ceil(NARROW)).min(cols)),
@@ -156,42 +166,6 @@ impl<T: Vectors> Product<T> {
                 (tasks.div_ceil(n).min(rows), n)
             }
         }
-    }
-}
-
-/// Columns of C in panels of whole vectors, as wide as a tile at most, and equally wide if possible.
-#[derive(Debug, Clone, Copy)]
-struct Panels {
-    vectors: Pieces,
-    lanes: usize,
-}
-
-impl Panels {
-    #[inline(always)]
-    fn of(columns: usize, lanes: usize, vectors: usize) -> Panels {
-        Panels { vectors: Pieces::of(columns.div_ceil(lanes), vectors), lanes }
-    }
-
-    #[inline(always)]
-    fn count(&self) -> usize {
-        self.vectors.count
-    }
-
-    /// The first column of panel `q`; where B is packed, as many elements a step precede the panel.
-    #[inline(always)]
-    fn start(&self, q: usize) -> usize {
-        self.vectors.start(q) * self.lanes
-    }
-
-    /// Columns of panel `q`, with those beyond the last of C.
-    #[inline(always)]
-    fn width(&self, q: usize) -> usize {
-        self.vectors.len(q) * self.lanes
-    }
-
-    /// Columns of so many panels at most.
-    fn most(&self, panels: usize) -> usize {
-        self.start(panels.min(self.count()))
     }
 }
 
@@ -280,7 +254,7 @@ pub fn many<T: Vectors>(
             let (a, b) = operands(i);
             pack_shared(p, a, b, packed, false);
             let c = shared.ptr().wrapping_add(i * c_stride);
-            let (strips, panels) = (0..p.strips().count, 0..p.panels().count());
+            let (strips, panels) = (0..p.strips().count, 0..p.panels());
             let part = Part { p, a, b, packed, near: &mut [], plus: added(i), c, strips, panels };
             // SAFETY: the extents were checked above; no two products share elements of C.
             unsafe { T::dispatch(part) }
@@ -349,7 +323,7 @@ fn shared_out<T: Vectors>(
     let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
     tasks(rows * cols, p.near(), rest, |task, near| {
         let strips = share(task / cols, rows, p.strips().count);
-        let panels = share(task % cols, cols, p.panels().count());
+        let panels = share(task % cols, cols, p.panels());
         let part = Part { p, a, b, packed, near, plus, c: c.ptr(), strips, panels };
         // SAFETY: the callers checked the extents; no two tasks share elements of C.
         unsafe { T::dispatch(part) }
@@ -388,8 +362,9 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
         let (p, packs) = (self.p, self.p.packs());
-        let (strips, height) = (Pieces::of(p.m, S::PRODUCT.0), S::PRODUCT.0);
-        let panels = Panels::of(p.n, S::LANES, S::PRODUCT.1);
+        let panel = Level::of::<S>().panel(p.n);
+        let height = Level::of::<S>().rows(panel);
+        let strips = Pieces::of(p.m, height);
         // As they lie, few steps across A at a time, whatever the number of rows. Of a near B, one strip passes by all
         // panels.
         let (steps, block) = match packs {
@@ -400,7 +375,6 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
             Packs::AThenB => (STEPS_NEAR, self.strips.len()),
         };
         let near = self.near.as_mut_ptr();
-        let own = |q: usize| panels.start(q) - panels.start(self.panels.start);
         let mut k = 0;
         while k < p.k || k == 0 {
             let count = steps.min(p.k - k);
@@ -414,8 +388,8 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                     }
                     Packs::AThenB => {
                         for q in self.panels.clone() {
-                            let out = near.wrapping_add(own(q) * count);
-                            pack::panel::<S>(p, self.b, &panels, q, k..k + count, out);
+                            let out = near.wrapping_add((q - self.panels.start) * count * panel);
+                            pack::panel::<S>(p, self.b, q, k..k + count, out);
                         }
                     }
                     _ => {}
@@ -425,13 +399,14 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
             while from < self.strips.end {
                 let to = (from + block.max(1)).min(self.strips.end);
                 for q in self.panels.clone() {
-                    let (first, width) = (panels.start(q), panels.width(q));
+                    let first = q * panel;
+                    let lanes = panel.min(p.n - first);
                     let (b, b_step) = match packs {
                         Packs::Nothing => (self.b.as_ptr().wrapping_add(k * p.ldb + first), p.ldb),
                         Packs::B | Packs::BThenA => {
-                            (self.packed.as_ptr().wrapping_add(first * p.k + k * width), width)
+                            (self.packed.as_ptr().wrapping_add((q * p.k + k) * panel), panel)
                         }
-                        Packs::AThenB => (near.cast_const().wrapping_add(own(q) * count), width),
+                        Packs::AThenB => (near.cast_const().wrapping_add((q - self.panels.start) * count * panel), panel),
                     };
                     for i in from..to {
                         let (row, m) = (strips.start(i), strips.len(i));
@@ -463,10 +438,10 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                             all: plus.all.map(|x| x.as_ptr().wrapping_add(to)),
                             c: self.c.wrapping_add(to),
                             ldc: p.ldc,
-                            lanes: width.min(p.n - first),
+                            lanes,
                         };
                         // SAFETY: the part lies inside the product, whose operands have its extents.
-                        unsafe { product_sizes!(m, width / S::LANES, S, tile_run(&tile)) }
+                        unsafe { tile_sizes!(m, lanes.div_ceil(S::LANES), S, tile_run(&tile)) }
                     }
                 }
                 from = to;

@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Panels, Product};
+use super::Product;
 use crate::kernels::par::Shared;
-use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
+use crate::kernels::simd::{Kernel, Level, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::Pieces;
 
 /// Steps of the summed dimension that are packed at a time.
@@ -19,15 +19,12 @@ const AHEAD: usize = 12;
 /// op(B) in panels, by several tasks or by this one.
 pub(super) fn columns<T: Vectors>(p: &Product<T>, b: &[T], out: &mut [T], several: bool) {
     assert!(b.len() >= p.extents()[1], "operands of a product");
-    let panels = p.panels();
-    let count = panels.count();
-    assert!(out.len() >= panels.start(count) * p.k, "operands of a product");
-    let out = Shared::new(out);
-    // SAFETY: lengths were checked; each panel has its own place.
-    let one = |q| unsafe { T::dispatch(Panel { p, b, q, out: out.ptr().add(panels.start(q) * p.k) }) };
+    let size = p.in_panels(1, p.k).max(1);
+    // SAFETY: B's length was checked; a panel has `size` elements.
+    let one = |(q, out): (usize, &mut [T])| unsafe { T::dispatch(Panel { p, b, q, out }) };
     match several {
-        true => (0..count).into_par_iter().for_each(one),
-        false => (0..count).for_each(one),
+        true => out.par_chunks_exact_mut(size).enumerate().for_each(one),
+        false => out.chunks_exact_mut(size).enumerate().for_each(one),
     }
 }
 
@@ -47,15 +44,14 @@ struct Panel<'a, T> {
     p: &'a Product<T>,
     b: &'a [T],
     q: usize,
-    out: *mut T,
+    out: &'a mut [T],
 }
 
 impl<T: Vectors> Kernel<T> for Panel<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
-        let panels = Panels::of(self.p.n, S::LANES, S::PRODUCT.1);
         // SAFETY: the caller's promise.
-        unsafe { panel::<S>(self.p, self.b, &panels, self.q, 0..self.p.k, self.out) }
+        unsafe { panel::<S>(self.p, self.b, self.q, 0..self.p.k, self.out.as_mut_ptr()) }
     }
 }
 
@@ -70,8 +66,9 @@ struct Strips<'a, T> {
 impl<T: Vectors> Kernel<T> for Strips<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
-        let (all, size) = (0..self.p.strips().count, self.p.k * S::PRODUCT.0);
-        let out = self.out.wrapping_add(self.steps.start * S::PRODUCT.0);
+        let height = height::<S>(self.p);
+        let (all, size) = (0..self.p.strips().count, self.p.k * height);
+        let out = self.out.wrapping_add(self.steps.start * height);
         // SAFETY: the caller's promise.
         unsafe { strips::<S>(self.p, self.a, all, self.steps, out, size) }
     }
@@ -85,12 +82,12 @@ impl<T: Vectors> Kernel<T> for Strips<'_, T> {
 pub(super) unsafe fn panel<S: Simd>(
     p: &Product<S::Elem>,
     b: &[S::Elem],
-    panels: &Panels,
     q: usize,
     steps: Range<usize>,
     out: *mut S::Elem,
 ) {
-    let (first, panel) = (panels.start(q), panels.width(q));
+    let panel = Level::of::<S>().panel(p.n);
+    let first = q * panel;
     let cols = panel.min(p.n - first);
     // SAFETY: rows and columns of op(B), all of which B has; the panel has as many rows as there are steps.
     unsafe {
@@ -141,6 +138,13 @@ pub(super) unsafe fn panel<S: Simd>(
     }
 }
 
+/// Rows of a strip.
+#[inline(always)]
+fn height<S: Simd>(p: &Product<S::Elem>) -> usize {
+    let level = Level::of::<S>();
+    level.rows(level.panel(p.n))
+}
+
 /// Some steps of some strips of A, stored K×M: for each step of the summed dimension the strip's rows of op(A), strips
 /// `size` elements apart. Few steps at a time for all strips, so that A is read in order.
 ///
@@ -155,7 +159,8 @@ pub(super) unsafe fn strips<S: Simd>(
     out: *mut S::Elem,
     size: usize,
 ) {
-    let strips = Pieces::of(p.m, S::PRODUCT.0);
+    let height = height::<S>(p);
+    let strips = Pieces::of(p.m, height);
     let mut first = steps.start;
     while first < steps.end {
         let last = steps.end.min(first + STEPS);
@@ -169,15 +174,16 @@ pub(super) unsafe fn strips<S: Simd>(
                     unsafe {
                         let from = a.as_ptr().add(k * p.lda + start);
                         S::prefetch(from.wrapping_add(AHEAD * p.lda));
-                        let to = out.add((i - some.start) * size + (k - steps.start) * S::PRODUCT.0);
-                        if len < S::PRODUCT.0 {
-                            for r in 0..S::PRODUCT.0 {
-                                *to.add(r) = if r < len { *from.add(r) } else { num_traits::zero() };
-                            }
-                            continue;
+                        let to = out.add((i - some.start) * size + (k - steps.start) * height);
+                        // Sizes that the compiler knows: a masked vector was slower by half.
+                        match len {
+                            8 => std::ptr::copy_nonoverlapping(from, to, 8),
+                            6 => std::ptr::copy_nonoverlapping(from, to, 6),
+                            _ => std::ptr::copy_nonoverlapping(from, to, len),
                         }
-                        // As many bytes as the compiler knows: a masked vector was slower by half.
-                        std::ptr::copy_nonoverlapping(from, to, S::PRODUCT.0);
+                        for r in len..height {
+                            *to.add(r) = num_traits::zero();
+                        }
                     }
                 }
             }

@@ -119,7 +119,7 @@ pub(super) fn run<T: Vectors>(
     y: &mut [T],
     scratch: &mut [T],
 ) {
-    let panel = T::panel();
+    let panel = T::level().pair();
     let tiles = Tiles::of(plan.n, plan.target);
     let layouts = layouts(plan, panel);
     let (zeros, rest) = scratch.split_at_mut(plan.ci);

@@ -107,7 +107,7 @@ impl<T: Vectors> Multiply<T> {
     pub(super) unsafe fn run<S: Simd<Elem = T>>(&self) {
         let (x, to) = (self.x_layout, self.to_layout);
         let runs = [(0isize, self.channels)];
-        let pieces = Pieces::of(self.tiles, S::ROWS);
+        let pieces = Pieces::of(self.tiles, S::ROWS[1]);
         for product in 0..PRODUCTS {
             // SAFETY: the caller's promise.
             unsafe {
@@ -253,7 +253,7 @@ pub(super) fn run<T: Vectors>(
     y: &mut [T],
     scratch: &mut [T],
 ) {
-    let panel = T::panel();
+    let panel = T::level().pair();
     if few::applies(plan) {
         return few::run(plan, forward, x, w, epilogue, y, scratch);
     }
@@ -295,7 +295,7 @@ pub(super) fn run<T: Vectors>(
 
 /// Elements of scratch that [`run`] needs.
 pub(super) fn scratch<T: Vectors>(plan: &Plan) -> usize {
-    let panel = T::panel();
+    let panel = T::level().pair();
     if few::applies(plan) {
         return few::scratch(plan, panel);
     }

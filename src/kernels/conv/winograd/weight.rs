@@ -196,7 +196,7 @@ impl<T: Vectors> Sum<T> {
             b_row: 0,
             b_step: dy.tile,
         };
-        let pieces = Pieces::of(self.channels, S::ROWS);
+        let pieces = Pieces::of(self.channels, S::ROWS[1]);
         for product in 0..PRODUCTS {
             // SAFETY: the caller's promise.
             unsafe {
@@ -291,7 +291,7 @@ impl Few {
     }
 
     fn run<T: Vectors>(&self, g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], scratch: &mut [T]) {
-        let panel = T::panel();
+        let panel = T::level().pair();
         let (zeros, rest) = scratch.split_at_mut(g.c.max(g.oc));
         let (taps, rest) = rest.split_at_mut(self.panels * TAPS * g.c * panel);
         let (tx, rest) = rest.split_at_mut(self.layouts[0].size());
@@ -326,7 +326,7 @@ impl Few {
             // SAFETY: the buffers have the layouts' sizes; no two tasks write the same rows of the taps.
             unsafe { T::dispatch(SumTaps { sum, taps, step: g.c * panel }) }
         });
-        in_order(g, taps, dw);
+        in_order(g, panel, taps, dw);
     }
 }
 
@@ -389,7 +389,7 @@ fn sources<'a, T: Vectors>(g: &Geometry, dy: &'a [T], x: &'a [T], zeros: &'a [T]
 
 /// Elements of scratch that [`weight_grad`] needs.
 pub fn weight_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
-    let panel = T::panel();
+    let panel = T::level().pair();
     if let Some(few) = Few::new(g, panel) {
         return few.scratch(g, panel);
     }
@@ -402,7 +402,7 @@ pub fn weight_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
 /// dW (M, C, 3, 3) from dY (N, spatial…, M) and X (N, spatial…, C).
 pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], scratch: &mut [T]) {
     g.check(x, dy);
-    let panel = T::panel();
+    let panel = T::level().pair();
     if let Some(few) = Few::new(g, panel) {
         return few.run(g, dy, x, dw, scratch);
     }
@@ -442,5 +442,5 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], sc
         // SAFETY: the kernel has no promise of its own.
         unsafe { T::dispatch(Back { sums, slabs, slab, first, row, taps }) }
     });
-    in_order(g, taps, dw);
+    in_order(g, panel, taps, dw);
 }
