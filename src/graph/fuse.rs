@@ -1,5 +1,6 @@
 //! Joins chains of operators into one, before a graph is differentiated and planned.
 
+mod attention;
 mod gelu;
 mod norms;
 #[cfg(test)]
@@ -27,7 +28,8 @@ pub use norms::{gather_statistics, join_normalisations};
 
 /// Fuses a forward graph whose shapes are inferred: normalisations and convolutions with the sum and the activation
 /// that follow; and where no `weights_learn`, convolutions with a normalisation by given statistics. Products take the
-/// factor, the bias and the sum that follow. The Gaussian error linear unit becomes one operator where it is spelled out.
+/// factor, the bias and the sum that follow. The Gaussian error linear unit and attention become one operator where they
+/// are spelled out.
 ///
 /// The values in `keep` and the graph's outputs are computed as before. Others may vanish.
 pub fn fuse(graph: &mut Graph, keep: &[ValueId], weights_learn: bool) -> Result<()> {
@@ -59,6 +61,12 @@ pub fn fuse(graph: &mut Graph, keep: &[ValueId], weights_learn: bool) -> Result<
         } else if op.as_a::<MatMul>().is_some() {
             chains.product(graph, head);
         }
+    }
+    chains.finish(graph);
+    // Of products that have taken their factors.
+    let mut chains = Chains::new(graph, outputs.iter().chain(keep));
+    for i in 0..graph.nodes.len() {
+        chains.fuse_attention(graph, NodeId(i as u32));
     }
     chains.finish(graph);
     Ok(())

@@ -5,6 +5,7 @@
 
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
@@ -68,5 +69,37 @@ impl<'a, T> Shared<'a, T> {
 
     pub(crate) fn ptr(&self) -> *mut T {
         self.0
+    }
+}
+
+/// Elements of scratch for as many of the tasks as run at a time, `size` each.
+pub fn slots(tasks: usize, size: usize) -> usize {
+    tasks.min(rayon::current_num_threads()) * size
+}
+
+/// Runs tasks `0..tasks`, each with a slot of `size` elements of `scratch`, as many at a time as there are slots.
+/// Which slot a task gets is left to chance; what it computes may not depend on the slot's content.
+pub fn in_slots<T: Send>(tasks: usize, size: usize, scratch: &mut [T], f: impl Fn(usize, &mut [T]) + Sync) {
+    if tasks == 1 {
+        return f(0, &mut scratch[..size]);
+    }
+    if size == 0 {
+        return (0..tasks).into_par_iter().for_each(|task| f(task, &mut []));
+    }
+    let next = AtomicUsize::new(0);
+    let take = |slot: &mut [T]| {
+        loop {
+            let task = next.fetch_add(1, Ordering::Relaxed);
+            if task >= tasks {
+                return;
+            }
+            f(task, slot);
+        }
+    };
+    let slots = tasks.min(scratch.len() / size);
+    assert!(slots > 0 || tasks == 0, "scratch of tasks");
+    match slots {
+        1 => take(&mut scratch[..size]),
+        _ => scratch[..slots * size].par_chunks_exact_mut(size).for_each(take),
     }
 }

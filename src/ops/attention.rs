@@ -1,5 +1,6 @@
-//! Attention as nodes of matrix products and a softmax, and rotary position embedding.
+//! Attention as nodes of matrix products and a softmax, and as one operator; rotary position embedding.
 
+mod fused;
 mod rotary;
 
 use std::sync::Arc;
@@ -15,6 +16,8 @@ use crate::ops::softmax::Softmax;
 use crate::ops::unary::{Tanh, Unary};
 use crate::ops::{Op, Row, Spec};
 use crate::tensor::{DType, Tensor};
+
+pub use fused::FusedAttention;
 
 /// ONNX `Attention` (opsets 23 to 25): `softmax(scale·Q·Kᵀ + bias)·V` for each head.
 ///

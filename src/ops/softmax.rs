@@ -55,6 +55,12 @@ impl Softmax {
     pub fn along(axis: i64) -> Self {
         Softmax { over: Over { axis, flatten: false }, log: false }
     }
+
+    /// Does it normalise the rows of a tensor of these dimensions, and not their logarithms?
+    pub fn over_last(&self, dims: &[usize]) -> bool {
+        let rows = (dims.last().copied().unwrap_or(1), 1);
+        !self.log && self.over.extent(dims).is_ok_and(|extent| extent == rows)
+    }
 }
 
 impl Op for Softmax {

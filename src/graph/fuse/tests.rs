@@ -215,3 +215,108 @@ fn products_take_what_is_added_to_them() {
         close("product", &format!("{first:?}"), &expected[0].to_f64(), &got[0].to_f64(), 1e-12);
     }
 }
+
+/// Attention as exporters spell it, with and without masks and transpositions: the same results and gradients, also of a
+/// mask that learns.
+#[test]
+fn attention_is_one_operator() {
+    use std::sync::Arc;
+
+    use crate::exec::reference::interpret;
+    use crate::ops::Op;
+    use crate::ops::binary::Binary::{Add, Div, Mul};
+    use crate::ops::matmul::MatMul;
+    use crate::ops::reduce::{Kind, Reduce};
+    use crate::ops::softmax::Softmax;
+    use crate::ops::transpose::Transpose;
+    use crate::tensor::Dims;
+
+    fn emit(g: &mut Graph, op: impl Op, x: &[ValueId]) -> ValueId {
+        let x: Vec<_> = x.iter().map(|v| Some(*v)).collect();
+        g.emit("", Arc::new(op), &x, 1).unwrap()[0]
+    }
+
+    struct Case {
+        q: &'static [usize],
+        k: &'static [usize],
+        v: &'static [usize],
+        /// How Q, Kᵀ, V and Y are transposed.
+        perms: [Option<&'static [usize]>; 4],
+        mask: Option<&'static [usize]>,
+        fused: bool,
+    }
+    let heads: Option<&'static [usize]> = Some(&[0, 2, 1, 3]);
+    let exported = [heads, Some(&[0, 2, 3, 1]), heads, heads];
+    let case = |q, k, v, perms, mask, fused| Case { q, k, v, perms, mask, fused };
+    let cases = [
+        case(&[2, 5, 3, 4], &[2, 7, 3, 4], &[2, 7, 3, 6], exported, None, true),
+        case(&[2, 5, 3, 4], &[2, 7, 3, 4], &[2, 7, 3, 6], exported, Some(&[2, 1, 1, 7]), true),
+        case(&[2, 5, 3, 4], &[2, 7, 3, 4], &[2, 7, 3, 6], exported, Some(&[3, 5, 7]), true),
+        case(&[2, 5, 3, 4], &[2, 7, 3, 4], &[2, 7, 3, 6], exported, Some(&[2, 3, 5, 7]), true),
+        // More queries than a block has.
+        case(&[1, 70, 1, 8], &[1, 600, 1, 8], &[1, 600, 1, 3], exported, Some(&[70, 1]), true),
+        // Samples and heads in one axis, positions first in memory.
+        case(
+            &[5, 6, 4],
+            &[7, 6, 4],
+            &[7, 6, 3],
+            [Some(&[1, 0, 2]), Some(&[1, 2, 0]), Some(&[1, 0, 2]), Some(&[1, 0, 2])],
+            Some(&[5, 7]),
+            true,
+        ),
+        case(&[6, 1, 4], &[6, 1, 4], &[6, 1, 2], [None, Some(&[0, 2, 1]), None, None], None, true),
+        // K as its transpose lies in memory.
+        case(&[6, 5, 4], &[6, 4, 7], &[6, 7, 2], [None; 4], None, false),
+        // One K for all heads.
+        case(
+            &[2, 3, 5, 4],
+            &[2, 1, 7, 4],
+            &[2, 3, 7, 2],
+            [None, Some(&[0, 1, 3, 2]), None, None],
+            None,
+            false,
+        ),
+    ];
+    for (number, Case { q, k, v, perms, mask, fused }) in cases.into_iter().enumerate() {
+        let of = |dims: &[usize], by: f64| {
+            let x: Vec<f64> = (0..dims.iter().product()).map(|i| (i as f64 * by).sin()).collect();
+            Tensor::from_slice(dims, &x).unwrap()
+        };
+        let mut g = Graph::default();
+        let mut tensors = vec![of(q, 0.7), of(k, 1.3), of(v, 0.3)];
+        tensors.extend(mask.map(|m| of(m, 2.1)));
+        let inputs: Vec<ValueId> = tensors.iter().map(|t| g.add_input("x", t.meta())).collect();
+        let turned = |g: &mut Graph, v: ValueId, i: usize| match perms[i] {
+            Some(perm) => emit(g, Transpose { perm: Some(Dims::from_slice(perm)) }, &[v]),
+            None => v,
+        };
+        let [tq, tk, tv] = [0, 1, 2].map(|i| turned(&mut g, inputs[i], i));
+        let mut s = emit(&mut g, MatMul::default(), &[tq, tk]);
+        let two = g.add_constant("", Tensor::scalar(2.0f64));
+        s = emit(&mut g, Div, &[s, two]);
+        if let Some(mask) = inputs.get(3) {
+            s = emit(&mut g, Add, &[*mask, s]);
+        }
+        let p = emit(&mut g, Softmax::along(-1), &[s]);
+        let y = emit(&mut g, MatMul::default(), &[p, tv]);
+        let y = turned(&mut g, y, 3);
+        g.outputs = vec![y];
+        let weights = of(&g.value(y).meta.as_ref().unwrap().dims.clone(), 0.9);
+        let step = |mut g: Graph| {
+            let w = g.add_constant("", weights.clone());
+            let product = emit(&mut g, Mul, &[y, w]);
+            let sum = Reduce { kind: Kind::Sum, axes: None, keepdims: false, noop: false };
+            let loss = emit(&mut g, sum, &[product]);
+            let grads = grad(&mut g, loss, &inputs).unwrap();
+            let wanted: Vec<ValueId> = [y].into_iter().chain(inputs.iter().map(|v| grads[v])).collect();
+            let feeds: HashMap<ValueId, Tensor> = inputs.iter().copied().zip(tensors.clone()).collect();
+            interpret(&g, &feeds, &wanted).unwrap()
+        };
+        let expected = step(g.clone());
+        super::fuse(&mut g, &[], true).unwrap();
+        assert_eq!(count(&g, "FusedAttention"), usize::from(fused), "case {number}: {g}");
+        for (i, (a, b)) in expected.iter().zip(step(g)).enumerate() {
+            close("attention", &format!("case {number}, result {i}"), &a.to_f64(), &b.to_f64(), 1e-11);
+        }
+    }
+}

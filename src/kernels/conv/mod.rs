@@ -15,12 +15,9 @@ mod statistics;
 mod weight;
 mod winograd;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use rayon::prelude::*;
-
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::layout::Layout;
+use crate::kernels::par::{in_slots, slots};
 use crate::kernels::simd::Vectors;
 use crate::kernels::strided;
 
@@ -357,36 +354,4 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Operand<T>, dw: &mut [
     transpose(g.n, g.c, volume(g.x), x, x_last);
     transpose(g.n, g.oc, volume(g.y), dy, y_last);
     kernel(y_last, x_last, dw, rest);
-}
-
-/// Elements of scratch for as many of the tasks as run at a time, `size` each.
-fn slots(tasks: usize, size: usize) -> usize {
-    tasks.min(rayon::current_num_threads()) * size
-}
-
-/// Runs tasks `0..tasks`, each with a slot of `size` elements of `scratch`, as many at a time as there are slots.
-/// Which slot a task gets is left to chance; what it computes may not depend on the slot's content.
-fn in_slots<T: Send>(tasks: usize, size: usize, scratch: &mut [T], f: impl Fn(usize, &mut [T]) + Sync) {
-    if tasks == 1 {
-        return f(0, &mut scratch[..size]);
-    }
-    if size == 0 {
-        return (0..tasks).into_par_iter().for_each(|task| f(task, &mut []));
-    }
-    let next = AtomicUsize::new(0);
-    let take = |slot: &mut [T]| {
-        loop {
-            let task = next.fetch_add(1, Ordering::Relaxed);
-            if task >= tasks {
-                return;
-            }
-            f(task, slot);
-        }
-    };
-    let slots = tasks.min(scratch.len() / size);
-    assert!(slots > 0 || tasks == 0, "scratch of a convolution");
-    match slots {
-        1 => take(&mut scratch[..size]),
-        _ => scratch[..slots * size].par_chunks_exact_mut(size).for_each(take),
-    }
 }

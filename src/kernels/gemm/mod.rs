@@ -149,21 +149,17 @@ impl<T: Vectors> Product<T> {
         let tasks = (self.work() / WORK).clamp(1, TASKS);
         let (rows, cols) = (self.strips().count.max(1), self.panels().max(1));
         match self.packs() {
-            Packs::BThenA => (tasks.min(self.m.div_ceil(NARROW)).min(rows), 1),
-            Packs::AThenB => (1, tasks.min(self.n.div_ceil(NARROW)).min(cols)),
+            Packs::BThenA => (tasks.min(SLOTS).min(self.m.div_ceil(NARROW)).min(rows), 1),
+            Packs::AThenB => (1, tasks.min(SLOTS).min(self.n.div_ceil(NARROW)).min(cols)),
             Packs::Nothing => {
                 // Either operand is read by a few tasks only.
                 let m = tasks.isqrt().min(rows);
                 (m, tasks.div_ceil(m).min(cols))
             }
-            Packs::B if self.m >= self.n => {
-                let m = tasks.min(rows);
-                (m, tasks.div_ceil(m).min(cols))
-            }
             Packs::B => {
-                // B is the larger operand: each task then reads its own part of it.
-                let n = tasks.min(cols);
-                (tasks.div_ceil(n).min(rows), n)
+                // Parts of C that are about square: then all tasks together read least of A and B.
+                let m = (tasks * self.m / self.n).isqrt().clamp(1, tasks.min(rows));
+                (m, tasks.div_ceil(m).min(cols))
             }
         }
     }
@@ -406,7 +402,9 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                         Packs::B | Packs::BThenA => {
                             (self.packed.as_ptr().wrapping_add((q * p.k + k) * panel), panel)
                         }
-                        Packs::AThenB => (near.cast_const().wrapping_add((q - self.panels.start) * count * panel), panel),
+                        Packs::AThenB => {
+                            (near.cast_const().wrapping_add((q - self.panels.start) * count * panel), panel)
+                        }
                     };
                     for i in from..to {
                         let (row, m) = (strips.start(i), strips.len(i));

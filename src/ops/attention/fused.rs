@@ -1,0 +1,229 @@
+//! Attention as one operator, without the matrix of scores, and its gradient.
+
+use crate::error::OpError;
+use crate::float_dispatch;
+use crate::graph::GradBuilder;
+use crate::kernels::attention::{self as kernel, Attention, Out, Rows, Scores};
+use crate::ops::{Cx, Grads, Op, get, need, out};
+use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut, broadcast};
+
+/// `Y = softmax(scale·Q·Kᵀ + mask)·V` with Q (…, T, D), K (…, S, D), V (…, S, Dv) and Y (…, T, Dv), of rank 3 or 4, and
+/// a mask that broadcasts to the scores, which may be absent.
+///
+/// Output 1, which only the gradient reads: the logarithm of the sum of each row's exponentials (samples, heads, T).
+#[derive(Debug, Clone)]
+pub struct FusedAttention {
+    pub scale: f32,
+    /// Where the axes of Q, K, V and Y lie in memory: axis `i` of what is said above is the tensor's axis `axes[_][i]`. The
+    /// last one is the last.
+    pub axes: [Dims; 4],
+}
+
+impl FusedAttention {
+    /// Sizes and places, and Y's dimensions.
+    fn geometry(
+        &self,
+        q: &[usize],
+        k: &[usize],
+        v: &[usize],
+        mask: Option<&[usize]>,
+    ) -> Result<(Attention, Dims), OpError> {
+        let of = |dims: &[usize], axes: &Dims| -> Option<Dims> {
+            let rank = dims.len();
+            let fits = (3..=4).contains(&rank) && axes.len() == rank && axes.last() == Some(&(rank - 1));
+            fits.then(|| axes.iter().map(|&a| dims[a]).collect())
+        };
+        let bad = || OpError::Shape(format!("attention of {q:?}, {k:?} and {v:?} in {:?}", self.axes));
+        let [lq, lk, lv] = [(q, 0), (k, 1), (v, 2)].map(|(dims, i)| of(dims, &self.axes[i]));
+        let (lq, lk, lv) = (lq.ok_or_else(bad)?, lk.ok_or_else(bad)?, lv.ok_or_else(bad)?);
+        let rank = lq.len();
+        let (stack, [queries, depth]) = (&lq[..rank - 2], [lq[rank - 2], lq[rank - 1]]);
+        let (keys, values) = (lk[rank - 2], lv[lv.len() - 1]);
+        let agree = lk.len() == rank
+            && lv.len() == rank
+            && lk[..rank - 2] == *stack
+            && lv[..rank - 2] == *stack
+            && lk[rank - 1] == depth
+            && lv[rank - 2] == keys;
+        if !agree || self.axes[3].len() != rank {
+            return Err(bad());
+        }
+        let mut y = Dims::from_elem(0, rank);
+        for (i, &d) in stack.iter().chain(&[queries, values]).enumerate() {
+            *y.get_mut(self.axes[3][i]).ok_or_else(bad)? = d;
+        }
+        let mut steps = [0; 4];
+        if let Some(mask) = mask {
+            let scores: Dims = stack.iter().chain(&[queries, keys]).copied().collect();
+            if broadcast(mask, &scores)? != scores {
+                return Err(OpError::Shape(format!("a mask of {mask:?} for scores of {scores:?}")));
+            }
+            let mut step = 1;
+            for (i, &d) in mask.iter().enumerate().rev() {
+                // Axes from the last on; of rank 3, the first is the samples'.
+                let from_last = mask.len() - 1 - i;
+                let at = if rank == 3 && from_last == 2 { 0 } else { 3 - from_last };
+                steps[at] = if d == 1 { 0 } else { step };
+                step *= d;
+            }
+        }
+        let rows = |dims: &[usize], axes: &Dims| {
+            let step = |axis: usize| dims[axis + 1..].iter().product::<usize>();
+            match rank {
+                3 => Rows { sample: step(axes[0]), head: 0, position: step(axes[1]) },
+                _ => Rows { sample: step(axes[0]), head: step(axes[1]), position: step(axes[2]) },
+            }
+        };
+        let a = Attention {
+            batch: stack[0],
+            heads: stack.get(1).copied().unwrap_or(1),
+            queries,
+            keys,
+            depth,
+            values,
+            q: rows(q, &self.axes[0]),
+            k: rows(k, &self.axes[1]),
+            v: rows(v, &self.axes[2]),
+            y: rows(&y, &self.axes[3]),
+            mask: steps,
+        };
+        Ok((a, y))
+    }
+
+    fn of_metas(&self, x: &[Option<&Meta>]) -> Result<(Attention, Dims), OpError> {
+        let (q, k, v) = (need(x, 0)?, need(x, 1)?, need(x, 2)?);
+        let mask = get(x, 3);
+        if [Some(k), Some(v), mask].into_iter().flatten().any(|m| m.dtype != q.dtype) {
+            return Err(OpError::Type("operands of attention of different types".into()));
+        }
+        self.geometry(&q.dims, &k.dims, &v.dims, mask.map(|m| &m.dims[..]))
+    }
+
+    fn of_views(&self, x: &[Option<View>]) -> Result<Attention, OpError> {
+        let (q, k, v) = (need(x, 0)?, need(x, 1)?, need(x, 2)?);
+        Ok(self.geometry(q.dims, k.dims, v.dims, get(x, 3).map(|m| m.dims))?.0)
+    }
+}
+
+/// Bytes of as many elements.
+fn bytes(dtype: DType, count: impl Fn(bool) -> usize) -> usize {
+    match dtype {
+        DType::F64 => count(true) * size_of::<f64>(),
+        _ => count(false) * size_of::<f32>(),
+    }
+}
+
+impl Op for FusedAttention {
+    fn name(&self) -> &'static str {
+        "FusedAttention"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let (a, y) = self.of_metas(inputs)?;
+        let dtype = need(inputs, 0)?.dtype;
+        Ok(vec![Meta::new(dtype, &y), Meta::new(dtype, &[a.batch, a.heads, a.queries])])
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let a = self.of_views(x)?;
+        let count = a.batch * a.heads * a.queries;
+        let (first, rest) = y.split_at_mut(1);
+        float_dispatch!(need(x, 0)?.dtype, T => {
+            let room = cx.room::<T>(kernel::forward_scratch::<T>(&a) + count)?;
+            let (spare, room) = room.split_at_mut(count);
+            let logs = match rest.first_mut() {
+                Some(Some(logs)) => logs.get::<T>()?,
+                _ => spare,
+            };
+            let (q, k, v) = (need(x, 0)?.get::<T>()?, need(x, 1)?.get()?, need(x, 2)?.get()?);
+            let scores = Scores { scale: T::of(self.scale as f64), mask: get(x, 3).map(|m| m.get()).transpose()? };
+            kernel::forward(&a, q, k, v, scores, out(first, 0)?.get()?, logs, room);
+            Ok(())
+        })
+    }
+
+    fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
+        let (Ok((a, _)), Some(q)) = (self.of_metas(inputs), get(inputs, 0)) else { return 0 };
+        let count = a.batch * a.heads * a.queries;
+        let room = |double| match double {
+            true => kernel::forward_scratch::<f64>(&a),
+            false => kernel::forward_scratch::<f32>(&a),
+        };
+        bytes(q.dtype, |double| room(double) + count)
+    }
+
+    fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
+        self.of_metas(inputs)
+            .map_or(0, |(a, _)| a.batch * a.heads * a.queries * a.keys * (a.depth + a.values))
+    }
+
+    fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
+        let (q, k, v, mask) = (g.x(0)?, g.x(1)?, g.x(2)?, g.x_opt(3));
+        let (dy, logs) = (g.dy0()?, g.y(1)?);
+        let inputs = [Some(q), Some(k), Some(v), mask, Some(dy), Some(logs)];
+        let count = if g.wants(3) { 4 } else { 3 };
+        let made = g.emit_all(FusedAttentionGrad { of: self.clone() }, &inputs, count)?;
+        Ok(made.into_iter().map(Some).collect())
+    }
+}
+
+/// dQ, dK, dV, and the gradient of what is added to the scores (…, T, S), of [`FusedAttention`]. Inputs: Q, K, V, the mask
+/// or nothing, dY, and the forward pass's output 1.
+#[derive(Debug)]
+struct FusedAttentionGrad {
+    of: FusedAttention,
+}
+
+impl Op for FusedAttentionGrad {
+    fn name(&self) -> &'static str {
+        "FusedAttentionGrad"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let (a, y) = self.of.of_metas(inputs)?;
+        let (q, k, v, dy) = (need(inputs, 0)?, need(inputs, 1)?, need(inputs, 2)?, need(inputs, 4)?);
+        if dy.dims != y {
+            return Err(OpError::Shape(format!("dY of {:?} where Y is {y:?}", dy.dims)));
+        }
+        let mut made: Vec<Meta> = [q, k, v].iter().map(|x| Meta::new(q.dtype, &x.dims)).collect();
+        let scores = [a.batch, a.heads, a.queries, a.keys];
+        made.push(match q.rank() {
+            3 => Meta::new(q.dtype, &[a.batch, a.queries, a.keys]),
+            _ => Meta::new(q.dtype, &scores),
+        });
+        Ok(made)
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let a = self.of.of_views(x)?;
+        float_dispatch!(need(x, 0)?.dtype, T => {
+            let room = cx.room::<T>(kernel::grads_scratch::<T>(&a))?;
+            let (q, k, v) = (need(x, 0)?.get::<T>()?, need(x, 1)?.get()?, need(x, 2)?.get()?);
+            let scale = T::of(self.of.scale as f64);
+            let scores = Scores { scale, mask: get(x, 3).map(|m| m.get()).transpose()? };
+            let mut outs = y.iter_mut().map(|y| y.as_mut().map(|y| y.get::<T>()).transpose());
+            let mut next = || outs.next().transpose().map(Option::flatten);
+            let out = Out { q: next()?, k: next()?, v: next()?, mask: next()? };
+            kernel::grads(&a, q, k, v, scores, need(x, 4)?.get()?, need(x, 5)?.get()?, out, room);
+            Ok(())
+        })
+    }
+
+    fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
+        let (Ok((a, _)), Some(q)) = (self.of.of_metas(inputs), get(inputs, 0)) else { return 0 };
+        bytes(q.dtype, |double| match double {
+            true => kernel::grads_scratch::<f64>(&a),
+            false => kernel::grads_scratch::<f32>(&a),
+        })
+    }
+
+    fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
+        self.of
+            .of_metas(inputs)
+            .map_or(0, |(a, _)| a.batch * a.heads * a.queries * a.keys * (3 * a.depth + 2 * a.values))
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        Err(OpError::NotDifferentiable("second derivatives of attention".into()))
+    }
+}
