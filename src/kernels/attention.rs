@@ -8,10 +8,10 @@
 use crate::kernels::gemm::{Product, gemm, gemm_prepared, prepare, prepared, room};
 use crate::kernels::isa::vectorize;
 use crate::kernels::math::Math;
-use crate::kernels::norm::sum2;
+use crate::kernels::norm::{sum, sum2};
 use crate::kernels::par::{Shared, in_slots, slots};
 use crate::kernels::simd::Vectors;
-use crate::kernels::softmax::log_sum;
+use crate::kernels::softmax::largest;
 
 /// Scores that are computed at a time: they stay in the second-level cache.
 const BLOCK: usize = 1 << 14;
@@ -66,6 +66,11 @@ pub struct Scores<'a, T> {
     pub mask: Option<&'a [T]>,
 }
 
+/// A task's own product.
+fn near<T: Vectors>(trans_a: bool, trans_b: bool, m: usize, n: usize, k: usize) -> Product<T> {
+    Product { alone: true, ..Product::dense(trans_a, trans_b, m, n, k) }
+}
+
 impl Attention {
     /// Queries of a block.
     fn block(&self) -> usize {
@@ -78,36 +83,36 @@ impl Attention {
 
     /// Q·Kᵀ of so many queries.
     fn scores<T: Vectors>(&self, rows: usize, scale: T) -> Product<T> {
-        let p = Product::dense(false, true, rows, self.keys, self.depth);
+        let p = near(false, true, rows, self.keys, self.depth);
         Product { alpha: scale, lda: self.q.position, ldb: self.k.position, ..p }
     }
 
     /// P·V
     fn sums<T: Vectors>(&self, rows: usize) -> Product<T> {
-        Product { ldb: self.v.position, ..Product::dense(false, false, rows, self.values, self.keys) }
+        Product { ldb: self.v.position, ..near(false, false, rows, self.values, self.keys) }
     }
 
     /// dP = dY·Vᵀ
     fn score_grads<T: Vectors>(&self, rows: usize) -> Product<T> {
-        let p = Product::dense(false, true, rows, self.keys, self.values);
+        let p = near(false, true, rows, self.keys, self.values);
         Product { lda: self.y.position, ldb: self.v.position, ..p }
     }
 
     /// dQ = scale·dS·K
     fn query_grads<T: Vectors>(&self, rows: usize, scale: T) -> Product<T> {
-        let p = Product::dense(false, false, rows, self.depth, self.keys);
+        let p = near(false, false, rows, self.depth, self.keys);
         Product { alpha: scale, ldb: self.k.position, ..p }
     }
 
     /// dK += scale·dSᵀ·Q
     fn key_grads<T: Vectors>(&self, rows: usize, scale: T) -> Product<T> {
-        let p = Product::dense(true, false, self.keys, self.depth, rows);
+        let p = near(true, false, self.keys, self.depth, rows);
         Product { alpha: scale, beta: T::one(), ldb: self.q.position, ..p }
     }
 
     /// dV += Pᵀ·dY
     fn value_grads<T: Vectors>(&self, rows: usize) -> Product<T> {
-        let p = Product::dense(true, false, self.keys, self.values, rows);
+        let p = near(true, false, self.keys, self.values, rows);
         Product { beta: T::one(), ldb: self.y.position, ..p }
     }
 
@@ -190,10 +195,12 @@ pub fn forward<T: Vectors + Math>(
                         a.add_mask(mask, at, first, s);
                     }
                     for (s, log) in s.chunks_exact_mut(a.keys).zip(logs) {
-                        let (most, total) = log_sum(s);
+                        let most = largest(s);
+                        s.iter_mut().for_each(|x| *x = (*x - most).m_exp());
+                        let total = sum(s, |x| x);
                         *log = most + T::of(total.m_ln());
                         let factor = T::of(1.0 / total);
-                        s.iter_mut().for_each(|x| *x = (*x - most).m_exp() * factor);
+                        s.iter_mut().for_each(|x| *x *= factor);
                     }
                 },
             );

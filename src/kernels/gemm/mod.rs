@@ -53,13 +53,27 @@ pub struct Product<T> {
     pub ldb: usize,
     pub beta: T,
     pub ldc: usize,
+    /// By the calling thread alone, which is one of several that have products to compute.
+    pub alone: bool,
 }
 
 impl<T: Float> Product<T> {
     /// `C = op(A) · op(B)` of dense matrices.
     pub fn dense(trans_a: bool, trans_b: bool, m: usize, n: usize, k: usize) -> Self {
         let (lda, ldb) = (if trans_a { m } else { k }, if trans_b { k } else { n });
-        Product { trans_a, trans_b, m, n, k, alpha: T::one(), lda, ldb, beta: T::zero(), ldc: n }
+        Product {
+            trans_a,
+            trans_b,
+            m,
+            n,
+            k,
+            alpha: T::one(),
+            lda,
+            ldb,
+            beta: T::zero(),
+            ldc: n,
+            alone: false,
+        }
     }
 
     /// Elements that A, B and C must at least have.
@@ -146,7 +160,7 @@ impl<T: Vectors> Product<T> {
 
     /// How many pieces the strips and the panels of C are divided into.
     fn pieces(&self) -> (usize, usize) {
-        let tasks = (self.work() / WORK).clamp(1, TASKS);
+        let tasks = if self.alone { 1 } else { (self.work() / WORK).clamp(1, TASKS) };
         let (rows, cols) = (self.strips().count.max(1), self.panels().max(1));
         match self.packs() {
             Packs::BThenA => (tasks.min(SLOTS).min(self.m.div_ceil(NARROW)).min(rows), 1),
@@ -267,7 +281,7 @@ pub fn prepared<T: Vectors>(p: &Product<T>) -> usize {
 pub fn prepare<T: Vectors>(p: &Product<T>, b: &[T], packed: &mut [T]) {
     assert!(!p.trans_a && b.len() >= p.extents()[1], "operands of a product");
     if !p.is_vector() {
-        pack::columns(p, b, packed, packed.len() >= par::GRAIN);
+        pack::columns(p, b, packed, !p.alone && packed.len() >= par::GRAIN);
     }
 }
 
@@ -291,7 +305,7 @@ pub fn gemm_prepared<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], packed: &[T],
 /// One product, divided into tasks.
 fn divided<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], plus: Plus<T>, c: &mut [T], scratch: &mut [T]) {
     let (packed, rest) = scratch.split_at_mut(p.packed());
-    pack_shared(p, a, b, packed, packed.len() >= par::GRAIN);
+    pack_shared(p, a, b, packed, !p.alone && packed.len() >= par::GRAIN);
     shared_out(p, a, b, plus, c, packed, rest);
 }
 
