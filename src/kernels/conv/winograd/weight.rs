@@ -23,7 +23,7 @@ use crate::tile_sizes;
 /// Elements of a task's transformed tiles.
 const CHUNK: usize = 1 << 16;
 /// Elements of all slabs' sums together.
-const SUMS: usize = 1 << 19;
+const SUMS: usize = 3 << 17;
 const TASKS: usize = 8;
 /// Elements of all tiles, transformed, that stay in the last-level cache, and input channels whose sums do in the
 /// second.
@@ -51,7 +51,7 @@ impl Division {
         let slabs = Pieces::of(tiles.total, tiles.total.div_ceil(slabs));
         let groups = TASKS.div_ceil(slabs.count).min(all);
         let panels = all.div_ceil(groups);
-        let chunk = (CHUNK / (PRODUCTS * (g.c + panels * panel))).clamp(32, 128).min(slabs.len(0));
+        let chunk = (CHUNK / (PRODUCTS * (g.c + panels * panel))).clamp(24, 128).min(slabs.len(0));
         Division { tiles, slabs, chunk, all, panels }
     }
 
