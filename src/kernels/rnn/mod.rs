@@ -11,10 +11,9 @@ mod lstm;
 mod plain;
 mod sequence;
 
-use rayon::prelude::*;
-
 use crate::kernels::gemm::{Plus, Product, gemm, many, prepared, room};
 use crate::kernels::math::Math;
+use crate::kernels::par;
 use crate::kernels::simd::Vectors;
 
 pub use activation::Activation;
@@ -458,8 +457,8 @@ pub fn recurrent_weights<T: Vectors>(
     let (width, hidden) = (s.width(), s.hidden);
     let (before, room) = scratch.split_at_mut(s.rows() * hidden);
     for (d, dr) in dr.chunks_exact_mut(width * hidden).enumerate() {
-        before.par_chunks_exact_mut(hidden).with_min_len((GRAIN / hidden).max(1)).enumerate().for_each(
-            |(row, out)| {
+        par::rows(before, hidden, GRAIN, |first, piece| {
+            for (row, out) in (first..).zip(piece.chunks_exact_mut(hidden)) {
                 let (t, n) = match s.batch_first {
                     true => (row % s.steps, row / s.steps),
                     false => (row / s.batch, row % s.batch),
@@ -468,8 +467,8 @@ pub fn recurrent_weights<T: Vectors>(
                     Some(h) => out.copy_from_slice(h),
                     None => out.fill(T::zero()),
                 }
-            },
-        );
+            }
+        });
         let whole = if reset { s.gates - 1 } else { s.gates };
         gemm(&recurrent_product(s, whole), &dz[d * width..], before, dr, room);
         if let (true, Some(z)) = (reset, saved.z) {
@@ -493,13 +492,13 @@ fn each_row<T: Math, const N: usize>(
     split_rows(0, batch, grain, buffers, &f);
 }
 
-/// Halves the rows until they are few.
+/// Halves the rows until they are few. Compiled once an element type, not once a cell.
 fn split_rows<T: Math, const N: usize>(
     first: usize,
     count: usize,
     grain: usize,
     buffers: [(&mut [T], usize, usize); N],
-    f: &(impl Fn(usize, [&mut [T]; N]) + Sync),
+    f: &(dyn Fn(usize, [&mut [T]; N]) + Sync),
 ) {
     if count > grain {
         let half = count / 2;
