@@ -76,6 +76,7 @@ fn setup(s: &Shape) -> Setup {
         dilations: vec![],
         pads: vec![s.kernel / 2; 4],
         ceil: false,
+        output: vec![],
     };
     let conv = Conv { window, groups: s.groups, normalises: None, clamp: Clamp::NONE, layout: Layout::First };
     let wave = |dims: &[usize]| {

@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::graph::WeightId;
 use crate::import::proto::NodeProto;
 use crate::import::splice::{self, Constant};
+use crate::import::tree;
 use crate::import::wire::{self, Edit};
 use crate::import::{Encoding, Model, Reader, Weight};
 use crate::tensor::Tensor;
@@ -203,7 +204,7 @@ fn varints(
         wire::put_varint(&mut packed, u64::from(u16::from_le_bytes([h[0], h[1]])));
     }
     let first = chunks.first().map_or(0, |c| c.start);
-    let path = splice::path_to(file, first)?;
+    let path = tree::path_to(file, first)?;
     let (&number, around) = path.split_last().ok_or(wire::WireError { at: 0, what: "an empty path" })?;
     for (i, range) in chunks.iter().enumerate() {
         let chain = wire::enclosing(file, &path, range.start)?;

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
 use crate::import::normal;
+use crate::import::tree::Message;
 use crate::import::wire::{Edit, Field, LEN, WireError, fields};
 
 /// Nesting that protobuf's own readers accept.
@@ -21,20 +22,9 @@ pub(super) struct Changes {
 pub(super) fn edits(model: &[u8], changes: &Changes) -> Result<Vec<Edit>, WireError> {
     let mut walk = Walk { bytes: model, changes, path: Vec::new(), edits: Vec::new() };
     if !changes.names.is_empty() || !changes.changed.is_empty() {
-        walk.message(0..model.len(), Kind::Model)?;
+        walk.message(0..model.len(), Message::Model)?;
     }
     Ok(walk.edits)
-}
-
-#[derive(Clone, Copy)]
-enum Kind {
-    Model,
-    Function,
-    Graph,
-    Node,
-    Attribute,
-    Sparse,
-    Tensor,
 }
 
 struct Walk<'a> {
@@ -45,27 +35,18 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    fn message(&mut self, range: Range<usize>, kind: Kind) -> Result<(), WireError> {
+    fn message(&mut self, range: Range<usize>, message: Message) -> Result<(), WireError> {
         if self.path.len() > DEPTH {
             return Err(WireError { at: range.start, what: "messages nest too deeply" });
         }
-        if matches!(kind, Kind::Tensor) {
+        if message == Message::Tensor {
             return self.tensor(range);
         }
         for f in fields(self.bytes, range) {
             let f = f?;
-            let child = match (kind, f.number) {
-                (Kind::Model, 7) | (Kind::Attribute, 6 | 11) => Kind::Graph,
-                (Kind::Model, 25) => Kind::Function,
-                (Kind::Function, 7) | (Kind::Graph, 1) => Kind::Node,
-                (Kind::Function, 11) | (Kind::Node, 5) => Kind::Attribute,
-                (Kind::Graph, 5) | (Kind::Attribute, 5 | 10) | (Kind::Sparse, 1 | 2) => Kind::Tensor,
-                (Kind::Graph, 15) | (Kind::Attribute, 22 | 23) => Kind::Sparse,
-                _ => continue,
-            };
-            if f.wire == LEN {
+            if let (Some(inner), LEN) = (message.field(f.number), f.wire) {
                 self.path.push(f.number);
-                self.message(f.payload, child)?;
+                self.message(f.payload, inner)?;
                 self.path.pop();
             }
         }

@@ -13,7 +13,7 @@ use crate::exec::Session;
 use crate::finetune::shapes_of;
 use crate::graph::{NodeId, WeightId};
 use crate::import::proto::{AttributeProto, NodeProto};
-use crate::import::splice::{self, Constant};
+use crate::import::splice::Constant;
 use crate::import::wire::{self, Edit};
 use crate::import::{Model, Role, edited};
 use crate::ops::Mode;
@@ -96,7 +96,7 @@ pub(super) fn reinsert(session: &mut Session, data: &Dataset, indices: &[usize])
         let Some(k) = layers.iter().position(|l| node.output.first() == Some(&l.output)) else { continue };
         let (layer, (mean, var)) = (&layers[k], &statistics[k]);
         let raw = format!("{}/norm.input", layer.output);
-        let outputs = splice::descend(bytes, field.payload.clone(), &[2]).map_err(malformed)?;
+        let outputs = wire::descend(bytes, field.payload.clone(), &[2]).map_err(malformed)?;
         let Some(first) = outputs.first() else { continue };
         edits.push(Edit {
             path: vec![7, 1, 2],

@@ -69,14 +69,18 @@ impl GradBuilder<'_> {
             .ok_or_else(|| OpError::Internal(format!("the shape of '{}' is not known", value.name)))
     }
 
+    /// The same of every input.
+    pub fn metas(&self) -> std::result::Result<Vec<Option<Meta>>, OpError> {
+        (0..self.inputs()).map(|i| self.x_opt(i).map(|v| self.meta(v).cloned()).transpose()).collect()
+    }
+
     /// Appends a node and returns its output 0.
     pub fn emit(
         &mut self,
         op: impl Op + 'static,
         inputs: &[ValueId],
     ) -> std::result::Result<ValueId, OpError> {
-        let inputs: Vec<_> = inputs.iter().map(|v| Some(*v)).collect();
-        Ok(self.emit_all(op, &inputs, 1)?[0])
+        self.append_one(Arc::new(op), inputs)
     }
 
     /// Appends a node with optional inputs and returns its first `outputs` outputs.
@@ -86,8 +90,23 @@ impl GradBuilder<'_> {
         inputs: &[Option<ValueId>],
         outputs: usize,
     ) -> std::result::Result<Vec<ValueId>, OpError> {
+        self.append(Arc::new(op), inputs, outputs)
+    }
+
+    // Compiled once, not once an operator.
+    fn append_one(&mut self, op: Arc<dyn Op>, inputs: &[ValueId]) -> std::result::Result<ValueId, OpError> {
+        let inputs: Vec<_> = inputs.iter().map(|v| Some(*v)).collect();
+        Ok(self.append(op, &inputs, 1)?[0])
+    }
+
+    fn append(
+        &mut self,
+        op: Arc<dyn Op>,
+        inputs: &[Option<ValueId>],
+        outputs: usize,
+    ) -> std::result::Result<Vec<ValueId>, OpError> {
         let hint = self.hint();
-        self.graph.emit(&hint, Arc::new(op), inputs, outputs)
+        self.graph.emit(&hint, op, inputs, outputs)
     }
 
     /// A scalar constant of the given element type.

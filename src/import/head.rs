@@ -567,9 +567,9 @@ fn declared(
             if old.len() != new.len() {
                 continue;
             }
-            let dims = splice::descend(bytes, f.payload.clone(), &[2, 1, 2, 1])?;
+            let dims = wire::descend(bytes, f.payload.clone(), &[2, 1, 2, 1])?;
             for ((dim, &a), &b) in dims.iter().zip(old).zip(new) {
-                for value in splice::descend(bytes, dim.payload.clone(), &[1])? {
+                for value in wire::descend(bytes, dim.payload.clone(), &[1])? {
                     if a != b && wire::varint(bytes, value.payload.start, value.payload.end)?.0 == a as u64 {
                         let mut n = Vec::new();
                         wire::put_varint(&mut n, b as u64);

@@ -15,6 +15,7 @@ mod order;
 pub mod proto;
 mod roles;
 pub(crate) mod splice;
+pub(crate) mod tree;
 pub mod weights;
 pub mod wire;
 

@@ -1,7 +1,5 @@
 //! Fields that are spliced into a model: constants, operand names.
 
-use std::ops::Range;
-
 use prost::Message;
 
 use super::proto::{AttributeProto, NodeProto, TensorProto};
@@ -63,25 +61,6 @@ pub fn operand(bytes: &[u8], node: &Field, slot: usize, name: &str) -> Result<Op
     Ok(Some(Edit { path: vec![7, 1, 1], range: input.payload, bytes: name.as_bytes().to_vec() }))
 }
 
-/// Every field reached from the message in `range` through the field numbers of `path`.
-pub fn descend(bytes: &[u8], range: Range<usize>, path: &[u32]) -> Result<Vec<Field>, WireError> {
-    let mut level = vec![range];
-    let mut found = Vec::new();
-    for &number in path {
-        found.clear();
-        for r in level.drain(..) {
-            for f in wire::fields(bytes, r) {
-                let f = f?;
-                if f.number == number {
-                    found.push(f);
-                }
-            }
-        }
-        level.extend(found.iter().map(|f: &Field| f.payload.clone()));
-    }
-    Ok(found)
-}
-
 /// `base`, or `base.2`, `base.3`, …: the first name that is not taken.
 pub fn fresh(base: &str, taken: impl Fn(&str) -> bool) -> String {
     let mut name = base.to_string();
@@ -91,45 +70,4 @@ pub fn fresh(base: &str, taken: impl Fn(&str) -> bool) -> String {
         n += 1;
     }
     name
-}
-
-/// Messages that tensors lie in.
-#[derive(Clone, Copy)]
-enum Kind {
-    Model,
-    Function,
-    Graph,
-    Node,
-    Attribute,
-    Sparse,
-    Tensor,
-}
-
-/// The field numbers that lead from a model to the tensor's field which holds byte `at`: through functions, subgraphs
-/// and attributes.
-pub fn path_to(bytes: &[u8], at: usize) -> Result<Vec<u32>, WireError> {
-    let (mut range, mut kind, mut path) = (0..bytes.len(), Kind::Model, Vec::new());
-    loop {
-        let mut inner = None;
-        for f in wire::fields(bytes, range.clone()) {
-            let f = f?;
-            if f.payload.contains(&at) {
-                inner = Some(f);
-                break;
-            }
-        }
-        let Some(f) = inner else { return Err(WireError { at, what: "no tensor lies here" }) };
-        path.push(f.number);
-        kind = match (kind, f.number) {
-            (Kind::Tensor, _) => return Ok(path),
-            (Kind::Model, 7) | (Kind::Attribute, 6 | 11) => Kind::Graph,
-            (Kind::Model, 25) => Kind::Function,
-            (Kind::Function, 7) | (Kind::Graph, 1) => Kind::Node,
-            (Kind::Function, 11) | (Kind::Node, 5) => Kind::Attribute,
-            (Kind::Graph, 5) | (Kind::Attribute, 5 | 10) | (Kind::Sparse, 1 | 2) => Kind::Tensor,
-            (Kind::Graph, 15) | (Kind::Attribute, 22 | 23) => Kind::Sparse,
-            _ => return Err(WireError { at, what: "no tensor lies here" }),
-        };
-        range = f.payload;
-    }
 }

@@ -159,8 +159,12 @@ pub fn fields(bytes: &[u8], range: Range<usize>) -> impl Iterator<Item = Result<
 /// Every field reached by descending through the field numbers of `path`, in the order a reader
 /// that merges repeated messages meets them: `[7, 1]` in a ModelProto is every node.
 pub fn find_all(bytes: &[u8], path: &[u32]) -> Result<Vec<Field>, WireError> {
-    let mut parents: Vec<Range<usize>> = Vec::new();
-    parents.push(0..bytes.len());
+    descend(bytes, 0..bytes.len(), path)
+}
+
+/// As [`find_all`], from the message that fills `range`.
+pub fn descend(bytes: &[u8], range: Range<usize>, path: &[u32]) -> Result<Vec<Field>, WireError> {
+    let mut parents = vec![range];
     let mut found = Vec::new();
     for (depth, &number) in path.iter().enumerate() {
         found.clear();

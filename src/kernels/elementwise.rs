@@ -102,7 +102,8 @@ impl<const N: usize> Walk<N> {
 
     /// Calls `f(range, offsets)` for the runs along the innermost axis that make up the result's elements
     /// `start..start + len`: the run's place counted from `start`, and where it begins in each operand.
-    fn runs(&self, start: usize, len: usize, mut f: impl FnMut(Range<usize>, [usize; N])) {
+    /// Compiled once, not once a type.
+    fn runs(&self, start: usize, len: usize, f: &mut dyn FnMut(Range<usize>, [usize; N])) {
         let last = self.axes.len() - 1;
         let row = self.axes[last];
         let inner = self.strides[last];
@@ -204,7 +205,7 @@ fn drive1<A: Elem, Y: Elem>(y: &mut [Y], a: Option<&[A]>, walk: &Walk<1>, each: 
     let [sa] = walk.inner();
     par::pieces(y, |start, y| {
         let mut buffer = [A::default(); BLOCK];
-        walk.runs(start, y.len(), |at, [i]| {
+        walk.runs(start, y.len(), &mut |at, [i]| {
             for (k, y) in y[at].chunks_mut(BLOCK).enumerate() {
                 let a = operand(a, i + k * BLOCK * sa, sa, y, &mut buffer);
                 each(y, a);
@@ -243,13 +244,23 @@ fn drive2<A: Elem, B: Elem, Y: Elem>(
     let [sa, sb] = walk.inner();
     par::pieces(y, |start, y| {
         let (mut first, mut second) = ([A::default(); BLOCK], [B::default(); BLOCK]);
-        walk.runs(start, y.len(), |at, [i, j]| {
+        walk.runs(start, y.len(), &mut |at, [i, j]| {
             for (k, y) in y[at].chunks_mut(BLOCK).enumerate() {
                 let k = k * BLOCK;
                 let a = operand(a, i + k * sa, sa, y, &mut first);
                 let b = operand(b, j + k * sb, sb, y, &mut second);
                 each(y, a, b);
             }
+        });
+    });
+}
+
+/// `y = f(i, j)` of the operands' positions: for rare pairs of types, whose elements `f` reads one by one.
+pub fn apply_at<Y: Elem>(y: &mut [Y], walk: &Walk<2>, f: &(dyn Fn(usize, usize) -> Y + Sync)) {
+    let [sa, sb] = walk.inner();
+    par::pieces(y, |start, y| {
+        walk.runs(start, y.len(), &mut |at, [i, j]| {
+            y[at].iter_mut().enumerate().for_each(|(k, y)| *y = f(i + k * sa, j + k * sb));
         });
     });
 }
@@ -282,7 +293,7 @@ fn drive3<A: Elem, B: Elem, C: Elem, Y: Elem>(
     let [sa, sb, sc] = walk.inner();
     par::pieces(y, |start, y| {
         let mut buffers = ([A::default(); BLOCK], [B::default(); BLOCK], [C::default(); BLOCK]);
-        walk.runs(start, y.len(), |at, [i, j, l]| {
+        walk.runs(start, y.len(), &mut |at, [i, j, l]| {
             for (k, y) in y[at].chunks_mut(BLOCK).enumerate() {
                 let k = k * BLOCK;
                 let a = operand(a, i + k * sa, sa, y, &mut buffers.0);

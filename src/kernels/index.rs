@@ -99,6 +99,12 @@ where
     });
 }
 
+/// `y = f(y, updates)`, element by element.
+#[inline]
+pub fn each<T: Copy>(y: &mut [T], updates: &[T], f: impl Fn(T, T) -> T) {
+    y.iter_mut().zip(updates).for_each(|(y, u)| *y = f(*y, *u));
+}
+
 /// How axis-wise indices walk a tensor: position `p` of the indices, of shape `dims`, is coordinate `p` of the
 /// data but for `axis`, where the index stands instead.
 pub struct AlongAxis<'a> {
@@ -150,9 +156,9 @@ impl AlongAxis<'_> {
         self.visit(0, self.index.len(), |_, offset| f(offset));
     }
 
-    /// `y[offset(p)] = f(y[offset(p)], updates[p])`, in the order of `p`.
-    pub fn scatter<T: Copy>(&self, updates: &[T], y: &mut [T], f: impl Fn(T, T) -> T) {
-        self.visit(0, updates.len(), |p, offset| y[offset] = f(y[offset], updates[p]));
+    /// `f(y[offset(p)], updates[p])`, each as a slice of one, in the order of `p`.
+    pub fn scatter<T>(&self, updates: &[T], y: &mut [T], f: impl Fn(&mut [T], &[T])) {
+        self.visit(0, updates.len(), |p, offset| f(&mut y[offset..=offset], &updates[p..=p]));
     }
 }
 
@@ -204,10 +210,10 @@ impl Tuples<'_> {
         });
     }
 
-    /// Every block of `updates` combined into the block its tuple addresses, in order.
-    pub fn scatter<T: Copy>(&self, updates: &[T], y: &mut [T], f: impl Fn(T, T) -> T) {
+    /// Every block of `updates` written by `f` to the block its tuple addresses, in order.
+    pub fn scatter<T>(&self, updates: &[T], y: &mut [T], f: impl Fn(&mut [T], &[T])) {
         for (t, from) in updates.chunks_exact(self.block.max(1)).enumerate() {
-            y[self.range(t)].iter_mut().zip(from).for_each(|(y, u)| *y = f(*y, *u));
+            f(&mut y[self.range(t)], from);
         }
     }
 }

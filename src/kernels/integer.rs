@@ -76,15 +76,10 @@ integers!(i8, i16, i32, i64, u8, u16, u32, u64);
 #[macro_export]
 macro_rules! int_dispatch {
     ($dtype:expr, $t:ident => $body:expr) => {
-        $crate::int_dispatch!(@ $dtype, $t, $body, I8 i8, I16 i16, I32 i32, I64 i64, U8 u8, U16 u16, U32 u32, U64 u64)
-    };
-    (@ $dtype:expr, $t:ident, $body:expr, $($d:ident $int:ident),*) => {
-        match $dtype {
-            $($crate::tensor::DType::$d => {
-                type $t = $int;
-                $body
-            })*
-            other => Err($crate::error::OpError::Type(format!("{other} where numbers are computed"))),
-        }
+        $crate::dispatch!(
+            $dtype, $t => $body,
+            [I8: i8, I16: i16, I32: i32, I64: i64, U8: u8, U16: u16, U32: u32, U64: u64],
+            other => Err($crate::error::OpError::Type(format!("{other} where numbers are computed")))
+        )
     };
 }

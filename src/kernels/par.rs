@@ -20,19 +20,26 @@ pub fn pieces<T: Send>(y: &mut [T], f: impl Fn(usize, &mut [T]) + Send + Sync) {
 /// As [`pieces`], with pieces that are whole rows of `row` elements, each of at least about `grain` elements.
 /// `f` is given the index of the piece's first *row*.
 pub fn rows<T: Send>(y: &mut [T], row: usize, grain: usize, f: impl Fn(usize, &mut [T]) + Send + Sync) {
-    split(y, row.max(1), grain, &f);
+    let row = row.max(1);
+    let per = (grain / row).max(1);
+    split(y, per * row, per, &f);
 }
 
-/// Compiled once an element type rather than once a kernel: rayon's machinery is large.
-fn split<T: Send>(y: &mut [T], row: usize, grain: usize, f: &(dyn Fn(usize, &mut [T]) + Send + Sync)) {
-    let per = (grain / row).max(1);
-    if y.len() <= per * row {
+/// Calls `f(i, chunk)` for consecutive chunks of `size` elements, the last one perhaps shorter.
+pub fn chunks<T: Send>(y: &mut [T], size: usize, f: impl Fn(usize, &mut [T]) + Send + Sync) {
+    split(y, size.max(1), 1, &f);
+}
+
+/// Chunk `i` is handed over as number `i * step`. Compiled once an element type rather than once a kernel: rayon's
+/// machinery is large.
+fn split<T: Send>(y: &mut [T], size: usize, step: usize, f: &(dyn Fn(usize, &mut [T]) + Send + Sync)) {
+    if y.len() <= size {
         if !y.is_empty() {
             f(0, y);
         }
         return;
     }
-    y.par_chunks_mut(per * row).enumerate().for_each(|(i, piece)| f(i * per, piece));
+    y.par_chunks_mut(size).enumerate().for_each(|(i, chunk)| f(i * step, chunk));
 }
 
 /// Folds `leaf` over pieces of at most `grain` indices with `merge`, in a binary tree that depends on the range alone.

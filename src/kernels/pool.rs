@@ -118,7 +118,7 @@ pub fn max<T: Ordered>(g: &Geometry, x: &[T], y: &mut [T], argmax: Option<&mut [
     }
     let task = grain(py, g.taps());
     let Some(argmax) = argmax else {
-        y.par_chunks_mut(task).enumerate().for_each(|(i, y)| {
+        par::chunks(y, task, |i, y| {
             vectorize(
                 #[inline(always)]
                 || {
@@ -192,7 +192,7 @@ pub fn max_grad<T: Float>(g: &Geometry, dy: &[T], argmax: &[u32], dx: &mut [T]) 
         return;
     }
     let task = grain(px, 1);
-    dx.par_chunks_mut(task).enumerate().for_each(|(i, dx)| {
+    par::chunks(dx, task, |i, dx| {
         dx.fill(T::zero());
         for (j, dx) in dx.chunks_exact_mut(px).enumerate() {
             let from = (i * task / px + j) * py;
@@ -212,7 +212,7 @@ pub fn average<T: Float>(g: &Geometry, include_pad: bool, x: &[T], y: &mut [T]) 
         return;
     }
     let task = grain(py, g.taps());
-    y.par_chunks_mut(task).enumerate().for_each(|(i, y)| {
+    par::chunks(y, task, |i, y| {
         y.fill(T::zero());
         vectorize(
             #[inline(always)]
@@ -282,7 +282,7 @@ pub fn lp<T: Float + Math>(g: &Geometry, p: i32, x: &[T], y: &mut [T]) {
         return;
     }
     let task = grain(py, g.taps());
-    y.par_chunks_mut(task).enumerate().for_each(|(i, y)| {
+    par::chunks(y, task, |i, y| {
         y.fill(T::zero());
         for (j, y) in y.chunks_exact_mut(py).enumerate() {
             let x = &x[(i * task / py + j) * px..][..px];
@@ -308,7 +308,7 @@ pub fn lp_grad<T: Float + Math>(g: &Geometry, p: i32, dy: &[T], x: &[T], y: &[T]
         return;
     }
     let (task, s) = (grain(px, g.taps()), g.stride[2]);
-    dx.par_chunks_mut(task).enumerate().for_each(|(i, dx)| {
+    par::chunks(dx, task, |i, dx| {
         dx.fill(T::zero());
         for (j, dx) in dx.chunks_exact_mut(px).enumerate() {
             let plane = i * task / px + j;
@@ -328,7 +328,7 @@ pub fn lp_grad<T: Float + Math>(g: &Geometry, p: i32, dy: &[T], x: &[T], y: &[T]
 /// The mean of each run of `plane` elements, summed in f64.
 pub fn mean_of_planes<T: Float>(plane: usize, x: &[T], y: &mut [T]) {
     let task = (par::GRAIN / plane.max(1)).max(1);
-    y.par_chunks_mut(task).enumerate().for_each(|(i, y)| {
+    par::chunks(y, task, |i, y| {
         vectorize(
             #[inline(always)]
             || {

@@ -1,8 +1,6 @@
 //! Resizing axis by axis: each place of a result is a weighted sum of a few of the axis' elements, which a table names.
 //! The gradient reads the same table the other way.
 
-use rayon::prelude::*;
-
 use crate::kernels::isa::Wide;
 use crate::kernels::par;
 use crate::tensor::{Elem, Float};
@@ -227,7 +225,7 @@ pub fn resample_grad<T: Float + Wide>(p: &Pass<T>, dy: &[T], dx: &mut [T]) {
         return;
     }
     let per = (par::GRAIN / (y_row * p.taps).max(1)).max(1);
-    dx.par_chunks_mut(per * row).enumerate().for_each(|(i, dx)| {
+    par::chunks(dx, per * row, |i, dx| {
         T::wide(
             #[inline(always)]
             || {

@@ -1,8 +1,6 @@
 //! The largest or smallest elements along an axis.
 
-use std::cmp::Ordering;
-
-use rayon::prelude::*;
+use crate::kernels::par;
 
 /// The geometry of a selection: X is (outer, n, inner), results are (outer, k, inner).
 #[derive(Debug, Clone, Copy)]
@@ -15,35 +13,37 @@ pub struct TopK {
 
 impl TopK {
     /// The `k` first elements of each row in order, and where they were; equal ones in the order of their positions, and
-    /// NaN above every number. `room` holds as many numbers as X has elements.
+    /// NaN above every number; what is wanted of both. `room` holds as many numbers as X has elements.
     pub fn select<T: PartialOrd + Copy + Send + Sync>(
         &self,
         x: &[T],
-        values: &mut [T],
-        positions: &mut [i64],
+        values: Option<&mut [T]>,
+        positions: Option<&mut [i64]>,
         room: &mut [u32],
     ) {
         let (block, out) = (self.n * self.inner, self.k * self.inner);
         if block == 0 || out == 0 {
             return;
         }
-        let parts = values.par_chunks_mut(out).zip(positions.par_chunks_mut(out));
-        let parts = parts.zip(room.par_chunks_mut(block)).zip(x.par_chunks(block));
-        parts.for_each(|(((values, positions), room), x)| {
-            for i in 0..self.inner {
-                self.row(x, i, values, positions, &mut room[..self.n]);
+        par::chunks(room, block, |o, room| {
+            for (i, order) in room.chunks_exact_mut(self.n).enumerate() {
+                self.order(&x[o * block..][..block], i, order);
             }
+        });
+        // Where the element of a result was in X.
+        let source = |at: usize| room[at / out * block + at % self.inner * self.n + at % out / self.inner];
+        par::pieces(values.unwrap_or_default(), |start, values| {
+            for (at, v) in (start..).zip(values) {
+                *v = x[at / out * block + source(at) as usize * self.inner + at % self.inner];
+            }
+        });
+        par::pieces(positions.unwrap_or_default(), |start, positions| {
+            (start..).zip(positions).for_each(|(at, p)| *p = i64::from(source(at)));
         });
     }
 
-    fn row<T: PartialOrd + Copy>(
-        &self,
-        x: &[T],
-        i: usize,
-        values: &mut [T],
-        positions: &mut [i64],
-        order: &mut [u32],
-    ) {
+    /// The positions of row `i`, of which the first `k` are in order.
+    fn order<T: PartialOrd + Copy>(&self, x: &[T], i: usize, order: &mut [u32]) {
         let at = |p: u32| x[p as usize * self.inner + i];
         let before = |p: &u32, q: &u32| {
             let (a, b) = if self.largest { (at(*q), at(*p)) } else { (at(*p), at(*q)) };
@@ -54,11 +54,6 @@ impl TopK {
         if self.k < self.n {
             order.select_nth_unstable_by(self.k, before);
         }
-        let first = &mut order[..self.k];
-        first.sort_unstable_by(|p, q| -> Ordering { before(p, q) });
-        for (r, &p) in first.iter().enumerate() {
-            values[r * self.inner + i] = at(p);
-            positions[r * self.inner + i] = p as i64;
-        }
+        order[..self.k].sort_unstable_by(before);
     }
 }

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
+use num_traits::AsPrimitive;
+
 use crate::error::OpError;
 use crate::graph::{GradBuilder, Lowering};
-use crate::kernels::elementwise::{Walk, apply2, apply3};
+use crate::kernels::elementwise::{Walk, apply_at, apply1, apply2, apply3, same};
 use crate::kernels::integer::Integer;
 use crate::kernels::isa::Wide;
 use crate::kernels::math::Math;
@@ -100,7 +102,7 @@ impl Op for Binary {
             && let (Some(a), Some(b)) = (x[0], x[1])
             && a.dtype != b.dtype
         {
-            return dtype_dispatch!(b.dtype, B => mixed_pow::<B>(a, b, y));
+            return mixed_pow(a, b, y);
         }
         if y.dtype.is_float() {
             float_dispatch!(y.dtype, T => self.floats::<T>(x, y))
@@ -225,15 +227,9 @@ impl Binary {
                 };
                 apply::<T>(x, y, modulo as fn(T, T) -> T)
             }
-            Pow => match exponent::<T>(x.get(1).copied().flatten())? {
-                Some(2.0) => apply::<T>(x, y, |a, _| a * a),
-                Some(3.0) => apply::<T>(x, y, |a, _| a * a * a),
-                Some(-1.0) => apply::<T>(x, y, |a, _| T::one() / a),
-                Some(0.5) => apply::<T>(x, y, |a, _| {
-                    // Where a square root differs from a power: −∞ and −0.
-                    if a == T::neg_infinity() { T::infinity() } else { a.m_sqrt() + zero }
-                }),
-                _ => apply::<T>(x, y, |a, b| a.m_pow(b)),
+            Pow => match single(get(x, 1))? {
+                Some(b) => power::<T>(get(x, 0), y, b),
+                None => apply::<T>(x, y, |a, b| a.m_pow(b)),
             },
         }
     }
@@ -255,29 +251,53 @@ impl Binary {
     }
 }
 
-/// The exponent when it is a single number.
-fn exponent<T: Math>(b: Option<View>) -> Result<Option<f64>, OpError> {
+/// `y = a^b` for a single exponent; a base that is absent lies in `y`.
+fn power<T: Math>(a: Option<View>, y: &mut ViewMut, b: f64) -> Result<(), OpError> {
+    let (a, y) = (slice::<T>(a)?, y.get::<T>()?);
+    let walk = same(y.len());
+    let half_power = |a: T| {
+        // Where a square root differs from a power: −∞ and −0.
+        if a == T::neg_infinity() { T::infinity() } else { a.m_sqrt() + T::zero() }
+    };
     match b {
-        Some(b) if b.len() == 1 => Ok(b.get::<T>()?.first().map(|x| x.to64())),
-        _ => Ok(None),
+        2.0 => apply1(y, a, &walk, |a: T| a * a),
+        3.0 => apply1(y, a, &walk, |a: T| a * a * a),
+        -1.0 => apply1(y, a, &walk, |a: T| T::one() / a),
+        0.5 => apply1(y, a, &walk, half_power),
+        _ => {
+            let b = T::of(b);
+            apply1(y, a, &walk, |a: T| a.m_pow(b));
+        }
     }
+    Ok(())
+}
+
+/// The number that an operand of one element is.
+fn single(x: Option<View>) -> Result<Option<f64>, OpError> {
+    x.filter(|x| x.len() == 1).map(|x| number(x, 0)).transpose()
+}
+
+/// Element `i` of an operand.
+fn number(x: View, i: usize) -> Result<f64, OpError> {
+    dtype_dispatch!(x.dtype, T => Ok(x.get::<T>()?[i].as_()))
 }
 
 /// A base and an exponent of different types, in f64.
-fn mixed_pow<B: Elem + num_traits::ToPrimitive>(a: View, b: View, y: &mut ViewMut) -> Result<(), OpError> {
+fn mixed_pow(a: View, b: View, y: &mut ViewMut) -> Result<(), OpError> {
     let walk = Walk::new(y.dims, [a.dims, b.dims]);
-    let wide = |b: B| b.to_f64().unwrap_or(f64::NAN);
-    if y.dtype.is_float() {
-        float_dispatch!(y.dtype, T => {
-            apply2(y.get::<T>()?, Some(a.get::<T>()?), Some(b.get::<B>()?), &walk, |a: T, b: B| a.m_pow(wide(b) as T));
+    let exponent = |i: usize| number(b, i).unwrap_or(f64::NAN);
+    match y.dtype.is_float() {
+        true if b.len() == 1 => float_dispatch!(y.dtype, T => power::<T>(Some(a), y, exponent(0))),
+        true => float_dispatch!(y.dtype, T => {
+            let (a, y) = (a.get::<T>()?, y.get::<T>()?);
+            apply_at(y, &walk, &|i, j| a[i].m_pow(exponent(j) as T));
             Ok(())
-        })
-    } else {
-        int_dispatch!(y.dtype, T => {
-            let f = |a: T, b: B| (a as f64).powf(wide(b)) as T;
-            apply2(y.get::<T>()?, Some(a.get::<T>()?), Some(b.get::<B>()?), &walk, f);
+        }),
+        false => int_dispatch!(y.dtype, T => {
+            let (a, y) = (a.get::<T>()?, y.get::<T>()?);
+            apply_at(y, &walk, &|i, j| (a[i] as f64).powf(exponent(j)) as T);
             Ok(())
-        })
+        }),
     }
 }
 
@@ -341,7 +361,7 @@ impl BinaryGrad {
         let (zero, one, half) = (T::zero(), T::one(), T::of(0.5));
         match self {
             BinaryGrad::DivB => ternary::<T>(x, y, |dy, y, b| -dy * y / b),
-            BinaryGrad::PowA => match exponent::<T>(x.get(2).copied().flatten())? {
+            BinaryGrad::PowA => match single(get(x, 2))? {
                 Some(2.0) => ternary::<T>(x, y, |dy, a, _| dy * (a + a)),
                 Some(3.0) => ternary::<T>(x, y, |dy, a, _| dy * T::of(3.0) * a * a),
                 Some(0.5) => ternary::<T>(x, y, |dy, a, _| dy * half / a.m_sqrt()),

@@ -10,77 +10,16 @@ use crate::tensor::{DType, Dims, Meta, View};
 /// Integers of a shape-like operand; on the stack for any usual rank.
 pub(super) type Ints = SmallVec<[i64; 8]>;
 
-/// Runs `$body` with `$t` bound to the unsigned integer of the element's size.
-macro_rules! by_size {
-    ($dtype:expr, $t:ident => $body:expr) => {
-        match $dtype.size() {
-            1 => {
-                type $t = u8;
-                $body
-            }
-            2 => {
-                type $t = u16;
-                $body
-            }
-            4 => {
-                type $t = u32;
-                $body
-            }
-            _ => {
-                type $t = u64;
-                $body
-            }
-        }
-    };
-}
-pub(super) use by_size;
+pub(super) use crate::tensor::by_size;
 
 /// Runs `$body` with `$t` bound to a type with arithmetic, or fails with a type error (halves, bool).
 macro_rules! numeric {
     ($dtype:expr, $t:ident => $body:expr) => {
-        match $dtype {
-            $crate::tensor::DType::F32 => {
-                type $t = f32;
-                $body
-            }
-            $crate::tensor::DType::F64 => {
-                type $t = f64;
-                $body
-            }
-            $crate::tensor::DType::I8 => {
-                type $t = i8;
-                $body
-            }
-            $crate::tensor::DType::I16 => {
-                type $t = i16;
-                $body
-            }
-            $crate::tensor::DType::I32 => {
-                type $t = i32;
-                $body
-            }
-            $crate::tensor::DType::I64 => {
-                type $t = i64;
-                $body
-            }
-            $crate::tensor::DType::U8 => {
-                type $t = u8;
-                $body
-            }
-            $crate::tensor::DType::U16 => {
-                type $t = u16;
-                $body
-            }
-            $crate::tensor::DType::U32 => {
-                type $t = u32;
-                $body
-            }
-            $crate::tensor::DType::U64 => {
-                type $t = u64;
-                $body
-            }
-            other => Err($crate::error::OpError::Type(format!("arithmetic on {other}"))),
-        }
+        $crate::dispatch!(
+            $dtype, $t => $body,
+            [F32: f32, F64: f64, I8: i8, I16: i16, I32: i32, I64: i64, U8: u8, U16: u16, U32: u32, U64: u64],
+            other => Err($crate::error::OpError::Type(format!("arithmetic on {other}")))
+        )
     };
 }
 pub(super) use numeric;

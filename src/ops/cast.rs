@@ -5,13 +5,14 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use num_traits::AsPrimitive;
 
-use crate::dtype_dispatch;
 use crate::error::OpError;
 use crate::graph::GradBuilder;
+use crate::kernels::integer::Integer;
 use crate::kernels::par;
 use crate::ops::layout::rank_of;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{Conversion, DType, Elem, Meta, Round, View, ViewMut};
+use crate::{dtype_dispatch, int_dispatch};
 
 /// ONNX `Cast` (opset 6 to 25) and `CastLike` (opset 15).
 ///
@@ -47,22 +48,44 @@ impl Op for CastTo {
 
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let (x, y) = (need(x, 0)?, out(y, 0)?);
-        if x.dtype.is_narrow() || y.dtype.is_narrow() {
-            return self.narrow(x, y);
-        }
-        dtype_dispatch!(x.dtype, S => match (y.dtype, self.to) {
-            (DType::Bool, _) => {
-                let zero = S::default();
-                map(y.get::<u8>()?, x.get::<S>()?, |v: S| (v != zero) as u8);
-                Ok(())
+        let half = self.to.filter(|to| matches!(to, DType::F16 | DType::BF16));
+        // What networks do often is compiled for its pair of types, the rest goes by way of the widest ones.
+        match (x.dtype, y.dtype) {
+            (DType::F32, DType::F32) if half == Some(DType::F16) => {
+                map(y.get()?, x.get()?, |v: f32| f16::from_f32(v).to_f32());
             }
-            (DType::F32, Some(DType::F16)) => through::<S, f16>(x, y),
-            (DType::F32, Some(DType::BF16)) => through::<S, bf16>(x, y),
-            _ => dtype_dispatch!(y.dtype, D => {
-                map(y.get::<D>()?, x.get::<S>()?, |v: S| AsPrimitive::<D>::as_(v));
-                Ok(())
-            }),
-        })
+            (DType::F32, DType::F32) if half.is_some() => {
+                map(y.get()?, x.get()?, |v: f32| bf16::from_f32(v).to_f32());
+            }
+            (_, DType::F32) if half == Some(DType::F16) => {
+                by_way_of(x, y.get()?, floats, |v| f16::from_f64(v).to_f32());
+            }
+            (_, DType::F32) if half.is_some() => {
+                by_way_of(x, y.get()?, floats, |v| bf16::from_f64(v).to_f32())
+            }
+            (from, to) if from == to => y.bytes.copy_from_slice(x.bytes),
+            (DType::F32, DType::Bool) => map(y.get()?, x.get()?, |v: f32| u8::from(v != 0.0)),
+            (_, DType::Bool) => by_way_of(x, y.get()?, floats, |v| u8::from(v != 0.0)),
+            (_, to) if to.is_narrow() => by_way_of(x, &mut *y.bytes, floats, |v| to.encode(v, self.how)),
+            (DType::F32, to) => {
+                dtype_dispatch!(to, D => map(y.get::<D>()?, x.get::<f32>()?, AsPrimitive::as_))
+            }
+            (from, DType::F32) if !from.is_narrow() => {
+                dtype_dispatch!(from, S => map(y.get::<f32>()?, x.get::<S>()?, AsPrimitive::as_));
+            }
+            (DType::I32, DType::I64) => map(y.get()?, x.get()?, |v: i32| i64::from(v)),
+            (DType::I64, DType::I32) => map(y.get()?, x.get()?, |v: i64| v as i32),
+            (from, to) if from.is_float() || from.is_narrow() || to.is_float() => {
+                dtype_dispatch!(to, D => by_way_of(x, y.get::<D>()?, floats, AsPrimitive::as_));
+            }
+            (_, to) => {
+                return int_dispatch!(to, D => {
+                    by_way_of(x, y.get::<D>()?, integers, D::narrow);
+                    Ok(())
+                });
+            }
+        }
+        Ok(())
     }
 
     fn channels_last(&self, inputs: &[Option<&Meta>], _outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
@@ -96,56 +119,49 @@ impl Op for CastTo {
     }
 }
 
-impl CastTo {
-    /// From or to a narrow type, by way of float64, which holds every value of one.
-    fn narrow(&self, x: View, y: &mut ViewMut) -> Result<(), OpError> {
-        let (from, to, how) = (x.dtype, y.dtype, self.how);
-        if from == to {
-            y.bytes.copy_from_slice(x.bytes);
-        } else if from.is_narrow() && to.is_narrow() {
-            map(y.bytes, x.bytes, |v: u8| to.encode(from.decode(v), how));
-        } else if from.is_narrow() {
-            let bytes = x.bytes;
-            if to == DType::Bool {
-                map(y.bytes, bytes, |v: u8| (from.decode(v) != 0.0) as u8);
-                return Ok(());
-            }
-            return dtype_dispatch!(to, D => {
-                map(y.get::<D>()?, bytes, |v: u8| AsPrimitive::<D>::as_(from.decode(v)));
-                Ok(())
-            });
-        } else {
-            return dtype_dispatch!(from, S => {
-                map(y.bytes, x.get::<S>()?, |v: S| to.encode(AsPrimitive::<f64>::as_(v), how));
-                Ok(())
-            });
-        }
-        Ok(())
-    }
-}
-
 /// `y = f(x)`, compiled for the baseline: there are many pairs of types.
 fn map<X: Elem, Y: Elem>(y: &mut [Y], x: &[X], f: impl Fn(X) -> Y + Sync) {
     par::pieces(y, |start, y| y.iter_mut().zip(&x[start..]).for_each(|(y, x)| *y = f(*x)));
 }
 
-/// Rounds to a half type and widens again.
-fn through<S, H>(x: View, y: &mut ViewMut) -> Result<(), OpError>
-where
-    S: Elem + AsPrimitive<f32> + AsPrimitive<f64>,
-    H: AsPrimitive<f32>,
-    f32: AsPrimitive<H>,
-    f64: AsPrimitive<H>,
-{
-    map(y.get::<f32>()?, x.get::<S>()?, |v: S| {
-        // Through f64 where f32 would round a first time.
-        let half: H = match S::DTYPE {
-            DType::F32 | DType::F16 | DType::BF16 => AsPrimitive::<f32>::as_(v).as_(),
-            _ => AsPrimitive::<f64>::as_(v).as_(),
-        };
-        half.as_()
+/// Elements that are widened at a time.
+const BLOCK: usize = 256;
+
+/// `y = f(x)`, by way of blocks of a type `W` that holds every value of X's.
+fn by_way_of<W: Copy + Default, Y: Elem>(
+    x: View,
+    y: &mut [Y],
+    widen: fn(View, usize, &mut [W]),
+    f: impl Fn(W) -> Y + Sync,
+) {
+    par::pieces(y, |start, y| {
+        let mut wide = [W::default(); BLOCK];
+        for (k, y) in y.chunks_mut(BLOCK).enumerate() {
+            let wide = &mut wide[..y.len()];
+            widen(x, start + k * BLOCK, wide);
+            y.iter_mut().zip(wide).for_each(|(y, w)| *y = f(*w));
+        }
     });
-    Ok(())
+}
+
+/// The elements from `start` on as float64; the nearest ones of large integers.
+fn floats(x: View, start: usize, out: &mut [f64]) {
+    if x.dtype.is_narrow() {
+        return out.iter_mut().zip(&x.bytes[start..]).for_each(|(o, v)| *o = x.dtype.decode(*v));
+    }
+    dtype_dispatch!(x.dtype, S => {
+        let x = x.get::<S>().unwrap_or_default();
+        out.iter_mut().zip(&x[start..]).for_each(|(o, v)| *o = v.as_());
+    });
+}
+
+/// The elements from `start` on, which are integers or bools.
+fn integers(x: View, start: usize, out: &mut [i128]) {
+    let dtype = if x.dtype == DType::Bool { DType::U8 } else { x.dtype };
+    let done = int_dispatch!(dtype, S => {
+        x.get::<S>().map(|x| out.iter_mut().zip(&x[start..]).for_each(|(o, v)| *o = v.wide()))
+    });
+    debug_assert!(done.is_ok(), "{done:?}");
 }
 
 /// ONNX `Identity` (opset 1 to 25): the same bytes.
@@ -236,23 +252,8 @@ mod tests {
 
     #[test]
     fn every_pair_of_types() {
-        let all = [
-            DType::F32,
-            DType::F64,
-            DType::F16,
-            DType::BF16,
-            DType::I8,
-            DType::I16,
-            DType::I32,
-            DType::I64,
-            DType::U8,
-            DType::U16,
-            DType::U32,
-            DType::U64,
-            DType::Bool,
-        ];
-        for from in all {
-            for to in all {
+        for from in DType::WIDE {
+            for to in DType::WIDE {
                 let x = Tensor::from_slice(&[3], &[0.0, 1.0, 1.0]).unwrap().cast(from);
                 let y = eval(&CastTo::new(to), &[Some(&x)]).unwrap();
                 assert_eq!(y[0].dtype(), to.working(), "{from} to {to}");

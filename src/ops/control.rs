@@ -240,7 +240,7 @@ impl Control {
 
     fn infer_scan(&self, scan: &Scan, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let state = self.own - scan.inputs;
-        let rounds = scan.rounds(&inputs[state..self.own.min(inputs.len())])?;
+        let rounds = scan.rounds(inputs.get(state..self.own).unwrap_or_default())?;
         let mut formal: Vec<Meta> =
             (0..state).map(|i| need(inputs, i).map(unknown)).collect::<Result<_, _>>()?;
         for (k, &a) in scan.input_axes.iter().enumerate() {
@@ -314,7 +314,7 @@ impl Control {
                     carried = outs.by_ref().take(state).collect();
                     outs.zip(&mut scanned).for_each(|(t, all)| all.push(t));
                 }
-                for (k, all) in scanned.iter().enumerate() {
+                for (k, all) in scanned.iter().enumerate().filter(|(_, all)| !all.is_empty()) {
                     carried.push(Arc::new(stack(all, scan.output_axes[k], scan.output_reversed[k])?));
                 }
                 Ok(carried)
@@ -402,7 +402,8 @@ impl Op for Control {
             x.iter().map(|v| v.map(|v| Arc::new(v.to_tensor()))).collect();
         let results = self.results(&operands)?;
         for (i, y) in y.iter_mut().enumerate() {
-            let Some(y) = y else { continue };
+            // Of no rounds, scan outputs have no elements, and none is computed.
+            let Some(y) = y.as_mut().filter(|y| !y.bytes.is_empty()) else { continue };
             let t =
                 results.get(i).ok_or_else(|| OpError::Shape(format!("the body computes no output {i}")))?;
             if t.dims() != y.dims || t.dtype() != y.dtype {

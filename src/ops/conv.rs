@@ -25,10 +25,10 @@ use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut};
 
 pub use grads::ConvGrads;
 pub use statistics::ConvStatistics;
+pub use transpose::ConvTranspose;
 pub(super) use transpose::ROWS as TRANSPOSED_ROWS;
 #[cfg(test)]
 pub(super) use transpose::cases as transposed_cases;
-pub use transpose::{ConvTranspose, ConvTransposeInputGrad, ConvTransposeWeightGrad};
 
 /// ONNX `Conv` (opset 1): X (N, C, spatial…), W (M, C/group, kernel…), B (M), over one to three dimensions.
 ///

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::index::{AlongAxis, Indices, Tuples, gather, scatter_add};
+use crate::kernels::index::{AlongAxis, Indices, Tuples, each, gather, scatter_add};
 use crate::ops::bytes::{by_size, second_derivative, sized, units, units_mut};
 use crate::ops::{Cx, Grads, Op, Row, Spec, need, out};
 use crate::tensor::{DType, Dims, Meta, View, ViewMut, axis};
@@ -186,7 +186,7 @@ impl Op for GatherElementsGrad {
         let walk = AlongAxis { data: &self.dims, dims: i.dims, axis: self.axis, index };
         y.bytes.fill(0);
         float_dispatch!(dy.dtype, T => {
-            walk.scatter::<T>(dy.get()?, y.get()?, |y, u| y + u);
+            walk.scatter(dy.get::<T>()?, y.get()?, |y, u| each(y, u, |y, u| y + u));
             Ok(())
         })
     }
@@ -292,7 +292,7 @@ impl Op for GatherNDGrad {
         let tuples = tuples(&self.dims, &i, self.batch_dims)?;
         y.bytes.fill(0);
         float_dispatch!(dy.dtype, T => {
-            tuples.scatter::<T>(dy.get()?, y.get()?, |y, u| y + u);
+            tuples.scatter(dy.get::<T>()?, y.get()?, |y, u| each(y, u, |y, u| y + u));
             Ok(())
         })
     }

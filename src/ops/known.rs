@@ -111,49 +111,53 @@ impl Known for Unique {
         };
         let position = |slice: usize, e: usize| (e / inner * n + slice) * inner + e % inner;
         let count = outer * inner;
-        dtype_dispatch!(x.dtype(), T => {
-            let data = x.get::<T>()?;
-            // NaN equals itself here, and comes last.
-            let less = |a: T, b: T| {
-                let nan = |v: T| v.partial_cmp(&v).is_none();
-                a.partial_cmp(&b).unwrap_or_else(|| nan(a).cmp(&nan(b)))
-            };
-            let compare = |p: &usize, q: &usize| {
-                let pairs = (0..count).map(|e| less(data[position(*p, e)], data[position(*q, e)]));
-                pairs.into_iter().find(|o| *o != Ordering::Equal).unwrap_or(Ordering::Equal)
-            };
-            let mut order: Vec<usize> = (0..n).collect();
-            order.sort_by(compare);
-            // Equal slices are neighbours now, each group's first occurrence first.
-            let mut groups: Vec<Vec<usize>> = Vec::new();
-            for s in order {
-                match groups.last_mut().filter(|g| compare(&g[0], &s) == Ordering::Equal) {
-                    Some(group) => group.push(s),
-                    None => groups.push(vec![s]),
-                }
+        let order = order(x)?;
+        let compare = |p: &usize, q: &usize| {
+            let pairs = (0..count).map(|e| order(position(*p, e), position(*q, e)));
+            pairs.into_iter().find(|o| *o != Ordering::Equal).unwrap_or(Ordering::Equal)
+        };
+        let mut slices: Vec<usize> = (0..n).collect();
+        slices.sort_by(compare);
+        // Equal slices are neighbours now, each group's first occurrence first.
+        let mut groups: Vec<Vec<usize>> = Vec::new();
+        for s in slices {
+            match groups.last_mut().filter(|g| compare(&g[0], &s) == Ordering::Equal) {
+                Some(group) => group.push(s),
+                None => groups.push(vec![s]),
             }
-            if !self.sorted {
-                groups.sort_by_key(|g| g[0]);
+        }
+        if !self.sorted {
+            groups.sort_by_key(|g| g[0]);
+        }
+        let mut dims = Dims::from_slice(x.dims());
+        match a {
+            Some(a) => dims[a] = groups.len(),
+            None => dims = Dims::from_slice(&[groups.len()]),
+        }
+        let (mut y, size) = (Tensor::zeros(x.dtype(), &dims), x.dtype().size());
+        let mut inverse = vec![0i64; n];
+        for (k, group) in groups.iter().enumerate() {
+            group.iter().for_each(|&s| inverse[s] = k as i64);
+            for e in 0..count {
+                let (from, to) = (position(group[0], e), (e / inner * groups.len() + k) * inner + e % inner);
+                y.bytes_mut()[to * size..][..size].copy_from_slice(&x.bytes()[from * size..][..size]);
             }
-            let mut dims = Dims::from_slice(x.dims());
-            match a {
-                Some(a) => dims[a] = groups.len(),
-                None => dims = Dims::from_slice(&[groups.len()]),
-            }
-            let mut y = vec![T::default(); dims.iter().product()];
-            let mut inverse = vec![0i64; n];
-            for (k, group) in groups.iter().enumerate() {
-                group.iter().for_each(|&s| inverse[s] = k as i64);
-                for e in 0..count {
-                    y[(e / inner * groups.len() + k) * inner + e % inner] = data[position(group[0], e)];
-                }
-            }
-            let first: Vec<i64> = groups.iter().map(|g| g[0] as i64).collect();
-            let counts: Vec<i64> = groups.iter().map(|g| g.len() as i64).collect();
-            let y = Tensor::from_bytes(x.dtype(), &dims, bytemuck::cast_slice(&y))?;
-            Ok(vec![y, Tensor::ints(&first), Tensor::ints(&inverse), Tensor::ints(&counts)])
-        })
+        }
+        let first: Vec<i64> = groups.iter().map(|g| g[0] as i64).collect();
+        let counts: Vec<i64> = groups.iter().map(|g| g.len() as i64).collect();
+        Ok(vec![y, Tensor::ints(&first), Tensor::ints(&inverse), Tensor::ints(&counts)])
     }
+}
+
+/// How the elements at two positions compare. NaN equals itself here, and comes last.
+fn order(x: &Tensor) -> Result<Box<dyn Fn(usize, usize) -> Ordering + '_>, OpError> {
+    dtype_dispatch!(x.dtype(), T => {
+        let data = x.get::<T>()?;
+        Ok(Box::new(move |p: usize, q: usize| {
+            let nan = |v: T| v.partial_cmp(&v).is_none();
+            data[p].partial_cmp(&data[q]).unwrap_or_else(|| nan(data[p]).cmp(&nan(data[q])))
+        }))
+    })
 }
 
 /// ONNX `NonMaxSuppression` (opset 10): boxes (N, boxes, 4) and scores (N, classes, boxes) to the chosen

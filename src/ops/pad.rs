@@ -170,9 +170,7 @@ impl Op for Pad {
             return Err(OpError::NotDifferentiable("the constant of Pad".into()));
         }
         let dy = g.dy0()?;
-        let metas: Vec<Option<Meta>> = (0..g.inputs())
-            .map(|i| g.x_opt(i).map(|v| g.meta(v).cloned()).transpose())
-            .collect::<Result<_, _>>()?;
+        let metas = g.metas()?;
         let refs: Vec<Option<&Meta>> = metas.iter().map(Option::as_ref).collect();
         let pads = self.before(&refs)?;
         let x = need(&refs, 0)?.dims.clone();

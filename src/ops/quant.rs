@@ -81,29 +81,11 @@ pub fn range(dtype: DType) -> Result<(f64, f64), OpError> {
 /// Runs `$body` with `$t` bound to the integer type of quantised values.
 macro_rules! level_dispatch {
     ($dtype:expr, $t:ident => $body:expr) => {
-        match $dtype {
-            $crate::tensor::DType::U8 | $crate::tensor::DType::U4 | $crate::tensor::DType::U2 => {
-                type $t = u8;
-                $body
-            }
-            $crate::tensor::DType::I8 | $crate::tensor::DType::I4 | $crate::tensor::DType::I2 => {
-                type $t = i8;
-                $body
-            }
-            $crate::tensor::DType::U16 => {
-                type $t = u16;
-                $body
-            }
-            $crate::tensor::DType::I16 => {
-                type $t = i16;
-                $body
-            }
-            $crate::tensor::DType::I32 => {
-                type $t = i32;
-                $body
-            }
-            other => Err($crate::error::OpError::Type(format!("levels of type {other}"))),
-        }
+        $crate::dispatch!(
+            $dtype, $t => $body,
+            [U8 | U4 | U2: u8, I8 | I4 | I2: i8, U16: u16, I16: i16, I32: i32],
+            other => Err($crate::error::OpError::Type(format!("levels of type {other}")))
+        )
     };
 }
 use level_dispatch;

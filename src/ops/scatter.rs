@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::error::OpError;
 use crate::graph::{GradBuilder, ValueId};
-use crate::kernels::index::AlongAxis;
+use crate::kernels::index::{AlongAxis, each};
 use crate::ops::binary::{Div, Mul};
 use crate::ops::bytes::{by_size, numeric, same_type, second_derivative, units, units_mut};
 use crate::ops::cast::CastTo;
@@ -100,7 +100,7 @@ impl Op for Scatter {
             Reduction::Replace => {
                 let u = need(x, 2)?;
                 by_size!(y.dtype, T => {
-                    self.write::<T>(&index, units(u.bytes)?, y.dims, units_mut(y.bytes)?, |_, u| u)
+                    self.write::<T>(&index, units(u.bytes)?, y.dims, units_mut(y.bytes)?, <[T]>::copy_from_slice)
                 })
             }
             Reduction::Clear => by_size!(y.dtype, T => self.clear::<T>(&index, y)),
@@ -109,12 +109,13 @@ impl Op for Scatter {
                 let dims = y.dims;
                 numeric!(y.dtype, T => {
                     let (u, y) = (u.get::<T>()?, y.get::<T>()?);
-                    match reduction {
-                        Reduction::Add => self.write(&index, u, dims, y, |y, u| y + u),
-                        Reduction::Mul => self.write(&index, u, dims, y, |y, u| y * u),
-                        Reduction::Min => self.write(&index, u, dims, y, |y, u| if u < y { u } else { y }),
-                        _ => self.write(&index, u, dims, y, |y, u| if u > y { u } else { y }),
-                    }
+                    let write: fn(&mut [T], &[T]) = match reduction {
+                        Reduction::Add => |y, u| each(y, u, |y, u| y + u),
+                        Reduction::Mul => |y, u| each(y, u, |y, u| y * u),
+                        Reduction::Min => |y, u| each(y, u, |y, u| if u < y { u } else { y }),
+                        _ => |y, u| each(y, u, |y, u| if u > y { u } else { y }),
+                    };
+                    self.write(&index, u, dims, y, write)
                 })
             }
         }
@@ -222,13 +223,14 @@ impl Scatter {
         Ok(grads)
     }
 
-    fn write<T: Copy>(
+    /// `f` writes updates to elements that lie together.
+    fn write<T>(
         &self,
         index: &View,
         updates: &[T],
         dims: &[usize],
         y: &mut [T],
-        f: impl Fn(T, T) -> T,
+        f: fn(&mut [T], &[T]),
     ) -> Result<(), OpError> {
         match self.to {
             Addressing::Elements { axis: a } => {

@@ -167,9 +167,7 @@ impl Op for Slice {
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         // dX[start + i·step] = dY[i], and 0 elsewhere.
         let dy = g.dy0()?;
-        let metas: Vec<Option<Meta>> = (0..g.inputs())
-            .map(|i| g.x_opt(i).map(|v| g.meta(v).cloned()).transpose())
-            .collect::<Result<_, _>>()?;
+        let metas = g.metas()?;
         let refs: Vec<Option<&Meta>> = metas.iter().map(Option::as_ref).collect();
         let placement = self.cut(&refs)?.placement(&need(&refs, 0)?.dims);
         let dx = g.emit(SliceGrad { placement }, &[dy])?;

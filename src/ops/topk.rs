@@ -59,13 +59,14 @@ impl Op for TopK {
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let x = need(x, 0)?;
-        let missing = || OpError::Internal("TopK writes both outputs".into());
-        let [values, positions] = y else { return Err(missing()) };
-        let (Some(values), Some(positions)) = (values, positions) else { return Err(missing()) };
-        let kernel = self.kernel(x.dims, values.dims[axis(self.axis, x.dims.len())?])?;
+        let dims = y.iter().flatten().next().map_or(x.dims, |y| y.dims);
+        let kernel = self.kernel(x.dims, dims[axis(self.axis, x.dims.len())?])?;
         let room = cx.room::<u32>(x.len())?;
+        let mut y = y.iter_mut();
+        let (values, positions) = (y.next().and_then(Option::as_mut), y.next().and_then(Option::as_mut));
+        let positions = positions.map(|p| p.get()).transpose()?;
         numeric!(x.dtype, T => {
-            kernel.select::<T>(x.get()?, values.get()?, positions.get()?, room);
+            kernel.select::<T>(x.get()?, values.map(|v| v.get()).transpose()?, positions, room);
             Ok(())
         })
     }

@@ -60,9 +60,7 @@ impl<K: Kind> Op for Unary<K> {
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let (x, y, k) = (get(x, 0), out(y, 0)?, self.0);
         match K::INT {
-            Some(f) if !y.dtype.is_float() => {
-                int_dispatch!(y.dtype, T => apply(x, y, |x: T| T::narrow(f(x.wide()))))
-            }
+            Some(f) if !y.dtype.is_float() => integers(x, y, f),
             _ => float_dispatch!(y.dtype, T => apply(x, y, #[inline(always)] |x: T| k.f(x))),
         }
     }
@@ -93,6 +91,11 @@ impl<K: Kind> Op for Unary<K> {
     fn cheap(&self) -> bool {
         true
     }
+}
+
+// Compiled once, not once a function.
+fn integers(x: Option<View>, y: &mut ViewMut, f: fn(i128) -> i128) -> Result<(), OpError> {
+    int_dispatch!(y.dtype, T => apply(x, y, |x: T| T::narrow(f(x.wide()))))
 }
 
 /// `y = f(x)`, `x` in `y` when absent.

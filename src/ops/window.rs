@@ -24,6 +24,8 @@ pub struct Window {
     /// All begins, then all ends.
     pub pads: Vec<usize>,
     pub ceil: bool,
+    /// Extents of the output where they do not follow from those of the input; else empty.
+    pub output: Vec<usize>,
 }
 
 /// A window over concrete extents; fewer than three spatial dimensions are preceded by ones.
@@ -65,6 +67,7 @@ impl Window {
             dilations: list("dilations", 1)?,
             pads: list("pads", 0)?,
             ceil: attrs.flag("ceil_mode")?,
+            output: vec![],
         })
     }
 
@@ -80,6 +83,7 @@ impl Window {
             || !fits(&self.strides, rank)
             || !fits(&self.dilations, rank)
             || !fits(&self.pads, 2 * rank)
+            || !fits(&self.output, rank)
             || !(self.kernel.is_empty() || self.kernel == kernel)
         {
             return Err(OpError::Shape(format!("{self:?} with a kernel of {kernel:?} over {x:?}")));
@@ -116,6 +120,10 @@ impl Window {
             }
             if self.auto_pad == AutoPad::Explicit {
                 (r.pad[d], r.pad_end[d]) = (at(&self.pads, i, 0), at(&self.pads, rank + i, 0));
+            }
+            if let Some(y) = self.output.get(i) {
+                r.y[d] = *y;
+                continue;
             }
             let padded = x[i] + r.pad[d] + r.pad_end[d];
             let Some(room) = padded.checked_sub(reach) else {

@@ -55,6 +55,13 @@ impl DType {
         }
     }
 
+    /// All but the narrow ones.
+    #[cfg(test)]
+    pub(crate) const WIDE: [DType; 13] = {
+        use DType::*;
+        [F32, F64, F16, BF16, I8, I16, I32, I64, U8, U16, U32, U64, Bool]
+    };
+
     pub fn is_float(self) -> bool {
         matches!(self, DType::F32 | DType::F64 | DType::F16 | DType::BF16)
     }
@@ -207,88 +214,69 @@ impl Float for f64 {
     }
 }
 
-/// Runs `$body` with `$t` bound to `f32` or `f64`, or fails with a type error.
+/// Runs `$body` with `$t` bound to the Rust type that stands for a dtype in the list.
+#[doc(hidden)]
 #[macro_export]
-macro_rules! float_dispatch {
-    ($dtype:expr, $t:ident => $body:expr) => {
+macro_rules! dispatch {
+    ($dtype:expr, $t:ident => $body:expr, [$($($d:ident)|+ : $of:ty),*] $(, $other:ident => $else:expr)?) => {
         match $dtype {
-            $crate::tensor::DType::F32 => {
-                type $t = f32;
+            $($($crate::tensor::DType::$d)|+ => {
+                type $t = $of;
                 $body
-            }
-            $crate::tensor::DType::F64 => {
-                type $t = f64;
-                $body
-            }
-            other => {
-                Err($crate::error::OpError::Type(format!("{other} where float32 or float64 is computed")))
-            }
+            })*
+            $($other => $else,)?
         }
     };
 }
 
-/// Runs `$body` with `$t` bound to the element type of any dtype (`u8` for `Bool`), halves included.
+/// Runs `$body` with `$t` bound to `f32` or `f64`, or fails with a type error.
+#[macro_export]
+macro_rules! float_dispatch {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        $crate::dispatch!(
+            $dtype, $t => $body, [F32: f32, F64: f64],
+            other => Err($crate::error::OpError::Type(format!("{other} where float32 or float64 is computed")))
+        )
+    };
+}
+
+/// Runs `$body` with `$t` bound to the element type of any dtype (see [`Elem`](crate::tensor::Elem)), halves included.
 #[macro_export]
 macro_rules! dtype_dispatch {
     ($dtype:expr, $t:ident => $body:expr) => {
-        match $dtype {
-            $crate::tensor::DType::F32 => {
-                type $t = f32;
-                $body
-            }
-            $crate::tensor::DType::F64 => {
-                type $t = f64;
-                $body
-            }
-            $crate::tensor::DType::F16 => {
-                type $t = half::f16;
-                $body
-            }
-            $crate::tensor::DType::BF16 => {
-                type $t = half::bf16;
-                $body
-            }
-            $crate::tensor::DType::I8 | $crate::tensor::DType::I4 | $crate::tensor::DType::I2 => {
-                type $t = i8;
-                $body
-            }
-            $crate::tensor::DType::I16 => {
-                type $t = i16;
-                $body
-            }
-            $crate::tensor::DType::I32 => {
-                type $t = i32;
-                $body
-            }
-            $crate::tensor::DType::I64 => {
-                type $t = i64;
-                $body
-            }
-            $crate::tensor::DType::U8
-            | $crate::tensor::DType::Bool
-            | $crate::tensor::DType::U4
-            | $crate::tensor::DType::U2
-            | $crate::tensor::DType::F8E4M3Fn
-            | $crate::tensor::DType::F8E4M3Fnuz
-            | $crate::tensor::DType::F8E5M2
-            | $crate::tensor::DType::F8E5M2Fnuz
-            | $crate::tensor::DType::F8E8M0
-            | $crate::tensor::DType::F4E2M1 => {
+        $crate::dispatch!(
+            $dtype, $t => $body,
+            [
+                F32: f32, F64: f64, F16: half::f16, BF16: half::bf16,
+                I8 | I4 | I2: i8, I16: i16, I32: i32, I64: i64,
+                U8 | Bool | U4 | U2 | F8E4M3Fn | F8E4M3Fnuz | F8E5M2 | F8E5M2Fnuz | F8E8M0 | F4E2M1: u8,
+                U16: u16, U32: u32, U64: u64
+            ]
+        )
+    };
+}
+
+/// Runs `$body` with `$t` bound to the unsigned integer of the element's size: enough for moving elements.
+macro_rules! by_size {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        match $dtype.size() {
+            1 => {
                 type $t = u8;
                 $body
             }
-            $crate::tensor::DType::U16 => {
+            2 => {
                 type $t = u16;
                 $body
             }
-            $crate::tensor::DType::U32 => {
+            4 => {
                 type $t = u32;
                 $body
             }
-            $crate::tensor::DType::U64 => {
+            _ => {
                 type $t = u64;
                 $body
             }
         }
     };
 }
+pub(crate) use by_size;

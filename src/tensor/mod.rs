@@ -16,6 +16,7 @@ use smallvec::SmallVec;
 use crate::error::OpError;
 
 pub use buffer::{ALIGN, Buffer};
+pub(crate) use dtype::by_size;
 pub use dtype::{DType, Elem, Float};
 pub use narrow::{Conversion, Round};
 
@@ -230,13 +231,14 @@ impl Tensor {
     }
 }
 
-fn write_ints(out: &mut Tensor, src: &[i64]) {
-    fn fill<T: Elem>(out: &mut Tensor, src: &[i64], f: impl Fn(i64) -> T) {
-        let dst: &mut [T] = bytemuck::cast_slice_mut(out.bytes_mut());
-        for (d, &s) in dst.iter_mut().zip(src) {
-            *d = f(s);
-        }
+fn fill<S: Copy, T: Elem>(out: &mut Tensor, src: &[S], f: impl Fn(S) -> T) {
+    let dst: &mut [T] = bytemuck::cast_slice_mut(out.bytes_mut());
+    for (d, &s) in dst.iter_mut().zip(src) {
+        *d = f(s);
     }
+}
+
+fn write_ints(out: &mut Tensor, src: &[i64]) {
     match out.dtype {
         DType::Bool => fill(out, src, |x| (x != 0) as u8),
         DType::U8 => fill(out, src, |x| x as u8),
@@ -251,12 +253,6 @@ fn write_ints(out: &mut Tensor, src: &[i64]) {
 }
 
 fn write_f64(out: &mut Tensor, src: &[f64]) {
-    fn fill<T: Elem>(out: &mut Tensor, src: &[f64], f: impl Fn(f64) -> T) {
-        let dst: &mut [T] = bytemuck::cast_slice_mut(out.bytes_mut());
-        for (d, &s) in dst.iter_mut().zip(src) {
-            *d = f(s);
-        }
-    }
     match out.dtype {
         DType::F32 => fill(out, src, |x| x as f32),
         DType::F64 => fill(out, src, |x| x),

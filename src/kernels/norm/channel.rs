@@ -13,7 +13,7 @@ use super::sweep::{sweep, zip_each};
 use super::{Moments, cut, sum, sum2};
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::isa::vectorize_sweep;
-use crate::kernels::par::GRAIN;
+use crate::kernels::par::{self, GRAIN};
 use crate::kernels::simd::Vectors;
 use crate::tensor::Float;
 
@@ -69,7 +69,7 @@ impl Channels {
     /// Calls `f(first row, partial sums)` for each task of a reduction, where `s` is 1, with `2·c` zeros to add to.
     fn tasks(self, partials: &mut [f64], f: impl Fn(usize, &mut [f64], &mut [f64]) + Sync) {
         let partials = &mut partials[..self.partials()];
-        partials.par_chunks_mut((2 * self.c).max(1)).enumerate().for_each(|(i, part)| {
+        par::chunks(partials, (2 * self.c).max(1), |i, part| {
             part.fill(0.0);
             let (a, b) = part.split_at_mut(self.c);
             vectorize_sweep(
@@ -541,7 +541,7 @@ pub fn channel_sum<T: Vectors>(dy: &[T], d: Channels, out: &mut [T], partials: &
         return;
     }
     let per = d.per_piece();
-    out.par_chunks_mut(per).enumerate().for_each(|(i, out)| {
+    par::chunks(out, per, |i, out| {
         vectorize_sweep(
             #[inline(always)]
             || {

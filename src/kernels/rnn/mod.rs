@@ -6,200 +6,20 @@
 //! computed. A sequence that is shorter than the others keeps its state in the steps that it lacks, and puts out zeros.
 
 mod activation;
-pub mod gru;
-pub mod lstm;
-pub mod simple;
+mod gru;
+mod lstm;
+mod plain;
+mod sequence;
 
-use rayon::prelude::*;
-
-use crate::kernels::gemm::{Plus, Product, gemm, gemm_prepared, many, prepare, prepared, room};
+use crate::kernels::gemm::{Plus, Product, gemm, many, prepared, room};
 use crate::kernels::math::Math;
+use crate::kernels::par;
 use crate::kernels::simd::Vectors;
 
 pub use activation::Activation;
-
-/// Elements of gates from which on a step's sweep is worth a second thread.
-const GRAIN: usize = 1 << 13;
-/// Rows whose gates are computed at a time where nobody keeps them.
-const BLOCK: usize = 256;
-
-/// Sizes of a recurrent layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sequence {
-    pub steps: usize,
-    pub batch: usize,
-    pub input: usize,
-    pub hidden: usize,
-    /// Gates of the cell.
-    pub gates: usize,
-    pub directions: usize,
-    /// Which directions go from the last step to the first.
-    pub reverse: [bool; 2],
-    /// X (N, T, …), Y (N, T, D, H), states (N, D, H); else X (T, N, …), Y (T, D, N, H), states (D, N, H).
-    pub batch_first: bool,
-}
-
-/// Where the batch's rows of one step and direction lie in a tensor.
-#[derive(Debug, Clone, Copy)]
-struct Rows {
-    start: usize,
-    stride: usize,
-}
-
-impl Rows {
-    fn of<'a, T>(&self, x: &'a [T], n: usize, width: usize) -> &'a [T] {
-        &x[self.start + n * self.stride..][..width]
-    }
-
-    fn of_mut<'a, T>(&self, x: &'a mut [T], n: usize, width: usize) -> &'a mut [T] {
-        &mut x[self.start + n * self.stride..][..width]
-    }
-}
-
-impl Sequence {
-    /// Steps of all sequences.
-    pub fn rows(&self) -> usize {
-        self.steps * self.batch
-    }
-
-    /// Elements of the gates of one row and direction.
-    pub fn width(&self) -> usize {
-        self.gates * self.hidden
-    }
-
-    /// Elements of one direction's state.
-    fn state(&self) -> usize {
-        self.batch * self.hidden
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.rows() == 0
-    }
-
-    /// Of a tensor of (rows, D, width).
-    fn at(&self, t: usize, d: usize, width: usize) -> Rows {
-        let (first, apart) = if self.batch_first { (t, self.steps) } else { (t * self.batch, 1) };
-        Rows { start: (first * self.directions + d) * width, stride: apart * self.directions * width }
-    }
-
-    /// Of Y.
-    fn y(&self, t: usize, d: usize) -> Rows {
-        let place = t * self.directions + d;
-        match self.batch_first {
-            true => Rows { start: place * self.hidden, stride: self.steps * self.directions * self.hidden },
-            false => Rows { start: place * self.state(), stride: self.hidden },
-        }
-    }
-
-    /// Of initial and last states.
-    fn states(&self, d: usize) -> Rows {
-        match self.batch_first {
-            true => Rows { start: d * self.hidden, stride: self.directions * self.hidden },
-            false => Rows { start: d * self.state(), stride: self.hidden },
-        }
-    }
-
-    /// Row `n` of an initial state, which may be one row for the whole batch.
-    fn initial<'a, T>(&self, state: &'a [T], d: usize, n: usize) -> &'a [T] {
-        match state.len() == self.directions * self.hidden {
-            true => &state[d * self.hidden..][..self.hidden],
-            false => self.states(d).of(state, n, self.hidden),
-        }
-    }
-
-    /// The `i`th step of direction `d`.
-    fn step(&self, d: usize, i: usize) -> usize {
-        if self.reverse[d] { self.steps - 1 - i } else { i }
-    }
-
-    /// The step before `t`.
-    fn before(&self, d: usize, t: usize) -> Option<usize> {
-        match self.reverse[d] {
-            true => Some(t + 1).filter(|t| *t < self.steps),
-            false => t.checked_sub(1),
-        }
-    }
-
-    /// Rows of the batch in a task.
-    fn grain(&self) -> usize {
-        (GRAIN / self.width().max(1)).max(1)
-    }
-
-    /// `z += h·Rᵀ` for the gates `from..from + count`, whose weights are packed.
-    fn recur<T: Vectors>(&self, z: &mut [T], stride: usize, h: &[T], r: &[T], of: [usize; 2], packed: &[T]) {
-        let [from, count] = of;
-        let r = &r[from * self.hidden * self.hidden..];
-        gemm_prepared(&self.recurrence(count, stride), h, r, packed, &mut z[from * self.hidden..]);
-    }
-
-    fn recurrence<T: Vectors>(&self, gates: usize, stride: usize) -> Product<T> {
-        let p = Product::dense(false, true, self.batch, gates * self.hidden, self.hidden);
-        Product { beta: T::one(), ldc: stride, ..p }
-    }
-
-    /// `dh = beta·dh + dz·R` for the gates `from..from + count`, whose weights are packed, `dz` beginning with the first.
-    #[allow(clippy::too_many_arguments)]
-    fn recur_back<T: Vectors>(
-        &self,
-        dz: &[T],
-        stride: usize,
-        r: &[T],
-        [from, count]: [usize; 2],
-        beta: T,
-        dh: &mut [T],
-        packed: &[T],
-    ) {
-        let p = Product { beta, ..self.back(count, stride) };
-        gemm_prepared(&p, dz, &r[from * self.hidden * self.hidden..], packed, dh);
-    }
-
-    /// Packs the recurrent weights of one direction for steps backwards: of the first `split` gates, and of the others.
-    fn pack_back<'a, T: Vectors>(&self, split: usize, r: &[T], room: &'a mut [T]) -> [&'a [T]; 2] {
-        let parts = [self.back(split, self.width()), self.back(self.gates - split, self.width())];
-        self.pack(parts, split, r, room)
-    }
-
-    /// The same for steps forwards.
-    fn pack_forward<'a, T: Vectors>(&self, split: usize, r: &[T], room: &'a mut [T]) -> [&'a [T]; 2] {
-        let part = |gates: usize| self.recurrence(gates, gates * self.hidden);
-        self.pack([part(split), part(self.gates - split)], split, r, room)
-    }
-
-    fn pack<'a, T: Vectors>(
-        &self,
-        [first, second]: [Product<T>; 2],
-        split: usize,
-        r: &[T],
-        room: &'a mut [T],
-    ) -> [&'a [T]; 2] {
-        let (a, rest) = room.split_at_mut(prepared(&first));
-        prepare(&first, r, a);
-        if split == self.gates {
-            return [a, &[]];
-        }
-        let b = &mut rest[..prepared(&second)];
-        prepare(&second, &r[split * self.hidden * self.hidden..], b);
-        [a, b]
-    }
-
-    fn back<T: Vectors>(&self, gates: usize, stride: usize) -> Product<T> {
-        let p = Product::dense(false, false, self.batch, self.hidden, gates * self.hidden);
-        Product { beta: T::one(), lda: stride, ..p }
-    }
-
-    /// The input's part of some rows' gates, for all directions or one.
-    fn projection<T: Vectors>(&self, rows: usize, directions: usize) -> Product<T> {
-        Product::dense(false, true, rows, directions * self.width(), self.input)
-    }
-
-    /// Steps whose gates are computed at a time where nobody keeps them.
-    fn block(&self) -> usize {
-        match self.batch_first {
-            true => self.steps,
-            false => BLOCK.div_ceil(self.batch.max(1)).min(self.steps),
-        }
-    }
-}
+pub use lstm::peephole_grad;
+pub use sequence::Sequence;
+use sequence::{GRAIN, Rows};
 
 /// Is step `t` beyond the end of sequence `n`?
 fn beyond(lengths: Option<&[i32]>, t: usize, n: usize) -> bool {
@@ -210,11 +30,8 @@ fn beyond(lengths: Option<&[i32]>, t: usize, n: usize) -> bool {
 #[derive(Debug, Clone, Copy)]
 pub struct Inputs<'a, T> {
     pub x: &'a [T],
-    /// (D, gates · hidden, input) and (D, gates · hidden, hidden).
+    /// (D, gates · hidden, input)
     pub w: &'a [T],
-    pub r: &'a [T],
-    /// (D, 2 · gates · hidden): the input's, then the recurrent ones.
-    pub b: Option<&'a [T]>,
     /// Of each sequence, at most the number of steps.
     pub lengths: Option<&'a [i32]>,
     pub h0: Option<&'a [T]>,
@@ -250,13 +67,108 @@ struct Step<'a, T> {
     packed: [&'a [T]; 2],
 }
 
-trait Cell<T> {
-    /// Gates whose recurrent products are one.
-    fn split(&self) -> usize;
+/// The kinds of cell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// `h' = f(z + h·Rᵀ)`.
+    Plain,
+    /// `reset_after`: the reset gate multiplies the product of the state, not the state; that product is kept of each step.
+    Gru { reset_after: bool },
+    /// `coupled`: the forget gate is what the input gate leaves. The cell states are kept of each step.
+    Lstm { coupled: bool },
+}
+
+impl Kind {
+    pub fn gates(self) -> usize {
+        match self {
+            Kind::Plain => 1,
+            Kind::Gru { .. } => 3,
+            Kind::Lstm { .. } => 4,
+        }
+    }
+
+    /// States that go from step to step.
+    pub fn states(self) -> usize {
+        if matches!(self, Kind::Lstm { .. }) { 2 } else { 1 }
+    }
+
+    /// Activations of a direction.
+    pub fn activations(self) -> usize {
+        match self {
+            Kind::Plain => 1,
+            Kind::Gru { .. } => 2,
+            Kind::Lstm { .. } => 3,
+        }
+    }
+
+    /// Are the gradients of the gates' arguments others for the recurrent part than for the input's?
+    pub fn splits_gradient(self) -> bool {
+        self == Kind::Gru { reset_after: true }
+    }
+
+    /// Gates whose recurrent products are one, forwards.
+    fn split(self) -> usize {
+        if matches!(self, Kind::Gru { .. }) { 2 } else { self.gates() }
+    }
+
+    /// The same backwards.
+    fn split_back(self) -> usize {
+        if self == (Kind::Gru { reset_after: false }) { 2 } else { self.gates() }
+    }
+
     /// Gates that the recurrent bias is added to with the input's one.
-    fn joint_biases(&self) -> usize;
+    fn joint_biases(self) -> usize {
+        if self.splits_gradient() { 2 } else { self.gates() }
+    }
+
+    /// Buffers of a state's size for a gradient.
+    fn buffers(self) -> usize {
+        match self {
+            Kind::Plain => 1,
+            Kind::Gru { .. } => 2,
+            Kind::Lstm { .. } => 3,
+        }
+    }
+}
+
+/// What a layer's cells compute with.
+#[derive(Debug, Clone, Copy)]
+pub struct Cell<'a, T> {
+    pub kind: Kind,
+    /// Of each direction; a kind has the first ones.
+    pub activations: &'a [[Activation; 3]; 2],
+    pub clip: Option<T>,
+    /// (D, gates · hidden, hidden)
+    pub r: &'a [T],
+    /// (D, 2 · gates · hidden): the input's, then the recurrent ones.
+    pub b: Option<&'a [T]>,
+    /// Of an LSTM's i, o, f: (D, 3 · hidden).
+    pub peepholes: Option<&'a [T]>,
+}
+
+impl<'a, T: Vectors + Math> Cell<'a, T> {
+    /// The recurrent weights of direction `d`.
+    fn weights(&self, s: &Sequence, d: usize) -> &'a [T] {
+        &self.r[d * s.width() * s.hidden..]
+    }
+
     /// Turns arguments into gates, and the state into the next one.
-    fn step(&self, s: &Sequence, step: Step<T>);
+    fn step(&self, s: &Sequence, step: Step<T>) {
+        match self.kind {
+            Kind::Plain => plain::step(self, s, step),
+            Kind::Gru { reset_after } => gru::step(self, reset_after, s, step),
+            Kind::Lstm { coupled } => lstm::step(self, coupled, s, step),
+        }
+    }
+
+    /// Gradients of the gates' arguments from those of the state, and of the state before.
+    fn back(&self, s: &Sequence, saved: &Saved<T>, step: StepBack<T>) {
+        match self.kind {
+            Kind::Plain => plain::back(self, s, saved, step),
+            Kind::Gru { .. } => gru::back(self, s, saved, step),
+            Kind::Lstm { coupled } => lstm::back(self, coupled, s, saved, step),
+        }
+    }
 }
 
 /// Elements of scratch of a forward pass.
@@ -280,9 +192,10 @@ fn packed_weights<T: Vectors>(s: &Sequence) -> usize {
     (1..s.gates).map(|split| of(split) + of(s.gates - split)).max().unwrap_or(0).max(of(s.gates))
 }
 
-fn forward<T: Vectors>(
+/// The forward pass.
+pub fn forward<T: Vectors + Math>(
     s: &Sequence,
-    cell: &impl Cell<T>,
+    cell: &Cell<T>,
     i: &Inputs<T>,
     mut o: Outputs<T>,
     scratch: &mut [T],
@@ -308,19 +221,19 @@ fn forward<T: Vectors>(
     let (bias, rest) = rest.split_at_mut(s.directions * width);
     let (own, rest) = rest.split_at_mut(s.block() * s.batch * width);
     let (weights, rest) = rest.split_at_mut(packed_weights::<T>(s));
-    for (bias, b) in bias.chunks_exact_mut(width).zip(i.b.unwrap_or_default().chunks_exact(2 * width)) {
+    for (bias, b) in bias.chunks_exact_mut(width).zip(cell.b.unwrap_or_default().chunks_exact(2 * width)) {
         let (input, recurrent) = b.split_at(width);
         bias.copy_from_slice(input);
-        let joint = cell.joint_biases() * hidden;
+        let joint = cell.kind.joint_biases() * hidden;
         bias[..joint].iter_mut().zip(recurrent).for_each(|(b, r)| *b += *r);
     }
     if let Some(z) = &mut o.z {
-        let plus = Plus { row: i.b.map(|_| &bias[..]), all: None };
+        let plus = Plus { row: cell.b.map(|_| &bias[..]), all: None };
         let p = s.projection(s.rows(), s.directions);
         many(&p, 1, |_| [0, 0], i.x, i.w, plus, z, 0, rest);
     }
     for d in 0..s.directions {
-        let packed = s.pack_forward(cell.split(), &i.r[d * width * hidden..], weights);
+        let packed = s.pack_forward(cell.kind.split(), cell.weights(s, d), weights);
         for (state, first) in [(&mut *h, i.h0), (&mut *c, i.c0)] {
             let Some(first) = first else {
                 state.fill(T::zero());
@@ -342,7 +255,7 @@ fn forward<T: Vectors>(
                     if at == first {
                         let x = if s.batch_first { i.x } else { &i.x[low * s.batch * s.input..] };
                         let w = &i.w[d * width * s.input..];
-                        let plus = Plus { row: i.b.map(|_| &bias[d * width..][..width]), all: None };
+                        let plus = Plus { row: cell.b.map(|_| &bias[d * width..][..width]), all: None };
                         let p = s.projection(count * s.batch, 1);
                         many(&p, 1, |_| [0, 0], x, w, plus, own, 0, rest);
                     }
@@ -390,9 +303,8 @@ fn forward<T: Vectors>(
 }
 
 /// What a gradient through time is computed from.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Saved<'a, T> {
-    pub r: &'a [T],
     pub lengths: Option<&'a [i32]>,
     pub h0: Option<&'a [T]>,
     pub c0: Option<&'a [T]>,
@@ -406,12 +318,6 @@ pub struct Saved<'a, T> {
 }
 
 impl<'a, T: Vectors> Saved<'a, T> {
-    /// Recurrent weights alone.
-    pub fn nothing(r: &'a [T]) -> Self {
-        let (lengths, y, z, kept) = (None, None, None, None);
-        Saved { r, lengths, h0: None, c0: None, y, z, kept, dy: None, dh: None, dc: None }
-    }
-
     /// Row `n` of the state before step `t` of direction `d`; `None`: zeros.
     fn h_before(&self, s: &Sequence, d: usize, t: usize, n: usize) -> Option<&'a [T]> {
         let before = s.before(d, t).filter(|t| !beyond(self.lengths, *t, n));
@@ -429,16 +335,6 @@ impl<'a, T: Vectors> Saved<'a, T> {
         }
     }
 
-    /// Starts the gradients of direction `d`'s state with those of the last one.
-    fn start(&self, s: &Sequence, d: usize, last: Option<&[T]>, state: &mut [T]) {
-        for (n, state) in state.chunks_exact_mut(s.hidden).enumerate() {
-            match last {
-                Some(last) => state.copy_from_slice(s.states(d).of(last, n, s.hidden)),
-                None => state.fill(T::zero()),
-            }
-        }
-    }
-
     /// Adds a step's output gradient.
     fn add_dy(&self, s: &Sequence, d: usize, t: usize, dh: &mut [T]) {
         let Some(dy) = self.dy else { return };
@@ -450,17 +346,89 @@ impl<'a, T: Vectors> Saved<'a, T> {
     }
 }
 
-/// Writes the gradient of an initial state.
-fn finish<T: Vectors>(s: &Sequence, d: usize, state: &[T], out: &mut Option<&mut [T]>) {
-    let Some(out) = out else { return };
-    for (n, state) in state.chunks_exact(s.hidden).enumerate() {
-        s.states(d).of_mut(out, n, s.hidden).copy_from_slice(state);
-    }
+/// Gradients that are computed through time; `None`: not wanted.
+#[derive(Debug)]
+pub struct Gradients<'a, T> {
+    /// Of the gates' arguments (rows, D, gates · hidden).
+    pub dz: &'a mut [T],
+    /// Of their recurrent part, for a kind that [`Kind::splits_gradient`].
+    pub dr: Option<&'a mut [T]>,
+    /// Of the initial states.
+    pub dh0: Option<&'a mut [T]>,
+    pub dc0: Option<&'a mut [T]>,
 }
 
-/// Elements of scratch of a gradient through time, with `states` buffers of a state's size.
-pub fn backward_scratch<T: Vectors>(s: &Sequence, states: usize) -> usize {
-    states * s.state() + packed_weights::<T>(s)
+/// A step of one direction, backwards.
+struct StepBack<'a, T> {
+    t: usize,
+    d: usize,
+    /// The state before this step is asked for.
+    goes_on: bool,
+    /// The step's rows of `dz` and `dr`.
+    rows: Rows,
+    dz: &'a mut [T],
+    dr: Option<&'a mut [T]>,
+    /// The state's gradient (N, hidden), and room for as much, which an LSTM keeps the cell state's in.
+    dh: &'a mut [T],
+    dc: &'a mut [T],
+    room: &'a mut [T],
+    /// The recurrent weights, packed: of the gates up to the split, and of the others.
+    packed: [&'a [T]; 2],
+}
+
+/// Elements of scratch that [`backward`] needs.
+pub fn backward_scratch<T: Vectors>(s: &Sequence, kind: Kind) -> usize {
+    kind.buffers() * s.state() + packed_weights::<T>(s)
+}
+
+/// The gradient through time.
+pub fn backward<T: Vectors + Math>(
+    s: &Sequence,
+    cell: &Cell<T>,
+    saved: &Saved<T>,
+    mut out: Gradients<T>,
+    scratch: &mut [T],
+) {
+    let (states, weights) = scratch.split_at_mut(cell.kind.buffers() * s.state());
+    let (dh, rest) = states.split_at_mut(s.state());
+    let (dc, room) = rest.split_at_mut(s.state().min(rest.len()));
+    if s.batch == 0 {
+        return;
+    }
+    for d in 0..s.directions {
+        for (state, last) in [(&mut *dh, saved.dh), (&mut *dc, saved.dc)] {
+            for (n, state) in state.chunks_exact_mut(s.hidden).enumerate() {
+                match last {
+                    Some(last) => state.copy_from_slice(s.states(d).of(last, n, s.hidden)),
+                    None => state.fill(T::zero()),
+                }
+            }
+        }
+        let packed = s.pack_back(cell.kind.split_back(), cell.weights(s, d), weights);
+        for at in (0..s.steps).rev() {
+            let t = s.step(d, at);
+            saved.add_dy(s, d, t, dh);
+            let step = StepBack {
+                t,
+                d,
+                goes_on: at > 0 || out.dh0.is_some(),
+                rows: s.at(t, d, s.width()),
+                dz: &mut *out.dz,
+                dr: out.dr.as_deref_mut(),
+                dh: &mut *dh,
+                dc: &mut *dc,
+                room: &mut *room,
+                packed,
+            };
+            cell.back(s, saved, step);
+        }
+        for (state, first) in [(&*dh, &mut out.dh0), (&*dc, &mut out.dc0)] {
+            let Some(first) = first else { continue };
+            for (n, state) in state.chunks_exact(s.hidden).enumerate() {
+                s.states(d).of_mut(first, n, s.hidden).copy_from_slice(state);
+            }
+        }
+    }
 }
 
 /// Elements of scratch that [`recurrent_weights`] needs.
@@ -489,8 +457,8 @@ pub fn recurrent_weights<T: Vectors>(
     let (width, hidden) = (s.width(), s.hidden);
     let (before, room) = scratch.split_at_mut(s.rows() * hidden);
     for (d, dr) in dr.chunks_exact_mut(width * hidden).enumerate() {
-        before.par_chunks_exact_mut(hidden).with_min_len((GRAIN / hidden).max(1)).enumerate().for_each(
-            |(row, out)| {
+        par::rows(before, hidden, GRAIN, |first, piece| {
+            for (row, out) in (first..).zip(piece.chunks_exact_mut(hidden)) {
                 let (t, n) = match s.batch_first {
                     true => (row % s.steps, row / s.steps),
                     false => (row / s.batch, row % s.batch),
@@ -499,8 +467,8 @@ pub fn recurrent_weights<T: Vectors>(
                     Some(h) => out.copy_from_slice(h),
                     None => out.fill(T::zero()),
                 }
-            },
-        );
+            }
+        });
         let whole = if reset { s.gates - 1 } else { s.gates };
         gemm(&recurrent_product(s, whole), &dz[d * width..], before, dr, room);
         if let (true, Some(z)) = (reset, saved.z) {
@@ -524,13 +492,13 @@ fn each_row<T: Math, const N: usize>(
     split_rows(0, batch, grain, buffers, &f);
 }
 
-/// Halves the rows until they are few.
+/// Halves the rows until they are few. Compiled once an element type, not once a cell.
 fn split_rows<T: Math, const N: usize>(
     first: usize,
     count: usize,
     grain: usize,
     buffers: [(&mut [T], usize, usize); N],
-    f: &(impl Fn(usize, [&mut [T]; N]) + Sync),
+    f: &(dyn Fn(usize, [&mut [T]; N]) + Sync),
 ) {
     if count > grain {
         let half = count / 2;

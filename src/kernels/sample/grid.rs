@@ -1,7 +1,5 @@
 //! Sampling at the points of a grid, whose coordinates run from -1 to 1 over each dimension.
 
-use rayon::prelude::*;
-
 use crate::kernels::par;
 use crate::kernels::sample::Tap;
 use crate::tensor::Float;
@@ -216,9 +214,9 @@ pub fn sample<T: Float>(g: &Geometry, s: &Sampling, x: &[T], grid: &[T], y: &mut
     if y.is_empty() || image == 0 {
         return;
     }
-    y.par_chunks_mut(image).enumerate().for_each(|(n, y)| {
+    par::chunks(y, image, |n, y| {
         let grid = &grid[n * points * g.rank..][..points * g.rank];
-        y.par_chunks_mut(together * points).enumerate().for_each(|(i, y)| {
+        par::chunks(y, together * points, |i, y| {
             let x = &x[(n * g.c + i * together) * plane..];
             let mut room = [(0, T::zero()); MOST];
             for (p, point) in grid.chunks_exact(g.rank).enumerate() {
@@ -239,9 +237,9 @@ pub fn input_grad<T: Float>(g: &Geometry, s: &Sampling, dy: &[T], grid: &[T], dx
     if dx.is_empty() || image == 0 {
         return;
     }
-    dx.par_chunks_mut(image).enumerate().for_each(|(n, dx)| {
+    par::chunks(dx, image, |n, dx| {
         let grid = &grid[n * points * g.rank..][..points * g.rank];
-        dx.par_chunks_mut(together * plane).enumerate().for_each(|(i, dx)| {
+        par::chunks(dx, together * plane, |i, dx| {
             dx.fill(T::zero());
             let dy = &dy[(n * g.c + i * together) * points..];
             let mut room = [(0, T::zero()); MOST];

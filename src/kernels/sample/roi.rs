@@ -1,7 +1,5 @@
 //! Pooling of regions of images.
 
-use rayon::prelude::*;
-
 use crate::kernels::par;
 use crate::kernels::pool::NOWHERE;
 use crate::kernels::sample::around;
@@ -104,7 +102,7 @@ pub fn align<T: Float>(g: &Geometry, a: &Align, x: &[T], regions: &[T], images: 
     if y.is_empty() {
         return;
     }
-    y.par_chunks_mut(g.c * bins).enumerate().for_each(|(r, y)| {
+    par::chunks(y, g.c * bins, |r, y| {
         y.fill(T::zero());
         let Some(n) = image_of(g, images, r) else { return };
         let region = a.region(g, &regions[r * 4..][..4]);
@@ -157,8 +155,8 @@ pub fn align_grad<T: Float>(
     }
     // Channels of a task.
     let together = 8;
-    dx.par_chunks_mut(g.c * plane).enumerate().for_each(|(n, dx)| {
-        dx.par_chunks_mut(together * plane).enumerate().for_each(|(i, dx)| {
+    par::chunks(dx, g.c * plane, |n, dx| {
+        par::chunks(dx, together * plane, |i, dx| {
             dx.fill(T::zero());
             for r in (0..g.regions).filter(|r| image_of(g, images, *r) == Some(n)) {
                 let region = a.region(g, &regions[r * 4..][..4]);

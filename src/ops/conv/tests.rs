@@ -101,6 +101,7 @@ fn bits_do_not_depend_on_threads() {
             dilations: vec![],
             pads: vec![],
             ceil: false,
+            output: vec![],
         };
         let conv = Conv { window, groups, normalises: None, clamp: Clamp::NONE, layout: Layout::First };
         let (tx, tw) = (wave(&x, 0.7).cast(DType::F32), wave(&w, 1.3).cast(DType::F32));

@@ -1,15 +1,17 @@
-//! Transposed convolution: the forward pass is a convolution's input gradient, and its input gradient a convolution.
+//! Transposed convolution: the input gradient of a convolution from Y to X, whose own forward pass and weight gradient
+//! are the gradients.
 
 use std::sync::Arc;
 
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::conv::{self as kernel, Epilogue, Geometry, Operand};
+use crate::kernels::conv::{self as kernel, Epilogue, Geometry};
+use crate::kernels::elementwise::Clamp;
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::Channels;
 use crate::ops::batch_norm::ChannelSum;
-use crate::ops::conv::{expect, floats, room, same_type};
+use crate::ops::conv::{Conv, ConvWeightGrad, expect, floats, room, same_type};
 use crate::ops::window::{AutoPad, Window};
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{Dims, Meta, View, ViewMut};
@@ -129,6 +131,23 @@ impl ConvTranspose {
         y.extend_from_slice(&g.x[axis..]);
         Ok((g, self.layout.of(&y)))
     }
+
+    /// The convolution of these sizes.
+    fn convolution(&self, g: &Geometry) -> Conv {
+        let of = |extents: &[usize; 3]| extents[g.axis..].to_vec();
+        let mut pads = of(&g.pad);
+        pads.resize(2 * pads.len(), 0);
+        let window = Window {
+            auto_pad: AutoPad::Explicit,
+            kernel: of(&g.k),
+            strides: of(&g.stride),
+            dilations: of(&g.dilation),
+            pads,
+            ceil: false,
+            output: of(&g.y),
+        };
+        Conv { window, groups: self.groups, normalises: None, clamp: Clamp::NONE, layout: self.layout }
+    }
 }
 
 impl Op for ConvTranspose {
@@ -176,141 +195,24 @@ impl Op for ConvTranspose {
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         let (x, w, dy) = (g.x(0)?, g.x(1)?, g.dy0()?);
-        let (x_dims, w_dims) = (g.meta(x)?.dims.clone(), g.meta(w)?.dims.clone());
+        let w_dims = g.meta(w)?.dims.clone();
+        let (geometry, _) = self.geometry(&g.meta(x)?.dims, &w_dims)?;
+        let conv = self.convolution(&geometry);
         let mut grads = Grads::from_elem(None, g.inputs());
         if g.wants(0) {
             // dX[i] = Σ_t W[t]·dY[stride·i + dilation·t − pad]   (N, C, spatial…)
-            let op = ConvTransposeInputGrad { conv: self.clone(), x: x_dims.clone() };
-            grads[0] = Some(g.emit(op, &[dy, w])?);
+            grads[0] = Some(g.emit(conv.clone(), &[dy, w])?);
         }
         if g.wants(1) {
             // dW[t] = Σ_{n,i} X[i]·dY[stride·i + dilation·t − pad]ᵀ   (C, M/group, kernel…)
-            let op = ConvTransposeWeightGrad { conv: self.clone(), w: w_dims.clone() };
-            grads[1] = Some(g.emit(op, &[dy, x])?);
+            grads[1] = Some(g.emit(ConvWeightGrad { conv, w: w_dims }, &[x, dy])?);
         }
         if g.wants(2) {
             // db = Σ_{n,i} dY[n, :, i]   (M)
-            let (geometry, _) = self.geometry(&x_dims, &w_dims)?;
             let channels = Channels { n: geometry.n, c: geometry.c, s: geometry.x.iter().product() };
             grads[2] = Some(g.emit(ChannelSum { channels }, &[dy])?);
         }
         Ok(grads)
-    }
-}
-
-/// The gradient of `ConvTranspose` with respect to its input, of dimensions `x`: from dY and W.
-#[derive(Debug)]
-pub struct ConvTransposeInputGrad {
-    pub conv: ConvTranspose,
-    pub x: Dims,
-}
-
-impl Op for ConvTransposeInputGrad {
-    fn name(&self) -> &'static str {
-        "ConvTransposeInputGrad"
-    }
-
-    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let (dy, w) = (need(inputs, 0)?, need(inputs, 1)?);
-        same_type(dy, w)?;
-        expect(&dy.dims, &self.conv.geometry(&self.x, &w.dims)?.1)?;
-        Ok(vec![Meta::new(dy.dtype, &self.x)])
-    }
-
-    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let (dy, w) = (need(x, 0)?, need(x, 1)?);
-        let (g, _) = self.conv.geometry(&self.x, w.dims)?;
-        float_dispatch!(dy.dtype, T => {
-            let dx = out(y, 0)?.get::<T>()?;
-            let dy = Operand::plain(dy.get::<T>()?, g.c);
-            kernel::forward(&g, dy, w.get::<T>()?, Epilogue::none(), dx, floats(cx.scratch)?);
-            Ok(())
-        })
-    }
-
-    fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
-        let Some(w) = get(inputs, 1) else { return 0 };
-        self.conv.geometry(&self.x, &w.dims).map_or(0, |(g, _)| {
-            room(
-                &g,
-                w.dtype,
-                [|g| kernel::forward_scratch::<f32>(g, true), |g| kernel::forward_scratch::<f64>(g, true)],
-            )
-        })
-    }
-
-    fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
-        let op = ConvTransposeInputGrad { conv: self.conv.last(), x: Layout::Last.of(&self.x) };
-        Some(ChannelsLast::by(op, &[true], &[true]).wanted())
-    }
-
-    fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
-        let Some(w) = get(inputs, 1) else { return 0 };
-        self.conv.geometry(&self.x, &w.dims).map_or(0, |(g, _)| g.multiply_adds())
-    }
-
-    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
-        Err(OpError::NotDifferentiable("second derivatives of ConvTranspose".into()))
-    }
-}
-
-/// The gradient of `ConvTranspose` with respect to its weights, of dimensions `w`: from dY and X.
-#[derive(Debug)]
-pub struct ConvTransposeWeightGrad {
-    pub conv: ConvTranspose,
-    pub w: Dims,
-}
-
-impl Op for ConvTransposeWeightGrad {
-    fn name(&self) -> &'static str {
-        "ConvTransposeWeightGrad"
-    }
-
-    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let (dy, x) = (need(inputs, 0)?, need(inputs, 1)?);
-        same_type(dy, x)?;
-        expect(&dy.dims, &self.conv.geometry(&x.dims, &self.w)?.1)?;
-        Ok(vec![Meta::new(dy.dtype, &self.w)])
-    }
-
-    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let (dy, x) = (need(x, 0)?, need(x, 1)?);
-        let (g, _) = self.conv.geometry(x.dims, &self.w)?;
-        float_dispatch!(dy.dtype, T => {
-            // Of the convolution from Y to X, X is the result.
-            let dw = out(y, 0)?.get::<T>()?;
-            let dy = Operand::plain(dy.get::<T>()?, g.c);
-            kernel::weight_grad(&g, x.get::<T>()?, dy, dw, floats(cx.scratch)?);
-            Ok(())
-        })
-    }
-
-    fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
-        let Some(x) = get(inputs, 1) else { return 0 };
-        self.conv.geometry(&x.dims, &self.w).map_or(0, |(g, _)| {
-            room(
-                &g,
-                x.dtype,
-                [
-                    |g| kernel::weight_grad_scratch::<f32>(g, true),
-                    |g| kernel::weight_grad_scratch::<f64>(g, true),
-                ],
-            )
-        })
-    }
-
-    fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
-        let op = ConvTransposeWeightGrad { conv: self.conv.last(), w: self.w.clone() };
-        Some(ChannelsLast::by(op, &[true, true], &[]).wanted())
-    }
-
-    fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
-        let Some(x) = get(inputs, 1) else { return 0 };
-        self.conv.geometry(&x.dims, &self.w).map_or(0, |(g, _)| g.multiply_adds())
-    }
-
-    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
-        Err(OpError::NotDifferentiable("second derivatives of ConvTranspose".into()))
     }
 }
 

@@ -8,15 +8,16 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use crate::error::OpError;
+use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::layout::{Layout, position};
 use crate::kernels::resize::{
     Axis, Coordinates, Filter, Pass, Rounding, Sampling, fill_outside, pick, resample, resample_grad,
 };
+use crate::ops::bytes::{by_size, units, units_mut};
 use crate::ops::layout::rank_of;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Elem, Meta, View, ViewMut, axis};
-use crate::{dtype_dispatch, float_dispatch};
 
 /// One entry an axis of the tensor.
 type Axes = SmallVec<[Axis; 6]>;
@@ -393,9 +394,9 @@ impl Op for Resize {
         let sizes = passes.parts(s, input.dtype.size());
         let y_dims = Dims::from_slice(y.dims);
         if let Filter::Nearest(_) = s.filter {
-            dtype_dispatch!(input.dtype, T => {
+            by_size!(input.dtype, T => {
                 let (index, weight, between) = parts::<T, f32>(cx, sizes)?;
-                let (x, y) = (input.get::<T>()?, y.get::<T>()?);
+                let (x, y) = (units::<T>(input.bytes)?, units_mut(y.bytes)?);
                 passes.each(false, x, y, between, |axis, outer, inner, x, y| {
                     s.table(axis, index, weight);
                     pick(&pass(s, axis, [outer, inner], index, weight), x, y);
@@ -422,8 +423,8 @@ impl Op for Resize {
                 DType::F64 => {
                     fill_outside(outer, inner, axis, s, f64::from(self.extrapolation), y.get::<f64>()?);
                 }
-                other => dtype_dispatch!(other, T => {
-                    fill_outside(outer, inner, axis, s, T::default(), y.get::<T>()?);
+                other => by_size!(other, T => {
+                    fill_outside(outer, inner, axis, s, 0, units_mut::<T>(y.bytes)?);
                 }),
             }
         }
@@ -443,9 +444,7 @@ impl Op for Resize {
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         let dy = g.dy0()?;
-        let metas: Vec<Option<Meta>> = (0..g.inputs())
-            .map(|i| g.x_opt(i).map(|v| g.meta(v).cloned()).transpose())
-            .collect::<Result<_, _>>()?;
+        let metas = g.metas()?;
         let refs: Vec<Option<&Meta>> = metas.iter().map(Option::as_ref).collect();
         let axes = self.known(&refs)?;
         if (1..g.inputs()).any(|i| g.wants(i)) {

@@ -3,39 +3,48 @@
 //! A gradient is several nodes: one goes back through the steps and gives the gradients of the gates' arguments, dZ of
 //! (rows, D · gates · H); those of X, W, R and B are products and sums of dZ, made only where they are wanted.
 
-mod gru;
-mod lstm;
-mod simple;
+mod grad;
 #[cfg(test)]
 mod tests;
 mod weights;
 
-use crate::error::OpError;
-use crate::graph::GradBuilder;
-use crate::kernels::rnn::{Activation, Sequence};
-use crate::kernels::simd::Vectors;
-use crate::ops::{Row, Spec, get, need};
-use crate::tensor::{DType, Dims, Meta, View};
+use std::sync::Arc;
 
-pub use gru::{Gru, GruGrad};
-pub use lstm::{Lstm, LstmGrad, PeepholeGrad};
-pub use simple::{Rnn, RnnGrad};
+use crate::error::OpError;
+use crate::float_dispatch;
+use crate::graph::GradBuilder;
+use crate::kernels::rnn::{self as kernel, Activation, Cell, Inputs, Kind, Outputs, Sequence};
+use crate::kernels::simd::Vectors;
+use crate::ops::{Cx, Grads, Op, Row, Spec, get, need};
+use crate::tensor::{DType, Dims, Elem, Meta, View, ViewMut};
+
+pub use grad::{PeepholeGrad, RecurrentGrad};
 pub use weights::RecurrentWeightGrad;
 
-/// What all recurrent layers are configured by; `A` activations a direction.
+/// ONNX `LSTM`, `GRU` and `RNN` (opset 7; `layout` since 14): X, W, R, B, sequence_lens, initial_h, of an LSTM also
+/// initial_c and P.
+///
+/// Outputs Y, Y_h, of an LSTM also Y_c; then, for the gradient of an LSTM and a GRU, the gates' values
+/// (T · N, D · gates · H) and (T · N, D · H) the cell states, or what a GRU's reset gate multiplied.
 #[derive(Debug, Clone)]
-pub struct Config<const A: usize> {
+pub struct Recurrent {
+    pub kind: Kind,
     /// Which directions go backwards; one entry a direction.
     reverse: &'static [bool],
     hidden: Option<usize>,
     clip: Option<f32>,
-    activations: [[Activation; A]; 2],
+    /// Of each direction; a kind has the first ones.
+    activations: [[Activation; 3]; 2],
     batch_first: bool,
-    op_type: &'static str,
 }
 
-impl<const A: usize> Config<A> {
-    fn of(s: &Spec, op_type: &'static str, default: [&str; A]) -> Result<Self, OpError> {
+impl Recurrent {
+    fn make(s: &Spec) -> Result<Arc<dyn Op>, OpError> {
+        let (kind, default): (Kind, &[&str]) = match s.op_type {
+            "LSTM" => (Kind::Lstm { coupled: s.attrs.flag("input_forget")? }, &["Sigmoid", "Tanh", "Tanh"]),
+            "GRU" => (Kind::Gru { reset_after: s.attrs.flag("linear_before_reset")? }, &["Sigmoid", "Tanh"]),
+            _ => (Kind::Plain, &["Tanh"]),
+        };
         let reverse: &'static [bool] = match s.attrs.string("direction")?.as_deref() {
             None | Some("forward") => &[false],
             Some("reverse") => &[true],
@@ -56,19 +65,19 @@ impl<const A: usize> Config<A> {
         if !(0..=1).contains(&layout) {
             return Err(OpError::Attribute(format!("'layout' is {layout}")));
         }
-        let count = A * reverse.len();
+        let (each, count) = (default.len(), default.len() * reverse.len());
         let names = s.attrs.strings("activations")?.filter(|names| !names.is_empty());
-        let names = names.unwrap_or_else(|| (0..count).map(|i| default[i % A].to_string()).collect());
+        let names = names.unwrap_or_else(|| (0..count).map(|i| default[i % each].to_string()).collect());
         if names.len() != count {
             return Err(OpError::Attribute(format!("'activations' are {names:?}, where {count} are needed")));
         }
         let mut alphas = s.attrs.floats("activation_alpha")?.unwrap_or_default().into_iter();
         let mut betas = s.attrs.floats("activation_beta")?.unwrap_or_default().into_iter();
-        let mut activations = [[Activation::Tanh; A]; 2];
+        let mut activations = [[Activation::Tanh; 3]; 2];
         for (i, name) in names.iter().enumerate() {
-            activations[i / A][i % A] = activation(name, &mut alphas, &mut betas)?;
+            activations[i / each][i % each] = activation(name, &mut alphas, &mut betas)?;
         }
-        Ok(Config { reverse, hidden, clip, activations, batch_first: layout == 1, op_type })
+        Ok(Arc::new(Recurrent { kind, reverse, hidden, clip, activations, batch_first: layout == 1 }))
     }
 
     fn differentiable(&self) -> Result<(), OpError> {
@@ -78,16 +87,16 @@ impl<const A: usize> Config<A> {
             Some(a) => Err(OpError::NotDifferentiable(format!(
                 "{} with the activation {a:?}: a derivative is computed from the value, which with such an alpha does \
                  not tell it",
-                self.op_type
+                self.name()
             ))),
         }
     }
 
-    /// The sizes for X, W and R of the given dimensions and a cell of so many gates.
-    fn sequence(&self, gates: usize, x: &[usize], w: &[usize], r: &[usize]) -> Result<Sequence, OpError> {
-        let bad = || OpError::Shape(format!("{} of {x:?} with W of {w:?}, R of {r:?}", self.op_type));
+    /// The sizes for X, W and R of the given dimensions.
+    fn sequence(&self, x: &[usize], w: &[usize], r: &[usize]) -> Result<Sequence, OpError> {
+        let bad = || OpError::Shape(format!("{} of {x:?} with W of {w:?}, R of {r:?}", self.name()));
         let (&[first, second, input], &[_, _, hidden]) = (x, r) else { return Err(bad()) };
-        let d = self.reverse.len();
+        let (d, gates) = (self.reverse.len(), self.kind.gates());
         if hidden == 0
             || self.hidden.is_some_and(|h| h != hidden)
             || w != [d, gates * hidden, input]
@@ -108,18 +117,16 @@ impl<const A: usize> Config<A> {
         })
     }
 
-    /// As [`Config::sequence`], for operands X, W, R, B, sequence lengths, and initial states from input 5 on, which are
-    /// checked.
-    fn check(&self, gates: usize, states: usize, inputs: &[Option<&Meta>]) -> Result<Sequence, OpError> {
+    /// As [`Recurrent::sequence`], of all operands, which are checked.
+    fn check(&self, inputs: &[Option<&Meta>]) -> Result<Sequence, OpError> {
         let (x, w, r) = (need(inputs, 0)?, need(inputs, 1)?, need(inputs, 2)?);
-        let s = self.sequence(gates, &x.dims, &w.dims, &r.dims)?;
+        let s = self.sequence(&x.dims, &w.dims, &r.dims)?;
         let expect = |i: usize, what: &str, dims: &[usize], dtype: DType| match get(inputs, i) {
             Some(m) if m.dims.as_slice() != dims || m.dtype != dtype => Err(OpError::Shape(format!(
-                "{} of {} {:?} for {}, where {dtype} {dims:?} is needed",
-                what,
+                "{what} of {} {:?} for {}, where {dtype} {dims:?} is needed",
                 m.dtype,
                 m.dims.as_slice(),
-                self.op_type
+                self.name()
             ))),
             _ => Ok(()),
         };
@@ -127,6 +134,7 @@ impl<const A: usize> Config<A> {
         expect(2, "R", &r.dims, x.dtype)?;
         expect(3, "B", &[s.directions, 2 * s.width()], x.dtype)?;
         expect(4, "sequence_lens", &[s.batch], DType::I32)?;
+        let states = self.kind.states();
         // A file made for a batch of one holds states for one row; they are then every row's.
         let one = state_dims(&Sequence { batch: 1, ..s });
         for i in
@@ -134,7 +142,88 @@ impl<const A: usize> Config<A> {
         {
             expect(i, "an initial state", &state_dims(&s), x.dtype)?;
         }
-        Ok(s)
+        let operands = match self.kind {
+            Kind::Lstm { .. } => 8,
+            _ => 6,
+        };
+        if operands == 8 {
+            expect(7, "P", &[s.directions, 3 * s.hidden], x.dtype)?;
+        }
+        match inputs.iter().skip(operands).flatten().next() {
+            None => Ok(s),
+            Some(_) => Err(OpError::Shape(format!("{} with {} operands", self.name(), inputs.len()))),
+        }
+    }
+
+    fn cell<'a, T: Vectors>(
+        &'a self,
+        r: &'a [T],
+        b: Option<&'a [T]>,
+        peepholes: Option<&'a [T]>,
+    ) -> Cell<'a, T> {
+        let clip = self.clip.map(|c| T::of(f64::from(c)));
+        Cell { kind: self.kind, activations: &self.activations, clip, r, b, peepholes }
+    }
+}
+
+impl Op for Recurrent {
+    fn name(&self) -> &'static str {
+        match self.kind {
+            Kind::Plain => "RNN",
+            Kind::Gru { .. } => "GRU",
+            Kind::Lstm { .. } => "LSTM",
+        }
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let s = self.check(inputs)?;
+        let dtype = need(inputs, 0)?.dtype;
+        let mut made = vec![Meta::new(dtype, &output_dims(&s))];
+        made.resize(1 + self.kind.states(), Meta::new(dtype, &state_dims(&s)));
+        if self.kind != Kind::Plain {
+            made.extend([s.width(), s.hidden].map(|w| Meta::new(dtype, &[s.rows(), s.directions * w])));
+        }
+        Ok(made)
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let (input, w, r) = (need(x, 0)?, need(x, 1)?, need(x, 2)?);
+        let s = self.sequence(input.dims, w.dims, r.dims)?;
+        float_dispatch!(input.dtype, T => {
+            let inputs = Inputs {
+                x: input.get::<T>()?,
+                w: w.get()?,
+                lengths: lengths(&s, get(x, 4))?,
+                h0: optional(x, 5)?,
+                c0: optional(x, 6)?,
+            };
+            let cell = self.cell(r.get()?, optional(x, 3)?, optional(x, 7)?);
+            let mut next = in_order(y);
+            let outputs = Outputs {
+                y: next(true)?,
+                h: next(true)?,
+                c: next(self.kind.states() == 2)?,
+                z: next(true)?,
+                kept: next(true)?,
+            };
+            kernel::forward(&s, &cell, &inputs, outputs, cx.room(kernel::forward_scratch::<T>(&s))?);
+            Ok(())
+        })
+    }
+
+    fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
+        let Ok(s) = self.check(inputs) else { return 0 };
+        let of = [kernel::forward_scratch::<f32>(&s), kernel::forward_scratch::<f64>(&s)];
+        room(get(inputs, 0), of)
+    }
+
+    fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
+        let s = self.check(inputs);
+        s.map_or(0, |s| s.rows() * s.directions * s.width() * (s.input + s.hidden))
+    }
+
+    fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
+        grad::vjp(self, g)
     }
 }
 
@@ -193,30 +282,34 @@ fn lengths<'a>(s: &Sequence, operand: Option<View<'a>>) -> Result<Option<&'a [i3
 }
 
 /// The elements of an optional operand.
-fn optional<'a, T: Vectors>(x: &[Option<View<'a>>], i: usize) -> Result<Option<&'a [T]>, OpError> {
+fn optional<'a, T: Elem>(x: &[Option<View<'a>>], i: usize) -> Result<Option<&'a [T]>, OpError> {
     get(x, i).map(|v| v.get::<T>()).transpose()
 }
 
-/// Bytes of scratch, by a kernel's function for either element type.
-fn room(s: &Sequence, dtype: DType, [single, double]: [fn(&Sequence) -> usize; 2]) -> usize {
-    match dtype {
-        DType::F64 => double(s) * size_of::<f64>(),
-        _ => single(s) * size_of::<f32>(),
+/// The elements of one output after the other, `None` where it is not wanted; `false`: there is none of this kind.
+fn in_order<'a, T: Elem>(
+    y: &'a mut [Option<ViewMut>],
+) -> impl FnMut(bool) -> Result<Option<&'a mut [T]>, OpError> {
+    let mut outputs = y.iter_mut();
+    move |exists| match exists.then(|| outputs.next()) {
+        Some(Some(Some(y))) => y.get::<T>().map(Some),
+        _ => Ok(None),
     }
 }
 
-/// The sizes at a node that is differentiated.
-fn sequence_at<const A: usize>(
-    config: &Config<A>,
-    gates: usize,
-    g: &GradBuilder,
-) -> Result<Sequence, OpError> {
-    let dims = |i: usize| -> Result<Dims, OpError> { Ok(g.meta(g.x(i)?)?.dims.clone()) };
-    config.sequence(gates, &dims(0)?, &dims(1)?, &dims(2)?)
+/// Bytes of scratch for an operand of either element type, given elements.
+fn room(operand: Option<&Meta>, [single, double]: [usize; 2]) -> usize {
+    match operand.map(|m| m.dtype) {
+        Some(DType::F64) => double * size_of::<f64>(),
+        _ => single * size_of::<f32>(),
+    }
 }
 
-pub(super) const ROWS: &[Row] =
-    &[Row::new("LSTM", 7, Lstm::make), Row::new("GRU", 7, Gru::make), Row::new("RNN", 7, Rnn::make)];
+pub(super) const ROWS: &[Row] = &[
+    Row::new("LSTM", 7, Recurrent::make),
+    Row::new("GRU", 7, Recurrent::make),
+    Row::new("RNN", 7, Recurrent::make),
+];
 
 #[cfg(test)]
 pub(super) use tests::cases;

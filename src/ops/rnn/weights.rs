@@ -92,7 +92,7 @@ impl Op for RecurrentWeightGrad {
                 h0: optional(x, 3)?,
                 y: optional(x, 1)?,
                 z: optional(x, 4)?,
-                ..Saved::nothing(&[])
+                ..Saved::default()
             };
             let dr = out(y, 0)?.get::<T>()?;
             let scratch = cx.room(kernel::recurrent_weights_scratch::<T>(s))?;
@@ -102,9 +102,9 @@ impl Op for RecurrentWeightGrad {
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
-        let dtype = get(inputs, 0).map_or(crate::tensor::DType::F32, |m| m.dtype);
-        let of = [kernel::recurrent_weights_scratch::<f32>, kernel::recurrent_weights_scratch::<f64>];
-        room(&self.sequence, dtype, of)
+        let s = &self.sequence;
+        let of = [kernel::recurrent_weights_scratch::<f32>(s), kernel::recurrent_weights_scratch::<f64>(s)];
+        room(get(inputs, 0), of)
     }
 
     fn multiply_adds(&self, _: &[Option<&Meta>]) -> usize {

@@ -189,23 +189,8 @@ mod tests {
 
     #[test]
     fn every_allowed_pair_converts_small_integers() {
-        let all = [
-            DType::F32,
-            DType::F64,
-            DType::F16,
-            DType::BF16,
-            DType::I8,
-            DType::I16,
-            DType::I32,
-            DType::I64,
-            DType::U8,
-            DType::U16,
-            DType::U32,
-            DType::U64,
-            DType::Bool,
-        ];
-        for from in all {
-            for to in all {
+        for from in DType::WIDE {
+            for to in DType::WIDE {
                 let src = Tensor::ints(&[0, 1, 1]).cast(from);
                 match array("x", &src, to) {
                     Ok(t) => assert_eq!((t.to_f64(), t.dtype()), (vec![0.0, 1.0, 1.0], to), "{from} to {to}"),

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::dtype_dispatch;
 use crate::error::{Error, OpError, Result};
-use crate::tensor::{DType, Elem, Tensor};
+use crate::tensor::{DType, Elem, Tensor, by_size};
 
 use super::Augment;
 use super::split::{Purpose, below, rng};
@@ -272,30 +272,6 @@ fn between<S: Copy, D: Elem + num_traits::NumCast>(
     }
 }
 
-/// Runs `$body` with `$t` an unsigned integer of `$size` bytes: moving elements only needs their size.
-macro_rules! by_size {
-    ($size:expr, $t:ident => $body:expr) => {
-        match $size {
-            1 => {
-                type $t = u8;
-                $body
-            }
-            2 => {
-                type $t = u16;
-                $body
-            }
-            4 => {
-                type $t = u32;
-                $body
-            }
-            _ => {
-                type $t = u64;
-                $body
-            }
-        }
-    };
-}
-
 fn elements<T: bytemuck::Pod>(bytes: &[u8]) -> Result<&[T]> {
     bytemuck::try_cast_slice(bytes).map_err(|e| super::internal(OpError::Internal(e.to_string())))
 }
@@ -314,7 +290,7 @@ pub(super) fn look_up(src: &[u8], table: &Tensor, p: Planes, place: Placement, d
             Ok(())
         });
     }
-    by_size!(table.dtype().size(), T => {
+    by_size!(table.dtype(), T => {
         let table: &[T] = elements(table.bytes())?;
         gather(src, elements_mut::<T>(dst)?, p, place, |c, s| table[c * 256 + s as usize]);
     });
@@ -330,7 +306,7 @@ pub(super) fn placed(src: &[u8], dtype: DType, p: Planes, place: Placement, dst:
             Ok(())
         });
     }
-    by_size!(dtype.size(), T => gather(elements::<T>(src)?, elements_mut::<T>(dst)?, p, place, |_, s| s));
+    by_size!(dtype, T => gather(elements::<T>(src)?, elements_mut::<T>(dst)?, p, place, |_, s| s));
     Ok(())
 }
 
