@@ -122,6 +122,8 @@ pub fn inspect(model: &Arc<Model>) -> Report {
         notes: remarks(&model.graph),
         tried: true,
     };
+    let set = model.graph.fixed.iter().map(|(v, _)| format!("input '{}' is set", model.graph.value(*v).name));
+    report.notes.extend(set);
     if report.blockers.is_empty() {
         match trial(model, &mut report) {
             Ok(()) => {}

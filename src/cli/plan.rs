@@ -58,8 +58,8 @@ struct Report {
 }
 
 pub fn main(args: &Args) -> anyhow::Result<u8> {
-    let model = super::data::load(&args.model)?;
     let config = resolve(&args.overrides, &args.switches)?;
+    let model = super::data::load(&args.model, &config.set)?;
     let inputs = input_shapes(&model, config.batch, &args.shape)?;
     let mut modes = vec![forward(&model, &inputs, &config.loss()?)?];
     for (name, method) in [("supervised", MethodName::Supervised), ("icp", MethodName::Icp)] {

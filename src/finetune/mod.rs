@@ -1,6 +1,7 @@
 //! The main job: a deployed network and data in, the same file with better weights out, never a worse one.
 
 mod config;
+mod inputs;
 mod norms;
 mod require;
 
@@ -29,6 +30,7 @@ use crate::train::step::{Recipe, Shapes};
 pub use config::{
     ClassWeights, Config, HeadSize, MethodName, NumberOr, OptimizerName, ScheduleName, parse_loss,
 };
+pub use inputs::set_inputs;
 pub use require::Require;
 
 /// A quantised network's outputs may differ by this much of the largest from tract's: what lies between two levels may
@@ -375,6 +377,10 @@ fn fingerprint(model: &Model, data: &Dataset, config: &Config) -> Result<String>
     };
     let text = serde_json::to_string(&decisive).map_err(|e| Error::Config(e.to_string()))?;
     hash.update(text.as_bytes());
+    for (v, value) in &model.graph.fixed {
+        hash.update(v.0.to_le_bytes());
+        hash.update(value.bytes());
+    }
     let mut batch = data.new_batch(1);
     hash.update((data.len() as u64).to_le_bytes());
     for i in 0..data.len() {
@@ -406,7 +412,8 @@ fn write(
     let mut batch = data.new_batch(n);
     data.batch(&(0..n).collect::<Vec<_>>(), None, &mut batch)?;
     let expected = session.forward(&batch.inputs)?;
-    let verified = match export::verify(&staged.path(), &batch.inputs, &expected) {
+    let feeds = model.with_fixed(&batch.inputs)?;
+    let verified = match export::verify(&staged.path(), &feeds, &expected) {
         Verification::Agrees { .. } => "agrees".to_string(),
         Verification::Disagrees { max_relative, .. } if rounds(&model) && max_relative <= ROUNDED => {
             "agrees".to_string()
