@@ -20,6 +20,8 @@ use crate::train::step::{self, Evaluation, Norm, Recipe, Shapes, feeds};
 #[derive(clap::Args)]
 pub struct Args {
     model: PathBuf,
+    #[command(flatten)]
+    fixed: super::data::SetArgs,
     #[arg(long, default_value_t = 32)]
     batch: usize,
     #[arg(long, value_enum, default_value = "train")]
@@ -102,7 +104,7 @@ struct KernelTime {
 pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
     anyhow::ensure!(args.precision == "f32", "--precision {}: only f32 is supported so far", args.precision);
     anyhow::ensure!(args.runs > 0 && args.batch > 0, "--runs and --batch must be at least 1");
-    let model = super::data::load(&args.model)?;
+    let model = super::data::load(&args.model, &args.fixed.set)?;
     let inputs = super::plan::input_shapes(&model, args.batch, &args.shape)?;
     let mut session = Session::new(model.clone(), Options { threads: args.threads, ..Options::default() })?;
     let loss = Loss::CrossEntropy { label_smoothing: 0.0 };

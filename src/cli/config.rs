@@ -14,6 +14,10 @@ pub struct Overrides {
     /// supervised or icp [default: icp]
     #[arg(long)]
     method: Option<String>,
+    /// An input that is the same for every sample: a number, numbers joined by commas, or an .npz
+    #[arg(long, value_name = "NAME=VALUE")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    set: Vec<String>,
     /// cross-entropy, bce, mse, or an ONNX graph of the loss [default: cross-entropy]
     #[arg(long)]
     loss: Option<String>,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Context;
 
 use crate::exec::{Options, Session};
-use crate::finetune::{check_target, input_specs};
+use crate::finetune::{check_target, input_specs, set_inputs};
 use crate::import::Model;
 use crate::train::data::{Dataset, ImageOptions, open};
 use crate::train::loss::Loss;
@@ -39,8 +39,19 @@ impl ImageArgs {
     }
 }
 
-pub fn load(path: &Path) -> anyhow::Result<Arc<Model>> {
-    Ok(Arc::new(crate::import::load(path)?))
+/// Inputs that are no data.
+#[derive(clap::Args, Debug, Clone, Default)]
+pub struct SetArgs {
+    /// An input that is the same for every sample: a number, numbers joined by commas, or an .npz
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub set: Vec<String>,
+}
+
+/// The model, with the inputs of `--set` bound.
+pub fn load(path: &Path, set: &[String]) -> anyhow::Result<Arc<Model>> {
+    let mut model = crate::import::load(path)?;
+    set_inputs(&mut model, set)?;
+    Ok(Arc::new(model))
 }
 
 /// Opens data and binds them to the model's inputs.

@@ -66,7 +66,7 @@ struct Report<'a> {
 pub fn main(args: &Args) -> anyhow::Result<u8> {
     let folder = models_folder(args.models.as_deref())?;
     let path = folder.join(format!("{}.onnx", args.model));
-    let model = super::data::load(&path)?;
+    let model = super::data::load(&path, &[])?;
     let clean =
         super::data::bound(&model, &folder.join("fashion-images-idx3-ubyte.gz"), &ImageOptions::default())?;
     let worn = degrade(&clean, &Worn { seed: args.seed, ..Worn::default() })?;

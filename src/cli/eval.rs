@@ -9,6 +9,8 @@ use crate::train::fit::evaluate;
 #[derive(clap::Args)]
 pub struct Args {
     model: PathBuf,
+    #[command(flatten)]
+    fixed: super::data::SetArgs,
     /// .npz, folder of class folders, or IDX images file
     #[arg(long)]
     data: PathBuf,
@@ -27,7 +29,7 @@ pub struct Args {
 }
 
 pub fn main(args: &Args) -> anyhow::Result<u8> {
-    let model = super::data::load(&args.model)?;
+    let model = super::data::load(&args.model, &args.fixed.set)?;
     let data = super::data::bound(&model, &args.data, &args.images.over(ImageOptions::default()))?;
     for note in data.notes() {
         eprintln!("note: {note}");

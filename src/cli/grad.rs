@@ -14,6 +14,8 @@ use crate::train::gradients::gradients;
 #[derive(clap::Args)]
 pub struct Args {
     model: PathBuf,
+    #[command(flatten)]
+    fixed: super::data::SetArgs,
     /// .npz with one array per model input, by name, and `target`
     #[arg(long, value_name = "IN.npz")]
     inputs: PathBuf,
@@ -39,7 +41,7 @@ enum ModeName {
 }
 
 pub fn main(args: &Args) -> anyhow::Result<u8> {
-    let model = super::data::load(&args.model)?;
+    let model = super::data::load(&args.model, &args.fixed.set)?;
     let mut arrays = read_npz(&args.inputs)?;
     let Some(at) = arrays.iter().position(|a| a.0 == "target") else {
         anyhow::bail!("{}: has no array 'target'", args.inputs.display());

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 #[derive(clap::Args)]
 pub struct Args {
     model: PathBuf,
+    #[command(flatten)]
+    fixed: super::data::SetArgs,
     #[arg(long)]
     json: bool,
     /// For pasting into a ticket
@@ -13,7 +15,7 @@ pub struct Args {
 }
 
 pub fn main(args: &Args) -> anyhow::Result<u8> {
-    let model = super::data::load(&args.model)?;
+    let model = super::data::load(&args.model, &args.fixed.set)?;
     let report = crate::inspect::inspect(&model);
     let title = args.model.display().to_string();
     match (args.json, args.markdown) {

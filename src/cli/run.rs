@@ -12,6 +12,8 @@ use crate::train::data::{read_npz, write_npz};
 #[derive(clap::Args)]
 pub struct Args {
     model: PathBuf,
+    #[command(flatten)]
+    fixed: super::data::SetArgs,
     /// .npz with one array per model input, by name
     #[arg(long, value_name = "IN.npz")]
     inputs: PathBuf,
@@ -37,11 +39,15 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
     let feeds = read_npz(&args.inputs)?;
     let outputs = match args.engine {
         Engine::Native => {
-            let model = super::data::load(&args.model)?;
+            let model = super::data::load(&args.model, &args.fixed.set)?;
             let mut session = Session::new(model, Options { threads: args.threads, ..Options::default() })?;
             session.forward(&feeds).with_context(|| args.model.display().to_string())?
         }
-        Engine::Tract => crate::export::verify::run(&args.model, &feeds)?,
+        Engine::Tract if args.fixed.set.is_empty() => crate::export::verify::run(&args.model, &feeds)?,
+        Engine::Tract => {
+            let model = super::data::load(&args.model, &args.fixed.set)?;
+            crate::export::verify::run(&args.model, &model.with_fixed(&feeds)?)?
+        }
     };
     let arrays: Vec<(&str, &Tensor)> = outputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
     write_npz(&args.output, &arrays)?;

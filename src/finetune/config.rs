@@ -124,6 +124,8 @@ impl HeadSize {
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct Config {
     pub method: MethodName,
+    /// Inputs of the model that are the same for every sample, each as `NAME=VALUE`: [`super::set_inputs`] gives them to the model.
+    pub set: Vec<String>,
     /// `cross-entropy`, `bce`, `mse`, or the path of an ONNX graph.
     pub loss: String,
     pub label_smoothing: f64,
@@ -189,6 +191,7 @@ impl Default for Config {
     fn default() -> Self {
         Config {
             method: MethodName::Icp,
+            set: Vec::new(),
             loss: "cross-entropy".into(),
             label_smoothing: 0.0,
             class_weights: None,

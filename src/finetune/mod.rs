@@ -1,6 +1,7 @@
 //! The main job: a deployed network and data in, the same file with better weights out, never a worse one.
 
 mod config;
+mod inputs;
 mod norms;
 mod require;
 
@@ -20,7 +21,7 @@ use crate::tensor::{DType, Tensor};
 use crate::train::data::{Dataset, InputSpec, split};
 use crate::train::fit::{CheckpointOptions, Evaluated, Fitted, Progress, Run, evaluate, fit};
 use crate::train::guard::{self, Verdict};
-use crate::train::loss::Loss;
+use crate::train::loss::{Loss, class_axis};
 use crate::train::method::{Method, Plain};
 use crate::train::metrics::Metrics;
 use crate::train::select::Select;
@@ -29,6 +30,7 @@ use crate::train::step::{Recipe, Shapes};
 pub use config::{
     ClassWeights, Config, HeadSize, MethodName, NumberOr, OptimizerName, ScheduleName, parse_loss,
 };
+pub use inputs::set_inputs;
 pub use require::Require;
 
 /// A quantised network's outputs may differ by this much of the largest from tract's: what lies between two levels may
@@ -152,12 +154,11 @@ pub fn check_target(session: &Session, loss: &Loss, data: Dataset) -> Result<Dat
         false => output,
     };
     let dims = net.graph.meta(scores)?.dims.clone();
+    let axis = class_axis(&net.graph, scores, Some(&shapes.target))?;
     match loss {
-        Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => match dims.get(1) {
+        Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => match dims.get(axis) {
             Some(&classes) => {
-                if data.labels().is_some() {
-                    data.check_labels(classes)?;
-                }
+                data.check_labels(classes)?;
                 data.check_probabilities(classes)?;
                 Ok(data)
             }
@@ -174,16 +175,14 @@ pub fn check_target(session: &Session, loss: &Loss, data: Dataset) -> Result<Dat
 
 /// How many classes the first output tells apart.
 fn classes(session: &Session, data: &Dataset) -> Result<usize> {
-    let net = crate::train::step::Network::new(
-        session,
-        crate::ops::Mode::EVAL,
-        &shapes_of(data, 1)?,
-        &std::collections::HashMap::new(),
-    )?;
+    let shapes = shapes_of(data, 1)?;
+    let none = std::collections::HashMap::new();
+    let net = crate::train::step::Network::new(session, crate::ops::Mode::EVAL, &shapes, &none)?;
     let output = net.graph.outputs.first().copied();
     let output = output.ok_or_else(|| Error::Config("the model has no output".into()))?;
     let (scores, _) = crate::graph::logits(&net.graph, output);
-    Ok(net.graph.meta(scores)?.dims.get(1).copied().unwrap_or(1))
+    let axis = class_axis(&net.graph, scores, Some(&shapes.target))?;
+    Ok(net.graph.meta(scores)?.dims.get(axis).copied().unwrap_or(1))
 }
 
 /// The shapes of a batch of the first `n` samples.
@@ -375,6 +374,10 @@ fn fingerprint(model: &Model, data: &Dataset, config: &Config) -> Result<String>
     };
     let text = serde_json::to_string(&decisive).map_err(|e| Error::Config(e.to_string()))?;
     hash.update(text.as_bytes());
+    for (v, value) in &model.graph.fixed {
+        hash.update(v.0.to_le_bytes());
+        hash.update(value.bytes());
+    }
     let mut batch = data.new_batch(1);
     hash.update((data.len() as u64).to_le_bytes());
     for i in 0..data.len() {
@@ -406,7 +409,12 @@ fn write(
     let mut batch = data.new_batch(n);
     data.batch(&(0..n).collect::<Vec<_>>(), None, &mut batch)?;
     let expected = session.forward(&batch.inputs)?;
-    let verified = match export::verify(&staged.path(), &batch.inputs, &expected) {
+    let feeds = model.with_fixed(&batch.inputs)?;
+    let verification = match draws(&model) {
+        true => Verification::Unavailable("the network draws random numbers, and each engine its own".into()),
+        false => export::verify(&staged.path(), &feeds, &expected),
+    };
+    let verified = match verification {
         Verification::Agrees { .. } => "agrees".to_string(),
         Verification::Disagrees { max_relative, .. } if rounds(&model) && max_relative <= ROUNDED => {
             "agrees".to_string()
@@ -421,6 +429,19 @@ fn write(
     };
     staged.commit()?;
     Ok(verified)
+}
+
+/// Does the network draw random numbers also where it is not trained?
+fn draws(model: &Model) -> bool {
+    let random = [
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+        "Bernoulli",
+        "Multinomial",
+    ];
+    model.graph.nodes.iter().any(|n| random.contains(&n.op.name()))
 }
 
 /// Are activations rounded to levels within the network?
@@ -439,4 +460,37 @@ fn verified_batch(model: &Model, samples: usize) -> usize {
         }
     });
     fixed.unwrap_or(VERIFIED_SAMPLES).clamp(1, samples.max(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::import::make::{import, model, node, ramp};
+
+    /// A network with noise of its own gives other numbers in every engine: that is no reason to refuse its export.
+    #[test]
+    fn a_network_that_draws_is_exported_unverified() {
+        let nodes = vec![
+            node("MatMul", &["x", "w"], &["h"]),
+            node("RandomNormalLike", &["h"], &["noise"]),
+            node("Add", &["h", "noise"], &["y"]),
+        ];
+        let m = Arc::new(import(&model(nodes, vec![ramp("w", &[3, 2])], "y")).unwrap());
+        let x = Tensor::from_slice(&[8, 3], &[0.25f32; 24]).unwrap();
+        let y = Tensor::from_slice(&[8, 2], &[0.5f32; 16]).unwrap();
+        let data =
+            Dataset::from_arrays(vec![("x".into(), x)], Some(y)).unwrap().bind(&input_specs(&m)).unwrap();
+        let config = Config {
+            method: MethodName::Supervised,
+            loss: "mse".into(),
+            epochs: 1,
+            holdout: NumberOr::Number(0.0),
+            ..Config::default()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("new.onnx");
+        let done = finetune(m, data, None, &config, &out, &mut |_| {}).unwrap();
+        assert!(done.summary.verified.contains("random"), "{}", done.summary.verified);
+        assert!(done.summary.kept && out.exists());
+    }
 }

@@ -40,6 +40,10 @@ impl Graph {
             }
             self.value_mut(input).meta = Some(meta);
         }
+        for (v, value) in self.fixed_values()? {
+            self.value_mut(v).meta = Some(Meta { value: Some(value.clone()), ..value.meta() });
+            self.value_mut(v).source = Source::Constant(value);
+        }
         let rebatch = self.rebound_batch();
         let mut i = 0;
         while i < self.nodes.len() {

@@ -2,6 +2,7 @@
 //! [`grad`], the nodes of its gradient.
 
 mod control;
+mod fixed;
 mod fuse;
 mod grad;
 mod infer;
@@ -122,6 +123,8 @@ pub struct Graph {
     /// What a run is fed with (constants that are also listed as inputs in the file are not here).
     pub inputs: Vec<ValueId>,
     pub outputs: Vec<ValueId>,
+    /// Inputs of the file with a value of their own ([`Graph::fix`]).
+    pub fixed: Vec<(ValueId, Arc<Tensor>)>,
 }
 
 impl Graph {

@@ -14,6 +14,7 @@ mod map;
 mod order;
 pub mod proto;
 mod roles;
+mod sequences;
 pub(crate) mod splice;
 pub(crate) mod tree;
 pub mod weights;
@@ -26,7 +27,7 @@ use bytes::Bytes;
 use prost::Message;
 
 use crate::error::{Blocker, Error, Result};
-use crate::graph::{Graph, ValueId, WeightId};
+use crate::graph::{Dim, Graph, ValueId, WeightId};
 use crate::tensor::Tensor;
 
 pub use external::SourceFile;
@@ -81,7 +82,11 @@ pub fn from_bytes(name: &str, bytes: impl Into<Bytes>) -> Result<Model> {
 pub(crate) fn edited(model: &Model, bytes: Vec<u8>) -> Result<Model> {
     let file = SourceFile::in_memory(&model.path, bytes);
     let folder = (model.files.len() > 1).then(|| folder(&model.path).to_path_buf());
-    from_source(file, folder)
+    let mut new = from_source(file, folder)?;
+    for (v, value) in &model.graph.fixed {
+        new.fix_input(&model.graph.value(*v).name, value)?;
+    }
+    Ok(new)
 }
 
 /// The folder that a model's external data lie in.
@@ -146,6 +151,59 @@ impl Model {
     /// The values of a weight as the file has them, in their working type.
     pub fn load_weight(&self, id: WeightId) -> Result<Tensor> {
         self.weight(id).load(&self.files)
+    }
+
+    /// Gives an input a value of its own: it is fed no longer, and the same at every run. One number fills an input of higher
+    /// rank (see [`Graph::fix`]).
+    ///
+    /// Fails when there is no such input, and when the value does not fit its type or shape.
+    pub fn fix_input(&mut self, name: &str, value: &Tensor) -> Result<()> {
+        let named = |v: &&ValueId| self.graph.value(**v).name == name;
+        let Some(&v) = self.graph.inputs.iter().find(named) else {
+            return Err(Error::value(name, "the model has no such input"));
+        };
+        let fail = |what: String| Err(Error::value(name, what));
+        let declared = self.graph.value(v).declared.clone();
+        let dtype = declared.as_ref().map_or(value.dtype(), |d| d.dtype);
+        if !dtype.is_float() && value.dtype().is_float() && value.to_f64().iter().any(|x| x.fract() != 0.0) {
+            return fail(format!("is {dtype} and set to a fraction"));
+        }
+        let mut value = value.cast(dtype).cast(dtype.working());
+        if let Some(dims) = declared.and_then(|d| d.dims) {
+            let fixed: Option<Vec<usize>> =
+                dims.iter().map(|d| if let Dim::Fixed(n) = d { Some(*n) } else { None }).collect();
+            let fits = |has: &[usize]| {
+                has.len() == dims.len()
+                    && dims.iter().zip(has).all(|(d, n)| !matches!(d, Dim::Fixed(want) if want != n))
+            };
+            let whole =
+                fixed.filter(|f| value.dims().len() == 1 && f.iter().product::<usize>() == value.len());
+            let to: Option<Vec<usize>> = match (value.len(), whole) {
+                _ if fits(value.dims()) => Some(value.dims().to_vec()),
+                (1, _) => Some(Vec::new()),
+                (_, whole) => whole,
+            };
+            let Some(to) = to else {
+                let want = dims.iter().map(|d| d.to_string()).collect::<Vec<_>>().join(", ");
+                return fail(format!("set to an array of {:?}, the model takes [{want}]", value.dims()));
+            };
+            value = value.reshaped(&to).map_err(|e| Error::value(name, e.to_string()))?;
+        }
+        self.graph.fix(v, value);
+        Ok(())
+    }
+
+    /// What the file itself takes for these feeds: with the inputs that have a value of their own.
+    pub fn with_fixed(&self, feeds: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
+        let mut graph = self.graph.clone();
+        for (name, t) in feeds {
+            if let Some(v) = graph.inputs.iter().copied().find(|v| graph.value(*v).name == *name) {
+                graph.value_mut(v).meta = Some(t.meta());
+            }
+        }
+        let name = |v| self.graph.value(v).name.clone();
+        let fixed = graph.fixed_values()?.into_iter().map(|(v, t)| (name(v), t.as_ref().clone()));
+        Ok(feeds.iter().cloned().chain(fixed).collect())
     }
 
     /// Names of the graph's outputs, in order.

@@ -16,6 +16,9 @@ use crate::train::metrics::{Confusion, Meter, Metrics, labels_of, predicted};
 use crate::train::schedule::Schedule;
 use crate::train::step::{self, Apply, Evaluation, Recipe, Shapes, feeds};
 
+/// Scores of a batch up to which training steps count what was classified right.
+const MOST_COUNTED: usize = 1 << 20;
+
 /// How long and in what order to train.
 #[derive(Debug, Clone)]
 pub struct Run {
@@ -241,13 +244,42 @@ impl Running {
             self.taught += 1;
         }
         let labels = batch.target.as_ref().filter(|_| loss.wants_labels()).and_then(labels_of);
-        let (Some(labels), [_, classes]) = (labels, l.logits.dims()) else { return };
-        let logits = l.logits.to_f64();
-        for (row, label) in logits.chunks_exact((*classes).max(1)).zip(&labels) {
-            self.hits += usize::from(predicted(row.len(), |c| row[c]) as i64 == *label);
-            self.labelled += 1;
+        let Some(labels) = labels.filter(|_| l.logits.len() <= MOST_COUNTED) else { return };
+        for item in items(&l.logits.to_f64(), l.logits.dims()) {
+            if let Some(label) = labels.get(item.index).filter(|l| **l >= 0) {
+                self.hits += usize::from(predicted(item.classes, |c| item.at(c)) as i64 == *label);
+                self.labelled += 1;
+            }
         }
     }
+}
+
+/// One labelled place of a batch: a sample, or a pixel or word of one.
+struct Item<'a> {
+    sample: usize,
+    /// Among all of the batch.
+    index: usize,
+    classes: usize,
+    logits: &'a [f64],
+    stride: usize,
+}
+
+impl Item<'_> {
+    fn at(&self, class: usize) -> f64 {
+        self.logits[class * self.stride]
+    }
+}
+
+/// The items of logits [N, C, …].
+fn items<'a>(logits: &'a [f64], dims: &[usize]) -> impl Iterator<Item = Item<'a>> {
+    let (n, classes, stride) = match dims {
+        [n, classes, inner @ ..] => (*n, *classes, inner.iter().product::<usize>()),
+        _ => (0, 0, 0),
+    };
+    (0..n * stride).map(move |index| {
+        let (sample, place) = (index / stride, index % stride);
+        Item { sample, index, classes, logits: &logits[sample * classes * stride + place..], stride }
+    })
 }
 
 /// Loss and metrics over samples, and what the guard needs of each of them.
@@ -255,9 +287,9 @@ impl Running {
 pub struct Evaluated {
     pub metrics: Metrics,
     pub confusion: Confusion,
-    /// Per sample, where the loss is a sum over samples: its loss, and whether it was classified right.
+    /// Per sample, where the loss is a sum over samples: its loss, and the share of its items that were classified right.
     pub losses: Vec<f64>,
-    pub hits: Vec<bool>,
+    pub hits: Vec<f64>,
     pub left_out: Option<String>,
 }
 
@@ -305,19 +337,30 @@ pub fn evaluate(
 }
 
 impl Evaluated {
-    /// Cross-entropy and hit of each sample of `[N, C]` logits; `target` has the labels, or probabilities.
+    /// Cross-entropy and hits of each sample of `[N, C, …]` logits, means over its items that count; `target` has the
+    /// labels, or probabilities.
     fn per_sample(&mut self, logits: &[f64], dims: &[usize], labels: &[i64], target: &Tensor) {
-        let [_, classes] = dims else { return };
         let soft = target.get::<f32>().ok();
-        for (i, (row, &label)) in logits.chunks_exact((*classes).max(1)).zip(labels).enumerate() {
-            let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let log_sum = max + row.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
-            let at = match soft.and_then(|q| q.get(i * row.len()..(i + 1) * row.len())) {
-                Some(q) => row.iter().zip(q).map(|(x, q)| x * f64::from(*q)).sum(),
-                None => row.get(label as usize).copied().unwrap_or(f64::NAN),
+        let mut sums = vec![(0.0, 0.0, 0usize); dims.first().copied().unwrap_or(0)];
+        for item in items(logits, dims) {
+            let Some(&label) = labels.get(item.index).filter(|l| **l >= 0) else { continue };
+            let all = || (0..item.classes).map(|c| item.at(c));
+            let max = all().fold(f64::NEG_INFINITY, f64::max);
+            let log_sum = max + all().map(|x| (x - max).exp()).sum::<f64>().ln();
+            let soft = soft.and_then(|q| q.get(item.index * item.classes..(item.index + 1) * item.classes));
+            let score = match soft {
+                Some(q) => all().zip(q).map(|(x, q)| x * f64::from(*q)).sum::<f64>(),
+                None if (label as usize) < item.classes => item.at(label as usize),
+                None => f64::NAN,
             };
-            self.losses.push(log_sum - at);
-            self.hits.push(predicted(row.len(), |c| row[c]) as i64 == label);
+            let sum = &mut sums[item.sample];
+            sum.0 += log_sum - score;
+            sum.1 += f64::from(u8::from(predicted(item.classes, |c| item.at(c)) as i64 == label));
+            sum.2 += 1;
+        }
+        for (loss, hits, counted) in sums.into_iter().filter(|s| s.2 > 0) {
+            self.losses.push(loss / counted as f64);
+            self.hits.push(hits / counted as f64);
         }
     }
 }
