@@ -153,20 +153,21 @@ pub fn check_target(session: &Session, loss: &Loss, data: Dataset) -> Result<Dat
     };
     let dims = net.graph.meta(scores)?.dims.clone();
     match loss {
-        Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => match dims.get(1) {
-            Some(&classes) => {
-                if data.labels().is_some() {
+        Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => {
+            let axis = crate::train::loss::class_axis(&net.graph, output, &dims, &shapes.target);
+            match dims.get(axis) {
+                Some(&classes) => {
                     data.check_labels(classes)?;
+                    data.check_probabilities(classes)?;
+                    Ok(data)
                 }
-                data.check_probabilities(classes)?;
-                Ok(data)
+                None => Err(Error::Config(format!(
+                    "cross-entropy needs an output [N, classes], '{}' has shape {:?}",
+                    net.graph.value(output).name,
+                    dims.as_slice()
+                ))),
             }
-            None => Err(Error::Config(format!(
-                "cross-entropy needs an output [N, classes], '{}' has shape {:?}",
-                net.graph.value(output).name,
-                dims.as_slice()
-            ))),
-        },
+        }
         Loss::Mse => data.float_target(&dims[1..]),
         Loss::Bce | Loss::Graph(_) => Ok(data),
     }
@@ -183,7 +184,9 @@ fn classes(session: &Session, data: &Dataset) -> Result<usize> {
     let output = net.graph.outputs.first().copied();
     let output = output.ok_or_else(|| Error::Config("the model has no output".into()))?;
     let (scores, _) = crate::graph::logits(&net.graph, output);
-    Ok(net.graph.meta(scores)?.dims.get(1).copied().unwrap_or(1))
+    let dims = &net.graph.meta(scores)?.dims;
+    let axis = crate::train::loss::class_axis(&net.graph, output, dims, &shapes_of(data, 1)?.target);
+    Ok(dims.get(axis).copied().unwrap_or(1))
 }
 
 /// The shapes of a batch of the first `n` samples.

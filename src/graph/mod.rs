@@ -4,6 +4,7 @@
 mod control;
 mod fuse;
 mod grad;
+mod head;
 mod infer;
 mod layout;
 mod lower;
@@ -19,6 +20,7 @@ use crate::tensor::{DType, Meta, Tensor};
 pub use control::MOST_UNROLLED;
 pub use fuse::{fuse, fuse_sums, gather_statistics, join_normalisations};
 pub use grad::{GradBuilder, Gradients, grad};
+pub use head::{Ending, ending};
 pub use infer::{Bindings, Inferred};
 pub use layout::{PinnedLayouts, layout};
 pub use lower::{Lowering, eval_lowered, infer_lowered};
@@ -122,6 +124,8 @@ pub struct Graph {
     /// What a run is fed with (constants that are also listed as inputs in the file are not here).
     pub inputs: Vec<ValueId>,
     pub outputs: Vec<ValueId>,
+    /// The first node of the file that [`Graph::without_selections`] left out, for people.
+    pub left_out: Option<String>,
 }
 
 impl Graph {

@@ -154,12 +154,19 @@ impl Body {
                 .iter()
                 .map(|v| v.map(|v| get(&values, v)).transpose())
                 .collect::<Result<_, _>>()?;
-            let refs: Vec<Option<&Tensor>> = inputs.iter().map(|t| t.as_deref()).collect();
-            let made = eval(node.op.as_ref(), &refs)
-                .map_err(|e| OpError::Unsupported(format!("in the body, {}: {e}", node.op.name())))?;
+            let made = match node.op.as_a::<Control>() {
+                // Its operands are there: nothing has to be known of it beforehand.
+                Some(inner) => inner.results(&inputs),
+                None => {
+                    let refs: Vec<Option<&Tensor>> = inputs.iter().map(|t| t.as_deref()).collect();
+                    eval(node.op.as_ref(), &refs).map(|made| made.into_iter().map(Arc::new).collect())
+                }
+            };
+            let made =
+                made.map_err(|e| OpError::Unsupported(format!("in the body, {}: {e}", node.op.name())))?;
             for (v, t) in node.outputs.iter().zip(made) {
                 if let Some(v) = v {
-                    values.insert(*v, Arc::new(t));
+                    values.insert(*v, t);
                 }
             }
         }

@@ -55,6 +55,12 @@ impl Softmax {
     pub fn along(axis: i64) -> Self {
         Softmax { over: Over { axis, flatten: false }, log: false }
     }
+
+    /// The one axis that it normalises over in a tensor of this rank, if it is one.
+    pub fn over_axis(&self, rank: usize) -> Option<usize> {
+        let axis = axis(self.over.axis, rank).ok()?;
+        (!self.over.flatten || axis + 1 == rank).then_some(axis)
+    }
 }
 
 impl Op for Softmax {

@@ -305,19 +305,29 @@ pub fn evaluate(
 }
 
 impl Evaluated {
-    /// Cross-entropy and hit of each sample of `[N, C]` logits; `target` has the labels, or probabilities.
+    /// Cross-entropy of each sample of `[N, C, …]` logits, the mean of its places, and where there is one label a sample
+    /// whether that was hit; `target` has the labels, or for `[N, C]` probabilities.
     fn per_sample(&mut self, logits: &[f64], dims: &[usize], labels: &[i64], target: &Tensor) {
-        let [_, classes] = dims else { return };
+        let [_, classes, places @ ..] = dims else { return };
+        let places: usize = places.iter().product::<usize>().max(1);
+        let size = (*classes * places).max(1);
         let soft = target.get::<f32>().ok();
-        for (i, (row, &label)) in logits.chunks_exact((*classes).max(1)).zip(labels).enumerate() {
-            let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let log_sum = max + row.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
-            let at = match soft.and_then(|q| q.get(i * row.len()..(i + 1) * row.len())) {
-                Some(q) => row.iter().zip(q).map(|(x, q)| x * f64::from(*q)).sum(),
-                None => row.get(label as usize).copied().unwrap_or(f64::NAN),
-            };
-            self.losses.push(log_sum - at);
-            self.hits.push(predicted(row.len(), |c| row[c]) as i64 == label);
+        for (i, (scores, labels)) in logits.chunks_exact(size).zip(labels.chunks_exact(places)).enumerate() {
+            let mut total = 0.0;
+            for (p, &label) in labels.iter().enumerate() {
+                let row = |c: usize| scores[c * places + p];
+                let max = (0..*classes).map(row).fold(f64::NEG_INFINITY, f64::max);
+                let log_sum = max + (0..*classes).map(|c| (row(c) - max).exp()).sum::<f64>().ln();
+                let at = match soft.and_then(|q| q.get(i * size..(i + 1) * size)) {
+                    Some(q) => scores.iter().zip(q).map(|(x, q)| x * f64::from(*q)).sum(),
+                    None => scores.get(label as usize * places + p).copied().unwrap_or(f64::NAN),
+                };
+                total += log_sum - at;
+            }
+            self.losses.push(total / places as f64);
+            if let [label] = labels {
+                self.hits.push(predicted(*classes, |c| scores[c]) as i64 == *label);
+            }
         }
     }
 }

@@ -6,6 +6,8 @@ use crate::error::{Error, Result};
 use crate::graph::{self, Graph, Source, ValueId};
 use crate::import::Model;
 use crate::ops::loss::{BceWithLogits, CrossEntropy, Mse};
+use crate::ops::softmax::Softmax;
+use crate::ops::transpose::Transpose;
 use crate::ops::view::ReshapeTo;
 use crate::tensor::{DType, Dims, Meta, Tensor};
 
@@ -60,13 +62,17 @@ impl Loss {
             return Err(Error::Config("the model has no output to compute a loss on".into()));
         };
         let (logits, activation) = match self {
-            Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => graph::logits(graph, output),
-            Loss::Bce => before_sigmoid(graph, output),
+            Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => scores(graph, output)?,
+            Loss::Bce => without(graph, output, &["Sigmoid"], ARRANGING)?,
             _ => (output, None),
         };
-        let left_out = activation.map(|n| graph.describe(n));
+        let left_out = graph.left_out.clone().or(activation.map(|n| graph.describe(n)));
         let logits = match self {
-            Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => flat(graph, logits, target.dims.len())?,
+            Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => {
+                let axis = class_axis(graph, output, &graph.meta(logits)?.dims, &target);
+                let logits = classes_first(graph, logits, axis)?;
+                flat(graph, logits, target.dims.len())?
+            }
             _ => logits,
         };
         let target = graph.add_input("target", target);
@@ -106,14 +112,65 @@ fn flat(graph: &mut Graph, logits: ValueId, labels: usize) -> Result<ValueId> {
     made.map(|v| v[0]).map_err(|source| Error::Op { node: "the logits".into(), source })
 }
 
-fn before_sigmoid(graph: &Graph, output: ValueId) -> (ValueId, Option<graph::NodeId>) {
-    if let Source::Node(id, 0) = graph.value(output).source {
-        let node = graph.node(id);
-        if let ("Sigmoid", Some(Some(x))) = (node.op.name(), node.inputs.first()) {
-            return (*x, Some(id));
-        }
+/// Operators that arrange elements and compute nothing.
+const ARRANGING: &[&str] = &["Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"];
+
+/// The value that an activation at the end is of, arranged as the output is, and its node; the output itself where
+/// there is none.
+fn without(
+    graph: &mut Graph,
+    output: ValueId,
+    activations: &[&str],
+    movers: &[&str],
+) -> Result<(ValueId, Option<graph::NodeId>)> {
+    match graph::ending(graph, output, activations, movers) {
+        Some(end) => Ok((end.without(graph)?, Some(end.node))),
+        None => Ok((output, None)),
     }
-    (output, None)
+}
+
+/// A classifier's logits, and the node that stands behind them.
+fn scores(graph: &mut Graph, output: ValueId) -> Result<(ValueId, Option<graph::NodeId>)> {
+    match graph::logits(graph, output) {
+        (_, None) => without(graph, output, &["Softmax", "LogSoftmax"], &["Transpose"]),
+        found => Ok(found),
+    }
+}
+
+/// The axis of the classes in scores of shape `dims`: 1 as in ONNX's and PyTorch's losses, or, for a label at each
+/// place of [N, …], the last one, where a final Softmax says so or where nothing else fits.
+pub fn class_axis(graph: &Graph, output: ValueId, dims: &[usize], target: &Meta) -> usize {
+    let last = dims.len().saturating_sub(1);
+    let fits = |axis: usize| {
+        let others = dims.iter().enumerate().filter(|(i, _)| *i != axis).map(|(_, d)| d);
+        target.dims.len() == last && others.eq(target.dims.iter())
+    };
+    if last < 2 || target.dtype.is_float() || !fits(last) {
+        return 1;
+    }
+    match softmax_axis(graph, output, dims.len()) {
+        Some(axis) if fits(axis) => axis,
+        _ if fits(1) => 1,
+        _ => last,
+    }
+}
+
+/// The axis that a final softmax over scores of so many axes goes along.
+fn softmax_axis(graph: &Graph, output: ValueId, rank: usize) -> Option<usize> {
+    let end = graph::ending(graph, output, &["Softmax", "LogSoftmax"], &[])?;
+    graph.node(end.node).op.as_a::<Softmax>()?.over_axis(rank)
+}
+
+/// Scores with the classes of `axis` on axis 1.
+fn classes_first(graph: &mut Graph, scores: ValueId, axis: usize) -> Result<ValueId> {
+    if axis == 1 {
+        return Ok(scores);
+    }
+    let mut perm: Dims = (0..graph.meta(scores)?.dims.len()).collect();
+    perm.remove(axis);
+    perm.insert(1, axis);
+    let made = graph.emit("logits", Arc::new(Transpose { perm: Some(perm) }), &[Some(scores)], 1);
+    made.map(|v| v[0]).map_err(|source| Error::Op { node: "the logits".into(), source })
 }
 
 /// Binds the loss graph's inputs to outputs of the model by name (by position where it has one input
@@ -154,16 +211,22 @@ fn loss_graph(graph: &mut Graph, model: &Model, target: ValueId) -> Result<Value
     Ok(loss)
 }
 
-/// The target's type and shape that a loss needs for outputs of the given shape, where the data do not say.
-pub fn default_target(loss: &Loss, output: &Meta) -> Meta {
-    let mut dims = output.dims.clone();
+/// The target's type and shape that a loss on the graph's first output needs, where the data do not say.
+pub fn default_target(loss: &Loss, graph: &Graph) -> Result<Meta> {
+    let output = *graph
+        .outputs
+        .first()
+        .ok_or_else(|| Error::Config("the model has no output to compute a loss on".into()))?;
+    let meta = graph.meta(output)?;
+    let mut dims = meta.dims.clone();
     match loss {
         Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => {
+            let along = softmax_axis(graph, output, dims.len()).filter(|axis| *axis > 0);
             if dims.len() > 1 {
-                dims.remove(1);
+                dims.remove(along.unwrap_or(1));
             }
-            Meta::new(DType::I64, &dims)
+            Ok(Meta::new(DType::I64, &dims))
         }
-        _ => Meta::new(output.dtype, &dims),
+        _ => Ok(Meta::new(meta.dtype, &dims)),
     }
 }
