@@ -1,8 +1,6 @@
 //! What stands behind a network's scores, and is left out of a loss: activations, and selections whose shapes depend on
 //! values.
 
-use std::sync::Arc;
-
 use crate::error::{Error, Result};
 use crate::graph::{Graph, NodeId, Source, ValueId};
 
@@ -51,12 +49,19 @@ impl Ending {
     }
 }
 
+/// What of a graph comes from nodes whose shapes depend on computed values.
+struct Selected {
+    /// By node: such a node, or behind one.
+    cut: Vec<bool>,
+    /// By value: computed by one of those.
+    behind: Vec<bool>,
+    /// By value: follows from an input's values, not from its shape alone.
+    fed: Vec<bool>,
+    first: NodeId,
+}
+
 impl Graph {
-    /// The graph without the nodes whose shapes depend on computed values (a detector's NonMaxSuppression and what
-    /// follows it): where outputs come from there, what those nodes read takes their place, scores before boxes.
-    /// `None` where there are none.
-    pub fn without_selections(&self) -> Option<Graph> {
-        // Values that follow from an input's values, not from its shape alone.
+    fn selected(&self) -> Option<Selected> {
         let mut fed = vec![false; self.values.len()];
         self.inputs.iter().for_each(|v| fed[v.index()] = true);
         let mut behind = vec![false; self.values.len()];
@@ -76,25 +81,15 @@ impl Graph {
                 fed[v.index()] = follows;
             }
         }
-        let first = first?;
+        Some(Selected { cut, behind, fed, first: first? })
+    }
+
+    /// The graph with those nodes that `keep` says, in their order; what others compute becomes an input.
+    fn keeping(&self, keep: impl Fn(usize) -> bool) -> Graph {
         let mut graph = self.clone();
-        graph.left_out = Some(self.describe(first));
-        graph.outputs.clear();
-        let mut ends = self.outputs.clone();
-        if ends.first().is_some_and(|v| behind[v.index()]) {
-            let nms = |i: &usize| cut[*i] && self.nodes[*i].op.name() == "NonMaxSuppression";
-            let slots = (0..self.nodes.len()).find(nms).map(|i| &self.nodes[i].inputs);
-            let operand = |slot: usize| slots.and_then(|s| s.get(slot).copied().flatten());
-            ends.splice(0..0, [operand(1), operand(0)].into_iter().flatten());
-        }
-        let mut seen = vec![false; self.values.len()];
-        for end in ends {
-            self.frontier(end, &behind, &fed, &mut seen, &mut graph.outputs);
-        }
-        // The nodes that stay keep their order, and get other ids.
         let mut ids = vec![None; self.nodes.len()];
         graph.nodes = Vec::new();
-        for (i, n) in self.nodes.iter().enumerate().filter(|(i, _)| !cut[*i]) {
+        for (i, n) in self.nodes.iter().enumerate().filter(|(i, _)| keep(*i)) {
             ids[i] = Some(NodeId(graph.nodes.len() as u32));
             graph.nodes.push(n.clone());
         }
@@ -102,12 +97,49 @@ impl Graph {
             if let Source::Node(id, _) = &mut v.source {
                 match ids[id.index()] {
                     Some(new) => *id = new,
-                    // Nobody reads it any more.
-                    None => v.source = Source::Constant(Arc::new(crate::tensor::Tensor::ints(&[]))),
+                    None => v.source = Source::Input,
                 }
             }
         }
+        graph
+    }
+
+    /// The graph without the nodes whose shapes depend on computed values (a detector's NonMaxSuppression and what
+    /// follows it): where outputs come from there, what those nodes read takes their place, scores before boxes.
+    /// `None` where there are none.
+    pub fn without_selections(&self) -> Option<Graph> {
+        let Selected { cut, behind, fed, first } = self.selected()?;
+        let mut ends = self.outputs.clone();
+        if ends.first().is_some_and(|v| behind[v.index()]) {
+            let nms = |i: &usize| cut[*i] && self.nodes[*i].op.name() == "NonMaxSuppression";
+            let slots = (0..self.nodes.len()).find(nms).map(|i| &self.nodes[i].inputs);
+            let operand = |slot: usize| slots.and_then(|s| s.get(slot).copied().flatten());
+            ends.splice(0..0, [operand(1), operand(0)].into_iter().flatten());
+        }
+        let mut graph = self.keeping(|i| !cut[i]);
+        graph.left_out = Some(self.describe(first));
+        graph.outputs.clear();
+        let mut seen = vec![false; self.values.len()];
+        for end in ends {
+            self.frontier(end, &behind, &fed, &mut seen, &mut graph.outputs);
+        }
         (!graph.outputs.is_empty()).then_some(graph)
+    }
+
+    /// The graph in front of those nodes, whose outputs are all that they read and the outputs that do not come from
+    /// them, and the graph of those nodes. Values keep their ids.
+    pub fn split_at_selections(&self) -> Option<(Graph, Graph)> {
+        let Selected { cut, behind, .. } = self.selected()?;
+        let (mut front, back) = (self.keeping(|i| !cut[i]), self.keeping(|i| cut[i]));
+        let read = back.nodes.iter().flat_map(|n| n.inputs.iter().flatten()).chain(&self.outputs);
+        let mut wanted: Vec<ValueId> = read
+            .copied()
+            .filter(|v| !behind[v.index()] && matches!(self.value(*v).source, Source::Node(..)))
+            .collect();
+        wanted.sort();
+        wanted.dedup();
+        front.outputs = wanted;
+        Some((front, back))
     }
 
     /// Appends what `v` is computed from in front of the nodes that are cut; `v` itself where it stays.

@@ -154,19 +154,12 @@ impl Body {
                 .iter()
                 .map(|v| v.map(|v| get(&values, v)).transpose())
                 .collect::<Result<_, _>>()?;
-            let made = match node.op.as_a::<Control>() {
-                // Its operands are there: nothing has to be known of it beforehand.
-                Some(inner) => inner.results(&inputs),
-                None => {
-                    let refs: Vec<Option<&Tensor>> = inputs.iter().map(|t| t.as_deref()).collect();
-                    eval(node.op.as_ref(), &refs).map(|made| made.into_iter().map(Arc::new).collect())
-                }
-            };
-            let made =
-                made.map_err(|e| OpError::Unsupported(format!("in the body, {}: {e}", node.op.name())))?;
+            let refs: Vec<Option<&Tensor>> = inputs.iter().map(|t| t.as_deref()).collect();
+            let made = eval(node.op.as_ref(), &refs)
+                .map_err(|e| OpError::Unsupported(format!("in the body, {}: {e}", node.op.name())))?;
             for (v, t) in node.outputs.iter().zip(made) {
                 if let Some(v) = v {
-                    values.insert(*v, t);
+                    values.insert(*v, Arc::new(t));
                 }
             }
         }
@@ -269,6 +262,13 @@ impl Control {
             }
         }
         Ok(metas)
+    }
+
+    /// The results for operands that are there: nothing has to be known beforehand.
+    pub fn eval(&self, operands: &[Option<&Tensor>]) -> Result<Vec<Tensor>, OpError> {
+        let operands: Vec<Option<Arc<Tensor>>> =
+            operands.iter().map(|t| t.map(|t| Arc::new(t.clone()))).collect();
+        Ok(self.results(&operands)?.into_iter().map(Arc::unwrap_or_clone).collect())
     }
 
     fn results(&self, operands: &[Option<Arc<Tensor>>]) -> Result<Vec<Arc<Tensor>>, OpError> {
@@ -435,6 +435,14 @@ impl Op for Control {
                 crate::graph::MOST_UNROLLED
             ),
         }))
+    }
+
+    fn in_float64(&self) -> Option<Arc<dyn Op>> {
+        let mut wide = self.clone();
+        for body in &mut wide.bodies {
+            Arc::make_mut(body).graph.widen();
+        }
+        Some(Arc::new(wide))
     }
 
     fn is_pure(&self) -> bool {

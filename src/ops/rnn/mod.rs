@@ -5,6 +5,7 @@
 
 mod gru;
 mod lstm;
+mod quantised;
 mod simple;
 #[cfg(test)]
 mod tests;
@@ -19,6 +20,7 @@ use crate::tensor::{DType, Dims, Meta, View};
 
 pub use gru::{Gru, GruGrad};
 pub use lstm::{Lstm, LstmGrad, PeepholeGrad};
+pub use quantised::DynamicQuantizeLstm;
 pub use simple::{Rnn, RnnGrad};
 pub use weights::RecurrentWeightGrad;
 
@@ -215,8 +217,12 @@ fn sequence_at<const A: usize>(
     config.sequence(gates, &dims(0)?, &dims(1)?, &dims(2)?)
 }
 
-pub(super) const ROWS: &[Row] =
-    &[Row::new("LSTM", 7, Lstm::make), Row::new("GRU", 7, Gru::make), Row::new("RNN", 7, Rnn::make)];
+pub(super) const ROWS: &[Row] = &[
+    Row::new("LSTM", 7, Lstm::make),
+    Row::new("GRU", 7, Gru::make),
+    Row::new("RNN", 7, Rnn::make),
+    Row::contrib("DynamicQuantizeLSTM", DynamicQuantizeLstm::make),
+];
 
 #[cfg(test)]
 pub(super) use tests::cases;
