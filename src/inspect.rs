@@ -125,6 +125,7 @@ pub fn inspect(model: &Arc<Model>) -> Report {
     };
     let set = model.graph.fixed.iter().map(|(v, _)| format!("input '{}' is set", model.graph.value(*v).name));
     report.notes.extend(set);
+    let integers = model.integer_layers();
     if report.blockers.is_empty() {
         match trial(model, &mut report) {
             Ok(()) => {}
@@ -138,6 +139,13 @@ pub fn inspect(model: &Arc<Model>) -> Report {
                 report.notes.push(format!("taps, multiply-adds and what blocks training are not known: {e}"));
             }
         }
+    }
+    // Where nothing else trains they are what stands in the way; else their neighbours may train all the same.
+    if report.trainable_parameters == 0 {
+        report.tried |= !integers.is_empty();
+        report.blockers.extend(integers);
+    } else {
+        report.notes.extend(integers.into_iter().map(|b| format!("{}: {}", b.node, b.why)));
     }
     report
 }
@@ -269,9 +277,11 @@ fn trial(model: &Arc<Model>, report: &mut Report) -> Result<()> {
         return Err(Error::Config("the model has no output".into()));
     };
     let (at, left_out) = logits(&net.graph, output);
-    report.left_out = left_out.map(|n| net.graph.describe(n));
+    report.left_out = net.graph.left_out.clone().or(left_out.map(|n| net.graph.describe(n)));
     let name = |v: &ValueId| net.graph.value(*v).name.clone();
-    report.logits = Some(name(&at));
+    let arranged = ["Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"];
+    let end = crate::graph::ending(&net.graph, at, &["Softmax", "LogSoftmax", "Sigmoid"], &arranged);
+    report.logits = Some(name(&end.filter(|_| net.graph.left_out.is_some()).map_or(at, |e| e.input)));
     if !net.graph.meta(at)?.dtype.is_float() {
         report.logits = None;
         report.notes.push(format!(

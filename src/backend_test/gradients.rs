@@ -3,7 +3,9 @@
 //! The model is taken with every float32 of it (inputs, weights, constants, and what its operators make) as float64,
 //! and its floating-point outputs are summed with random weights. Along a random direction the gradient of that sum
 //! must equal its central difference. Where the differences to both sides disagree there is a kink, and another point
-//! near by is tried. Models that cannot be taken in float64 are not checked, and the reason says so.
+//! near by is tried; where the data are not finite themselves, finite ones. What a result has of infinities (as masked
+//! scores do) does not count, and neither does the gradient of a plain constant where it is not finite (of an exponent, say).
+//! Models that cannot be taken in float64 are not checked, and the reason says so.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -17,6 +19,7 @@ use crate::exec::reference::interpret;
 use crate::graph::{Bindings, Graph, Inferred, Source, ValueId, grad};
 use crate::import::Model;
 use crate::ops::binary::Mul;
+use crate::ops::logic::Where;
 use crate::ops::reduce::{Kind, Reduce};
 use crate::tensor::{DType, Meta, Tensor};
 
@@ -35,6 +38,8 @@ pub enum Checked {
 
 /// Points that are tried before a case is given up as full of kinks.
 const ATTEMPTS: usize = 12;
+/// From this one on, numbers that are not finite are replaced.
+const TAMED: usize = ATTEMPTS / 2;
 /// Tensors of more elements in all are not differentiated: the plain executor holds every value at once.
 const MOST: usize = 1 << 22;
 
@@ -50,20 +55,7 @@ fn widened(model: &Model) -> Result<(Graph, Vec<(ValueId, Tensor)>)> {
         graph.inputs.push(w.value);
         weights.push((w.value, t));
     }
-    for value in &mut graph.values {
-        if let Source::Constant(t) = &value.source
-            && t.dtype().is_float()
-        {
-            let wide = Arc::new(t.cast(DType::F64));
-            value.meta = Some(Meta { value: Some(wide.clone()), ..wide.meta() });
-            value.source = Source::Constant(wide);
-        }
-    }
-    for node in &mut graph.nodes {
-        if let Some(op) = node.op.in_float64() {
-            node.op = op;
-        }
-    }
+    graph.widen();
     Ok((graph, weights))
 }
 
@@ -91,8 +83,12 @@ fn inferred(graph: &Graph, fed: &[(ValueId, Tensor)]) -> Result<(Graph, HashSet<
     }
 }
 
-/// Adds up the floating-point outputs, weighted at random.
-fn loss(graph: &mut Graph, rng: &mut ChaCha8Rng) -> std::result::Result<Option<ValueId>, OpError> {
+/// Adds up the floating-point outputs, weighted at random; where `finite` says so of an output's elements.
+fn loss(
+    graph: &mut Graph,
+    finite: &HashMap<ValueId, Vec<bool>>,
+    rng: &mut ChaCha8Rng,
+) -> std::result::Result<Option<ValueId>, OpError> {
     let mut total = None;
     for v in graph.outputs.clone() {
         let Some(meta) = graph.value(v).meta.clone() else { continue };
@@ -101,7 +97,14 @@ fn loss(graph: &mut Graph, rng: &mut ChaCha8Rng) -> std::result::Result<Option<V
         }
         let weights: Vec<f64> = (0..meta.len()).map(|_| rng.random_range(-1.0..1.0)).collect();
         let weights = graph.add_constant("", Tensor::from_slice(&meta.dims, &weights)?);
-        let terms = graph.emit("check", Arc::new(Mul), &[Some(v), Some(weights)], 1)?[0];
+        let mut y = v;
+        if let Some(kept) = finite.get(&v).filter(|kept| kept.contains(&false)) {
+            let kept: Vec<u8> = kept.iter().map(|k| u8::from(*k)).collect();
+            let kept = graph.add_constant("", Tensor::from_bytes(DType::Bool, &meta.dims, &kept)?);
+            let zero = graph.add_constant("", Tensor::scalar(0.0));
+            y = graph.emit("check", Arc::new(Where), &[Some(kept), Some(v), Some(zero)], 1)?[0];
+        }
+        let terms = graph.emit("check", Arc::new(Mul), &[Some(y), Some(weights)], 1)?[0];
         let sum = Reduce { kind: Kind::Sum, axes: None, keepdims: false, noop: false };
         let sum = graph.emit("check", Arc::new(sum), &[Some(terms)], 1)?[0];
         total = Some(match total {
@@ -110,6 +113,40 @@ fn loss(graph: &mut Graph, rng: &mut ChaCha8Rng) -> std::result::Result<Option<V
         });
     }
     Ok(total)
+}
+
+/// Which elements of the floating-point outputs are finite, for the data as they are with tame numbers in the place of
+/// those that are not finite.
+fn finite_outputs(
+    graph: &Graph,
+    fed: &[(ValueId, Tensor)],
+    rng: &mut ChaCha8Rng,
+) -> Result<HashMap<ValueId, Vec<bool>>> {
+    let as_is: HashMap<ValueId, Tensor> = fed.iter().cloned().collect();
+    let mut kept: HashMap<ValueId, Vec<bool>> = HashMap::new();
+    let tame = fed.iter().map(|(v, t)| Ok((*v, tamed(t, rng)?))).collect::<Result<HashMap<_, _>>>()?;
+    for feeds in [as_is, tame] {
+        for (v, t) in graph.outputs.iter().zip(interpret(graph, &feeds, &graph.outputs)?) {
+            if t.dtype().is_float() {
+                let now: Vec<bool> = t.to_f64().iter().map(|x| x.is_finite()).collect();
+                // One of the two points will do: attempts are made from both.
+                kept.entry(*v)
+                    .and_modify(|k| k.iter_mut().zip(&now).for_each(|(k, n)| *k |= n))
+                    .or_insert(now);
+            }
+        }
+    }
+    Ok(kept)
+}
+
+/// The tensor with random numbers for what is not finite.
+fn tamed(t: &Tensor, rng: &mut ChaCha8Rng) -> Result<Tensor> {
+    if !t.dtype().is_float() || t.to_f64().iter().all(|x| x.is_finite()) {
+        return Ok(t.clone());
+    }
+    let x: Vec<f64> =
+        t.to_f64().iter().map(|x| if x.is_finite() { *x } else { rng.random_range(-1.0..1.0) }).collect();
+    Tensor::from_slice(t.dims(), &x).map(|x| x.cast(t.dtype())).map_err(|e| Error::Data(e.to_string()))
 }
 
 /// A point and a direction in the space of everything that is differentiated.
@@ -199,7 +236,11 @@ fn compare(model: &Model, feeds: &[(ValueId, Tensor)]) -> Result<Checked> {
     if let Some(node) = graph.nodes.iter().find(|n| n.op.name() == "FakeQuantize") {
         return Ok(unchecked(format!("{}: its gradient is not its derivative", node.op.name())));
     }
-    let Some(loss) = loss(&mut graph, &mut rng).map_err(failed)? else {
+    let finite = finite_outputs(&graph, &fed, &mut rng)?;
+    if !finite.is_empty() && !finite.values().flatten().any(|kept| *kept) {
+        return Ok(unchecked("no element of the outputs is finite"));
+    }
+    let Some(loss) = loss(&mut graph, &finite, &mut rng).map_err(failed)? else {
         return Ok(Checked::None("no floating-point output".into()));
     };
     let forward = graph.clone();
@@ -209,25 +250,39 @@ fn compare(model: &Model, feeds: &[(ValueId, Tensor)]) -> Result<Checked> {
         return Ok(Checked::None("no output depends on a floating-point input".into()));
     }
     let wanted: Vec<ValueId> = wrt.iter().map(|v| grads[v]).collect();
+    let plain = |w: &crate::import::Weight| w.role == crate::import::Role::Constant;
+    let constants: HashSet<ValueId> = model.weights.iter().filter(|w| plain(w)).map(|w| w.value).collect();
     let mut why = String::new();
     for attempt in 0..ATTEMPTS {
         let mut at: HashMap<ValueId, Tensor> = fed.iter().cloned().collect();
-        let mut direction = Vec::new();
+        let mut directions = Vec::new();
         for v in &wrt {
-            let x = at[v].to_f64();
+            let x = match attempt < TAMED {
+                true => at[v].to_f64(),
+                false => tamed(&at[v], &mut rng)?.to_f64(),
+            };
             // Away from the data's own ties and corners, further at each attempt but the first.
             let reach = 0.004 * attempt as f64;
             let moved: Vec<f64> =
                 x.iter().map(|x| x + reach * rng.random_range(-1.0..1.0) * x.abs().max(0.1)).collect();
             let moved = Tensor::from_slice(at[v].dims(), &moved).map_err(failed)?;
-            direction.push((
-                *v,
-                x.iter().map(|x| rng.random_range(-1.0..1.0) * x.abs().clamp(0.1, 1.0)).collect(),
-            ));
+            let direction: Vec<f64> =
+                x.iter().map(|x| rng.random_range(-1.0..1.0) * x.abs().clamp(0.1, 1.0)).collect();
+            directions.push((*v, direction));
             at.insert(*v, moved);
         }
+        let gradients = interpret(&graph, &at, &wanted)?;
+        let mut kept = Vec::new();
+        for (g, d) in gradients.into_iter().zip(directions) {
+            if !constants.contains(&d.0) || g.to_f64().iter().all(|x| x.is_finite()) {
+                kept.push((g, d));
+            }
+        }
+        let (gradients, direction): (Vec<Tensor>, Vec<_>) = kept.into_iter().unzip();
+        if direction.is_empty() {
+            return Ok(unchecked("no gradient that is finite"));
+        }
         let line = Line { graph: &forward, loss, at, direction };
-        let gradients = interpret(&graph, &line.at, &wanted)?;
         let products = || {
             let pairs = gradients.iter().zip(&line.direction);
             pairs.flat_map(|(g, (_, d))| g.to_f64().into_iter().zip(d.clone()).map(|(g, d)| g * d))

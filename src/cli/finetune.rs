@@ -31,6 +31,10 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
     let mut config = resolve(&args.overrides, &args.switches)?;
     config.images = args.images.over(config.images.clone());
     let model = super::data::load(&args.model, &config.set)?;
+    if config.train == "all" && config.head.is_none() {
+        // Before data are looked for that fit it.
+        model.require_trainable()?;
+    }
     let data = super::data::bound(&model, &args.data, &config.images)?;
     let held = match (config.holdout_fraction()?, &config.holdout) {
         (None, NumberOr::Word(path)) => Some(super::data::bound(&model, path.as_ref(), &config.images)?),

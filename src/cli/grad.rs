@@ -48,7 +48,8 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
     };
     let (_, target) = arrays.remove(at);
     let loss = parse_loss(&args.loss, 0.0)?;
-    let data = Dataset::from_arrays(arrays, Some(target))?.bind(&input_specs(&model))?;
+    let specs = input_specs(&model);
+    let data = Dataset::for_inputs(arrays, Some(target), &specs)?.bind(&specs)?;
     let (mut session, data) = super::data::with_target(&model, data, &loss, args.threads)?;
     let mut batch = data.new_batch(data.len());
     data.batch(&(0..data.len()).collect::<Vec<_>>(), None, &mut batch)?;

@@ -178,8 +178,7 @@ pub fn with_target(
 ) -> anyhow::Result<Shapes> {
     let mut shapes = Shapes { inputs: inputs.to_vec(), target: Meta::new(crate::tensor::DType::I64, &[1]) };
     let net = Network::new(session, crate::ops::Mode::EVAL, &shapes, &Default::default())?;
-    let output = net.graph.outputs.first().ok_or_else(|| anyhow::anyhow!("the model has no output"))?;
-    shapes.target = default_target(loss, &net.graph, *output)?;
+    shapes.target = default_target(loss, &net.graph)?;
     Ok(shapes)
 }
 

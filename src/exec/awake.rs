@@ -74,7 +74,7 @@ mod tests {
             let sum: usize = pool.install(|| {
                 awake(|| (0..64usize).into_par_iter().map(|i| (0..i).into_par_iter().sum::<usize>()).sum())
             });
-            assert_eq!(sum, (0..64).map(|i| (0..i).sum::<usize>()).sum(), "run {run}");
+            assert_eq!(sum, (0..64).map(|i| (0..i).sum::<usize>()).sum::<usize>(), "run {run}");
             if run % 100 == 0 {
                 std::thread::sleep(Duration::from_millis(2));
             }

@@ -7,6 +7,7 @@ use bytes::Bytes;
 
 use crate::error::{Error, Result};
 use crate::exec::awake::awake;
+use crate::exec::reference::interpret;
 use crate::exec::run::{self, Memory, Profile};
 use crate::exec::store::{Purpose, Store};
 use crate::graph::{
@@ -348,28 +349,64 @@ impl Session {
     pub fn forward(&mut self, feeds: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
         let graph = self.graph()?;
         let bound = bind(&graph, feeds)?;
-        let metas: Vec<(ValueId, Meta)> = bound.iter().map(|(v, t)| (*v, t.meta())).collect();
-        let mut graph = infer(graph, &metas, &bound)?;
+        let outputs = graph.outputs.clone();
+        let values = match infer(graph.clone(), &metas_of(&bound), &bound) {
+            Ok(inferred) => self.compute(inferred, &outputs, &bound)?,
+            // Shapes that follow from what is computed on the way: up to there by plan, from there node by node.
+            Err(e) => match graph.split_at_selections() {
+                Some((front, back)) => self.compute_in_two(front, &back, bound)?,
+                None => return Err(e),
+            },
+        };
+        let named = |(v, t): (&ValueId, Tensor)| {
+            let value = graph.value(*v);
+            match value.declared.as_ref().map(|d| d.dtype) {
+                Some(half @ (DType::F16 | DType::BF16)) => (value.name.clone(), t.cast(half)),
+                _ => (value.name.clone(), t),
+            }
+        };
+        Ok(outputs.iter().zip(values).map(named).collect())
+    }
+
+    /// The values `wanted` of a graph whose shapes are inferred, which are its outputs.
+    fn compute(
+        &mut self,
+        mut graph: Graph,
+        wanted: &[ValueId],
+        bound: &[(ValueId, Tensor)],
+    ) -> Result<Vec<Tensor>> {
         graph::fuse(&mut graph, &[], false)?;
         let request = Request { outputs: graph.outputs.clone(), ..Request::default() };
         let program = self.compile(graph, request)?;
         let views: Vec<(ValueId, View)> = bound.iter().map(|(v, t)| (*v, t.view())).collect();
         self.run(&program, &views, 0)?;
-        program
-            .graph
-            .outputs
-            .iter()
-            .map(|&v| {
-                let value = program.graph.value(v);
-                let t = self.output(&program, v)?.to_tensor();
-                let declared = value.declared.as_ref().map(|d| d.dtype);
-                let t = match declared {
-                    Some(DType::F16 | DType::BF16) => t.cast(declared.unwrap_or(DType::F32)),
-                    _ => t,
-                };
-                Ok((value.name.clone(), t))
-            })
-            .collect()
+        debug_assert_eq!(program.graph.outputs.len(), wanted.len());
+        program.graph.outputs.iter().map(|&v| Ok(self.output(&program, v)?.to_tensor())).collect()
+    }
+
+    /// The outputs of `back`, which reads what `front` puts out; see [`Graph::split_at_selections`].
+    fn compute_in_two(
+        &mut self,
+        front: Graph,
+        back: &Graph,
+        bound: Vec<(ValueId, Tensor)>,
+    ) -> Result<Vec<Tensor>> {
+        let wanted = front.outputs.clone();
+        let mut known: HashMap<ValueId, Tensor> = HashMap::new();
+        if !wanted.is_empty() {
+            let inferred = infer(front, &metas_of(&bound), &bound)?;
+            known.extend(wanted.iter().copied().zip(self.compute(inferred, &wanted, &bound)?));
+        }
+        known.extend(bound);
+        for v in back.nodes.iter().flat_map(|n| n.inputs.iter().flatten()).chain(&back.outputs) {
+            let t = match &back.value(*v).source {
+                Source::Weight(w) => self.weight(*w)?,
+                Source::State(s) => self.store.tensor(*s),
+                _ => continue,
+            };
+            known.insert(*v, t);
+        }
+        self.install(|| interpret(back, &known, &back.outputs))
     }
 
     /// Measures the time of every kernel call from now on.
@@ -402,6 +439,10 @@ impl Session {
                 .sum(),
         }
     }
+}
+
+fn metas_of(bound: &[(ValueId, Tensor)]) -> Vec<(ValueId, Meta)> {
+    bound.iter().map(|(v, t)| (*v, t.meta())).collect()
 }
 
 /// Pairs the graph's inputs with tensors by name; element types are converted to the working ones.

@@ -7,6 +7,10 @@ use crate::tensor::Tensor;
 /// Outputs may differ by this much of the largest element before an export is refused.
 pub const TOLERANCE: f64 = 1e-3;
 
+/// Outputs whose largest element is below this are compared as if it were this large: engines approximate sigmoids and
+/// exponentials to about 1e-6, which is much of a probability map in which nothing is found.
+const SMALL: f64 = 1e-3;
+
 /// What tract says of a file.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Verification {
@@ -56,8 +60,7 @@ fn relative(got: &[f64], want: &[f64]) -> f64 {
         if g == w || (g.is_nan() && w.is_nan()) {
             continue;
         }
-        // Outputs that are all but zero are compared absolutely.
-        let d = (g - w).abs() / largest.max(1e-6);
+        let d = (g - w).abs() / largest.max(SMALL);
         worst = worst.max(if d.is_nan() { f64::INFINITY } else { d });
     }
     worst

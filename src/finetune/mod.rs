@@ -202,6 +202,9 @@ pub fn finetune(
     observe: &mut dyn FnMut(&Progress),
 ) -> Result<Finished> {
     config.check()?;
+    if config.train == "all" && config.head.is_none() {
+        model.require_trainable()?;
+    }
     let started = Instant::now();
     let loss = config.loss()?;
     let requirement = config.require.as_deref().map(Require::parse).transpose()?;

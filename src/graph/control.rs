@@ -15,28 +15,43 @@ pub const MOST_UNROLLED: usize = 512;
 /// Nodes up to which a loop is unrolled.
 const MOST_NODES: usize = 1 << 16;
 
+/// What became of a control-flow node.
+pub(super) enum Expansion {
+    /// The nodes that it comes to stand in its place.
+    Done,
+    /// Its course is not known.
+    Unknown,
+    /// The course is known, and shapes on it depend on the values of these inputs of the graph.
+    Needs(Vec<ValueId>),
+}
+
 impl Graph {
     /// Replaces the control-flow node `id`, whose operands' shapes are inferred, by the nodes that it comes to.
-    /// `false` where that is not known: the graph is as it was.
+    /// Where that is not known, or cannot be done yet, the graph is as it was.
     ///
     /// The nodes behind it get other ids.
-    pub(super) fn expand(&mut self, id: NodeId) -> Result<bool, OpError> {
+    pub(super) fn expand(&mut self, id: NodeId) -> Result<Expansion, OpError> {
         let node = self.node(id).clone();
-        let Some(control) = node.op.as_a::<Control>() else { return Ok(false) };
+        let Some(control) = node.op.as_a::<Control>() else { return Ok(Expansion::Unknown) };
         let values = self.values.len();
         let tail = self.nodes.split_off(id.index() + 1);
         self.nodes.pop();
         let results = match self.course(control, &node) {
             Ok(Some(results)) => results,
             other => {
+                let needs = match (&control.kind, &other) {
+                    (Kind::If, Err(OpError::NeedsValue(operand))) => self.unmet(id.index(), *operand),
+                    _ => Vec::new(),
+                };
                 self.nodes.truncate(id.index());
                 self.values.truncate(values);
                 self.nodes.push(node);
                 self.nodes.extend(tail);
                 return match other {
+                    Err(OpError::NeedsValue(_)) if !needs.is_empty() => Ok(Expansion::Needs(needs)),
                     // Of an operand inside a body: the operator itself says what it lacks.
-                    Err(OpError::NeedsValue(_)) => Ok(false),
-                    other => other.map(|_| false),
+                    Err(OpError::NeedsValue(_)) => Ok(Expansion::Unknown),
+                    other => other.map(|_| Expansion::Unknown),
                 };
             }
         };
@@ -68,7 +83,15 @@ impl Graph {
             self.value_mut(output).source = Source::Node(at, 0);
         }
         self.nodes.extend(tail);
-        Ok(true)
+        Ok(Expansion::Done)
+    }
+
+    /// The graph's inputs that operand `operand` of the first node from `from` on without shapes follows from.
+    fn unmet(&self, from: usize, operand: usize) -> Vec<ValueId> {
+        let open = |n: &&Node| n.outputs.iter().flatten().any(|v| self.value(*v).meta.is_none());
+        let node = self.nodes[from..].iter().find(open);
+        let operand = node.and_then(|n| n.inputs.get(operand).copied().flatten());
+        operand.map(|v| self.input_ancestors(v)).unwrap_or_default()
     }
 
     /// The results of a control-flow node, as values that nodes appended here compute; `None` where its course is not
@@ -236,8 +259,10 @@ impl Graph {
     /// Infers the last node appended, expanded first where it is control flow itself.
     fn settle(&mut self, id: NodeId) -> Result<(), OpError> {
         match self.expand(id)? {
-            false => self.infer_node(id),
-            true => (id.index()..self.nodes.len()).try_for_each(|i| self.infer_node(NodeId(i as u32))),
+            Expansion::Unknown | Expansion::Needs(_) => self.infer_node(id),
+            Expansion::Done => {
+                (id.index()..self.nodes.len()).try_for_each(|i| self.infer_node(NodeId(i as u32)))
+            }
         }
     }
 

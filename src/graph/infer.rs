@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::error::{Error, OpError, Result};
+use crate::graph::control::Expansion;
 use crate::graph::{Dim, Graph, NodeId, Source, ValueId};
 use crate::ops::eval;
 use crate::ops::quant::FakeQuantize;
@@ -53,8 +54,9 @@ impl Graph {
             }
             let done = match self.expand(id) {
                 // What stands here now is looked at next.
-                Ok(true) => continue,
-                Ok(false) => self.infer_node(id),
+                Ok(Expansion::Done) => continue,
+                Ok(Expansion::Needs(inputs)) => return Ok(Inferred::NeedsValues(inputs)),
+                Ok(Expansion::Unknown) => self.infer_node(id),
                 Err(e) => Err(e),
             };
             match done {
@@ -115,7 +117,7 @@ impl Graph {
     }
 
     /// The graph inputs that `v` is computed from.
-    fn input_ancestors(&self, v: ValueId) -> Vec<ValueId> {
+    pub(super) fn input_ancestors(&self, v: ValueId) -> Vec<ValueId> {
         let mut seen = vec![false; self.values.len()];
         let mut stack = vec![v];
         let mut roots = Vec::new();

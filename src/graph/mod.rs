@@ -5,6 +5,7 @@ mod control;
 mod fixed;
 mod fuse;
 mod grad;
+mod head;
 mod infer;
 mod layout;
 mod lower;
@@ -20,6 +21,7 @@ use crate::tensor::{DType, Meta, Tensor};
 pub use control::MOST_UNROLLED;
 pub use fuse::{fuse, fuse_sums, gather_statistics, join_normalisations};
 pub use grad::{GradBuilder, Gradients, grad};
+pub use head::{Ending, ending};
 pub use infer::{Bindings, Inferred};
 pub use layout::{PinnedLayouts, layout};
 pub use lower::{Lowering, eval_lowered, infer_lowered};
@@ -125,6 +127,8 @@ pub struct Graph {
     pub outputs: Vec<ValueId>,
     /// Inputs of the file with a value of their own ([`Graph::fix`]).
     pub fixed: Vec<(ValueId, Arc<Tensor>)>,
+    /// The first node of the file that [`Graph::without_selections`] left out, for people.
+    pub left_out: Option<String>,
 }
 
 impl Graph {

@@ -1,10 +1,12 @@
 //! Rewrites of a graph before it is differentiated and planned.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Node, NodeId, Source, ValueId};
 use crate::ops::Mode;
+use crate::tensor::{DType, Meta};
 
 /// Puts every operator that behaves differently in training (normalisation, dropout) into `mode`.
 ///
@@ -25,6 +27,26 @@ pub fn set_mode(graph: &mut Graph, mode: Mode) -> Result<Vec<ValueId>> {
         }
     }
     Ok(updates)
+}
+
+impl Graph {
+    /// Takes every float constant as float64, and what operators make themselves.
+    pub fn widen(&mut self) {
+        for value in &mut self.values {
+            if let Source::Constant(t) = &value.source
+                && t.dtype().is_float()
+            {
+                let wide = Arc::new(t.cast(DType::F64));
+                value.meta = Some(Meta { value: Some(wide.clone()), ..wide.meta() });
+                value.source = Source::Constant(wide);
+            }
+        }
+        for node in &mut self.nodes {
+            if let Some(op) = node.op.in_float64() {
+                node.op = op;
+            }
+        }
+    }
 }
 
 /// Copies the nodes of `other`, whose weights must be constants, into `graph`: `bound` pairs its inputs with

@@ -222,7 +222,10 @@ impl<'a> Builder<'a> {
                 self.inputs.push(Blocker {
                     node: format!("input '{}'", i.name),
                     op_type: "Input".into(),
-                    why: "not a tensor of a supported element type".into(),
+                    why: format!(
+                        "of type {}: not a tensor of a supported element type",
+                        i.r#type.as_ref().map_or("unknown".into(), |t| t.kind())
+                    ),
                 });
             }
             self.graph.value_mut(v).declared = declared;

@@ -81,6 +81,7 @@ pub(crate) fn value(name: &str, dims: &[i64]) -> ValueInfoProto {
                 elem_type: 1,
                 shape: Some(TensorShapeProto { dim: dim.collect() }),
             }),
+            ..Default::default()
         }),
     }
 }

@@ -10,6 +10,7 @@ mod build;
 mod external;
 mod flat;
 mod head;
+mod integers;
 mod map;
 mod order;
 pub mod proto;

@@ -209,6 +209,31 @@ pub struct ValueInfoProto {
 pub struct TypeProto {
     #[prost(message, optional, tag = "1")]
     pub tensor_type: Option<TensorTypeProto>,
+    #[prost(bytes = "bytes", optional, tag = "4")]
+    pub sequence_type: Option<Bytes>,
+    #[prost(bytes = "bytes", optional, tag = "5")]
+    pub map_type: Option<Bytes>,
+    #[prost(bytes = "bytes", optional, tag = "9")]
+    pub optional_type: Option<Bytes>,
+}
+
+impl TypeProto {
+    /// What it is, for people: `sequence`, `map`, `optional`, or the element type of a tensor.
+    pub fn kind(&self) -> String {
+        let kind = match self {
+            TypeProto { tensor_type: Some(t), .. } => match t.elem_type {
+                8 => "string",
+                14 => "complex64",
+                15 => "complex128",
+                other => return format!("element type {other}"),
+            },
+            TypeProto { sequence_type: Some(_), .. } => "sequence",
+            TypeProto { map_type: Some(_), .. } => "map",
+            TypeProto { optional_type: Some(_), .. } => "optional",
+            _ => "unknown",
+        };
+        kind.into()
+    }
 }
 
 #[derive(Clone, PartialEq, Message)]

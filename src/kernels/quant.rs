@@ -131,3 +131,29 @@ impl<T: Float, Q: Level> Levels<'_, T, Q> {
         });
     }
 }
+
+/// X rounded to the 256 levels of uint8 that span its elements and 0, and back: what `DynamicQuantizeLinear` and a
+/// dequantisation after it make of it.
+pub fn dynamic(x: &[f32], y: &mut [f32]) {
+    let (low, high) = x.iter().fold((0.0f32, 0.0f32), |(low, high), x| (low.min(*x), high.max(*x)));
+    let scale = if high > low { (high - low) / 255.0 } else { 1.0 };
+    let zero = (-low / scale).round_ties_even().clamp(0.0, 255.0);
+    for (y, x) in y.iter_mut().zip(x) {
+        let level = ((x / scale).round_ties_even() + zero).clamp(0.0, 255.0);
+        *y = (level - zero) * scale;
+    }
+}
+
+/// Levels (n, columns) as floats (columns, n); one scale and zero point, or one a column.
+pub fn turned<Q: Level>(levels: &[Q], scale: &[f32], zero: Option<&[Q]>, n: usize, y: &mut [f32]) {
+    let columns = levels.len() / n.max(1);
+    let pick = |i: usize, of: usize| if of == 1 { 0 } else { i };
+    for (i, row) in y.chunks_exact_mut(n.max(1)).enumerate() {
+        let zero = zero.map_or(0.0, |z| z[pick(i, z.len())].as_());
+        let scale = scale[pick(i, scale.len())];
+        for (k, y) in row.iter_mut().enumerate() {
+            let level: f64 = levels[k * columns + i].as_();
+            *y = (level - zero) as f32 * scale;
+        }
+    }
+}

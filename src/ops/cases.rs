@@ -446,6 +446,7 @@ fn all() -> Vec<Case> {
         super::slice::cases(),
         super::softmax::cases(),
         super::state::cases(),
+        super::tfidf::cases(),
         super::topk::cases(),
         super::transpose::cases(),
         super::unary::cases(),

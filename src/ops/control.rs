@@ -264,6 +264,13 @@ impl Control {
         Ok(metas)
     }
 
+    /// The results for operands that are there: nothing has to be known beforehand.
+    pub fn eval(&self, operands: &[Option<&Tensor>]) -> Result<Vec<Tensor>, OpError> {
+        let operands: Vec<Option<Arc<Tensor>>> =
+            operands.iter().map(|t| t.map(|t| Arc::new(t.clone()))).collect();
+        Ok(self.results(&operands)?.into_iter().map(Arc::unwrap_or_clone).collect())
+    }
+
     fn results(&self, operands: &[Option<Arc<Tensor>>]) -> Result<Vec<Arc<Tensor>>, OpError> {
         let flag = |t: &Tensor| t.to_ints().ok().and_then(|v| v.first().map(|b| *b != 0)).unwrap_or(false);
         let at = |i: usize| operands.get(i).cloned().flatten();
@@ -429,6 +436,14 @@ impl Op for Control {
                 crate::graph::MOST_UNROLLED
             ),
         }))
+    }
+
+    fn in_float64(&self) -> Option<Arc<dyn Op>> {
+        let mut wide = self.clone();
+        for body in &mut wide.bodies {
+            Arc::make_mut(body).graph.widen();
+        }
+        Some(Arc::new(wide))
     }
 
     fn is_pure(&self) -> bool {

@@ -61,6 +61,7 @@ pub mod slice;
 pub mod softmax;
 pub mod state;
 mod table;
+pub mod tfidf;
 pub mod topk;
 #[cfg(feature = "tract")]
 pub(crate) mod tract;
@@ -299,6 +300,9 @@ pub fn out<'a, 'b>(y: &'a mut [Option<ViewMut<'b>>], index: usize) -> Result<&'a
 
 /// Runs an operator on owned tensors, outside any plan: every output it can have.
 pub fn eval(op: &dyn Op, inputs: &[Option<&Tensor>]) -> Result<Vec<Tensor>, OpError> {
+    if let Some(control) = op.as_a::<control::Control>() {
+        return control.eval(inputs);
+    }
     let metas: Vec<Option<Meta>> =
         inputs.iter().map(|t| t.map(|t| Meta { value: Some(Arc::new(t.clone())), ..t.meta() })).collect();
     let refs: Vec<Option<&Meta>> = metas.iter().map(Option::as_ref).collect();

@@ -56,10 +56,15 @@ impl Softmax {
         Softmax { over: Over { axis, flatten: false }, log: false }
     }
 
-    /// Does it normalise the rows of a tensor of these dimensions, and not their logarithms?
-    pub fn over_last(&self, dims: &[usize]) -> bool {
-        let rows = (dims.last().copied().unwrap_or(1), 1);
-        !self.log && self.over.extent(dims).is_ok_and(|extent| extent == rows)
+    /// The one axis that it normalises over in a tensor of this rank, if it is one.
+    pub fn over_axis(&self, rank: usize) -> Option<usize> {
+        let axis = axis(self.over.axis, rank).ok()?;
+        (!self.over.flatten || axis + 1 == rank).then_some(axis)
+    }
+
+    /// Does it normalise the rows of a tensor of this rank, and not their logarithms?
+    pub fn over_rows(&self, rank: usize) -> bool {
+        !self.log && self.over_axis(rank).is_some_and(|axis| axis + 1 == rank)
     }
 }
 

@@ -71,6 +71,7 @@ static FAMILIES: &[&[Row]] = &[
     super::slice::ROWS,
     super::softmax::ROWS,
     super::state::ROWS,
+    super::tfidf::ROWS,
     super::topk::ROWS,
     super::transpose::ROWS,
     super::unary::ROWS,

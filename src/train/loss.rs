@@ -7,6 +7,7 @@ use crate::exec::infer;
 use crate::graph::{self, Graph, Source, ValueId};
 use crate::import::Model;
 use crate::ops::loss::{BceWithLogits, CrossEntropy, Mse};
+use crate::ops::softmax::Softmax;
 use crate::ops::transpose::Transpose;
 use crate::ops::view::ReshapeTo;
 use crate::tensor::{DType, Dims, Meta, Tensor};
@@ -62,11 +63,11 @@ impl Loss {
             return Err(Error::Config("the model has no output to compute a loss on".into()));
         };
         let (logits, activation) = match self {
-            Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => graph::logits(graph, output),
-            Loss::Bce => before_sigmoid(graph, output),
+            Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => scores(graph, output)?,
+            Loss::Bce => without(graph, output, &["Sigmoid"], ARRANGING)?,
             _ => (output, None),
         };
-        let left_out = activation.map(|n| graph.describe(n));
+        let left_out = graph.left_out.clone().or(activation.map(|n| graph.describe(n)));
         let logits = match self {
             Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => flat(graph, logits, target.dims.len())?,
             _ => logits,
@@ -119,7 +120,8 @@ fn flat(graph: &mut Graph, logits: ValueId, labels: usize) -> Result<ValueId> {
 }
 
 /// The axis of the classes in scores of more than two dimensions: 1, as a convolution puts them out, or the last, as a dense layer
-/// does that labels each step of a sequence. The labels' shape tells where it fits one of the two only; otherwise the layer.
+/// does that labels each step of a sequence. The labels' shape tells where it fits one of the two only; otherwise a
+/// Softmax at the output, or the layer.
 pub fn class_axis(graph: &Graph, scores: ValueId, target: Option<&Meta>) -> Result<usize> {
     let dims = &graph.meta(scores)?.dims;
     let last = dims.len().saturating_sub(1);
@@ -135,9 +137,19 @@ pub fn class_axis(graph: &Graph, scores: ValueId, target: Option<&Meta>) -> Resu
     Ok(match (fits(1), fits(last)) {
         (true, false) => 1,
         (false, true) => last,
-        _ if dense(graph, scores) => last,
-        _ => 1,
+        _ => match softmax_axis(graph, dims.len()) {
+            Some(axis) if axis == 1 || axis == last => axis,
+            _ if dense(graph, scores) => last,
+            _ => 1,
+        },
     })
+}
+
+/// The axis that a softmax at the end of the first output goes along, in scores of so many axes.
+fn softmax_axis(graph: &Graph, rank: usize) -> Option<usize> {
+    let output = *graph.outputs.first()?;
+    let end = graph::ending(graph, output, &["Softmax", "LogSoftmax"], &[])?;
+    graph.node(end.node).op.as_a::<Softmax>()?.over_axis(rank)
 }
 
 /// Does a dense layer put out `v`? Its features are on the last axis.
@@ -176,14 +188,29 @@ fn classes_first(graph: &mut Graph, v: ValueId, axis: usize) -> Result<ValueId> 
     made.map(|v| v[0]).map_err(|source| Error::Op { node: "the logits".into(), source })
 }
 
-fn before_sigmoid(graph: &Graph, output: ValueId) -> (ValueId, Option<graph::NodeId>) {
-    if let Source::Node(id, 0) = graph.value(output).source {
-        let node = graph.node(id);
-        if let ("Sigmoid", Some(Some(x))) = (node.op.name(), node.inputs.first()) {
-            return (*x, Some(id));
-        }
+/// Operators that arrange elements and compute nothing.
+const ARRANGING: &[&str] = &["Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"];
+
+/// The value that an activation at the end is of, arranged as the output is, and its node; the output itself where
+/// there is none.
+fn without(
+    graph: &mut Graph,
+    output: ValueId,
+    activations: &[&str],
+    movers: &[&str],
+) -> Result<(ValueId, Option<graph::NodeId>)> {
+    match graph::ending(graph, output, activations, movers) {
+        Some(end) => Ok((end.without(graph)?, Some(end.node))),
+        None => Ok((output, None)),
     }
-    (output, None)
+}
+
+/// A classifier's logits, and the node that stands behind them.
+fn scores(graph: &mut Graph, output: ValueId) -> Result<(ValueId, Option<graph::NodeId>)> {
+    match graph::logits(graph, output) {
+        (_, None) => without(graph, output, &["Softmax", "LogSoftmax"], &["Transpose"]),
+        found => Ok(found),
+    }
 }
 
 /// Binds the loss graph's inputs to outputs of the model by name (by position where it has one input
@@ -231,8 +258,10 @@ fn loss_graph(graph: &mut Graph, model: &Model, target: ValueId) -> Result<Value
     Ok(loss)
 }
 
-/// The target's type and shape that a loss needs for an output, where the data do not say.
-pub fn default_target(loss: &Loss, graph: &Graph, output: ValueId) -> Result<Meta> {
+/// The target's type and shape that a loss on the graph's first output needs, where the data do not say.
+pub fn default_target(loss: &Loss, graph: &Graph) -> Result<Meta> {
+    let none = || Error::Config("the model has no output to compute a loss on".into());
+    let output = *graph.outputs.first().ok_or_else(none)?;
     let meta = graph.meta(output)?;
     if !loss.wants_labels() {
         return Ok(Meta::new(meta.dtype, &meta.dims));

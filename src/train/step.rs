@@ -124,7 +124,21 @@ impl Network {
             metas.push((v, meta.clone()));
             inputs.push(v);
         }
-        let mut graph = infer(graph, &metas, &[])?;
+        let mut graph = match infer(graph.clone(), &metas, &[]) {
+            Ok(graph) => graph,
+            // A detector chooses boxes at its end, by values: it is trained by what it chooses from.
+            Err(e) => {
+                let mut cut = match graph.without_selections() {
+                    Some(cut) => infer(cut, &metas, &[]).map_err(|_| e)?,
+                    None => return Err(e),
+                };
+                let float = |v: &ValueId| cut.value(*v).meta.as_ref().is_some_and(|m| m.dtype.is_float());
+                let (mut outputs, rest): (Vec<_>, Vec<_>) = cut.outputs.iter().copied().partition(float);
+                outputs.extend(rest);
+                cut.outputs = outputs;
+                cut
+            }
+        };
         graph.inputs.retain(|v| matches!(graph.values[v.index()].source, Source::Input));
         let statistics = graph::set_mode(&mut graph, mode)?;
         Ok(Network { graph, inputs, statistics })

@@ -209,3 +209,55 @@ fn soft_labels_and_class_weights_train() {
     let said = String::from_utf8(run(&[&base[..], &options].concat(), 1).stderr).unwrap();
     assert!(said.contains("no distribution"), "{said}");
 }
+
+/// A detector: what chooses among its boxes, by values, is left out of the loss and stays in the file.
+#[test]
+fn what_a_detector_chooses_from_is_trained() {
+    let model = fixture("detector.onnx");
+    let report = json(&["inspect", text(&model), "--json"], 0);
+    assert_eq!(report["logits"], "class_logits");
+    assert!(
+        report["left_out"].as_str().unwrap().contains("NonMaxSuppression 'nms'"),
+        "{}",
+        report["left_out"]
+    );
+    assert_eq!(report["blockers"].as_array().unwrap().len(), 0);
+    assert!(report["taps"].as_array().unwrap().iter().any(|t| t == "f2"), "{}", report["taps"]);
+
+    let folder = tempfile::tempdir().unwrap();
+    let (data, new) = (folder.path().join("data.npz"), folder.path().join("new.onnx"));
+    // Where a place is bright there is something of the first class.
+    let n = 24 * 3 * 16 * 16;
+    let x: Vec<f32> =
+        (0..n).map(|i| if i / 64 % 5 < 2 { 1.0 } else { -0.5 } + (i as f32 * 0.7).sin() * 0.2).collect();
+    let y: Vec<f32> = (0..24 * 3 * 16).map(|i| f32::from(i / 16 % 3 == 0 && i * 4 / 64 % 5 < 2)).collect();
+    let x = Tensor::from_slice(&[24, 3, 16, 16], &x).unwrap();
+    let y = Tensor::from_slice(&[24, 3, 16], &y).unwrap();
+    write_npz(&data, &[("x", &x), ("y", &y)]).unwrap();
+    let base =
+        ["finetune", text(&model), "--data", text(&data), "--output", text(&new), "--loss", "bce", "--json"];
+    for method in ["supervised", "icp"] {
+        let options =
+            ["--method", method, "--epochs", "6", "--batch", "8", "--lr", "0.01", "--holdout", "0.25"];
+        let s = json(&[&base[..], &options].concat(), 0);
+        assert!(s["kept"] == true && s["after"]["loss"].as_f64() < s["before"]["loss"].as_f64(), "{s}");
+        assert!(s["notes"].to_string().contains("NonMaxSuppression 'nms'"), "{}", s["notes"]);
+        println!("detector, {method}: tract: {}", s["verified"]);
+        // Nothing but weights of the backbone and of the class head differs; the boxes' head has no part in this loss.
+        assert_eq!(blotted(&model), blotted(&new));
+        let (a, b) = (retune::import::load(&model).unwrap(), retune::import::load(&new).unwrap());
+        for w in &a.weights {
+            let other = b.weight(b.find_weight(&w.name).unwrap());
+            let same = w.stored(&a.files).unwrap() == other.stored(&b.files).unwrap();
+            assert_eq!(same, w.name.ends_with("_box"), "{}", w.name);
+        }
+    }
+    // The whole file, the choice included: small, and too large for what is computed before the run.
+    let Some(python) = crate::real_models::python() else { return };
+    for [n, side] in [[2, 16], [1, 256]] {
+        let x = crate::real_models::wave(&[n, 3, side, side]);
+        for file in [&model, &new] {
+            crate::real_models::equals_onnxruntime_on(&python, file, &[("image", &x)]);
+        }
+    }
+}

@@ -16,6 +16,7 @@ mod memory;
 mod onnx_cases;
 mod quantised;
 mod real_models;
+mod real_training;
 mod resume;
 mod spatial;
 mod zoo;

@@ -11,7 +11,6 @@ const OTHER_KINDS: &[&str] = &[
     // Operators on sequences, optionals, strings and encoded images.
     "ConcatFromSequence",
     "ImageDecoder",
-    "Input",
     "Optional",
     "OptionalGetElement",
     "OptionalHasElement",
@@ -27,19 +26,20 @@ const OTHER_KINDS: &[&str] = &[
     "StringConcat",
     "StringNormalizer",
     "StringSplit",
-    "TfIdfVectorizer",
-    // Element types.
+    // Inputs that are no tensors, and element types.
     "complex128",
     "complex64",
+    "map",
+    "optional",
+    "sequence",
     "string",
     // Expected values that another random generator drew.
     "random numbers",
 ];
 
-/// Shares of the cases of our kind that pass at least; what is missing is printed. The goals, once resizing, transposed
-/// convolutions, recurrent layers and control flow are there: .97, .95 and 1.
-const NODE: f64 = 0.97;
-const GENERATED: f64 = 0.95;
+/// Shares of the cases of our kind that pass at least; what is missing is printed.
+const NODE: f64 = 0.99;
+const GENERATED: f64 = 0.99;
 const PYTORCH: f64 = 1.0;
 
 fn is_other_kind(lacks: &str) -> bool {
@@ -106,16 +106,27 @@ fn contrib_cases() {
     assert_eq!(cases.len(), 15);
 }
 
-/// Gradients of the same cases, against differences: none is wrong, and most that have one can be checked.
+/// Gradients of the same cases, against differences: none is wrong, and nearly all that have one can be checked.
 #[test]
 fn gradients() {
-    for folder in ["onnx-node-cases", "onnx-testdata/pytorch-operator", "onnx-testdata/pytorch-converted"] {
+    for (folder, least) in [
+        ("onnx-node-cases", 1080),
+        ("onnx-testdata/node", 555),
+        ("onnx-testdata/simple", 6),
+        ("onnx-testdata/pytorch-operator", 32),
+        ("onnx-testdata/pytorch-converted", 77),
+    ] {
         let Some(folder) = fetched(folder) else { continue };
         let report = json(&["test", text(&folder), "--grad", "--json"], 0);
         let counts = &report["gradients"];
         println!("{}: gradients {counts}", folder.display());
         assert_eq!(counts["wrong"], 0);
         let count = |name: &str| counts[name].as_u64().unwrap();
-        assert!(count("checked") > 3 * count("unchecked"), "{counts}");
+        assert!(count("checked") >= least && count("unchecked") * 50 <= count("checked") + 100, "{counts}");
+        for case in report["cases"].as_array().unwrap() {
+            if case["gradient"]["outcome"] == "unchecked" {
+                println!("  not checked: {}: {}", case["name"], case["gradient"]["reason"]);
+            }
+        }
     }
 }

@@ -58,7 +58,7 @@ impl Chains {
         let meta = graph.value(scores).meta.as_ref()?;
         let rank = meta.dims.len();
         let float = matches!(meta.dtype, DType::F32 | DType::F64);
-        let over_rows = node.op.as_a::<Softmax>()?.over_last(&meta.dims);
+        let over_rows = node.op.as_a::<Softmax>()?.over_rows(rank);
         if !(over_rows && float && (3..=4).contains(&rank) && self.passing(scores) && self.passing(p)) {
             return None;
         }

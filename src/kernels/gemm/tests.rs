@@ -66,6 +66,7 @@ fn equals_the_sum_it_stands_for() {
                 ldb: p.ldb,
                 beta: p.beta as f64,
                 ldc: p.ldc,
+                alone: p.alone,
             };
             run(q, &wide(&a), &wide(&b), &wide(&c))
         });

@@ -4,6 +4,7 @@
 //! (rows, D · gates · H); those of X, W, R and B are products and sums of dZ, made only where they are wanted.
 
 mod grad;
+mod quantised;
 #[cfg(test)]
 mod tests;
 mod weights;
@@ -19,6 +20,7 @@ use crate::ops::{Cx, Grads, Op, Row, Spec, get, need};
 use crate::tensor::{DType, Dims, Elem, Meta, View, ViewMut};
 
 pub use grad::{PeepholeGrad, RecurrentGrad};
+pub use quantised::DynamicQuantizeLstm;
 pub use weights::RecurrentWeightGrad;
 
 /// ONNX `LSTM`, `GRU` and `RNN` (opset 7; `layout` since 14): X, W, R, B, sequence_lens, initial_h, of an LSTM also
@@ -40,8 +42,14 @@ pub struct Recurrent {
 
 impl Recurrent {
     fn make(s: &Spec) -> Result<Arc<dyn Op>, OpError> {
+        Ok(Arc::new(Recurrent::of(s)?))
+    }
+
+    fn of(s: &Spec) -> Result<Recurrent, OpError> {
         let (kind, default): (Kind, &[&str]) = match s.op_type {
-            "LSTM" => (Kind::Lstm { coupled: s.attrs.flag("input_forget")? }, &["Sigmoid", "Tanh", "Tanh"]),
+            "LSTM" | "DynamicQuantizeLSTM" => {
+                (Kind::Lstm { coupled: s.attrs.flag("input_forget")? }, &["Sigmoid", "Tanh", "Tanh"])
+            }
             "GRU" => (Kind::Gru { reset_after: s.attrs.flag("linear_before_reset")? }, &["Sigmoid", "Tanh"]),
             _ => (Kind::Plain, &["Tanh"]),
         };
@@ -77,7 +85,7 @@ impl Recurrent {
         for (i, name) in names.iter().enumerate() {
             activations[i / each][i % each] = activation(name, &mut alphas, &mut betas)?;
         }
-        Ok(Arc::new(Recurrent { kind, reverse, hidden, clip, activations, batch_first: layout == 1 }))
+        Ok(Recurrent { kind, reverse, hidden, clip, activations, batch_first: layout == 1 })
     }
 
     fn differentiable(&self) -> Result<(), OpError> {
@@ -309,6 +317,7 @@ pub(super) const ROWS: &[Row] = &[
     Row::new("LSTM", 7, Recurrent::make),
     Row::new("GRU", 7, Recurrent::make),
     Row::new("RNN", 7, Recurrent::make),
+    Row::contrib("DynamicQuantizeLSTM", DynamicQuantizeLstm::make),
 ];
 
 #[cfg(test)]

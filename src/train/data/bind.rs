@@ -21,7 +21,9 @@ impl Dataset {
             let Some(mut c) = old.get_mut(i).and_then(Option::take) else {
                 return Err(Error::Data(format!("two inputs called '{}'", spec.name)));
             };
-            check_dims(&c.name, &c.dims, spec)?;
+            if !c.whole {
+                check_dims(&c.name, &c.dims, spec)?;
+            }
             match c.storage {
                 Storage::Pixels { .. } if c.dtype != spec.dtype => {
                     return Err(Error::Data(format!(

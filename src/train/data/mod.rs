@@ -102,6 +102,8 @@ struct Column {
     /// How one sample divides into image planes: needed by the table and the augmentation.
     planes: Planes,
     augmentation: Augmentation,
+    /// Not one row a sample: fed as it is with every batch, `dims` being all of its dimensions.
+    whole: bool,
 }
 
 impl Column {
@@ -155,11 +157,52 @@ impl Dataset {
                 let dims = Dims::from_slice(&t.dims()[1..]);
                 let planes = Planes::flat(dims.iter().product());
                 let augmentation = Augmentation::default();
-                Column { name, dtype: t.dtype(), dims, planes, augmentation, storage: Storage::Array(t) }
+                let (dtype, storage) = (t.dtype(), Storage::Array(t));
+                Column { name, dtype, dims, planes, augmentation, storage, whole: false }
             })
             .collect();
         let target = target.map(normal_target).transpose()?;
         Ok(Dataset { columns, target, class_names: Vec::new(), notes: Vec::new(), len })
+    }
+
+    /// As [`Dataset::from_arrays`] for a model with these inputs: an array of exactly the shape that its input declares,
+    /// all of it fixed, and of another first dimension than N, holds no samples but what every batch is fed with, such
+    /// as a recurrent layer's initial state. So does a scalar.
+    ///
+    /// N is the target's first dimension, without one the first array's that an input leaves open.
+    pub fn for_inputs(
+        arrays: Vec<(String, Tensor)>,
+        target: Option<Tensor>,
+        inputs: &[InputSpec],
+    ) -> Result<Dataset> {
+        let whole = |name: &str, t: &Tensor| {
+            let declared = inputs.iter().find(|i| i.name == name).map(|i| i.dims.as_slice());
+            declared.is_some_and(|d| {
+                d.len() == t.dims().len() && d.iter().zip(t.dims()).all(|(d, n)| *d == Some(*n))
+            })
+        };
+        let first = |t: &Tensor| t.dims().first().copied();
+        let open = arrays.iter().find(|(name, t)| !whole(name, t)).or(arrays.first()).map(|(_, t)| t);
+        let samples = target.as_ref().or(open).and_then(first);
+        let (whole, rows): (Vec<_>, Vec<_>) =
+            arrays.into_iter().partition(|(name, t)| first(t) != samples && whole(name, t));
+        if rows.is_empty() {
+            return Dataset::from_arrays(whole, target);
+        }
+        let mut data = Dataset::from_arrays(rows, target)?;
+        for (name, t) in whole {
+            convert::check_finite(&name, &t)?;
+            data.columns.push(Column {
+                name,
+                dtype: t.dtype(),
+                dims: Dims::from_slice(t.dims()),
+                planes: Planes::flat(t.len()),
+                augmentation: Augmentation::default(),
+                storage: Storage::Array(t),
+                whole: true,
+            });
+        }
+        Ok(data)
     }
 
     /// Images as bytes, `[N, …]` in the frame's layout, with what is fed for each byte value.
@@ -188,6 +231,7 @@ impl Dataset {
             planes: frame.planes(),
             augmentation: options.augmentation(),
             storage: Storage::Pixels { bytes, table },
+            whole: false,
         };
         let target = labels.map(|l| Tensor::ints(&l));
         Ok(Dataset { columns: vec![column], target, class_names: Vec::new(), notes: Vec::new(), len })
@@ -345,7 +389,7 @@ impl Dataset {
         for c in &mut self.columns {
             match &mut c.storage {
                 Storage::Pixels { .. } => {}
-                Storage::Array(t) if c.dims.len() == 3 && c.dtype.is_float() => {
+                Storage::Array(t) if c.dims.len() == 3 && c.dtype.is_float() && !c.whole => {
                     if t.dtype() != c.dtype {
                         *t = convert::array(&c.name, t, c.dtype)?;
                     }
@@ -373,6 +417,7 @@ impl Dataset {
         let mut columns = Vec::with_capacity(self.columns.len());
         for c in &self.columns {
             let storage = match &c.storage {
+                Storage::Array(t) if c.whole => Storage::Array(t.clone()),
                 Storage::Array(t) => Storage::Array(rows(t, indices)),
                 Storage::Pixels { bytes, table } => {
                     let n = c.sample_len();
@@ -399,7 +444,14 @@ impl Dataset {
             Tensor::zeros(dtype, &dims)
         };
         Batch {
-            inputs: self.columns.iter().map(|c| (c.name.clone(), sized(c.dtype, &c.dims))).collect(),
+            inputs: self
+                .columns
+                .iter()
+                .map(|c| match c.whole {
+                    true => (c.name.clone(), Tensor::zeros(c.dtype, &c.dims)),
+                    false => (c.name.clone(), sized(c.dtype, &c.dims)),
+                })
+                .collect(),
             target: self.target.as_ref().map(|t| sized(t.dtype(), &t.dims()[1..])),
             len: n,
         }
@@ -421,6 +473,14 @@ impl Dataset {
                 continue;
             }
             let size = c.dtype.size();
+            if let (true, Storage::Array(a)) = (c.whole, &c.storage) {
+                if a.dtype() == c.dtype {
+                    t.bytes_mut().copy_from_slice(a.bytes());
+                } else {
+                    convert::bytes(a.dtype(), a.bytes(), c.dtype, t.bytes_mut());
+                }
+                continue;
+            }
             for (&i, dst) in indices.iter().zip(t.bytes_mut().chunks_exact_mut(n * size)) {
                 let place = match augment {
                     Some(a) if !c.augmentation.is_none() => c.augmentation.draw(a, i, c.planes),
@@ -457,11 +517,13 @@ impl Dataset {
         };
         b.len == n
             && b.inputs.len() == self.columns.len()
-            && self
-                .columns
-                .iter()
-                .zip(&b.inputs)
-                .all(|(c, (name, t))| *name == c.name && same(t, c.dtype, &c.dims))
+            && self.columns.iter().zip(&b.inputs).all(|(c, (name, t))| {
+                let fits = match c.whole {
+                    true => t.dtype() == c.dtype && t.dims() == c.dims.as_slice(),
+                    false => same(t, c.dtype, &c.dims),
+                };
+                *name == c.name && fits
+            })
             && match (&self.target, &b.target) {
                 (Some(a), Some(t)) => same(t, a.dtype(), &a.dims()[1..]),
                 (None, None) => true,
@@ -487,6 +549,7 @@ impl Column {
             dims: self.dims.clone(),
             planes: self.planes,
             augmentation: self.augmentation,
+            whole: self.whole,
         }
     }
 }

@@ -71,7 +71,7 @@ fn arrays(path: &Path, options: &ImageOptions, inputs: &[InputSpec]) -> Result<D
         columns.push((arrays[*i].to_string(), npz.read(arrays[*i])?));
     }
     let labels = target.map(|t| npz.read(t)).transpose()?;
-    let mut data = Dataset::from_arrays(columns, labels).and_then(|d| d.bind(inputs)).map_err(at)?;
+    let mut data = Dataset::for_inputs(columns, labels, inputs).and_then(|d| d.bind(inputs)).map_err(at)?;
     let unused: Vec<&str> =
         arrays.iter().enumerate().filter(|(i, _)| !picked.contains(i)).map(|(_, n)| *n).collect();
     if !unused.is_empty() {

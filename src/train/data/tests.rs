@@ -145,3 +145,32 @@ fn shifts_follow_the_sample_not_the_batch() {
     let flat = Dataset::from_arrays(vec![("x".into(), array(&[6, 4]))], None).unwrap();
     assert!(message(flat.with_shift(1, Layout::Auto)).contains("shift"));
 }
+
+#[test]
+fn what_is_no_row_a_sample_is_fed_whole() {
+    let specs = [
+        InputSpec::new("x", DType::F32, &[None, Some(2)]),
+        InputSpec::new("h", DType::F32, &[Some(1), Some(1), Some(3)]),
+        InputSpec::new("rate", DType::I64, &[]),
+    ];
+    let arrays = |h: &[usize]| {
+        vec![
+            ("h".to_string(), array(h)),
+            ("rate".to_string(), Tensor::scalar(16000i64)),
+            ("x".to_string(), array(&[4, 2])),
+        ]
+    };
+    let data = Dataset::for_inputs(arrays(&[1, 1, 3]), Some(Tensor::ints(&[0, 1, 0, 1])), &specs).unwrap();
+    let data = data.bind(&specs).unwrap().subset(&[3, 1, 2]).unwrap();
+    let mut batch = data.new_batch(2);
+    data.batch(&[2, 0], None, &mut batch).unwrap();
+    let names: Vec<&str> = batch.inputs.iter().map(|i| i.0.as_str()).collect();
+    assert_eq!(names, ["x", "h", "rate"]);
+    assert_eq!(batch.inputs[0].1.dims(), [2, 2]);
+    assert_eq!(batch.inputs[1].1.to_f64(), array(&[1, 1, 3]).to_f64());
+    assert_eq!((batch.inputs[2].1.dims(), batch.inputs[2].1.to_ints().unwrap()), (&[][..], vec![16000]));
+    // Without a target, by the array whose first dimension is open.
+    assert_eq!(Dataset::for_inputs(arrays(&[1, 1, 3]), None, &specs).unwrap().len(), 4);
+    // Another shape is neither a sample a row nor what the input declares.
+    assert!(message(Dataset::for_inputs(arrays(&[2, 1, 3]), None, &specs)).contains("number of samples"));
+}
