@@ -544,7 +544,10 @@ impl Surgery<'_> {
             elem_type: dtype.to_onnx(),
             shape: Some(TensorShapeProto { dim: vec![batch, classes] }),
         };
-        ValueInfoProto { name: name.into(), r#type: Some(TypeProto { tensor_type: Some(tensor), ..Default::default() }) }
+        ValueInfoProto {
+            name: name.into(),
+            r#type: Some(TypeProto { tensor_type: Some(tensor), ..Default::default() }),
+        }
     }
 }
 

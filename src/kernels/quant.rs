@@ -157,4 +157,3 @@ pub fn turned<Q: Level>(levels: &[Q], scale: &[f32], zero: Option<&[Q]>, n: usiz
         }
     }
 }
-

@@ -64,7 +64,8 @@ impl TfIdf {
         for (k, &from) in starts.iter().enumerate() {
             let to = starts.get(k + 1).copied().unwrap_or(flat.len());
             let part = flat.get(from..to).filter(|p| p.len() % (k + 1) == 0);
-            let part = part.ok_or_else(|| bad(format!("'ngram_counts' are {starts:?} of {} elements", flat.len())))?;
+            let part =
+                part.ok_or_else(|| bad(format!("'ngram_counts' are {starts:?} of {} elements", flat.len())))?;
             for gram in part.chunks_exact(k + 1) {
                 let id = pool.len();
                 let place = places.get(id).copied();
@@ -76,7 +77,13 @@ impl TfIdf {
             }
         }
         let width = places.iter().max().map_or(0, |m| m + 1);
-        Ok(Arc::new(TfIdf { grams: (least, most), skips: count("max_skip_count")?, pool, places: width, mode }))
+        Ok(Arc::new(TfIdf {
+            grams: (least, most),
+            skips: count("max_skip_count")?,
+            pool,
+            places: width,
+            mode,
+        }))
     }
 
     fn row(&self, x: &[i64], y: &mut [f32]) {

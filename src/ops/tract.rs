@@ -201,7 +201,10 @@ fn info(name: &str, of: Option<(DType, &Dims)>) -> ValueInfoProto {
                 .collect(),
         }),
     });
-    ValueInfoProto { name: name.into(), r#type: tensor.map(|t| TypeProto { tensor_type: Some(t), ..Default::default() }) }
+    ValueInfoProto {
+        name: name.into(),
+        r#type: tensor.map(|t| TypeProto { tensor_type: Some(t), ..Default::default() }),
+    }
 }
 
 impl Op for Tract {

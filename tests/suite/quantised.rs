@@ -89,7 +89,8 @@ fn what_quantisation_lost_is_recovered() {
     }
     let files = ["train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"]
         .map(|name| fetched(&format!("fashion/{name}-ubyte.gz")));
-    let (Some(python), [Some(images), Some(labels), Some(test_images), Some(test_labels)]) = (python(), files)
+    let (Some(python), [Some(images), Some(labels), Some(test_images), Some(test_labels)]) =
+        (python(), files)
     else {
         return;
     };
@@ -105,7 +106,8 @@ fn what_quantisation_lost_is_recovered() {
     let (float, quantised, new) = (at("float.onnx"), at("qdq.onnx"), at("new.onnx"));
     let finetune = |model: &Path, new: &Path, epochs: &str, lr: &str| {
         let base = ["finetune", text(model), "--data", text(&train), "--output", text(new), "--json"];
-        let options = ["--method", "supervised", "--holdout", "0", "--no-guard", "--epochs", epochs, "--lr", lr];
+        let options =
+            ["--method", "supervised", "--holdout", "0", "--no-guard", "--epochs", epochs, "--lr", lr];
         assert_eq!(json(&[&base[..], &options].concat(), 0)["verified"], "agrees");
     };
     finetune(&shipped("models/resnet20.onnx"), &float, "4", "2e-3");
@@ -131,7 +133,11 @@ fn an_int8_recurrent_network_runs_and_is_refused() {
     let folder = shipped("tests/fixtures/quantised/recurrent");
     let model = folder.join("model.onnx");
     let report = json(&["test", text(&folder), "--json"], 0);
-    assert_eq!((&report["summary"]["passed"], &report["summary"]["failed"]), (&1.into(), &0.into()), "{report:#}");
+    assert_eq!(
+        (&report["summary"]["passed"], &report["summary"]["failed"]),
+        (&1.into(), &0.into()),
+        "{report:#}"
+    );
     // Nearer than that: a rounding that went another way would show.
     let loaded = retune::import::load(&model).unwrap();
     let names = |of: &[retune::graph::ValueId]| -> Vec<String> {
@@ -163,7 +169,10 @@ fn an_int8_recurrent_network_runs_and_is_refused() {
     let report = json(&["inspect", text(&model), "--json"], 0);
     let blockers = report["blockers"].as_array().unwrap();
     for layer in layers {
-        assert!(blockers.iter().any(|b| b["node"].as_str().unwrap().contains(layer)), "{layer}: {blockers:#?}");
+        assert!(
+            blockers.iter().any(|b| b["node"].as_str().unwrap().contains(layer)),
+            "{layer}: {blockers:#?}"
+        );
     }
     assert_eq!(blockers.len(), layers.len(), "{blockers:#?}");
     let new = dir.path().join("new.onnx");

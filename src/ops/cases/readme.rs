@@ -58,9 +58,7 @@ fn has_a_gradient(case: &Case) -> bool {
                 .filter_map(|i| built.operands[i])
                 .collect();
             let losses = built.losses.clone();
-            losses
-                .into_iter()
-                .any(|loss| grad(&mut built.graph, loss, &wrt).is_ok_and(|g| !g.is_empty()))
+            losses.into_iter().any(|loss| grad(&mut built.graph, loss, &wrt).is_ok_and(|g| !g.is_empty()))
         };
         // What cannot be built with such an operand does not take it.
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(differentiable)).unwrap_or(false)

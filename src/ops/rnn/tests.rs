@@ -209,8 +209,15 @@ fn a_quantised_layer_is_the_float_one_where_nothing_is_rounded() {
     let (scales, zero) = (tensor(&[1], &[scale]), Tensor::zeros(DType::I8, &[1]));
     let make = |domain: &'static str, op_type: &'static str, inputs: usize| {
         let attrs = Attrs::default();
-        create(&Spec { domain, op_type, opset: if domain.is_empty() { 14 } else { 1 }, attrs: &attrs, inputs, outputs: 3 })
-            .unwrap()
+        create(&Spec {
+            domain,
+            op_type,
+            opset: if domain.is_empty() { 14 } else { 1 },
+            attrs: &attrs,
+            inputs,
+            outputs: 3,
+        })
+        .unwrap()
     };
     let float = make("", "LSTM", 3);
     let truth = crate::ops::eval(

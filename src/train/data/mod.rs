@@ -176,7 +176,9 @@ impl Dataset {
     ) -> Result<Dataset> {
         let whole = |name: &str, t: &Tensor| {
             let declared = inputs.iter().find(|i| i.name == name).map(|i| i.dims.as_slice());
-            declared.is_some_and(|d| d.len() == t.dims().len() && d.iter().zip(t.dims()).all(|(d, n)| *d == Some(*n)))
+            declared.is_some_and(|d| {
+                d.len() == t.dims().len() && d.iter().zip(t.dims()).all(|(d, n)| *d == Some(*n))
+            })
         };
         let first = |t: &Tensor| t.dims().first().copied();
         let open = arrays.iter().find(|(name, t)| !whole(name, t)).or(arrays.first()).map(|(_, t)| t);
@@ -512,17 +514,13 @@ impl Dataset {
         };
         b.len == n
             && b.inputs.len() == self.columns.len()
-            && self
-                .columns
-                .iter()
-                .zip(&b.inputs)
-                .all(|(c, (name, t))| {
-                    let fits = match c.whole {
-                        true => t.dtype() == c.dtype && t.dims() == c.dims.as_slice(),
-                        false => same(t, c.dtype, &c.dims),
-                    };
-                    *name == c.name && fits
-                })
+            && self.columns.iter().zip(&b.inputs).all(|(c, (name, t))| {
+                let fits = match c.whole {
+                    true => t.dtype() == c.dtype && t.dims() == c.dims.as_slice(),
+                    false => same(t, c.dtype, &c.dims),
+                };
+                *name == c.name && fits
+            })
             && match (&self.target, &b.target) {
                 (Some(a), Some(t)) => same(t, a.dtype(), &a.dims()[1..]),
                 (None, None) => true,
