@@ -16,7 +16,7 @@ const GATES: usize = 4;
 /// com.microsoft `DynamicQuantizeLSTM`: X, W (D, input, 4 · H) and R (D, H, 4 · H) of 8 bits, B, sequence_lens, initial_h,
 /// initial_c, P, then W's scale and zero point and R's, of each direction (D) or of each of its columns (D, 4 · H).
 ///
-/// X as a whole, and at each step the states of the sequences that go on, are rounded to the 256 levels that span their
+/// X as a whole, and at each step the states of the sequences that go on (or have just ended), are rounded to the 256 levels that span their
 /// elements and 0. The reverse direction begins every sequence at its own end in the same step. Forward only.
 #[derive(Debug)]
 pub struct DynamicQuantizeLstm {
@@ -30,6 +30,9 @@ const WEIGHTS: [[usize; 3]; 2] = [[1, 8, 9], [2, 10, 11]];
 impl DynamicQuantizeLstm {
     pub(super) fn make(s: &Spec) -> Result<Arc<dyn Op>, OpError> {
         let config = Config::of(s, "DynamicQuantizeLSTM", ["Sigmoid", "Tanh", "Tanh"])?;
+        if config.batch_first {
+            return Err(OpError::Attribute("'layout' is none of DynamicQuantizeLSTM's".into()));
+        }
         Ok(Arc::new(DynamicQuantizeLstm { config, coupled: s.attrs.flag("input_forget")? }))
     }
 
@@ -189,10 +192,7 @@ impl Op for DynamicQuantizeLstm {
                     let row = &mut now[n * s.input..(n + 1) * s.input];
                     match i < length(n) {
                         true => row.copy_from_slice(&levels[(place(n) * s.batch + n) * s.input..][..s.input]),
-                        false => {
-                            row.fill(0.0);
-                            h[n * s.hidden..(n + 1) * s.hidden].fill(0.0);
-                        }
+                        false => row.fill(0.0),
                     }
                 }
                 dynamic(h, rounded);
@@ -210,8 +210,13 @@ impl Op for DynamicQuantizeLstm {
                 kernel::forward(&one, &cell, &inputs, outputs, room);
                 h.copy_from_slice(h_next);
                 c.copy_from_slice(c_next);
-                for n in (0..s.batch).filter(|n| i < length(*n)) {
+                for n in 0..s.batch {
                     let row = n * s.hidden..(n + 1) * s.hidden;
+                    if i >= length(n) {
+                        // Its last state has counted once more, as there.
+                        h[row].fill(0.0);
+                        continue;
+                    }
                     if let Some(y) = &mut all {
                         let at = ((place(n) * s.directions + d) * s.batch + n) * s.hidden;
                         y[at..at + s.hidden].copy_from_slice(&h[row.clone()]);
