@@ -105,7 +105,15 @@ impl Graph {
                 body.map(|b| self.copy(b, &[], node, "branch")).transpose().map(Option::flatten)
             }
             Kind::Loop => self.unroll(control, node),
-            Kind::Scan(scan) => self.unroll_scan(control, scan, node),
+            Kind::Scan(scan) if scan.batched => self.unroll_batch(control, scan, node),
+            Kind::Scan(scan) => {
+                let own: Option<Vec<ValueId>> =
+                    (0..control.own).map(|i| node.inputs.get(i).copied().flatten()).collect();
+                let Some(own) = own else {
+                    return Err(OpError::Shape("an operand of Scan is missing".into()));
+                };
+                self.unroll_scan(control, scan, node, &own, "")
+            }
         }
     }
 
@@ -166,17 +174,50 @@ impl Graph {
         Ok(Some(carried))
     }
 
-    fn unroll_scan(
+    /// `Scan` of opset 8: one of later opsets for each element of the batch.
+    fn unroll_batch(
         &mut self,
         control: &Control,
         scan: &Scan,
         node: &Node,
     ) -> Result<Option<Vec<ValueId>>, OpError> {
-        let Some(body) = control.bodies.first() else { return Ok(None) };
-        let own: Option<Vec<ValueId>> =
-            (0..control.own).map(|i| node.inputs.get(i).copied().flatten()).collect();
+        let input = |i: usize| node.inputs.get(i).copied().flatten();
+        if input(0).is_some() {
+            return Err(OpError::Unsupported("Scan of opset 8 with sequence_lens".into()));
+        }
+        let own: Option<Vec<ValueId>> = (1..control.own).map(input).collect();
         let Some(own) = own else { return Err(OpError::Shape("an operand of Scan is missing".into())) };
-        let (state, inputs) = own.split_at(control.own - scan.inputs);
+        let batch = |v: &ValueId| self.value(*v).meta.as_ref().and_then(|m| m.dims.first().copied());
+        let sizes: Vec<Option<usize>> = own.iter().map(batch).collect();
+        let n = match sizes.first() {
+            Some(Some(n)) if sizes.iter().all(|s| *s == Some(*n)) && *n > 0 => *n,
+            _ => return Err(OpError::Shape(format!("Scan of opset 8 over batches of {sizes:?}"))),
+        };
+        let rows: Vec<Vec<ValueId>> =
+            own.iter().map(|v| self.pieces(*v, 0, n, node)).collect::<Result<_, _>>()?;
+        let mut results: Vec<Vec<ValueId>> = Vec::new();
+        for k in 0..n {
+            let own: Vec<ValueId> = rows.iter().map(|row| row[k]).collect();
+            let Some(made) = self.unroll_scan(control, scan, node, &own, &format!("{k}."))? else {
+                return Ok(None);
+            };
+            results.resize(made.len(), Vec::new());
+            results.iter_mut().zip(made).for_each(|(all, v)| all.push(v));
+        }
+        results.into_iter().map(|all| self.stack(&all, 0, node)).collect::<Result<_, _>>().map(Some)
+    }
+
+    /// The rounds of a `Scan` over the values `own`: its state, then what is scanned.
+    fn unroll_scan(
+        &mut self,
+        control: &Control,
+        scan: &Scan,
+        node: &Node,
+        own: &[ValueId],
+        part: &str,
+    ) -> Result<Option<Vec<ValueId>>, OpError> {
+        let Some(body) = control.bodies.first() else { return Ok(None) };
+        let (state, inputs) = own.split_at(own.len() - scan.inputs);
         let metas: Vec<Option<&Meta>> = inputs.iter().map(|v| self.value(*v).meta.as_ref()).collect();
         let rounds = scan.rounds(&metas)?;
         if rounds == 0 || rounds > MOST_UNROLLED {
@@ -193,7 +234,9 @@ impl Graph {
             for (pieces, reversed) in parts.iter().zip(&scan.input_reversed) {
                 formal.push(pieces[if *reversed { rounds - 1 - round } else { round }]);
             }
-            let Some(outs) = self.copy(body, &formal, node, &round.to_string())? else { return Ok(None) };
+            let Some(outs) = self.copy(body, &formal, node, &format!("{part}{round}"))? else {
+                return Ok(None);
+            };
             carried = outs.iter().take(state.len()).copied().collect();
             let rest = outs.iter().skip(state.len());
             rest.zip(&mut scanned).for_each(|(v, all)| all.push(*v));

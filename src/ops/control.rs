@@ -34,9 +34,11 @@ pub enum Kind {
     Scan(Scan),
 }
 
-/// ONNX `Scan` (opset 9 on).
+/// ONNX `Scan`.
 #[derive(Debug, Clone)]
 pub struct Scan {
+    /// Of opset 8: `sequence_lens` is the first operand, and the first axis of all others and of the outputs is a batch.
+    pub batched: bool,
     /// Number of scanned inputs; the operands before them are state.
     pub inputs: usize,
     pub input_axes: Vec<i64>,
@@ -57,18 +59,14 @@ pub struct Control {
 impl Scan {
     /// From the attributes of a node with `spec.inputs` operands and a body of `formal` inputs and `results` outputs.
     pub fn new(spec: &Spec, formal: usize, results: usize) -> Result<Scan, OpError> {
-        if spec.opset < 9 {
-            return Err(OpError::Unsupported("Scan of opset 8 (supported: 9 on)".into()));
-        }
+        let batched = spec.opset < 9;
+        let own = spec.inputs - usize::from(batched && spec.inputs > 0);
         let count = spec.attrs.int_or("num_scan_inputs", 0)?;
-        let inputs = usize::try_from(count).ok().filter(|n| (1..=spec.inputs).contains(n));
-        let Some(inputs) = inputs.filter(|_| formal == spec.inputs) else {
-            return Err(OpError::Attribute(format!(
-                "num_scan_inputs is {count} of {} operands",
-                spec.inputs
-            )));
+        let inputs = usize::try_from(count).ok().filter(|n| (1..=own).contains(n));
+        let Some(inputs) = inputs.filter(|_| formal == own) else {
+            return Err(OpError::Attribute(format!("num_scan_inputs is {count} of {own} operands")));
         };
-        let state = spec.inputs - inputs;
+        let state = own - inputs;
         let outputs = results.checked_sub(state);
         let outputs = outputs.ok_or_else(|| OpError::Shape("Scan's body has too few outputs".into()))?;
         let list = |name: &str, n: usize| -> Result<Vec<i64>, OpError> {
@@ -79,10 +77,12 @@ impl Scan {
             }
         };
         let reversed = |v: Vec<i64>| v.into_iter().map(|d| d == 1).collect();
+        let directions = if batched { "directions" } else { "scan_input_directions" };
         Ok(Scan {
+            batched,
             inputs,
             input_axes: list("scan_input_axes", inputs)?,
-            input_reversed: reversed(list("scan_input_directions", inputs)?),
+            input_reversed: reversed(list(directions, inputs)?),
             output_axes: list("scan_output_axes", outputs)?,
             output_reversed: reversed(list("scan_output_directions", outputs)?),
         })
@@ -304,6 +304,9 @@ impl Control {
                 }
                 Ok(carried)
             }
+            Kind::Scan(scan) if scan.batched => {
+                Err(OpError::Unsupported("Scan of opset 8 in a body that is run".into()))
+            }
             Kind::Scan(scan) => {
                 let state = self.own - scan.inputs;
                 let inputs: Vec<Arc<Tensor>> = (state..self.own).map(have).collect::<Result<_, _>>()?;
@@ -400,6 +403,10 @@ impl Op for Control {
                     (e, _) => e,
                 }
             }),
+            Kind::Scan(scan) if scan.batched => Err(OpError::Unsupported(format!(
+                "Scan of opset 8 of more than {} rounds, or with a body whose shapes follow from values",
+                crate::graph::MOST_UNROLLED
+            ))),
             Kind::Scan(scan) => self.infer_scan(scan, inputs),
         }
     }

@@ -172,7 +172,7 @@ impl<T: Vectors> Product<T> {
             }
             Packs::B => {
                 // Parts of C that are about square: then all tasks together read least of A and B.
-                let m = (tasks * self.m / self.n).isqrt().clamp(1, tasks.min(rows));
+                let m = (tasks * self.m / self.n.max(1)).isqrt().clamp(1, tasks.min(rows));
                 (m, tasks.div_ceil(m).min(cols))
             }
         }

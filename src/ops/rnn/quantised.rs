@@ -13,7 +13,8 @@ use crate::tensor::{DType, Meta, View, ViewMut};
 /// com.microsoft `DynamicQuantizeLSTM`: X, W (D, input, 4 · H) and R (D, H, 4 · H) of 8 bits, B, sequence_lens, initial_h,
 /// initial_c, P, then W's scale and zero point and R's, of each direction (D) or of each of its columns (D, 4 · H).
 ///
-/// X as a whole, and the state at each step, are rounded to the 256 levels that span their elements and 0. Forward only.
+/// X as a whole, and at each step the states of the sequences that go on (or have just ended), are rounded to the 256 levels that span their
+/// elements and 0. The reverse direction begins every sequence at its own end in the same step. Forward only.
 #[derive(Debug)]
 pub struct DynamicQuantizeLstm {
     layer: Recurrent,
@@ -24,7 +25,11 @@ const WEIGHTS: [[usize; 3]; 2] = [[1, 8, 9], [2, 10, 11]];
 
 impl DynamicQuantizeLstm {
     pub(super) fn make(s: &Spec) -> Result<Arc<dyn Op>, OpError> {
-        Ok(Arc::new(DynamicQuantizeLstm { layer: Recurrent::of(s)? }))
+        let layer = Recurrent::of(s)?;
+        if layer.batch_first {
+            return Err(OpError::Attribute("'layout' is none of DynamicQuantizeLSTM's".into()));
+        }
+        Ok(Arc::new(DynamicQuantizeLstm { layer }))
     }
 
     fn sequence(&self, x: &[usize], w: &[usize], r: &[usize]) -> Result<Sequence, OpError> {
@@ -73,12 +78,14 @@ fn step(s: &Sequence) -> Sequence {
     Sequence { steps: 1, directions: 1, reverse: [false; 2], ..*s }
 }
 
-/// Elements of scratch: W and R as floats, X and the state rounded, the states before and after a step.
-fn parts(s: &Sequence) -> [usize; 8] {
+/// Elements of scratch: W and R as floats, X rounded, a step's rows of it, the state rounded, the states before and after
+/// a step.
+fn parts(s: &Sequence) -> [usize; 9] {
     let state = s.batch * s.hidden;
     let weights = s.directions * s.width();
     let kernel = forward_scratch::<f32>(&step(s));
-    [weights * s.input, weights * s.hidden, s.rows() * s.input, state, state, state, state, state + kernel]
+    let x = s.batch * s.input;
+    [weights * s.input, weights * s.hidden, s.rows() * s.input, x, state, state, state, state, state + kernel]
 }
 
 /// The weights of a slot as floats (D, 4 · H, n).
@@ -128,7 +135,7 @@ impl Op for DynamicQuantizeLstm {
         let (h0, c0, p) = (optional::<f32>(x, 5)?, optional::<f32>(x, 6)?, optional::<f32>(x, 7)?);
         let sizes = parts(&s);
         let mut rest = cx.room::<f32>(sizes.iter().sum())?;
-        let [w, r, levels, h, c, rounded, h_next, c_next] = sizes.map(|n| {
+        let [w, r, levels, now, h, c, rounded, h_next, c_next] = sizes.map(|n| {
             let (part, after) = std::mem::take(&mut rest).split_at_mut(n);
             rest = after;
             part
@@ -151,9 +158,17 @@ impl Op for DynamicQuantizeLstm {
                 to.chunks_exact_mut(s.hidden).for_each(|to| to.copy_from_slice(row));
             }
         };
+        if let Some(y) = &mut all {
+            y.fill(0.0);
+        }
         for d in 0..s.directions {
             begin(h0, d, h);
             begin(c0, d, c);
+            for (last, from) in [(&mut last_h, &*h), (&mut last_c, &*c)] {
+                if let Some(last) = last {
+                    last[d * state..][..state].copy_from_slice(from);
+                }
+            }
             let activations = [self.layer.activations[d]; 2];
             let cell = Cell {
                 kind: self.layer.kind,
@@ -163,11 +178,20 @@ impl Op for DynamicQuantizeLstm {
                 r: &r[d * width * s.hidden..][..width * s.hidden],
                 b: b.map(|b| &b[d * 2 * width..][..2 * width]),
             };
+            let length = |n: usize| lengths.map_or(s.steps, |l| l[n] as usize);
             for i in 0..s.steps {
-                let t = if s.reverse[d] { s.steps - 1 - i } else { i };
+                // Where each sequence is in this step.
+                let place = |n: usize| if s.reverse[d] { length(n) - 1 - i } else { i };
+                for n in 0..s.batch {
+                    let row = &mut now[n * s.input..(n + 1) * s.input];
+                    match i < length(n) {
+                        true => row.copy_from_slice(&levels[(place(n) * s.batch + n) * s.input..][..s.input]),
+                        false => row.fill(0.0),
+                    }
+                }
                 dynamic(h, rounded);
                 let inputs = Inputs {
-                    x: &levels[t * s.batch * s.input..][..s.batch * s.input],
+                    x: &*now,
                     w: &w[d * width * s.input..][..width * s.input],
                     lengths: None,
                     h0: Some(&*rounded),
@@ -176,22 +200,24 @@ impl Op for DynamicQuantizeLstm {
                 let outputs =
                     Outputs { y: None, h: Some(&mut *h_next), c: Some(&mut *c_next), z: None, kept: None };
                 forward(&one, &cell, &inputs, outputs, room);
+                h.copy_from_slice(h_next);
+                c.copy_from_slice(c_next);
                 for n in 0..s.batch {
-                    let running = lengths.is_none_or(|l| t < l[n] as usize);
                     let row = n * s.hidden..(n + 1) * s.hidden;
-                    if running {
-                        h[row.clone()].copy_from_slice(&h_next[row.clone()]);
-                        c[row.clone()].copy_from_slice(&c_next[row.clone()]);
+                    if i >= length(n) {
+                        // Its last state has counted once more, as there.
+                        h[row].fill(0.0);
+                        continue;
                     }
                     if let Some(y) = &mut all {
-                        let y = &mut y[((t * s.directions + d) * s.batch + n) * s.hidden..][..s.hidden];
-                        if running { y.copy_from_slice(&h[row]) } else { y.fill(0.0) }
+                        let at = ((place(n) * s.directions + d) * s.batch + n) * s.hidden;
+                        y[at..at + s.hidden].copy_from_slice(&h[row.clone()]);
                     }
-                }
-            }
-            for (last, from) in [(&mut last_h, &h), (&mut last_c, &c)] {
-                if let Some(last) = last {
-                    last[d * state..][..state].copy_from_slice(from);
+                    for (last, from) in [(&mut last_h, &*h), (&mut last_c, &*c)] {
+                        if let Some(last) = last {
+                            last[d * state..][row.clone()].copy_from_slice(&from[row.clone()]);
+                        }
+                    }
                 }
             }
         }
