@@ -16,8 +16,9 @@ use crate::ops::Mode;
 use crate::tensor::{DType, Meta};
 use crate::train::step::{Network, Shapes};
 
-/// Dimensions that the file leaves open are tried at this size.
-const OPEN: usize = 64;
+/// Dimensions that the file leaves open are tried at the first of these sizes that works: tables of positions bound them from
+/// above, windows of convolutions from below.
+const OPEN: [usize; 4] = [64, 16, 512, 8];
 /// Samples of the trial.
 const BATCH: usize = 2;
 
@@ -232,11 +233,11 @@ fn trial(model: &Arc<Model>, report: &mut Report) -> Result<()> {
     let open = specs.iter().any(|s| s.dims.iter().skip(1).any(Option::is_none));
     // The first dimensions that the file fixes as a batch of ours, or, where that does not do (states of recurrent
     // layers have another order), as they are.
-    let network = |fixed: bool| {
+    let network = |fixed: bool, size: usize| {
         let mut batch = BATCH;
         let mut inputs = Vec::new();
         for s in &specs {
-            let mut dims: Vec<usize> = s.dims.iter().map(|d| d.unwrap_or(OPEN)).collect();
+            let mut dims: Vec<usize> = s.dims.iter().map(|d| d.unwrap_or(size)).collect();
             if let Some(first) = dims.first_mut() {
                 let kept = s.dims[0].filter(|_| fixed);
                 *first = kept.unwrap_or(BATCH);
@@ -247,10 +248,22 @@ fn trial(model: &Arc<Model>, report: &mut Report) -> Result<()> {
         let shapes = Shapes { inputs, target: Meta::new(DType::I64, &[batch]) };
         Ok((Network::new(&session, Mode::TRAIN, &shapes, &Default::default())?, batch))
     };
-    let (mut net, batch) = network(false).or_else(|e: Error| network(true).map_err(|_| e))?;
+    let (mut found, mut failed) = (None, None);
+    for size in OPEN.into_iter().take(if open { OPEN.len() } else { 1 }) {
+        match network(false, size).or_else(|e: Error| network(true, size).map_err(|_| e)) {
+            Ok(made) => {
+                found = Some((size, made));
+                break;
+            }
+            Err(e) => failed = failed.or(Some(e)),
+        }
+    }
+    let Some((size, (mut net, batch))) = found else {
+        return Err(failed.unwrap_or_else(|| Error::Config("no shapes were tried".into())));
+    };
     report.multiply_adds = Some(multiply_adds(&net.graph) / batch.max(1));
     if open {
-        report.notes.push(format!("dimensions that the file leaves open were tried at {OPEN}"));
+        report.notes.push(format!("dimensions that the file leaves open were tried at {size}"));
     }
     let Some(&output) = net.graph.outputs.first() else {
         return Err(Error::Config("the model has no output".into()));

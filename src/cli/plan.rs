@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::exec::{Options, Session, Usage};
 use crate::finetune::{MethodName, input_specs};
 use crate::graph::WeightId;
+use crate::icp::NO_FLOATS;
 use crate::import::Model;
 use crate::plan::Peak;
 use crate::tensor::Meta;
@@ -55,6 +56,9 @@ struct Report {
     batch: usize,
     optimizer: String,
     modes: Vec<ModeReport>,
+    /// Of what the model cannot be used for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    notes: Vec<String>,
 }
 
 pub fn main(args: &Args) -> anyhow::Result<u8> {
@@ -62,38 +66,50 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
     let model = super::data::load(&args.model, &config.set)?;
     let inputs = input_shapes(&model, config.batch, &args.shape)?;
     let mut modes = vec![forward(&model, &inputs, &config.loss()?)?];
+    let mut notes = Vec::new();
     for (name, method) in [("supervised", MethodName::Supervised), ("icp", MethodName::Icp)] {
-        let config = crate::finetune::Config { method, ..config.clone() };
-        let mut session = Session::new(model.clone(), Options { threads: 1, ..Options::default() })?;
-        let loss = config.loss()?;
-        let shapes = with_target(&session, &inputs, &loss)?;
-        let select: Select = config.train.parse().map_err(|e| anyhow::anyhow!("--train {e}"))?;
-        let reached = crate::train::step::reached(&session, &loss, &shapes)?;
-        let params: Vec<WeightId> =
-            select.resolve(&model)?.into_iter().filter(|w| reached[w.index()]).collect();
-        let recipe = Recipe {
-            loss,
-            optimizer: config.optimizer(),
-            clip: config.clip_norm(),
-            params,
-            norm: config.norm,
-            accumulate: config.accumulate,
-        };
-        recipe.prepare(&mut session)?;
-        let mut method: Box<dyn Method> = match method {
-            MethodName::Supervised => Box::new(Plain::default()),
-            MethodName::Icp => Box::new(config.icp()?),
-        };
-        method.prepare(&mut session, &recipe, &shapes, config.epochs)?;
-        modes.push(mode(name, &session, &method.programs()));
+        if method == MethodName::Icp && !inputs.iter().any(|(_, meta)| meta.dtype.is_float()) {
+            notes.push(format!("icp: {NO_FLOATS}"));
+            continue;
+        }
+        modes.push(training(&model, &inputs, name, &crate::finetune::Config { method, ..config.clone() })?);
     }
-    let report =
-        Report { batch: config.batch, optimizer: format!("{:?}", config.optimizer).to_lowercase(), modes };
+    let optimizer = format!("{:?}", config.optimizer).to_lowercase();
+    let report = Report { batch: config.batch, optimizer, modes, notes };
     match args.json {
         true => super::print_json(&report)?,
         false => print(&report),
     }
     Ok(0)
+}
+
+fn training(
+    model: &Arc<Model>,
+    inputs: &[(String, Meta)],
+    name: &str,
+    config: &crate::finetune::Config,
+) -> anyhow::Result<ModeReport> {
+    let mut session = Session::new(model.clone(), Options { threads: 1, ..Options::default() })?;
+    let loss = config.loss()?;
+    let shapes = with_target(&session, inputs, &loss)?;
+    let select: Select = config.train.parse().map_err(|e| anyhow::anyhow!("--train {e}"))?;
+    let reached = crate::train::step::reached(&session, &loss, &shapes)?;
+    let params: Vec<WeightId> = select.resolve(model)?.into_iter().filter(|w| reached[w.index()]).collect();
+    let recipe = Recipe {
+        loss,
+        optimizer: config.optimizer(),
+        clip: config.clip_norm(),
+        params,
+        norm: config.norm,
+        accumulate: config.accumulate,
+    };
+    recipe.prepare(&mut session)?;
+    let mut method: Box<dyn Method> = match config.method {
+        MethodName::Supervised => Box::new(Plain::default()),
+        MethodName::Icp => Box::new(config.icp()?),
+    };
+    method.prepare(&mut session, &recipe, &shapes, config.epochs)?;
+    Ok(mode(name, &session, &method.programs()))
 }
 
 fn mode(name: &str, session: &Session, programs: &[(&str, &crate::exec::Program)]) -> ModeReport {
@@ -163,7 +179,7 @@ pub fn with_target(
     let mut shapes = Shapes { inputs: inputs.to_vec(), target: Meta::new(crate::tensor::DType::I64, &[1]) };
     let net = Network::new(session, crate::ops::Mode::EVAL, &shapes, &Default::default())?;
     let output = net.graph.outputs.first().ok_or_else(|| anyhow::anyhow!("the model has no output"))?;
-    shapes.target = default_target(loss, net.graph.meta(*output)?);
+    shapes.target = default_target(loss, &net.graph, *output)?;
     Ok(shapes)
 }
 
@@ -196,5 +212,8 @@ fn print(r: &Report) {
         for p in m.programs.iter().filter(|_| m.programs.len() > 1) {
             outln!("  {:10} {:>10} arena, {} kernels", p.program, human_bytes(p.peak.arena), p.kernels);
         }
+    }
+    for note in &r.notes {
+        outln!("{note}");
     }
 }

@@ -21,7 +21,7 @@ use crate::tensor::{DType, Tensor};
 use crate::train::data::{Dataset, InputSpec, split};
 use crate::train::fit::{CheckpointOptions, Evaluated, Fitted, Progress, Run, evaluate, fit};
 use crate::train::guard::{self, Verdict};
-use crate::train::loss::Loss;
+use crate::train::loss::{Loss, class_axis};
 use crate::train::method::{Method, Plain};
 use crate::train::metrics::Metrics;
 use crate::train::select::Select;
@@ -154,12 +154,11 @@ pub fn check_target(session: &Session, loss: &Loss, data: Dataset) -> Result<Dat
         false => output,
     };
     let dims = net.graph.meta(scores)?.dims.clone();
+    let axis = class_axis(&net.graph, scores, Some(&shapes.target))?;
     match loss {
-        Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => match dims.get(1) {
+        Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => match dims.get(axis) {
             Some(&classes) => {
-                if data.labels().is_some() {
-                    data.check_labels(classes)?;
-                }
+                data.check_labels(classes)?;
                 data.check_probabilities(classes)?;
                 Ok(data)
             }
@@ -176,16 +175,14 @@ pub fn check_target(session: &Session, loss: &Loss, data: Dataset) -> Result<Dat
 
 /// How many classes the first output tells apart.
 fn classes(session: &Session, data: &Dataset) -> Result<usize> {
-    let net = crate::train::step::Network::new(
-        session,
-        crate::ops::Mode::EVAL,
-        &shapes_of(data, 1)?,
-        &std::collections::HashMap::new(),
-    )?;
+    let shapes = shapes_of(data, 1)?;
+    let none = std::collections::HashMap::new();
+    let net = crate::train::step::Network::new(session, crate::ops::Mode::EVAL, &shapes, &none)?;
     let output = net.graph.outputs.first().copied();
     let output = output.ok_or_else(|| Error::Config("the model has no output".into()))?;
     let (scores, _) = crate::graph::logits(&net.graph, output);
-    Ok(net.graph.meta(scores)?.dims.get(1).copied().unwrap_or(1))
+    let axis = class_axis(&net.graph, scores, Some(&shapes.target))?;
+    Ok(net.graph.meta(scores)?.dims.get(axis).copied().unwrap_or(1))
 }
 
 /// The shapes of a batch of the first `n` samples.

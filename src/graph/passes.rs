@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::error::{Error, Result};
-use crate::graph::{Graph, NodeId, Source, ValueId};
+use crate::graph::{Graph, Node, NodeId, Source, ValueId};
 use crate::ops::Mode;
 
 /// Puts every operator that behaves differently in training (normalisation, dropout) into `mode`.
@@ -48,6 +48,10 @@ pub fn inline(graph: &mut Graph, other: &Graph, bound: &[(ValueId, ValueId)]) ->
         }
     }
     for (i, node) in other.nodes.iter().enumerate() {
+        let known = |v: &ValueId| matches!(other.value(*v).source, Source::Constant(_));
+        if node.outputs.iter().flatten().all(known) {
+            continue;
+        }
         let inputs: Vec<Option<ValueId>> =
             node.inputs.iter().map(|v| v.and_then(|v| map.get(&v).copied())).collect();
         let outputs = node.outputs.len();
@@ -65,6 +69,32 @@ pub fn inline(graph: &mut Graph, other: &Graph, bound: &[(ValueId, ValueId)]) ->
     other.outputs.iter().map(|v| map.get(v).copied().ok_or_else(|| missing(v))).collect()
 }
 
+/// The input of a Softmax that is written out and ends in `id`: `e/Σe` with `e = exp(x)` or `e = exp(x − max x)`.
+fn written_softmax(graph: &Graph, id: NodeId) -> Option<ValueId> {
+    let made_by = |v: ValueId, op: &str| match graph.value(v).source {
+        Source::Node(n, 0) if graph.node(n).op.name() == op => Some(graph.node(n)),
+        _ => None,
+    };
+    let operand = |n: &Node, slot: usize| n.inputs.get(slot).copied().flatten();
+    let (e, sum) = (operand(graph.node(id), 0)?, operand(graph.node(id), 1)?);
+    if operand(made_by(sum, "ReduceSum")?, 0)? != e {
+        return None;
+    }
+    // Over one axis, which stays.
+    if let (Some(a), Some(b)) = (&graph.value(e).meta, &graph.value(sum).meta) {
+        let changed = a.dims.iter().zip(&b.dims).filter(|(a, b)| a != b).count();
+        if a.dims.len() != b.dims.len() || changed > 1 {
+            return None;
+        }
+    }
+    let x = operand(made_by(e, "Exp")?, 0)?;
+    let shifted = made_by(x, "Sub").and_then(|sub| {
+        let (x, top) = (operand(sub, 0)?, operand(sub, 1)?);
+        (operand(made_by(top, "ReduceMax")?, 0)? == x).then_some(x)
+    });
+    Some(shifted.unwrap_or(x))
+}
+
 /// The value that a classifier's output is a softmax of, or the largest place of, and the outermost node that stands
 /// between; `(output, None)` where the output is neither. Looks through Identity, and through what only casts or
 /// reshapes class indices.
@@ -77,6 +107,10 @@ pub fn logits(graph: &Graph, output: ValueId) -> (ValueId, Option<NodeId>) {
         match (node.op.name(), at) {
             ("Identity", 0) => v = *input,
             ("Softmax" | "LogSoftmax", 0) => return (*input, outer.or(Some(id))),
+            ("Div", 0) => match written_softmax(graph, id) {
+                Some(x) => return (x, outer.or(Some(id))),
+                None => break,
+            },
             ("ArgMax", 0) | ("TopK", _) => {
                 outer = outer.or(Some(id));
                 v = *input;
@@ -92,5 +126,44 @@ pub fn logits(graph: &Graph, output: ValueId) -> (ValueId, Option<NodeId>) {
     match outer {
         Some(_) if float => (v, outer),
         _ => (output, None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::import::make::{import, ints, model, node, ramp};
+
+    /// `h` = x·w, then `tail`, which ends in `y`.
+    fn found(tail: Vec<crate::import::proto::NodeProto>) -> (String, bool) {
+        let mut nodes = vec![node("MatMul", &["x", "w"], &["h"])];
+        nodes.extend(tail);
+        let m = import(&model(nodes, vec![ramp("w", &[3, 4]), ints("axis", &[-1])], "y")).unwrap();
+        let (v, left_out) = logits(&m.graph, m.graph.outputs[0]);
+        (m.graph.value(v).name.clone(), left_out.is_some())
+    }
+
+    #[test]
+    fn logits_before_a_softmax_that_is_written_out() {
+        let plain = || {
+            vec![
+                node("Exp", &["h"], &["e"]),
+                node("ReduceSum", &["e", "axis"], &["s"]),
+                node("Div", &["e", "s"], &["y"]),
+            ]
+        };
+        assert_eq!(found(plain()), ("h".into(), true));
+        let shifted = vec![
+            node("ReduceMax", &["h"], &["m"]),
+            node("Sub", &["h", "m"], &["d"]),
+            node("Exp", &["d"], &["e"]),
+            node("ReduceSum", &["e", "axis"], &["s"]),
+            node("Div", &["e", "s"], &["p"]),
+            node("Identity", &["p"], &["y"]),
+        ];
+        assert_eq!(found(shifted), ("h".into(), true));
+        let mut other = plain();
+        other[1] = node("ReduceSum", &["h", "axis"], &["s"]);
+        assert_eq!(found(other), ("y".into(), false));
     }
 }

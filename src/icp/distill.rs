@@ -22,6 +22,10 @@ use crate::train::step::{
     Attached, Network, Recipe, Shapes, Supervised, Updates, feeds, hyper_state, set_hyper, update,
 };
 
+/// Why a network of token indices is refused.
+pub const NO_FLOATS: &str =
+    "ICP perturbs floating-point inputs and the model has none: finetune it with --method supervised";
+
 /// The weight α of the task loss; the feature loss has 1 − α.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -204,7 +208,7 @@ impl Icp {
             inputs.push((name.clone(), state));
         }
         if inputs.is_empty() {
-            return Err(Error::Config("ICP perturbs floating-point inputs and the model has none".into()));
+            return Err(Error::Config(NO_FLOATS.into()));
         }
         let states: HashMap<String, StateId> = inputs.iter().cloned().collect();
         let mut net = Network::new(session, Mode::EVAL, shapes, &states)?;

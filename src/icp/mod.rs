@@ -8,5 +8,5 @@
 mod distill;
 mod taps;
 
-pub use distill::{Alpha, Icp, Perturbed, Settings, Weights};
+pub use distill::{Alpha, Icp, NO_FLOATS, Perturbed, Settings, Weights};
 pub use taps::{Taps, find};

@@ -64,7 +64,7 @@ pub(super) fn build(
             b.node(i)?;
         }
         b.outputs()?;
-        let shared = roles::assign(&b.graph, &b.attrs, &mut b.weights);
+        let shared = roles::assign(&b.graph, &b.attrs, &mut b.weights, &b.files.files);
         let next = b.findings(shared);
         let built = b.finish()?;
         match next {

@@ -4,14 +4,19 @@
 //! each place where it arrives gives a role, and the strongest decides.
 
 mod body;
+mod learned;
+mod moves;
 
 use std::collections::HashSet;
 
 use crate::graph::{Graph, NodeId, Source, ValueId, WeightId, op_type};
+use crate::import::external::SourceFile;
 use crate::import::weights::{Role, Use, Weight};
 use crate::ops::Attrs;
 use crate::ops::control::Control;
 use crate::tensor::Dims;
+
+use moves::{Way, moves_only};
 
 /// How far the origin of a value is followed.
 const DEPTH: usize = 16;
@@ -32,15 +37,27 @@ pub(super) struct Shared {
 struct Found {
     one: Use,
     via: (NodeId, usize),
+    /// Only a part of the constant arrives, or copies of it.
+    partly: bool,
+    /// The role holds only for values that look learned.
+    doubtful: bool,
 }
 
 /// Gives every weight its role, the uses it follows from, and the reason; returns what should be split.
-pub(super) fn assign(graph: &Graph, attrs: &[Attrs], weights: &mut [Weight]) -> Vec<Shared> {
+pub(super) fn assign(
+    graph: &Graph,
+    attrs: &[Attrs],
+    weights: &mut [Weight],
+    files: &[SourceFile],
+) -> Vec<Shared> {
     let ops = graph.nodes.iter().map(|n| op_type(n.op.as_ref())).collect();
     let r = Roles { graph, attrs, ops, consumers: graph.consumers(), dims: dims(weights) };
     let mut shared = Vec::new();
     for (i, w) in weights.iter_mut().enumerate() {
-        let found = r.uses(w.value, &w.dims);
+        let mut found = r.uses(w.value, &w.dims);
+        if found.iter().any(|f| f.doubtful) && !learned::looks_learned(w, files) {
+            found.iter_mut().filter(|f| f.doubtful).for_each(|f| f.one.role = Role::Constant);
+        }
         let strongest = found.iter().min_by_key(|f| strength(f.one.role));
         w.role = strongest.map_or(Role::Constant, |f| f.one.role);
         w.trainable = w.role.is_trainable();
@@ -85,70 +102,6 @@ fn strength(role: Role) -> usize {
         Role::RunningVar => 6,
         Role::Constant => 7,
     }
-}
-
-/// The dimensions after an operator that only moves elements, where they follow from its attributes.
-fn moved(op: &str, attrs: &Attrs, dims: &Dims, shape: Option<Vec<i64>>) -> Option<Dims> {
-    match op {
-        "Identity" | "Cast" | "CastLike" | "FakeQuantize" => Some(dims.clone()),
-        "Transpose" => match attrs.ints("perm").ok()? {
-            None => Some(dims.iter().rev().copied().collect()),
-            Some(p) => p.iter().map(|&a| dims.get(usize::try_from(a).ok()?).copied()).collect(),
-        },
-        "Unsqueeze" => {
-            let axes = attrs.ints("axes").ok()?.or(shape)?;
-            let rank = dims.len().checked_add(axes.len()).filter(|&r| r <= 64)?;
-            let axes: Option<HashSet<usize>> =
-                axes.iter().map(|&a| crate::tensor::axis(a, rank).ok()).collect();
-            let axes = axes?;
-            let mut rest = dims.iter().copied();
-            (0..rank).map(|i| if axes.contains(&i) { Some(1) } else { rest.next() }).collect()
-        }
-        "Squeeze" => {
-            let axes = attrs.ints("axes").ok()?.or(shape);
-            let axes: Option<HashSet<usize>> =
-                axes.map(|a| a.iter().filter_map(|&a| crate::tensor::axis(a, dims.len()).ok()).collect());
-            let stays = |i: usize, d: usize| match &axes {
-                Some(axes) => !axes.contains(&i),
-                None => d != 1,
-            };
-            Some(dims.iter().enumerate().filter(|&(i, &d)| stays(i, d)).map(|(_, &d)| d).collect())
-        }
-        "Reshape" => {
-            let shape = shape.or(attrs.ints("shape").ok()?)?;
-            let total: usize = dims.iter().product();
-            let mut out: Dims = Dims::new();
-            for (i, &s) in shape.iter().enumerate() {
-                out.push(match s {
-                    0 => *dims.get(i)?,
-                    -1 => 0,
-                    s => usize::try_from(s).ok()?,
-                });
-            }
-            if let Some(hole) = shape.iter().position(|&s| s == -1) {
-                let rest = out.iter().enumerate().filter(|&(i, _)| i != hole);
-                let known = rest.map(|(_, &d)| d).try_fold(1usize, usize::checked_mul)?;
-                out[hole] = total.checked_div(known)?;
-            }
-            Some(out)
-        }
-        _ => None,
-    }
-}
-
-fn moves_only(op: &str) -> bool {
-    matches!(
-        op,
-        "Transpose"
-            | "Reshape"
-            | "Unsqueeze"
-            | "Squeeze"
-            | "Cast"
-            | "CastLike"
-            | "Identity"
-            | "Flatten"
-            | "FakeQuantize"
-    )
 }
 
 /// Position, counted from the last axis, of the only axis that is longer than one.
@@ -204,27 +157,28 @@ impl Roles<'_> {
         let len = dims.iter().product();
         let mut out = Vec::new();
         let mut seen = HashSet::from([value]);
-        let mut todo = vec![(value, Some(dims.clone()), None)];
-        while let Some((v, dims, via)) = todo.pop() {
+        let mut todo = vec![(value, Way { dims: Some(dims.clone()), via: None, cut: false, spread: false })];
+        while let Some((v, way)) = todo.pop() {
             for &n in self.consumers.get(v.index()).into_iter().flatten() {
                 let slots = self.graph.node(n).inputs.iter().enumerate().filter(|(_, i)| **i == Some(v));
                 for (slot, _) in slots {
-                    let op = self.op(n);
-                    let via = via.unwrap_or((n, slot));
-                    if slot == 0 && moves_only(op) {
-                        let next = self.graph.node(n).outputs.first().copied().flatten();
-                        if let Some(next) = next.filter(|&next| seen.insert(next)) {
-                            let attrs = self.attrs.get(n.index());
-                            let dims = dims
-                                .as_ref()
-                                .zip(attrs)
-                                .and_then(|(d, a)| moved(op, a, d, self.known_ints(n, 1)));
-                            todo.push((next, dims, Some(via)));
+                    let via = way.via.unwrap_or((n, slot));
+                    if let Some(next) = self.onward(n, slot, &way) {
+                        for v in self.graph.node(n).outputs.iter().flatten() {
+                            if seen.insert(*v) {
+                                todo.push((*v, Way { via: Some(via), ..next.clone() }));
+                            }
                         }
                         continue;
                     }
-                    let role = self.rule(n, slot, dims.as_deref(), len);
-                    let found = Found { one: Use { node: n, slot, role }, via };
+                    let role = match way.spread {
+                        true => Role::Constant,
+                        false => self.rule(n, slot, way.dims.as_deref(), len),
+                    };
+                    let joins = role == Role::Constant && self.joins_data(n, slot, dims, &way);
+                    let role = if joins { Role::Embedding } else { role };
+                    let partly = way.cut || way.spread;
+                    let found = Found { one: Use { node: n, slot, role }, via, partly, doubtful: joins };
                     if !out.iter().any(|f: &Found| f.one == found.one) {
                         out.push(found);
                     }
@@ -249,6 +203,7 @@ impl Roles<'_> {
             return body::inside(control, slot, dims, len);
         }
         match (self.op(n), slot) {
+            ("InstanceNormalization", 1 | 2) if self.normalises_groups(n) => Constant,
             ("Conv" | "ConvTranspose" | "DeformConv", 1) => Weight,
             ("Conv" | "ConvTranspose", 2) | ("DeformConv", 3) => Bias,
             ("BatchNormalization", 1) => Scale,
@@ -298,7 +253,9 @@ impl Roles<'_> {
     fn added(&self, n: NodeId, other: usize, dims: Option<&[usize]>, len: usize) -> Role {
         let Some(p) = self.input(n, other).and_then(|v| self.behind(v)) else { return Role::Constant };
         if let Some(f) = self.linear(p) {
-            return if fits(&f, dims, len) { Role::Bias } else { Role::Constant };
+            // Parts of a matrix and of a bias.
+            let parts = dims.is_none() && f.count.is_none() && len > 1;
+            return if parts || fits(&f, dims, len) { Role::Bias } else { Role::Constant };
         }
         // A convolution over one axis, done over two, is cropped and squeezed before its bias is added.
         if let Some(f) = self.behind_moved(p).and_then(|q| self.linear(q)) {
@@ -377,7 +334,7 @@ impl Roles<'_> {
         for _ in 0..DEPTH {
             match self.graph.value(v).source {
                 Source::Weight(w) => return Some((w, direct)),
-                Source::Node(n, 0) if moves_only(self.op(n)) => {
+                Source::Node(n, _) if moves_only(self.op(n)) || matches!(self.op(n), "Slice" | "Split") => {
                     direct &= matches!(self.op(n), "Identity" | "Cast" | "FakeQuantize");
                     v = self.input(n, 0)?;
                 }
@@ -463,6 +420,8 @@ impl Roles<'_> {
                     && self.input(n, 0).is_some_and(|v| self.constant(v).is_none())
             }
             "Mul" => self.operands(n).any(|v| self.is_inverse_root(v)),
+            // The scale of a GroupNormalization.
+            "Reshape" => self.behind_moved(n).is_some_and(|n| self.op(n) == "InstanceNormalization"),
             // Normalisations whose own scale is all ones or absent.
             "BatchNormalization"
             | "InstanceNormalization"
@@ -471,6 +430,21 @@ impl Roles<'_> {
             | "LpNormalization" => true,
             _ => false,
         }
+    }
+
+    /// Is `n`, an InstanceNormalization, the inner part of a GroupNormalization: over groups for channels, with the scale of the
+    /// channels behind a Reshape?
+    fn normalises_groups(&self, n: NodeId) -> bool {
+        let only = |n: NodeId| {
+            let y = self.graph.node(n).outputs.first().copied().flatten()?;
+            match self.consumers.get(y.index())?.as_slice() {
+                [reader] => Some(*reader),
+                _ => None,
+            }
+        };
+        let scaled =
+            only(n).filter(|&r| self.op(r) == "Reshape").and_then(only).filter(|&m| self.op(m) == "Mul");
+        scaled.is_some_and(|m| self.operands(m).any(|v| self.constant(v).is_some()))
     }
 
     /// gamma/√(var + ε), or the inverse root alone.
@@ -494,7 +468,7 @@ impl Roles<'_> {
             return Some(Vec::new());
         }
         let mut layers: Vec<(Layer, Vec<(NodeId, usize)>)> = Vec::new();
-        for f in found.iter().filter(|f| per_channel(f.one.role)) {
+        for f in found.iter().filter(|f| per_channel(f.one.role) && !f.partly) {
             let key = self.layer(&f.one);
             match layers.iter_mut().find(|(k, _)| *k == key) {
                 Some((_, edges)) if edges.contains(&f.via) => {}
@@ -504,7 +478,7 @@ impl Roles<'_> {
         }
         let mut seen = HashSet::new();
         if layers.len() > 1 {
-            let elsewhere = found.iter().filter(|f| !per_channel(f.one.role)).map(|f| f.via);
+            let elsewhere = found.iter().filter(|f| !per_channel(f.one.role) || f.partly).map(|f| f.via);
             seen.extend(elsewhere);
             if !layers.iter().flat_map(|(_, edges)| edges).all(|e| seen.insert(*e)) {
                 return None;

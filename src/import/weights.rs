@@ -22,7 +22,7 @@ pub enum Role {
     /// Of a convolution, a matrix product, a recurrent layer, a PRelu slope.
     Weight,
     Bias,
-    /// A lookup table.
+    /// A lookup table, or vectors that are data to the network: of positions, a class token, a learned first state.
     Embedding,
     /// The multiplier of a normalisation, or of a channel.
     Scale,

@@ -33,9 +33,13 @@ struct Rule {
     logged: bool,
 }
 
+/// The label of items that do not count, such as the padding of sequences: PyTorch's default.
+pub const IGNORED: i64 = -100;
+
 /// Softmax cross-entropy, averaged over items. Inputs: logits (N, C, …) and either class indices (N, …), int32 or
 /// int64, or probabilities of the logits' shape; with class indices optionally class weights (C), by whose sum over the
-/// items is divided. A label outside 0..C is an error that says where it stands.
+/// items is divided. Items labelled [`IGNORED`] do not count; any other label outside 0..C is an error that says where it
+/// stands.
 #[derive(Debug, Clone)]
 pub struct CrossEntropy {
     /// In 0..1: this part of each target is spread over all classes.
@@ -165,7 +169,12 @@ impl Op for CrossEntropy {
             }
             let rule = self.rule();
             let weights = weights.map(|w| w.get::<T>()).transpose()?;
-            rule.forward(x, rule.hard::<T>(t, weights, d.c)?, d, y)
+            let hard = rule.hard::<T>(t, weights, d.c)?;
+            match hard.total_weight() {
+                // Nothing counts: no loss, rather than none that is a number.
+                0.0 => set::<T>(y, 0.0),
+                _ => rule.forward(x, hard, d, y),
+            }
         })
     }
 
@@ -184,7 +193,8 @@ impl Op for CrossEntropy {
 
 impl CrossEntropy {
     fn rule(&self) -> Rule {
-        Rule { smoothing: self.label_smoothing, ignore: None, reduction: Reduction::Mean, logged: false }
+        let ignore = Some(IGNORED);
+        Rule { smoothing: self.label_smoothing, ignore, reduction: Reduction::Mean, logged: false }
     }
 }
 

@@ -241,11 +241,25 @@ impl Running {
             self.taught += 1;
         }
         let labels = batch.target.as_ref().filter(|_| loss.wants_labels()).and_then(labels_of);
-        let (Some(labels), [_, classes]) = (labels, l.logits.dims()) else { return };
+        let Some(labels) = labels else { return };
         let logits = l.logits.to_f64();
-        for (row, label) in logits.chunks_exact((*classes).max(1)).zip(&labels) {
-            self.hits += usize::from(predicted(row.len(), |c| row[c]) as i64 == *label);
-            self.labelled += 1;
+        each_item(&logits, l.logits.dims(), |_, item, classes, at| {
+            if let Some(label) = labels.get(item).filter(|l| **l >= 0) {
+                self.hits += usize::from(predicted(classes, at) as i64 == *label);
+                self.labelled += 1;
+            }
+        });
+    }
+}
+
+/// Calls `f` with each sample, item, number of classes and the item's logits, of logits [N, C, …].
+fn each_item(logits: &[f64], dims: &[usize], mut f: impl FnMut(usize, usize, usize, &dyn Fn(usize) -> f64)) {
+    let [n, classes, inner @ ..] = dims else { return };
+    let inner: usize = inner.iter().product();
+    for sample in 0..*n {
+        for p in 0..inner {
+            let at = |c: usize| logits[(sample * classes + c) * inner + p];
+            f(sample, sample * inner + p, *classes, &at);
         }
     }
 }
@@ -255,9 +269,9 @@ impl Running {
 pub struct Evaluated {
     pub metrics: Metrics,
     pub confusion: Confusion,
-    /// Per sample, where the loss is a sum over samples: its loss, and whether it was classified right.
+    /// Per sample, where the loss is a sum over samples: its loss, and the share of its items that were classified right.
     pub losses: Vec<f64>,
-    pub hits: Vec<bool>,
+    pub hits: Vec<f64>,
     pub left_out: Option<String>,
 }
 
@@ -305,19 +319,28 @@ pub fn evaluate(
 }
 
 impl Evaluated {
-    /// Cross-entropy and hit of each sample of `[N, C]` logits; `target` has the labels, or probabilities.
+    /// Cross-entropy and hits of each sample of `[N, C, …]` logits, means over its items that count; `target` has the
+    /// labels, or probabilities.
     fn per_sample(&mut self, logits: &[f64], dims: &[usize], labels: &[i64], target: &Tensor) {
-        let [_, classes] = dims else { return };
         let soft = target.get::<f32>().ok();
-        for (i, (row, &label)) in logits.chunks_exact((*classes).max(1)).zip(labels).enumerate() {
-            let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let log_sum = max + row.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
-            let at = match soft.and_then(|q| q.get(i * row.len()..(i + 1) * row.len())) {
-                Some(q) => row.iter().zip(q).map(|(x, q)| x * f64::from(*q)).sum(),
-                None => row.get(label as usize).copied().unwrap_or(f64::NAN),
+        let mut sums = vec![(0.0, 0.0, 0usize); dims.first().copied().unwrap_or(0)];
+        each_item(logits, dims, |sample, item, classes, at| {
+            let Some(&label) = labels.get(item).filter(|l| **l >= 0) else { return };
+            let max = (0..classes).map(at).fold(f64::NEG_INFINITY, f64::max);
+            let log_sum = max + (0..classes).map(|c| (at(c) - max).exp()).sum::<f64>().ln();
+            let score = match soft.and_then(|q| q.get(item * classes..(item + 1) * classes)) {
+                Some(q) => q.iter().enumerate().map(|(c, q)| at(c) * f64::from(*q)).sum(),
+                None if (label as usize) < classes => at(label as usize),
+                None => f64::NAN,
             };
-            self.losses.push(log_sum - at);
-            self.hits.push(predicted(row.len(), |c| row[c]) as i64 == label);
+            let sum = &mut sums[sample];
+            sum.0 += log_sum - score;
+            sum.1 += f64::from(u8::from(predicted(classes, at) as i64 == label));
+            sum.2 += 1;
+        });
+        for (loss, hits, counted) in sums.into_iter().filter(|s| s.2 > 0) {
+            self.losses.push(loss / counted as f64);
+            self.hits.push(hits / counted as f64);
         }
     }
 }

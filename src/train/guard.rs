@@ -31,8 +31,7 @@ fn paired(differences: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
 /// did not fall, and the loss improved by more than one standard error.
 pub fn compare(before: &Evaluated, after: &Evaluated) -> Verdict {
     let hits = before.hits.iter().zip(&after.hits);
-    let (accuracy_gain, accuracy_error) =
-        paired(hits.map(|(b, a)| f64::from(u8::from(*a)) - f64::from(u8::from(*b))));
+    let (accuracy_gain, accuracy_error) = paired(hits.map(|(b, a)| a - b));
     let losses = before.losses.iter().zip(&after.losses);
     let (loss_fall, loss_error) = paired(losses.map(|(b, a)| b - a));
     let sound = after.metrics.loss.is_finite();
@@ -54,7 +53,7 @@ mod tests {
 
     fn evaluated(hits: &[u8], losses: &[f64]) -> Evaluated {
         Evaluated {
-            hits: hits.iter().map(|h| *h == 1).collect(),
+            hits: hits.iter().map(|h| f64::from(*h)).collect(),
             losses: losses.to_vec(),
             metrics: Metrics { loss: losses.iter().sum(), ..Metrics::default() },
             ..Evaluated::default()

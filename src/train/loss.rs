@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
+use crate::exec::infer;
 use crate::graph::{self, Graph, Source, ValueId};
 use crate::import::Model;
 use crate::ops::loss::{BceWithLogits, CrossEntropy, Mse};
+use crate::ops::transpose::Transpose;
 use crate::ops::view::ReshapeTo;
 use crate::tensor::{DType, Dims, Meta, Tensor};
 
@@ -69,7 +71,17 @@ impl Loss {
             Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => flat(graph, logits, target.dims.len())?,
             _ => logits,
         };
-        let target = graph.add_input("target", target);
+        let axis = if self.wants_labels() { class_axis(graph, logits, Some(&target))? } else { 1 };
+        let soft = target.dtype.is_float();
+        let input = graph.add_input("target", target);
+        // The loss takes classes on axis 1; what is read of the model, metrics and all, follows it.
+        let (logits, target) = match axis {
+            1 => (logits, input),
+            last => {
+                let turned = classes_first(graph, logits, last)?;
+                (turned, if soft { classes_first(graph, input, last)? } else { input })
+            }
+        };
         let emit = |graph: &mut Graph, op: Arc<dyn crate::ops::Op>| {
             graph.emit("loss", op, &[Some(logits), Some(target)], 1).map(|v| v[0]).map_err(|source| {
                 Error::Op { node: format!("loss on '{}'", graph.value(logits).name), source }
@@ -91,7 +103,7 @@ impl Loss {
             Loss::Mse => emit(graph, Arc::new(Mse))?,
             Loss::Graph(model) => loss_graph(graph, model, target)?,
         };
-        Ok(Attached { loss, target, logits, left_out })
+        Ok(Attached { loss, target: input, logits, left_out })
     }
 }
 
@@ -103,6 +115,64 @@ fn flat(graph: &mut Graph, logits: ValueId, labels: usize) -> Result<ValueId> {
     }
     let to = ReshapeTo { dims: Dims::from_slice(&dims[..2]) };
     let made = graph.emit("logits", Arc::new(to), &[Some(logits)], 1);
+    made.map(|v| v[0]).map_err(|source| Error::Op { node: "the logits".into(), source })
+}
+
+/// The axis of the classes in scores of more than two dimensions: 1, as a convolution puts them out, or the last, as a dense layer
+/// does that labels each step of a sequence. The labels' shape tells where it fits one of the two only; otherwise the layer.
+pub fn class_axis(graph: &Graph, scores: ValueId, target: Option<&Meta>) -> Result<usize> {
+    let dims = &graph.meta(scores)?.dims;
+    let last = dims.len().saturating_sub(1);
+    if last < 2 {
+        return Ok(1);
+    }
+    let labels = target.filter(|t| !t.dtype.is_float());
+    // The batch is left out: shapes may be known for one sample.
+    let fits = |axis: usize| {
+        let rest = dims.iter().enumerate().filter(|(i, _)| *i != axis && *i != 0).map(|(_, d)| d);
+        labels.is_none_or(|t| !t.dims.is_empty() && rest.eq(t.dims[1..].iter()))
+    };
+    Ok(match (fits(1), fits(last)) {
+        (true, false) => 1,
+        (false, true) => last,
+        _ if dense(graph, scores) => last,
+        _ => 1,
+    })
+}
+
+/// Does a dense layer put out `v`? Its features are on the last axis.
+fn dense(graph: &Graph, mut v: ValueId) -> bool {
+    while let Source::Node(id, 0) = graph.value(v).source {
+        let node = graph.node(id);
+        let known = |v: &ValueId| !matches!(graph.value(*v).source, Source::Node(..) | Source::Input);
+        let mut computed = node.inputs.iter().flatten().filter(|v| !known(v));
+        match node.op.name() {
+            "MatMul" | "Gemm" => return true,
+            "Identity" | "Cast" | "Add" | "Sub" | "Mul" | "Div" | "Dropout" => {
+                match (computed.next(), computed.next()) {
+                    (Some(x), None) => v = *x,
+                    _ => return false,
+                }
+            }
+            // Steps taken apart and put together again.
+            "Reshape" => {
+                let Some(Some(x)) = node.inputs.first() else { return false };
+                let last = |v: ValueId| graph.value(v).meta.as_ref().and_then(|m| m.dims.last().copied());
+                if last(*x) != last(v) {
+                    return false;
+                }
+                v = *x;
+            }
+            _ => return false,
+        }
+    }
+    false
+}
+
+fn classes_first(graph: &mut Graph, v: ValueId, axis: usize) -> Result<ValueId> {
+    let rank = graph.meta(v)?.dims.len();
+    let perm = [0, axis].into_iter().chain((1..rank).filter(|i| *i != axis)).collect();
+    let made = graph.emit("classes", Arc::new(Transpose { perm: Some(perm) }), &[Some(v)], 1);
     made.map(|v| v[0]).map_err(|source| Error::Op { node: "the logits".into(), source })
 }
 
@@ -121,7 +191,10 @@ fn before_sigmoid(graph: &Graph, output: ValueId) -> (ValueId, Option<graph::Nod
 fn loss_graph(graph: &mut Graph, model: &Model, target: ValueId) -> Result<ValueId> {
     let mut other = model.graph.clone();
     for w in &model.weights {
-        other.value_mut(w.value).source = Source::Constant(Arc::new(w.load(&model.files)?));
+        let t = Arc::new(w.load(&model.files)?);
+        let value = other.value_mut(w.value);
+        value.meta = Some(Meta { value: Some(t.clone()), ..t.meta() });
+        value.source = Source::Constant(t);
     }
     let inputs: Vec<ValueId> = other.inputs.clone();
     let free = inputs.iter().filter(|v| other.value(**v).name != "target").count();
@@ -144,6 +217,10 @@ fn loss_graph(graph: &mut Graph, model: &Model, target: ValueId) -> Result<Value
         };
         bound.push((v, ours));
     }
+    let metas = bound.iter().map(|(theirs, ours)| Ok((*theirs, graph.meta(*ours)?.clone())));
+    let metas = metas.collect::<Result<Vec<_>>>()?;
+    // Functions, branches and operators that are made of others become what they are made of.
+    let other = infer(other, &metas, &[])?;
     let outputs = graph::inline(graph, &other, &bound)?;
     let loss = *outputs.first().ok_or_else(|| Error::file(&model.path, "the loss graph has no output"))?;
     let meta = graph.meta(loss)?;
@@ -154,16 +231,16 @@ fn loss_graph(graph: &mut Graph, model: &Model, target: ValueId) -> Result<Value
     Ok(loss)
 }
 
-/// The target's type and shape that a loss needs for outputs of the given shape, where the data do not say.
-pub fn default_target(loss: &Loss, output: &Meta) -> Meta {
-    let mut dims = output.dims.clone();
-    match loss {
-        Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => {
-            if dims.len() > 1 {
-                dims.remove(1);
-            }
-            Meta::new(DType::I64, &dims)
-        }
-        _ => Meta::new(output.dtype, &dims),
+/// The target's type and shape that a loss needs for an output, where the data do not say.
+pub fn default_target(loss: &Loss, graph: &Graph, output: ValueId) -> Result<Meta> {
+    let meta = graph.meta(output)?;
+    if !loss.wants_labels() {
+        return Ok(Meta::new(meta.dtype, &meta.dims));
     }
+    let (scores, _) = graph::logits(graph, output);
+    let mut dims = graph.meta(scores)?.dims.clone();
+    if dims.len() > 1 {
+        dims.remove(class_axis(graph, scores, None)?);
+    }
+    Ok(Meta::new(DType::I64, &dims))
 }

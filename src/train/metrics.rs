@@ -48,6 +48,8 @@ pub fn labels_of(target: &Tensor) -> Option<Vec<i64>> {
 #[derive(Debug, Clone, Default)]
 pub struct Meter {
     loss: f64,
+    /// Of `loss`: samples, each by the share of its labels that count.
+    weight: f64,
     samples: usize,
     confusion: Confusion,
     labelled: bool,
@@ -56,7 +58,13 @@ pub struct Meter {
 impl Meter {
     /// Adds a batch: its mean loss, and logits `[N, C, …]` with labels `[N, …]` where there are any.
     pub fn add(&mut self, loss: f64, samples: usize, logits: Option<(&[f64], &[usize], &[i64])>) {
-        self.loss += loss * samples as f64;
+        let counted = logits.map_or(1.0, |(_, _, labels)| {
+            let counted = labels.iter().filter(|l| **l >= 0).count();
+            if labels.is_empty() { 1.0 } else { counted as f64 / labels.len() as f64 }
+        });
+        let weight = samples as f64 * counted;
+        self.loss += loss * weight;
+        self.weight += weight;
         self.samples += samples;
         let Some((logits, dims, labels)) = logits else { return };
         let Some(&classes) = dims.get(1) else { return };
@@ -83,7 +91,7 @@ impl Meter {
 
     pub fn metrics(&self) -> Metrics {
         let mut m = Metrics {
-            loss: self.loss / self.samples.max(1) as f64,
+            loss: if self.weight > 0.0 { self.loss / self.weight } else { 0.0 },
             samples: self.samples,
             ..Metrics::default()
         };
@@ -134,5 +142,17 @@ mod tests {
         assert!((r.recall.unwrap() - 0.75).abs() < 1e-12);
         assert!((r.f1.unwrap() - 2.0 / 3.0).abs() < 1e-12);
         assert!((r.loss - 0.5).abs() < 1e-12);
+    }
+
+    #[test]
+    fn labels_that_do_not_count_weigh_nothing() {
+        let mut m = Meter::default();
+        // [2, 2, 2]: classes on axis 1; one label of four is padding.
+        let logits = [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 0.0, 0.0];
+        m.add(4.0, 2, Some((&logits, &[2, 2, 2], &[1, 0, 0, -100])));
+        m.add(8.0, 2, Some((&logits, &[2, 2, 2], &[1, 1, 0, 0])));
+        let r = m.metrics();
+        assert_eq!((r.samples, r.accuracy), (4, Some(6.0 / 7.0)));
+        assert!((r.loss - (4.0 * 1.5 + 8.0 * 2.0) / 3.5).abs() < 1e-12);
     }
 }

@@ -98,7 +98,7 @@ def worst(found: dict) -> str:
     return f"{found[name]:.1e} at {name}"
 
 
-def stored(kind: str, singles: list, exact: dict) -> dict:
+def stored(kind: str, singles: list, exact: dict, whole=WHOLE, samples=SAMPLES) -> dict:
     """Each tensor as `<kind>.<name>` if small, else as `index.`, `value.` and `norm.`; always with `scale.` and `drift.`.
 
     `singles` and `exact` come from `runs`; the first of the former is stored. `scale` is what an error is divided by (it
@@ -108,12 +108,12 @@ def stored(kind: str, singles: list, exact: dict) -> dict:
     for name in exact:
         value = to_numpy(singles[0][name]).astype(np.float32)
         out[f"scale.{name}"], out[f"drift.{name}"] = scale[name], drift[name]
-        if value.size <= WHOLE:
+        if value.size <= whole:
             out[f"{kind}.{name}"] = value
             continue
         # the largest element is always among the samples
         top = int(np.abs(to_numpy(exact[name])).argmax())
-        others = np.random.default_rng([SEED, *name.encode()]).choice(value.size - 1, SAMPLES - 1, replace=False)
+        others = np.random.default_rng([SEED, *name.encode()]).choice(value.size - 1, samples - 1, replace=False)
         index = np.sort(np.append(others + (others >= top), top)).astype(np.int64)
         out[f"index.{name}"] = index
         out[f"value.{name}"] = value.reshape(-1)[index]

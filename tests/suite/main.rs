@@ -18,3 +18,4 @@ mod quantised;
 mod real_models;
 mod resume;
 mod spatial;
+mod zoo;

@@ -1,6 +1,9 @@
 //! Constants that only bodies of control flow read: what they are to the network there.
 
-use super::{single_axis, strength};
+use std::collections::HashSet;
+
+use super::moves::moves_only;
+use super::{DEPTH, single_axis, strength};
 use crate::graph::{Graph, Node, Source, ValueId};
 use crate::import::weights::Role;
 use crate::ops::control::Control;
@@ -12,19 +15,54 @@ pub(super) fn inside(control: &Control, slot: usize, dims: Option<&[usize]>, len
     for body in &control.bodies {
         let own = body.captured.iter().position(|c| *c == slot);
         let Some(&v) = own.and_then(|k| body.graph.inputs.get(body.formal + k)) else { continue };
-        for n in &body.graph.nodes {
-            for (s, _) in n.inputs.iter().enumerate().filter(|(_, x)| **x == Some(v)) {
-                let here = match n.op.as_a::<Control>() {
-                    Some(inner) => inside(inner, s, dims, len),
-                    None => in_body(&body.graph, n, s, dims, len),
-                };
-                if strength(here) < strength(role) {
-                    role = here;
+        let outside = &body.graph.inputs[body.formal.min(body.graph.inputs.len())..];
+        let (mut todo, mut seen) = (vec![(v, dims)], HashSet::from([v]));
+        while let Some((v, dims)) = todo.pop() {
+            for n in &body.graph.nodes {
+                for (s, _) in n.inputs.iter().enumerate().filter(|(_, x)| **x == Some(v)) {
+                    if passes(&body.graph, outside, n, s) {
+                        let next = n.outputs.iter().flatten().filter(|y| seen.insert(**y));
+                        // Its dimensions there are not followed.
+                        todo.extend(next.map(|y| (*y, None)));
+                        continue;
+                    }
+                    let here = match n.op.as_a::<Control>() {
+                        Some(inner) => inside(inner, s, dims, len),
+                        None => in_body(&body.graph, n, s, dims, len),
+                    };
+                    if strength(here) < strength(role) {
+                        role = here;
+                    }
                 }
             }
         }
     }
     role
+}
+
+/// Does `n` put out the elements of operand `slot`, or a part of them, beside other constants at most?
+fn passes(graph: &Graph, outside: &[ValueId], n: &Node, slot: usize) -> bool {
+    match n.op.name() {
+        "Concat" => n.inputs.iter().flatten().all(|v| parametric(graph, outside, *v, DEPTH)),
+        op => slot == 0 && (moves_only(op) || matches!(op, "Slice" | "Split")),
+    }
+}
+
+fn parametric(graph: &Graph, outside: &[ValueId], v: ValueId, depth: usize) -> bool {
+    match graph.value(v).source {
+        Source::Input => outside.contains(&v),
+        Source::Node(id, _) if depth > 0 => {
+            let n = graph.node(id);
+            let inputs = match n.op.name() {
+                "Concat" => n.inputs.len(),
+                op if moves_only(op) || matches!(op, "Slice" | "Split") => 1,
+                _ => return false,
+            };
+            n.inputs.iter().take(inputs).flatten().all(|v| parametric(graph, outside, *v, depth - 1))
+        }
+        Source::Node(..) => false,
+        _ => true,
+    }
 }
 
 /// What a slot of a node in a body makes of a constant: only what the operator alone tells.

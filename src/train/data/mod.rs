@@ -34,6 +34,7 @@ pub use split::{Split, epoch_order, split};
 pub use transform::{Augmentation, Channels, ImageOptions, Layout};
 
 use crate::error::{Error, OpError, Result};
+use crate::ops::loss::IGNORED;
 use crate::tensor::{DType, Dims, Tensor};
 use transform::Planes;
 
@@ -262,7 +263,7 @@ impl Dataset {
         Some(self.class_names.len().max(usize::try_from(largest).map_or(0, |l| l + 1)))
     }
 
-    /// Fails at the first sample whose label is not one of `0..classes`, or when a named class has no output.
+    /// Fails at the first sample whose label is not one of `0..classes` (nor [`IGNORED`], where a sample has several), or when a named class has no output.
     pub fn check_labels(&self, classes: usize) -> Result<()> {
         if self.class_names.len() > classes {
             return Err(Error::Data(format!(
@@ -272,7 +273,9 @@ impl Dataset {
             )));
         }
         let Some(labels) = self.target.as_ref().and_then(|t| t.get::<i64>().ok()) else { return Ok(()) };
-        match labels.iter().position(|&l| usize::try_from(l).map_or(true, |l| l >= classes)) {
+        // In sequences and images, what is labelled so does not count.
+        let ignored = |l: i64| labels.len() > self.len && l == IGNORED;
+        match labels.iter().position(|&l| !ignored(l) && usize::try_from(l).map_or(true, |l| l >= classes)) {
             None => Ok(()),
             Some(i) => Err(Error::Data(format!(
                 "sample {}: label {} where the model has {classes} outputs (labels are 0 to {})",
