@@ -410,7 +410,11 @@ fn write(
     data.batch(&(0..n).collect::<Vec<_>>(), None, &mut batch)?;
     let expected = session.forward(&batch.inputs)?;
     let feeds = model.with_fixed(&batch.inputs)?;
-    let verified = match export::verify(&staged.path(), &feeds, &expected) {
+    let verification = match draws(&model) {
+        true => Verification::Unavailable("the network draws random numbers, and each engine its own".into()),
+        false => export::verify(&staged.path(), &feeds, &expected),
+    };
+    let verified = match verification {
         Verification::Agrees { .. } => "agrees".to_string(),
         Verification::Disagrees { max_relative, .. } if rounds(&model) && max_relative <= ROUNDED => {
             "agrees".to_string()
@@ -425,6 +429,19 @@ fn write(
     };
     staged.commit()?;
     Ok(verified)
+}
+
+/// Does the network draw random numbers also where it is not trained?
+fn draws(model: &Model) -> bool {
+    let random = [
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+        "Bernoulli",
+        "Multinomial",
+    ];
+    model.graph.nodes.iter().any(|n| random.contains(&n.op.name()))
 }
 
 /// Are activations rounded to levels within the network?
@@ -443,4 +460,37 @@ fn verified_batch(model: &Model, samples: usize) -> usize {
         }
     });
     fixed.unwrap_or(VERIFIED_SAMPLES).clamp(1, samples.max(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::import::make::{import, model, node, ramp};
+
+    /// A network with noise of its own gives other numbers in every engine: that is no reason to refuse its export.
+    #[test]
+    fn a_network_that_draws_is_exported_unverified() {
+        let nodes = vec![
+            node("MatMul", &["x", "w"], &["h"]),
+            node("RandomNormalLike", &["h"], &["noise"]),
+            node("Add", &["h", "noise"], &["y"]),
+        ];
+        let m = Arc::new(import(&model(nodes, vec![ramp("w", &[3, 2])], "y")).unwrap());
+        let x = Tensor::from_slice(&[8, 3], &[0.25f32; 24]).unwrap();
+        let y = Tensor::from_slice(&[8, 2], &[0.5f32; 16]).unwrap();
+        let data =
+            Dataset::from_arrays(vec![("x".into(), x)], Some(y)).unwrap().bind(&input_specs(&m)).unwrap();
+        let config = Config {
+            method: MethodName::Supervised,
+            loss: "mse".into(),
+            epochs: 1,
+            holdout: NumberOr::Number(0.0),
+            ..Config::default()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("new.onnx");
+        let done = finetune(m, data, None, &config, &out, &mut |_| {}).unwrap();
+        assert!(done.summary.verified.contains("random"), "{}", done.summary.verified);
+        assert!(done.summary.kept && out.exists());
+    }
 }

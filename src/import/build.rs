@@ -14,8 +14,10 @@ use crate::import::flat::{Flat, Opsets, Origin, flatten};
 use crate::import::order::{captured, describe, order};
 use crate::import::proto::{EXTERNAL, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
 use crate::import::roles;
+use crate::import::sequences;
 use crate::import::weights::{Encoding, Location, Reader, Role, Split, Weight, byte_size, dims_of};
 use crate::ops::quant::FakeQuantize;
+use crate::ops::sequence;
 use crate::ops::{Attr, Attrs, Foreign, Op, Spec, create, stand_in};
 use crate::tensor::{DType, Dims, Meta, Tensor};
 
@@ -37,7 +39,9 @@ pub(super) fn build(
     opsets: &Opsets,
     files: &mut Files,
 ) -> Result<Built> {
-    let Flat { graph: flat, origins } = flatten(model, proto, opsets).map_err(|e| damaged(files, e))?;
+    let mut flat = flatten(model, proto, opsets).map_err(|e| damaged(files, e))?;
+    sequences::resolve(&mut flat);
+    let Flat { graph: flat, origins } = flat;
     let proto = &flat;
     let order = order(&proto.node).map_err(|e| damaged(files, e))?;
     let mut found = Findings::default();
@@ -396,7 +400,7 @@ impl<'a> Builder<'a> {
             inputs: n.input.len(),
             outputs: n.output.len(),
         };
-        create(&spec).map_err(|e| match e {
+        sequence::resolved(&spec).unwrap_or_else(|| create(&spec)).map_err(|e| match e {
             crate::error::OpError::Unsupported(what) => what,
             e => e.to_string(),
         })

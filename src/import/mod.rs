@@ -14,6 +14,7 @@ mod map;
 mod order;
 pub mod proto;
 mod roles;
+mod sequences;
 pub(crate) mod splice;
 pub mod weights;
 pub mod wire;

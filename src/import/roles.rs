@@ -334,7 +334,9 @@ impl Roles<'_> {
         for _ in 0..DEPTH {
             match self.graph.value(v).source {
                 Source::Weight(w) => return Some((w, direct)),
-                Source::Node(n, _) if moves_only(self.op(n)) || matches!(self.op(n), "Slice" | "Split") => {
+                Source::Node(n, _)
+                    if moves_only(self.op(n)) || matches!(self.op(n), "Slice" | "Split" | "SequenceAt") =>
+                {
                     direct &= matches!(self.op(n), "Identity" | "Cast" | "FakeQuantize");
                     v = self.input(n, 0)?;
                 }

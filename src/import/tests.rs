@@ -270,6 +270,29 @@ fn roles_in_a_normalisation_written_out() {
     }
 }
 
+/// As exporters write it before opset 18: over groups for channels, then the scale and shift of the channels.
+#[test]
+fn roles_in_a_normalisation_over_groups() {
+    let nodes = vec![
+        node("Reshape", &["x", "groups"], &["g"]),
+        node("InstanceNormalization", &["g", "ones", "zeros"], &["n"]),
+        node("Reshape", &["n", "channels"], &["c"]),
+        node("Mul", &["c", "gamma"], &["s"]),
+        node("Add", &["s", "beta"], &["y"]),
+    ];
+    let init = vec![
+        floats("ones", &[2], &[1.0, 1.0]),
+        zeros("zeros", &[2]),
+        ramp("gamma", &[4, 1]),
+        ramp("beta", &[4, 1]),
+        ints("groups", &[0, 2, -1]),
+        ints("channels", &[0, 4, -1]),
+    ];
+    let m = import(&model(nodes, init, "y")).unwrap();
+    let roles = ["ones", "zeros", "gamma", "beta"].map(|n| role(&m, n));
+    assert_eq!(roles, [Role::Constant, Role::Constant, Role::Scale, Role::Shift]);
+}
+
 #[test]
 fn merged_tensors_are_told_from_shared_ones() {
     let nodes = vec![

@@ -55,6 +55,7 @@ pub mod scale;
 pub mod scan;
 pub mod scatter;
 pub mod select;
+pub mod sequence;
 pub mod signal;
 pub mod slice;
 pub mod softmax;

@@ -16,6 +16,9 @@ use crate::train::metrics::{Confusion, Meter, Metrics, labels_of, predicted};
 use crate::train::schedule::Schedule;
 use crate::train::step::{self, Apply, Evaluation, Recipe, Shapes, feeds};
 
+/// Scores of a batch up to which training steps count what was classified right.
+const MOST_COUNTED: usize = 1 << 20;
+
 /// How long and in what order to train.
 #[derive(Debug, Clone)]
 pub struct Run {
@@ -241,27 +244,42 @@ impl Running {
             self.taught += 1;
         }
         let labels = batch.target.as_ref().filter(|_| loss.wants_labels()).and_then(labels_of);
-        let Some(labels) = labels else { return };
-        let logits = l.logits.to_f64();
-        each_item(&logits, l.logits.dims(), |_, item, classes, at| {
-            if let Some(label) = labels.get(item).filter(|l| **l >= 0) {
-                self.hits += usize::from(predicted(classes, at) as i64 == *label);
+        let Some(labels) = labels.filter(|_| l.logits.len() <= MOST_COUNTED) else { return };
+        for item in items(&l.logits.to_f64(), l.logits.dims()) {
+            if let Some(label) = labels.get(item.index).filter(|l| **l >= 0) {
+                self.hits += usize::from(predicted(item.classes, |c| item.at(c)) as i64 == *label);
                 self.labelled += 1;
             }
-        });
+        }
     }
 }
 
-/// Calls `f` with each sample, item, number of classes and the item's logits, of logits [N, C, …].
-fn each_item(logits: &[f64], dims: &[usize], mut f: impl FnMut(usize, usize, usize, &dyn Fn(usize) -> f64)) {
-    let [n, classes, inner @ ..] = dims else { return };
-    let inner: usize = inner.iter().product();
-    for sample in 0..*n {
-        for p in 0..inner {
-            let at = |c: usize| logits[(sample * classes + c) * inner + p];
-            f(sample, sample * inner + p, *classes, &at);
-        }
+/// One labelled place of a batch: a sample, or a pixel or word of one.
+struct Item<'a> {
+    sample: usize,
+    /// Among all of the batch.
+    index: usize,
+    classes: usize,
+    logits: &'a [f64],
+    stride: usize,
+}
+
+impl Item<'_> {
+    fn at(&self, class: usize) -> f64 {
+        self.logits[class * self.stride]
     }
+}
+
+/// The items of logits [N, C, …].
+fn items<'a>(logits: &'a [f64], dims: &[usize]) -> impl Iterator<Item = Item<'a>> {
+    let (n, classes, stride) = match dims {
+        [n, classes, inner @ ..] => (*n, *classes, inner.iter().product::<usize>()),
+        _ => (0, 0, 0),
+    };
+    (0..n * stride).map(move |index| {
+        let (sample, place) = (index / stride, index % stride);
+        Item { sample, index, classes, logits: &logits[sample * classes * stride + place..], stride }
+    })
 }
 
 /// Loss and metrics over samples, and what the guard needs of each of them.
@@ -324,20 +342,22 @@ impl Evaluated {
     fn per_sample(&mut self, logits: &[f64], dims: &[usize], labels: &[i64], target: &Tensor) {
         let soft = target.get::<f32>().ok();
         let mut sums = vec![(0.0, 0.0, 0usize); dims.first().copied().unwrap_or(0)];
-        each_item(logits, dims, |sample, item, classes, at| {
-            let Some(&label) = labels.get(item).filter(|l| **l >= 0) else { return };
-            let max = (0..classes).map(at).fold(f64::NEG_INFINITY, f64::max);
-            let log_sum = max + (0..classes).map(|c| (at(c) - max).exp()).sum::<f64>().ln();
-            let score = match soft.and_then(|q| q.get(item * classes..(item + 1) * classes)) {
-                Some(q) => q.iter().enumerate().map(|(c, q)| at(c) * f64::from(*q)).sum(),
-                None if (label as usize) < classes => at(label as usize),
+        for item in items(logits, dims) {
+            let Some(&label) = labels.get(item.index).filter(|l| **l >= 0) else { continue };
+            let all = || (0..item.classes).map(|c| item.at(c));
+            let max = all().fold(f64::NEG_INFINITY, f64::max);
+            let log_sum = max + all().map(|x| (x - max).exp()).sum::<f64>().ln();
+            let soft = soft.and_then(|q| q.get(item.index * item.classes..(item.index + 1) * item.classes));
+            let score = match soft {
+                Some(q) => all().zip(q).map(|(x, q)| x * f64::from(*q)).sum::<f64>(),
+                None if (label as usize) < item.classes => item.at(label as usize),
                 None => f64::NAN,
             };
-            let sum = &mut sums[sample];
+            let sum = &mut sums[item.sample];
             sum.0 += log_sum - score;
-            sum.1 += f64::from(u8::from(predicted(classes, at) as i64 == label));
+            sum.1 += f64::from(u8::from(predicted(item.classes, |c| item.at(c)) as i64 == label));
             sum.2 += 1;
-        });
+        }
         for (loss, hits, counted) in sums.into_iter().filter(|s| s.2 > 0) {
             self.losses.push(loss / counted as f64);
             self.hits.push(hits / counted as f64);

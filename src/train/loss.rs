@@ -244,3 +244,34 @@ pub fn default_target(loss: &Loss, graph: &Graph, output: ValueId) -> Result<Met
     }
     Ok(Meta::new(DType::I64, &dims))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::{Attrs, Spec, create};
+
+    /// The axis of the classes in `x` (2, 4, 3) · `w` (3, `classes`), the result turned or not, with labels of shape `labels`.
+    fn axis(classes: usize, turned: bool, labels: Option<&[usize]>) -> usize {
+        let mut g = Graph::default();
+        let x = g.add_input("x", Meta::new(DType::F32, &[2, 4, 3]));
+        let w = g.add_constant("w", Tensor::zeros(DType::F32, &[3, classes]));
+        let attrs = Attrs::default();
+        let spec = Spec { domain: "", op_type: "MatMul", opset: 17, attrs: &attrs, inputs: 2, outputs: 1 };
+        let mut y = g.emit("y", create(&spec).unwrap(), &[Some(x), Some(w)], 1).unwrap()[0];
+        if turned {
+            y = classes_first(&mut g, y, 2).unwrap();
+        }
+        class_axis(&g, y, labels.map(|l| Meta::new(DType::I64, l)).as_ref()).unwrap()
+    }
+
+    #[test]
+    fn classes_lie_where_the_labels_or_the_layer_say() {
+        assert_eq!(axis(5, false, Some(&[2, 4])), 2);
+        assert_eq!(axis(5, true, Some(&[2, 4])), 1);
+        assert_eq!(axis(5, false, Some(&[2, 5])), 1);
+        // As many words as classes: the layer says it.
+        assert_eq!(axis(4, false, Some(&[2, 4])), 2);
+        assert_eq!(axis(4, true, Some(&[2, 4])), 1);
+        assert_eq!(axis(5, false, None), 2);
+    }
+}

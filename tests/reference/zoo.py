@@ -250,6 +250,64 @@ class Transformer(nn.Module):
         return self.head(self.encoder(self.words(tokens)).mean(1))
 
 
+class RmsNorm(nn.RMSNorm):
+    """Written out for the exporter that does not know it."""
+
+    def forward(self, x):
+        if not torch.jit.is_tracing():
+            return super().forward(x)
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, width, heads, groups):
+        super().__init__()
+        self.heads, self.groups, self.size = heads, groups, width // heads
+        self.norm1, self.norm2 = RmsNorm(width, eps=1e-6), RmsNorm(width, eps=1e-6)
+        self.q, self.o = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.k, self.v = (nn.Linear(width, groups * self.size, bias=False) for _ in range(2))
+        self.gate, self.up = nn.Linear(width, 2 * width, bias=False), nn.Linear(width, 2 * width, bias=False)
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x, cos, sin):
+        n, t, c = x.shape
+
+        def turned(y):
+            a, b = y.chunk(2, -1)
+            return y * cos + torch.cat([-b, a], -1) * sin
+
+        y = self.norm1(x)
+        q = turned(self.q(y).view(n, t, self.heads, self.size).transpose(1, 2))
+        k = turned(self.k(y).view(n, t, self.groups, self.size).transpose(1, 2))
+        v = self.v(y).view(n, t, self.groups, self.size).transpose(1, 2)
+        k, v = (z.repeat_interleave(self.heads // self.groups, 1) for z in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, t, c)
+        x = x + self.o(y)
+        y = self.norm2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Decoder(nn.Module):
+    """Touvron et al. 2023: RMS norms, rotary positions, grouped queries, gated layers; the head is the embedding."""
+
+    def __init__(self, words=40, width=24, heads=4, groups=2, layers=2):
+        super().__init__()
+        self.words = nn.Embedding(words, width)
+        self.layers = nn.ModuleList(DecoderLayer(width, heads, groups) for _ in range(layers))
+        self.norm, self.head = RmsNorm(width, eps=1e-6), nn.Linear(width, words, bias=False)
+        self.head.weight = self.words.weight
+        size = width // heads
+        self.register_buffer("frequency", 100.0 ** (-torch.arange(0, size, 2) / size), persistent=False)
+
+    def forward(self, tokens):
+        x = self.words(tokens)
+        angle = torch.arange(tokens.shape[1], device=x.device).to(x.dtype)[:, None] * self.frequency
+        angle = torch.cat([angle, angle], -1)
+        for layer in self.layers:
+            x = layer(x, angle.cos(), angle.sin())
+        return self.head(self.norm(x))
+
+
 class Wave(nn.Module):
     """Parts of audio networks: gated 1-D convolutions, group and instance norms, PReLU, a way up, reflected padding."""
 
@@ -324,6 +382,7 @@ CASES = [
     Case("gru_tagger", GruTagger, lambda rng, n: ({"tokens": tokens(rng, n, 40, 9)}, rng.integers(0, 6, (n, 9))), class_axis=2),
     Case("cnn3d", Cnn3d, lambda rng, n: ({"volume": rng.normal(0, 1, (n, 1, 6, 10, 10)).astype(np.float32)}, rng.integers(0, 4, n))),
     Case("transformer", Transformer, lambda rng, n: ({"tokens": tokens(rng, n, 40, 9)}, rng.integers(0, 4, n)), open_axes={"tokens": {1: "length"}}),
+    Case("decoder", Decoder, lambda rng, n: ({"tokens": tokens(rng, n, 40, 9)}, tokens(rng, n, 40, 9)), class_axis=2, open_axes={"tokens": {1: "length"}}),
     Case("wave", Wave, lambda rng, n: ({"wave": rng.normal(0, 1, (n, 1, 64)).astype(np.float32)}, rng.integers(0, 4, n))),
     Case("vae", Vae, vae_data, outputs=("reconstruction", "mean", "log_var"), loss="graph", loss_module=VaeLoss, batch=8),
 ]  # fmt: skip

@@ -88,6 +88,81 @@ fn irregular(values: &[f64], row: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::irregular;
+    use crate::import::make::{attr, floats, import, ints, model, node, ramp, with};
+    use crate::import::proto::{AttributeProto, TensorProto};
+    use crate::import::{Model, Role};
+
+    /// Irregular elements.
+    fn learned(name: &str, dims: &[i64]) -> TensorProto {
+        let n = dims.iter().product::<i64>();
+        floats(name, dims, &(0..n).map(|i| (i * i) as f32 * 0.37).map(|x| x.sin() * 0.1).collect::<Vec<_>>())
+    }
+
+    fn role(m: &Model, name: &str) -> Role {
+        m.weight(m.find_weight(name).unwrap()).role
+    }
+
+    #[test]
+    fn tables_and_tokens_train_and_what_looks_like_them_does_not() {
+        let axis = AttributeProto { i: 0, ..attr("axis", 2) };
+        let nodes = vec![
+            node("Relu", &["x"], &["data"]),
+            node("Slice", &["positions", "zero", "two"], &["first"]),
+            node("Add", &["data", "first"], &["placed"]),
+            node("Expand", &["token", "shape"], &["tokens"]),
+            with(node("Concat", &["tokens", "placed"], &["all"]), axis),
+            node("Add", &["all", "grid"], &["on_grid"]),
+            node("Mul", &["on_grid", "gain"], &["g"]),
+            node("Add", &["g", "relative"], &["scores"]),
+            node("Softmax", &["scores"], &["y"]),
+        ];
+        let constants = vec![
+            learned("positions", &[4, 3]),
+            learned("token", &[1, 3]),
+            floats("grid", &[2, 3], &[0.5, 1.5, 2.5, 0.5, 1.5, 2.5]),
+            learned("gain", &[2, 3]),
+            learned("relative", &[2, 3]),
+            ints("zero", &[0]),
+            ints("two", &[2]),
+            ints("shape", &[1, 3]),
+        ];
+        let m = import(&model(nodes, constants, "y")).unwrap();
+        let roles = ["positions", "token", "grid", "gain", "relative"].map(|n| role(&m, n));
+        assert_eq!(roles, [Role::Embedding, Role::Embedding, Role::Constant, Role::Constant, Role::Constant]);
+    }
+
+    #[test]
+    fn weights_that_are_cut_and_put_together_stay_weights() {
+        let axis = || AttributeProto { i: 0, ..attr("axis", 2) };
+        let nodes = vec![
+            node("Slice", &["w", "zero", "one"], &["w0"]),
+            node("Slice", &["w", "one", "two"], &["w1"]),
+            with(node("Concat", &["w1", "w0"], &["turned"]), axis()),
+            node("Unsqueeze", &["turned", "zero"], &["wx"]),
+            node("Unsqueeze", &["r", "zero"], &["wr"]),
+            with(node("Concat", &["b", "b2"], &["joined"]), axis()),
+            node("Unsqueeze", &["joined", "zero"], &["bias"]),
+            node("Unsqueeze", &["x", "zero"], &["steps"]),
+            with(
+                node("RNN", &["steps", "wx", "wr", "bias", "", "h"], &["y"]),
+                AttributeProto { i: 2, ..attr("hidden_size", 2) },
+            ),
+        ];
+        let constants = vec![
+            ramp("w", &[2, 3]),
+            ramp("r", &[2, 2]),
+            ramp("b", &[2]),
+            learned("b2", &[2]),
+            learned("h", &[1, 1, 2]),
+            ints("zero", &[0]),
+            ints("one", &[1]),
+            ints("two", &[2]),
+        ];
+        let m = import(&model(nodes, constants, "y")).unwrap();
+        let roles = ["w", "r", "b", "b2", "h"].map(|n| role(&m, n));
+        assert_eq!(roles, [Role::Weight, Role::Weight, Role::Bias, Role::Bias, Role::Embedding]);
+        assert!(m.weights.iter().all(|w| w.split.is_none()), "no part becomes a weight of its own");
+    }
 
     #[test]
     fn masks_grids_and_sines_are_not_learned() {

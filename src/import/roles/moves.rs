@@ -96,7 +96,7 @@ impl Roles<'_> {
             return None;
         }
         let dims = match op {
-            "Slice" | "Split" | "Expand" | "Tile" => None,
+            "Slice" | "Split" | "SequenceAt" | "Expand" | "Tile" => None,
             _ if moves_only(op) => {
                 let attrs = self.attrs.get(n.index());
                 let both = way.dims.as_ref().zip(attrs);
@@ -104,7 +104,7 @@ impl Roles<'_> {
             }
             _ => return None,
         };
-        let (cut, spread) = (matches!(op, "Slice" | "Split"), matches!(op, "Expand" | "Tile"));
+        let (cut, spread) = (matches!(op, "Slice" | "Split" | "SequenceAt"), matches!(op, "Expand" | "Tile"));
         Some(Way { dims, via: way.via, cut: way.cut || cut, spread: way.spread || spread })
     }
 
@@ -114,7 +114,7 @@ impl Roles<'_> {
             Source::Weight(_) | Source::Constant(_) => true,
             Source::Node(n, _) if depth > 0 => match self.op(n) {
                 "Concat" => self.operands(n).all(|v| self.parametric(v, depth - 1)),
-                op if moves_only(op) || matches!(op, "Slice" | "Split") => {
+                op if moves_only(op) || matches!(op, "Slice" | "Split" | "SequenceAt") => {
                     self.input(n, 0).is_some_and(|v| self.parametric(v, depth - 1))
                 }
                 _ => false,
