@@ -36,6 +36,7 @@ impl Graph {
                 .or(self.value(input).meta.as_ref())
                 .cloned()
                 .ok_or_else(|| Error::value(&self.value(input).name, "this input is not fed"))?;
+            meta.check_size().map_err(|e| Error::value(&self.value(input).name, e.to_string()))?;
             if let Some(value) = &meta.value {
                 self.value_mut(input).source = Source::Constant(value.clone());
             }
@@ -92,6 +93,7 @@ impl Graph {
             });
         }
         let outs = node.op.infer(&metas)?;
+        outs.iter().try_for_each(Meta::check_size)?;
         let known = metas.iter().flatten().all(|m| m.value.is_some());
         let small = outs.iter().map(Meta::len).sum::<usize>() <= FOLD_LIMIT;
         let fold = known && small && node.op.is_pure() && outs.iter().any(|m| m.value.is_none());
@@ -233,5 +235,17 @@ mod tests {
         let bound = Meta { value, ..Meta::new(DType::I64, &[2]) };
         assert_eq!(g.infer(&Bindings::from([(shape, bound)])).unwrap(), Inferred::Complete);
         assert_eq!(g.meta(y).unwrap().dims.as_slice(), [2, 3]);
+    }
+
+    #[test]
+    fn tensors_that_no_machine_holds_are_refused() {
+        let long = 1usize << 21;
+        for dims in [[[1, long], [long, 1]], [[long, long], [1, 1]], [[0, usize::MAX], [1, 1]]] {
+            let mut g = Graph::default();
+            let [a, b] = dims.map(|d| Some(g.add_input("x", Meta::new(DType::F32, &d))));
+            g.add_node("", op("Add", 2), vec![a, b], &[Some("y")]);
+            let refused = g.infer(&Bindings::new()).unwrap_err().to_string();
+            assert!(refused.contains("too large"), "{refused}");
+        }
     }
 }

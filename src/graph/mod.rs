@@ -203,6 +203,7 @@ impl Graph {
         let metas: Vec<Option<&Meta>> =
             inputs.iter().map(|i| i.and_then(|v| self.value(v).meta.as_ref())).collect();
         let inferred = op.infer(&metas)?;
+        inferred.iter().try_for_each(Meta::check_size)?;
         if inferred.len() < outputs {
             return Err(OpError::Internal(format!(
                 "{} has {} outputs, not {outputs}",

@@ -10,9 +10,9 @@ use std::rc::Rc;
 
 use super::attrs::kind;
 use super::proto::{AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto};
-use super::splice;
 
-/// Nodes that an expansion may have before it is refused: calls of calls can double with every level.
+/// Nodes that an expansion may go through before it is refused, those of all bodies: calls of calls can double with every
+/// level.
 const MOST_NODES: usize = 1 << 20;
 /// Depth to which functions and subgraphs may nest.
 const DEPTH: usize = 64;
@@ -51,6 +51,8 @@ pub(super) fn flatten(model: &ModelProto, graph: &GraphProto, opsets: &Opsets) -
         sparse: Vec::new(),
         shared: HashMap::new(),
         conditions: HashMap::new(),
+        numbers: HashMap::new(),
+        visited: 0,
     };
     flat.conditions.extend(graph.initializer.iter().filter_map(|t| Some((t.name.clone(), truth(t)?))));
     let mut scope = Scope {
@@ -140,13 +142,26 @@ struct Flattener<'a> {
     shared: HashMap<String, String>,
     /// Constant booleans by name.
     conditions: HashMap<String, bool>,
+    /// The last number that was put behind a name.
+    numbers: HashMap<String, usize>,
+    /// Nodes gone through.
+    visited: usize,
 }
 
 impl<'a> Flattener<'a> {
     fn fresh(&mut self, base: String) -> String {
-        let name = splice::fresh(&base, |n| self.taken.contains(n));
-        self.taken.insert(name.clone());
-        name
+        if self.taken.insert(base.clone()) {
+            return base;
+        }
+        // From where the last one left off: very many may be asked for.
+        let number = self.numbers.entry(base.clone()).or_insert(1);
+        loop {
+            *number += 1;
+            let name = format!("{base}.{number}");
+            if self.taken.insert(name.clone()) {
+                return name;
+            }
+        }
     }
 
     /// Appends `nodes` with their names as `scope` says.
@@ -160,12 +175,13 @@ impl<'a> Flattener<'a> {
             self.condition(n, scope);
         }
         for (i, n) in nodes.iter().enumerate() {
-            self.node(n, main.then_some(i), scope)?;
-            if self.nodes.len() > MOST_NODES {
+            self.visited += 1;
+            if self.visited > MOST_NODES {
                 return Err(format!(
                     "with its functions expanded the model has more than {MOST_NODES} nodes"
                 ));
             }
+            self.node(n, main.then_some(i), scope)?;
         }
         Ok(())
     }

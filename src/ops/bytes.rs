@@ -44,11 +44,14 @@ pub(super) fn ints(v: &View) -> Result<Ints, OpError> {
 /// Element type and shape of an output whose size depends on values in the file: refused where no machine
 /// could hold it.
 pub(super) fn sized(dtype: DType, dims: &[usize]) -> Result<Meta, OpError> {
-    let bytes = dims.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d));
-    match bytes {
-        Some(n) if n <= 1 << 40 => Ok(Meta::new(dtype, dims)),
-        _ => Err(OpError::Shape(format!("a tensor of shape {dims:?} is too large"))),
-    }
+    let meta = Meta::new(dtype, dims);
+    meta.check_size().map(|()| meta)
+}
+
+/// Elements of a tensor that is computed with the plan, of a size that the file chooses.
+pub(super) fn foreseen(dims: &[usize]) -> Result<usize, OpError> {
+    let n = dims.iter().try_fold(1usize, |n, d| n.checked_mul(*d)).filter(|n| *n <= 1 << 27);
+    n.ok_or_else(|| OpError::Shape(format!("a constant tensor of shape {dims:?} is too large")))
 }
 
 /// Dimensions given as integers of the file.

@@ -4,6 +4,7 @@
 //! Gradient reference: the f64 instance of the operator, a vector-Jacobian product along a random
 //! direction against central differences.
 
+mod bad;
 mod last;
 mod readme;
 

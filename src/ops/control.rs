@@ -461,3 +461,36 @@ impl Op for Control {
         Some("runs body by body where its course is not known before the run; no gradient passes then".into())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::binary::Add;
+    use crate::tensor::DType;
+
+    /// A running sum, of no rounds.
+    #[test]
+    fn a_scan_of_nothing_has_empty_outputs() {
+        let mut graph = Graph::default();
+        let [state, x] = ["state", "x"].map(|name| graph.add_value(name, Source::Input));
+        graph.inputs = vec![state, x];
+        let sum = graph.add_node("", Arc::new(Add), vec![Some(state), Some(x)], &[Some("sum")])[0].unwrap();
+        graph.outputs = vec![sum, sum];
+        let body = Arc::new(Body { graph, formal: 2, captured: vec![] });
+        let scan = Scan {
+            inputs: 1,
+            input_axes: vec![0],
+            input_reversed: vec![false],
+            output_axes: vec![0],
+            output_reversed: vec![false],
+        };
+        let op = Control { kind: Kind::Scan(scan), bodies: vec![body], own: 2 };
+        let state = Tensor::from_slice(&[2], &[1.0f32, 2.0]).unwrap();
+        for rounds in [0, 3] {
+            let x = Tensor::from_slice(&[rounds, 2], &vec![1.0f32; 2 * rounds]).unwrap();
+            let made = eval(&op, &[Some(&state), Some(&x)]).unwrap();
+            assert_eq!(made[0].to_f64(), [1.0, 2.0].map(|s| s + rounds as f64));
+            assert_eq!((made[1].dtype(), made[1].dims()), (DType::F32, &[rounds, 2][..]));
+        }
+    }
+}

@@ -7,6 +7,7 @@ use crate::graph::GradBuilder;
 use crate::kernels::elementwise::{Walk, apply1, apply2, apply3, same};
 use crate::kernels::isa::Wide;
 use crate::ops::binary::slice;
+use crate::ops::bytes::{by_size, units, units_mut};
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Elem, Meta, View, ViewMut, broadcast};
 use crate::{dtype_dispatch, float_dispatch};
@@ -193,7 +194,10 @@ impl Op for Where {
 
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let y = out(y, 0)?;
-        dtype_dispatch!(y.dtype, T => choose::<T>(x, y))
+        match y.dtype {
+            DType::F32 => choose::<f32>(x, y),
+            dtype => by_size!(dtype, T => choose::<T>(x, y)),
+        }
     }
 
     fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
@@ -232,8 +236,9 @@ fn choose<T: Elem + Wide>(x: &[Option<View>], y: &mut ViewMut) -> Result<(), OpE
     }
     let dims = y.dims;
     let walk = Walk::new(dims, [c.dims, a.map_or(dims, |a| a.dims), b.map_or(dims, |b| b.dims)]);
-    let operands = (Some(c.get::<u8>()?), slice::<T>(a)?, slice::<T>(b)?);
-    apply3(y.get::<T>()?, operands, &walk, |c, a, b| if c != 0 { a } else { b });
+    let (a, b) = (a.map(|a| units::<T>(a.bytes)).transpose()?, b.map(|b| units::<T>(b.bytes)).transpose()?);
+    let operands = (Some(c.get::<u8>()?), a, b);
+    apply3(units_mut::<T>(y.bytes)?, operands, &walk, |c, a, b| if c != 0 { a } else { b });
     Ok(())
 }
 

@@ -307,6 +307,7 @@ pub fn eval(op: &dyn Op, inputs: &[Option<&Tensor>]) -> Result<Vec<Tensor>, OpEr
         inputs.iter().map(|t| t.map(|t| Meta { value: Some(Arc::new(t.clone())), ..t.meta() })).collect();
     let refs: Vec<Option<&Meta>> = metas.iter().map(Option::as_ref).collect();
     let outs = op.infer(&refs)?;
+    outs.iter().try_for_each(Meta::check_size)?;
     let mut tensors: Vec<Tensor> = outs.iter().map(|m| Tensor::zeros(m.dtype, &m.dims)).collect();
     let mut scratch = crate::tensor::Buffer::zeroed(op.scratch(&refs));
     let x: Vec<Option<View>> = inputs.iter().map(|t| t.map(Tensor::view)).collect();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::error::OpError;
 use crate::graph::{Lowering, ValueId};
-use crate::ops::bytes::sized;
+use crate::ops::bytes::foreseen;
 use crate::ops::composite::{Made, defined, one};
 use crate::ops::gather::Gather;
 use crate::ops::known::{AtPlanTime, Known};
@@ -38,13 +38,13 @@ impl Transform {
     /// The matrix (points · parts, frequencies · 2) that X, its parts innermost, is multiplied with.
     fn matrix(&self, l: &mut Lowering, dtype: DType) -> Result<ValueId, OpError> {
         let (bins, out) = self.result();
-        let size = self.points.checked_mul(self.parts * bins * out);
-        if size.is_none_or(|s| s > LARGEST) {
+        let size = [self.parts, bins, out].iter().try_fold(self.points, |n, d| n.checked_mul(*d));
+        let Some(size) = size.filter(|s| *s <= LARGEST) else {
             return Err(OpError::Unsupported(format!("a transform of {} points", self.length)));
-        }
+        };
         let n = self.length;
         let half = self.inverse && self.onesided;
-        let mut m: Vec<f64> = Vec::with_capacity(size.unwrap_or(0));
+        let mut m: Vec<f64> = Vec::with_capacity(size);
         for t in 0..self.points {
             for part in 0..self.parts {
                 for k in 0..bins {
@@ -177,7 +177,7 @@ impl Known for Window {
         let size = need(x, 0)?.to_ints()?;
         let size = size.first().and_then(|&n| usize::try_from(n).ok());
         let size = size.ok_or_else(|| OpError::Shape(format!("the size of {}", self.name)))?;
-        sized(DType::F64, &[size])?;
+        foreseen(&[size])?;
         let period = if self.periodic { size } else { size.saturating_sub(1) }.max(1) as f64;
         let [a, b, c] = self.terms;
         let at = |i: usize| {
@@ -209,7 +209,7 @@ impl Known for MelWeightMatrix {
         let (bins, length, rate) = (number(0)? as usize, number(1)? as usize, number(2)?);
         let (low, high) = (number(3)?, number(4)?);
         let rows = length / 2 + 1;
-        sized(DType::F64, &[rows, bins])?;
+        foreseen(&[rows, bins])?;
         let mel = |hz: f64| 2595.0 * (1.0 + hz / 700.0).log10();
         let step = (mel(high) - mel(low)) / (bins + 2) as f64;
         let edge = |i: usize| {

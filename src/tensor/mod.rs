@@ -55,6 +55,15 @@ impl Meta {
         self.dims.len()
     }
 
+    /// Refuses what no machine could hold: products of extents, of some or all, do not overflow after this.
+    pub fn check_size(&self) -> Result<(), OpError> {
+        let bytes = self.dims.iter().try_fold(self.dtype.size(), |n, &d| n.checked_mul(d.max(1)));
+        match bytes {
+            Some(n) if n <= 1 << 40 => Ok(()),
+            _ => Err(OpError::Shape(format!("a tensor of shape {:?} is too large", self.dims.as_slice()))),
+        }
+    }
+
     /// The known value as integers, for shape-like operands.
     /// Fails with `NeedsValue(index)` when it is not known yet.
     pub fn ints(&self, index: usize) -> Result<Vec<i64>, OpError> {

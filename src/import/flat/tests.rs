@@ -122,3 +122,35 @@ fn a_constant_if_is_inlined_and_others_become_operators() {
     assert_eq!(m.blockers.len(), 2);
     assert!(m.blockers[0].node.contains("in a body of If"), "{:?}", m.blockers);
 }
+
+/// Calls that double with every level, and come to nothing or lie in bodies: no node of the main graph.
+#[test]
+fn calls_that_double_with_every_level_are_refused() {
+    let called = |name: String| NodeProto { domain: "my".into(), ..node(&name, &["x"], &["y"]) };
+    let bodied = |name: String| {
+        let inside = |part: &str| graph_attr(part, body(vec![called(name.clone())], vec![], &[], &["y"]));
+        with(with(node("If", &["x"], &["y"]), inside("then_branch")), inside("else_branch"))
+    };
+    for (in_bodies, levels) in [(false, 40), (true, 20)] {
+        let functions = (0..levels).map(|level| {
+            let next = format!("f{}", level + 1);
+            let calls = match in_bodies {
+                _ if level + 1 == levels => vec![],
+                false => vec![called(next.clone()), called(next)],
+                true => vec![bodied(next)],
+            };
+            FunctionProto {
+                name: format!("f{level}"),
+                domain: "my".into(),
+                input: vec!["x".into()],
+                output: vec!["y".into()],
+                node: calls,
+                ..Default::default()
+            }
+        });
+        let mut m = model(vec![called("f0".into())], vec![], "y");
+        m.functions = functions.collect();
+        let refused = import(&m).unwrap_err().to_string();
+        assert!(refused.contains("more than"), "{refused}");
+    }
+}

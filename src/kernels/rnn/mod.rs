@@ -92,15 +92,6 @@ impl Kind {
         if matches!(self, Kind::Lstm { .. }) { 2 } else { 1 }
     }
 
-    /// Activations of a direction.
-    pub fn activations(self) -> usize {
-        match self {
-            Kind::Plain => 1,
-            Kind::Gru { .. } => 2,
-            Kind::Lstm { .. } => 3,
-        }
-    }
-
     /// Are the gradients of the gates' arguments others for the recurrent part than for the input's?
     pub fn splits_gradient(self) -> bool {
         self == Kind::Gru { reset_after: true }

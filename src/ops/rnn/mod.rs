@@ -42,17 +42,16 @@ pub struct Recurrent {
 
 impl Recurrent {
     fn make(s: &Spec) -> Result<Arc<dyn Op>, OpError> {
-        Ok(Arc::new(Recurrent::of(s)?))
+        let kind = match s.op_type {
+            "LSTM" => Kind::Lstm { coupled: s.attrs.flag("input_forget")? },
+            "GRU" => Kind::Gru { reset_after: s.attrs.flag("linear_before_reset")? },
+            _ => Kind::Plain,
+        };
+        Ok(Arc::new(Recurrent::of(s, kind)?))
     }
 
-    fn of(s: &Spec) -> Result<Recurrent, OpError> {
-        let (kind, default): (Kind, &[&str]) = match s.op_type {
-            "LSTM" | "DynamicQuantizeLSTM" => {
-                (Kind::Lstm { coupled: s.attrs.flag("input_forget")? }, &["Sigmoid", "Tanh", "Tanh"])
-            }
-            "GRU" => (Kind::Gru { reset_after: s.attrs.flag("linear_before_reset")? }, &["Sigmoid", "Tanh"]),
-            _ => (Kind::Plain, &["Tanh"]),
-        };
+    /// A layer of a kind of cell, by the attributes that all have.
+    fn of(s: &Spec, kind: Kind) -> Result<Recurrent, OpError> {
         let reverse: &'static [bool] = match s.attrs.string("direction")?.as_deref() {
             None | Some("forward") => &[false],
             Some("reverse") => &[true],
@@ -73,6 +72,11 @@ impl Recurrent {
         if !(0..=1).contains(&layout) {
             return Err(OpError::Attribute(format!("'layout' is {layout}")));
         }
+        let default: &[&str] = match kind {
+            Kind::Plain => &["Tanh"],
+            Kind::Gru { .. } => &["Sigmoid", "Tanh"],
+            Kind::Lstm { .. } => &["Sigmoid", "Tanh", "Tanh"],
+        };
         let (each, count) = (default.len(), default.len() * reverse.len());
         let names = s.attrs.strings("activations")?.filter(|names| !names.is_empty());
         let names = names.unwrap_or_else(|| (0..count).map(|i| default[i % each].to_string()).collect());

@@ -6,7 +6,7 @@ use crate::error::OpError;
 use crate::graph::GradBuilder;
 use crate::kernels::quant::{dynamic, turned};
 use crate::kernels::rnn::{Cell, Inputs, Outputs, Sequence, forward, forward_scratch};
-use crate::ops::rnn::{Recurrent, in_order, lengths, optional};
+use crate::ops::rnn::{Kind, Recurrent, in_order, lengths, optional};
 use crate::ops::{Cx, Grads, Op, Spec, get, need};
 use crate::tensor::{DType, Meta, View, ViewMut};
 
@@ -25,7 +25,7 @@ const WEIGHTS: [[usize; 3]; 2] = [[1, 8, 9], [2, 10, 11]];
 
 impl DynamicQuantizeLstm {
     pub(super) fn make(s: &Spec) -> Result<Arc<dyn Op>, OpError> {
-        let layer = Recurrent::of(s)?;
+        let layer = Recurrent::of(s, Kind::Lstm { coupled: s.attrs.flag("input_forget")? })?;
         if layer.batch_first {
             return Err(OpError::Attribute("'layout' is none of DynamicQuantizeLSTM's".into()));
         }
