@@ -478,6 +478,7 @@ mod tests {
         graph.outputs = vec![sum, sum];
         let body = Arc::new(Body { graph, formal: 2, captured: vec![] });
         let scan = Scan {
+            batched: false,
             inputs: 1,
             input_axes: vec![0],
             input_reversed: vec![false],

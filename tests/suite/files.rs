@@ -249,7 +249,7 @@ fn what_a_detector_chooses_from_is_trained() {
         for w in &a.weights {
             let other = b.weight(b.find_weight(&w.name).unwrap());
             let same = w.stored(&a.files).unwrap() == other.stored(&b.files).unwrap();
-            assert_eq!(same, w.name.ends_with("_box"), "{}", w.name);
+            assert_eq!(same, !w.trainable || w.name.ends_with("_box"), "{}", w.name);
         }
     }
     // The whole file, the choice included: small, and too large for what is computed before the run.

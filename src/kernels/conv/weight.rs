@@ -119,9 +119,10 @@ impl Plan {
     }
 
     /// Are X and dY worth packing? Each strip of them is used for many others where dW is large, and positions far
-    /// apart compete for the same cache lines.
+    /// apart compete for the same cache lines. Merged taps of neighbouring positions overlap.
     fn packs(&self, panel: usize) -> bool {
-        self.groups == 1 && self.size(panel) >= LARGE && self.division(panel).slabs == 1
+        let separate = self.groups == 1 && !self.merged;
+        separate && self.size(panel) >= LARGE && self.division(panel).slabs == 1
     }
 
     /// The strips of X and of dY, and the elements that they take packed.
