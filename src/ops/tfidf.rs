@@ -88,10 +88,11 @@ impl TfIdf {
 
     fn row(&self, x: &[i64], y: &mut [f32]) {
         y.fill(0.0);
-        let mut gram = Vec::with_capacity(self.grams.1);
-        for n in self.grams.0..=self.grams.1 {
-            // One element has no gaps.
-            let gaps = if n == 1 { 0 } else { self.skips };
+        let most = self.grams.1.min(x.len());
+        let mut gram = Vec::with_capacity(most);
+        for n in self.grams.0..=most {
+            // One element has no gaps; wider ones do not fit.
+            let gaps = if n == 1 { 0 } else { self.skips.min(x.len() / (n - 1)) };
             for apart in 1..=gaps + 1 {
                 for start in 0..x.len().saturating_sub((n - 1).saturating_mul(apart)) {
                     gram.clear();
