@@ -266,9 +266,20 @@ impl Control {
 
     /// The results for operands that are there: nothing has to be known beforehand.
     pub fn eval(&self, operands: &[Option<&Tensor>]) -> Result<Vec<Tensor>, OpError> {
-        let operands: Vec<Option<Arc<Tensor>>> =
+        let owned: Vec<Option<Arc<Tensor>>> =
             operands.iter().map(|t| t.map(|t| Arc::new(t.clone()))).collect();
-        Ok(self.results(&operands)?.into_iter().map(Arc::unwrap_or_clone).collect())
+        let results = self.results(&owned)?;
+        let mut made: Vec<Tensor> = results.into_iter().map(|t| t.as_ref().clone()).collect();
+        if let Kind::Scan(scan) = &self.kind
+            && made.len() < self.own - scan.inputs + scan.output_axes.len()
+        {
+            // Of no rounds: only the shapes tell what the empty outputs are.
+            let metas: Vec<Option<Meta>> = operands.iter().map(|t| t.map(Tensor::meta)).collect();
+            let metas: Vec<Option<&Meta>> = metas.iter().map(Option::as_ref).collect();
+            let empty = self.infer_scan(scan, &metas)?;
+            made.extend(empty.iter().skip(made.len()).map(|m| Tensor::zeros(m.dtype, &m.dims)));
+        }
+        Ok(made)
     }
 
     fn results(&self, operands: &[Option<Arc<Tensor>>]) -> Result<Vec<Arc<Tensor>>, OpError> {
