@@ -91,6 +91,29 @@ pub fn inline(graph: &mut Graph, other: &Graph, bound: &[(ValueId, ValueId)]) ->
     other.outputs.iter().map(|v| map.get(v).copied().ok_or_else(|| missing(v))).collect()
 }
 
+/// What `v` repeats or arranges, perhaps bounded by a constant: as exporters bring a sum or a maximum over an axis back to
+/// the shape that it was taken of.
+fn spread(graph: &Graph, mut v: ValueId) -> ValueId {
+    while let Source::Node(id, 0) = graph.value(v).source {
+        let node = graph.node(id);
+        let mut computed = node
+            .inputs
+            .iter()
+            .flatten()
+            .filter(|v| matches!(graph.value(**v).source, Source::Node(..) | Source::Input));
+        let next = match (node.op.name(), node.inputs.first()) {
+            ("Identity" | "Reshape" | "Expand" | "Squeeze" | "Unsqueeze", Some(Some(x))) => Some(*x),
+            ("Max", _) => computed.next().copied().filter(|_| computed.next().is_none()),
+            _ => None,
+        };
+        match next {
+            Some(x) => v = x,
+            None => break,
+        }
+    }
+    v
+}
+
 /// The input of a Softmax that is written out and ends in `id`: `e/Σe` with `e = exp(x)` or `e = exp(x − max x)`.
 fn written_softmax(graph: &Graph, id: NodeId) -> Option<ValueId> {
     let made_by = |v: ValueId, op: &str| match graph.value(v).source {
@@ -99,7 +122,7 @@ fn written_softmax(graph: &Graph, id: NodeId) -> Option<ValueId> {
     };
     let operand = |n: &Node, slot: usize| n.inputs.get(slot).copied().flatten();
     let (e, sum) = (operand(graph.node(id), 0)?, operand(graph.node(id), 1)?);
-    if operand(made_by(sum, "ReduceSum")?, 0)? != e {
+    if operand(made_by(spread(graph, sum), "ReduceSum")?, 0)? != e {
         return None;
     }
     // Over one axis, which stays.
@@ -112,7 +135,7 @@ fn written_softmax(graph: &Graph, id: NodeId) -> Option<ValueId> {
     let x = operand(made_by(e, "Exp")?, 0)?;
     let shifted = made_by(x, "Sub").and_then(|sub| {
         let (x, top) = (operand(sub, 0)?, operand(sub, 1)?);
-        (operand(made_by(top, "ReduceMax")?, 0)? == x).then_some(x)
+        (operand(made_by(spread(graph, top), "ReduceMax")?, 0)? == x).then_some(x)
     });
     Some(shifted.unwrap_or(x))
 }
@@ -160,7 +183,12 @@ mod tests {
     fn found(tail: Vec<crate::import::proto::NodeProto>) -> (String, bool) {
         let mut nodes = vec![node("MatMul", &["x", "w"], &["h"])];
         nodes.extend(tail);
-        let m = import(&model(nodes, vec![ramp("w", &[3, 4]), ints("axis", &[-1])], "y")).unwrap();
+        let m = import(&model(
+            nodes,
+            vec![ramp("w", &[3, 4]), ints("axis", &[-1]), ints("column", &[-1, 1]), ramp("least", &[1])],
+            "y",
+        ))
+        .unwrap();
         let (v, left_out) = logits(&m.graph, m.graph.outputs[0]);
         (m.graph.value(v).name.clone(), left_out.is_some())
     }
@@ -184,6 +212,18 @@ mod tests {
             node("Identity", &["p"], &["y"]),
         ];
         assert_eq!(found(shifted), ("h".into(), true));
+        // As JAX has it.
+        let arranged = vec![
+            node("ReduceMax", &["h"], &["m"]),
+            node("Max", &["least", "m"], &["n"]),
+            node("Reshape", &["n", "column"], &["t"]),
+            node("Sub", &["h", "t"], &["d"]),
+            node("Exp", &["d"], &["e"]),
+            node("ReduceSum", &["e", "axis"], &["s"]),
+            node("Reshape", &["s", "column"], &["r"]),
+            node("Div", &["e", "r"], &["y"]),
+        ];
+        assert_eq!(found(arranged), ("h".into(), true));
         let mut other = plain();
         other[1] = node("ReduceSum", &["h", "axis"], &["s"]);
         assert_eq!(found(other), ("y".into(), false));
