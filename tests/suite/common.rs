@@ -9,6 +9,25 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
+/// The networks of ONNX's `light` folder: files `light_NAME.onnx`.
+pub const LIGHT: &[&str] = &[
+    "bvlc_alexnet",
+    "densenet121",
+    "inception_v1",
+    "inception_v2",
+    "resnet50",
+    "shufflenet",
+    "squeezenet",
+    "vgg19",
+    "zfnet512",
+];
+
+/// The shape of the first input, in the report of `inspect`.
+pub fn input_dims(report: &serde_json::Value) -> Vec<usize> {
+    let dims = report["inputs"][0]["shape"].as_array().unwrap();
+    dims.iter().map(|d| d.as_str().unwrap().parse().unwrap()).collect()
+}
+
 /// A file that the repository ships.
 pub fn shipped(path: &str) -> PathBuf {
     let path = root().join(path);

@@ -6,7 +6,7 @@ use std::process::Command;
 use retune::tensor::Tensor;
 use retune::train::data::write_npz;
 
-use crate::common::{Arrays, fetched, json, relative, root, run, shipped, text};
+use crate::common::{Arrays, LIGHT, all, fetched, input_dims, json, relative, root, run, shipped, text};
 
 /// The Python that has onnxruntime, or `None` with a printed line.
 pub fn python() -> Option<PathBuf> {
@@ -95,20 +95,11 @@ fn ppocr_classifier_parameters_have_their_roles() {
 #[test]
 fn light_networks_give_their_outputs() {
     let Some(folder) = fetched("light") else { return };
-    let mut seen = 0;
-    let mut models: Vec<PathBuf> = std::fs::read_dir(&folder)
-        .unwrap()
-        .map(|e| e.unwrap().path())
-        .filter(|p| p.extension().is_some_and(|e| e == "onnx"))
-        .collect();
-    models.sort();
-    for model in models {
-        let expected = model.with_extension("");
-        let expected = PathBuf::from(format!("{}_output_0.pb", expected.display()));
+    for name in LIGHT {
+        let model = folder.join(format!("light_{name}.onnx"));
+        let expected = folder.join(format!("light_{name}_output_0.pb"));
         let report = json(&["inspect", text(&model), "--json"], 0);
-        let input = &report["inputs"][0];
-        let dims: Vec<usize> =
-            input["shape"].as_array().unwrap().iter().map(|d| d.as_str().unwrap().parse().unwrap()).collect();
+        let (input, dims) = (&report["inputs"][0], input_dims(&report));
         let n: usize = dims.iter().product();
         // How the outputs were made: the input counts up from 0 to 1.
         let x: Vec<f32> = (0..n).map(|i| i as f32 / n as f32).collect();
@@ -121,27 +112,15 @@ fn light_networks_give_their_outputs() {
         let e = relative(&truth.to_f64(), &Arrays::read(&ours).0[0].1.to_f64());
         println!("{}: {e:.1e}", model.display());
         assert!(e <= 1e-4, "{}: {e:.1e}", model.display());
-        seen += 1;
     }
-    assert_eq!(seen, 9);
 }
 
 /// Their shipped weights are all alike; random ones tell kernels apart.
 #[test]
 fn light_networks_with_random_weights_equal_onnxruntime() {
     let (Some(folder), Some(python)) = (fetched("light"), python()) else { return };
-    let names: &[&str] = match crate::common::all() {
-        true => &[
-            "bvlc_alexnet",
-            "densenet121",
-            "inception_v1",
-            "inception_v2",
-            "resnet50",
-            "shufflenet",
-            "squeezenet",
-            "vgg19",
-            "zfnet512",
-        ],
+    let names: &[&str] = match all() {
+        true => LIGHT,
         false => &["densenet121", "inception_v1", "resnet50", "shufflenet", "squeezenet"],
     };
     for name in names {
@@ -150,9 +129,7 @@ fn light_networks_with_random_weights_equal_onnxruntime() {
         let random = dir.path().join(format!("{name}.onnx"));
         ort(&python, &["--randomise", text(&model), text(&random)]);
         let report = json(&["inspect", text(&random), "--json"], 0);
-        let input = &report["inputs"][0];
-        let dims: Vec<usize> =
-            input["shape"].as_array().unwrap().iter().map(|d| d.as_str().unwrap().parse().unwrap()).collect();
+        let (input, dims) = (&report["inputs"][0], input_dims(&report));
         equals_onnxruntime(&python, &random, input["name"].as_str().unwrap(), &wave(&dims));
     }
 }

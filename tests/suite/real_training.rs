@@ -6,7 +6,7 @@ use std::path::Path;
 use retune::tensor::{DType, Tensor};
 use retune::train::data::write_npz;
 
-use crate::common::{all, fetched, json, text};
+use crate::common::{LIGHT, all, fetched, input_dims, json, text};
 use crate::real_models::{equals_onnxruntime_on, ort, python, wave};
 
 /// Pages of dark strokes on light ground in lines and words, normalised as PP-OCR does: a detector finds text in them.
@@ -144,28 +144,13 @@ fn silero_by_sampling_rate() {
 fn light_networks_train() {
     let Some(folder) = fetched("light") else { return };
     let names: &[&str] = match all() {
-        true => &[
-            "bvlc_alexnet",
-            "densenet121",
-            "inception_v1",
-            "inception_v2",
-            "resnet50",
-            "shufflenet",
-            "squeezenet",
-            "vgg19",
-            "zfnet512",
-        ],
+        true => LIGHT,
         false => &["shufflenet", "squeezenet"],
     };
     for name in names {
         let model = folder.join(format!("light_{name}.onnx"));
         let report = json(&["inspect", text(&model), "--json"], 0);
-        let dims: Vec<usize> = report["inputs"][0]["shape"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|d| d.as_str().unwrap().parse().unwrap())
-            .collect();
+        let dims = input_dims(&report);
         let x = wave(&[&[2], &dims[1..]].concat());
         let (_, dir) = trains(&model, &[("x", &x), ("y", &labels(&[2], 10))], &[]);
         let new = dir.path().join("new.onnx");
