@@ -89,7 +89,7 @@ fn training(
     name: &str,
     config: &crate::finetune::Config,
 ) -> anyhow::Result<ModeReport> {
-    let mut session = Session::new(model.clone(), Options { threads: 1, ..Options::default() })?;
+    let mut session = Session::new(model.clone(), Options { threads: 1, ..config.session() })?;
     let loss = config.loss()?;
     let shapes = with_target(&session, inputs, &loss)?;
     let select: Select = config.train.parse().map_err(|e| anyhow::anyhow!("--train {e}"))?;
