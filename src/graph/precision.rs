@@ -291,3 +291,6 @@ impl<'g> Pass<'g> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

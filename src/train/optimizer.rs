@@ -76,12 +76,11 @@ impl Optimizer {
         purpose: Purpose,
         kept: OptimizerState,
     ) -> Vec<StateId> {
-        let meta = kept_meta(meta, kept);
         self.states()
             .iter()
             .map(|s| {
                 let full = format!("{name}.{s}");
-                store.find(&full).unwrap_or_else(|| store.add(full, meta.clone(), purpose))
+                store.find(&full).unwrap_or_else(|| store.add(full, kept_meta(meta, s, kept), purpose))
             })
             .collect()
     }
@@ -115,9 +114,9 @@ impl Optimizer {
         let (name, meta) = (value.name.clone(), value.meta.clone());
         let meta = meta.ok_or_else(|| OpError::Internal(format!("the shape of '{name}' is not known")))?;
         let mut inputs = vec![Some(param), Some(grad), Some(step.hyper), step.scale];
-        let kept = kept_meta(&meta, kept);
         for (s, what) in states.iter().zip(self.states()) {
-            inputs.push(Some(graph.add_state(format!("{name}.{what}"), *s, kept.clone())));
+            let meta = kept_meta(&meta, what, kept);
+            inputs.push(Some(graph.add_state(format!("{name}.{what}"), *s, meta)));
         }
         let op = self.op(salt(&name, seed));
         Ok(graph.emit(&format!("update/{name}"), op, &inputs, 1 + states.len())?[0])
@@ -127,13 +126,16 @@ impl Optimizer {
 /// Elements below which states are not worth their loss of digits in eight bits.
 const SMALL_STATE: usize = 4096;
 
-/// The shape of a state of a parameter.
-fn kept_meta(param: &Meta, kept: OptimizerState) -> Meta {
+/// The shape of a parameter's state of this name.
+fn kept_meta(param: &Meta, state: &str, kept: OptimizerState) -> Meta {
+    let small = param.len() < SMALL_STATE;
     match (kept, param.dtype) {
-        (OptimizerState::Bf16, DType::F32) => Meta::new(DType::BF16, &param.dims),
-        (OptimizerState::EightBit, DType::F32) if param.len() >= SMALL_STATE => {
-            Meta::new(DType::U8, &[packed(param.len())])
+        // The slow average moves by less a step than eight bits can tell, and would stand still.
+        (OptimizerState::EightBit, DType::F32) if state == "m2" && !small => {
+            Meta::new(DType::BF16, &param.dims)
         }
+        (OptimizerState::EightBit, DType::F32) if !small => Meta::new(DType::U8, &[packed(param.len())]),
+        (OptimizerState::Bf16, DType::F32) => Meta::new(DType::BF16, &param.dims),
         _ => Meta::new(param.dtype, &param.dims),
     }
 }

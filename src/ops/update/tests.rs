@@ -85,6 +85,68 @@ fn in_the_states_buffers_as_in_separate_ones() {
     }
 }
 
+/// A parameter and its states kept in few bits, against the same in f32, over some steps.
+#[test]
+fn what_is_kept_narrow_follows_what_is_wide() {
+    let n = 40_000;
+    let param: Vec<f32> = (0..n).map(|i| 1.0 + (i as f32 * 0.37).sin()).collect();
+    let narrow = |t: &Tensor, to: DType| match to {
+        DType::U8 => Tensor::zeros(DType::U8, &[packed(t.len())]),
+        to => t.cast(to),
+    };
+    for op in all() {
+        for (of_param, of_states, most) in [
+            (DType::F32, DType::BF16, 0.03),
+            (DType::F32, DType::U8, 0.1),
+            (DType::BF16, DType::F32, 0.2),
+            (DType::F16, DType::U8, 0.2),
+        ] {
+            let mut wide = start(op.as_ref(), &param);
+            let mut kept = vec![narrow(&wide[0], of_param)];
+            kept.extend(wide[1..].iter().map(|s| narrow(s, of_states)));
+            let first = [wide[0].to_f64(), kept[0].to_f64()];
+            for t in 1..=20 {
+                let at = |i: usize| ((i % 97) as f32 * 0.3 + t as f32 * 0.2).cos() + 0.5;
+                let grad = Tensor::from_slice(&[n], &(0..n).map(at).collect::<Vec<f32>>()).unwrap();
+                step(op.as_ref(), &mut wide, &grad, (0.01, f64::from(t)), None);
+                step(op.as_ref(), &mut kept, &grad, (0.01, f64::from(t)), None);
+            }
+            let (mut off, mut all) = (0.0, 0.0);
+            for i in 0..n {
+                let [a, b] = [wide[0].to_f64(), kept[0].to_f64()].map(|w| w[i]);
+                let (moved, other) = (a - first[0][i], b - first[1][i]);
+                off += (moved - other).powi(2);
+                all += moved.powi(2);
+                if i > 2000 {
+                    break;
+                }
+            }
+            let e = (off / all).sqrt();
+            assert!(e <= most, "{op:?}, {of_param} and {of_states}: moved otherwise by {e:.3}");
+        }
+    }
+}
+
+#[test]
+fn a_loss_scale_falls_at_once_and_rises_slowly() {
+    let next = |scale: &[f64; 2], factor: f64| -> [f64; 2] {
+        let scale = Tensor::from_slice(&[2], scale).unwrap();
+        let y = eval(&NextLossScale, &[Some(&scale), Some(&Tensor::scalar(factor))]).unwrap();
+        y[0].get::<f64>().unwrap().try_into().unwrap()
+    };
+    assert_eq!(next(&[65536.0, 7.0], f64::NAN), [32768.0, 0.0]);
+    assert_eq!(next(&[65536.0, 7.0], 1.0), [65536.0, 8.0]);
+    assert_eq!(next(&[65536.0, GOOD_STEPS - 1.0], 0.5), [131_072.0, 0.0]);
+    assert_eq!(next(&[1.0, 0.0], f64::INFINITY), [1.0, 0.0]);
+    // Factor and norm are the gradient's own, whatever it was scaled by.
+    let (loss, scale) = (Tensor::scalar(1.0f32), Tensor::from_slice(&[2], &[1024.0, 0.0]).unwrap());
+    let sum = Tensor::scalar(25.0 * 1024.0 * 1024.0);
+    let y = eval(&ClipScale { max_norm: None }, &[Some(&loss), Some(&sum), Some(&scale)]).unwrap();
+    assert_eq!((y[0].to_f64()[0], y[1].to_f64()[0]), (1.0 / 1024.0, 5.0));
+    let y = eval(&ClipScale { max_norm: Some(2.5) }, &[Some(&loss), Some(&sum), Some(&scale)]).unwrap();
+    assert!((y[0].to_f64()[0] - 0.5 / 1024.0).abs() < 1e-9);
+}
+
 #[test]
 fn clipping_and_accumulation() {
     let grad = Tensor::from_slice(&[2], &[3.0f32, 4.0]).unwrap();
