@@ -7,7 +7,7 @@ use clap::ValueEnum;
 use rand::{RngExt, SeedableRng};
 use serde::Serialize;
 
-use crate::exec::{Options, Program, Session, Usage};
+use crate::exec::{Precision, Program, Session, Usage};
 use crate::finetune::Config;
 use crate::graph::WeightId;
 use crate::kernels::peak;
@@ -29,9 +29,12 @@ pub struct Args {
     /// [default: one per core]
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
-    /// Only f32 so far
+    /// What is kept for the gradient is in f32, bf16 or f16
     #[arg(long, default_value = "f32")]
-    precision: String,
+    precision: Precision,
+    /// Keep the trained weights in that half precision too, without an f32 copy
+    #[arg(long)]
+    master_free: bool,
     /// Perturbation steps of the icp mode
     #[arg(long, default_value_t = 5)]
     icp_steps: usize,
@@ -61,7 +64,7 @@ struct Report {
     mode: ModeName,
     batch: usize,
     threads: usize,
-    precision: String,
+    precision: Precision,
     runs: usize,
     median_ms: f64,
     min_ms: f64,
@@ -102,11 +105,18 @@ struct KernelTime {
 }
 
 pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
-    anyhow::ensure!(args.precision == "f32", "--precision {}: only f32 is supported so far", args.precision);
     anyhow::ensure!(args.runs > 0 && args.batch > 0, "--runs and --batch must be at least 1");
     let model = super::data::load(&args.model, &args.fixed.set)?;
     let inputs = super::plan::input_shapes(&model, args.batch, &args.shape)?;
-    let mut session = Session::new(model.clone(), Options { threads: args.threads, ..Options::default() })?;
+    let config = Config {
+        threads: args.threads,
+        precision: args.precision,
+        master_free: args.master_free,
+        icp_steps: args.icp_steps,
+        ..Config::default()
+    };
+    config.check()?;
+    let mut session = Session::new(model.clone(), config.session())?;
     let loss = Loss::CrossEntropy { label_smoothing: 0.0 };
     let shapes = super::plan::with_target(&session, &inputs, &loss)?;
     let batch = synthetic(&shapes)?;
@@ -128,7 +138,6 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
                 .filter(|i| model.weights[*i].trainable && reached[*i])
                 .map(|i| WeightId(i as u32))
                 .collect();
-            let config = Config { icp_steps: args.icp_steps, ..Config::default() };
             let recipe = Recipe {
                 loss,
                 optimizer: config.optimizer(),
@@ -171,7 +180,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
         mode: args.mode,
         batch: args.batch,
         threads: session.threads(),
-        precision: args.precision.clone(),
+        precision: args.precision,
         runs: args.runs,
         median_ms: median,
         min_ms: ms(times[0]),

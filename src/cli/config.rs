@@ -96,9 +96,15 @@ pub struct Overrides {
     /// [default: one per core]
     #[arg(long)]
     threads: Option<usize>,
-    /// [default: f32]
+    /// What is kept for the gradient is in f32, bf16 or f16 [default: f32]
     #[arg(long)]
     precision: Option<String>,
+    /// Keep the trained weights in that half precision too, without an f32 copy; updates are rounded at random
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    master_free: Option<bool>,
+    /// What the optimizer's moments are kept in: f32, bf16 or 8bit [default: f32]
+    #[arg(long)]
+    optimizer_state: Option<String>,
     #[arg(long, value_name = "BYTES")]
     memory_budget: Option<String>,
     /// Folder to keep checkpoints in

@@ -5,11 +5,28 @@ use std::sync::Arc;
 
 use anyhow::Context;
 
-use crate::exec::{Options, Session};
+use crate::exec::{Options, Precision, Session};
 use crate::finetune::{check_target, input_specs, set_inputs};
 use crate::import::Model;
 use crate::train::data::{Dataset, ImageOptions, open};
 use crate::train::loss::Loss;
+
+/// Options of a computation.
+#[derive(clap::Args, Debug, Clone)]
+pub struct ComputeArgs {
+    /// Threads to compute with [default: one per core]
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+    /// What is kept for later is in f32, bf16 or f16
+    #[arg(long, default_value = "f32")]
+    precision: Precision,
+}
+
+impl ComputeArgs {
+    pub fn options(&self) -> Options {
+        Options { threads: self.threads, precision: self.precision, ..Options::default() }
+    }
+}
 
 /// Options of data that are images.
 #[derive(clap::Args, Debug, Clone, Default)]
@@ -66,9 +83,9 @@ pub fn with_target(
     model: &Arc<Model>,
     data: Dataset,
     loss: &Loss,
-    threads: usize,
+    options: Options,
 ) -> anyhow::Result<(Session, Dataset)> {
-    let session = Session::new(model.clone(), Options { threads, ..Options::default() })?;
+    let session = Session::new(model.clone(), options)?;
     let data = check_target(&session, loss, data)?;
     Ok((session, data))
 }

@@ -19,9 +19,8 @@ pub struct Args {
     loss: String,
     #[arg(long, default_value_t = EVAL_BATCH)]
     batch: usize,
-    /// Threads to compute with [default: one per core]
-    #[arg(long, default_value_t = 0, hide_default_value = true)]
-    threads: usize,
+    #[command(flatten)]
+    compute: super::data::ComputeArgs,
     #[command(flatten)]
     images: super::data::ImageArgs,
     #[arg(long)]
@@ -35,7 +34,7 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
         eprintln!("note: {note}");
     }
     let loss = parse_loss(&args.loss, 0.0)?;
-    let (mut session, data) = super::data::with_target(&model, data, &loss, args.threads)?;
+    let (mut session, data) = super::data::with_target(&model, data, &loss, args.compute.options())?;
     let all: Vec<usize> = (0..data.len()).collect();
     let result = evaluate(&mut session, &loss, &data, &all, args.batch)?;
     if let Some(left_out) = &result.left_out {

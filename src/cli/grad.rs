@@ -27,9 +27,8 @@ pub struct Args {
     /// .npz to write: `loss`, `output.<name>`, `grad.<name>`
     #[arg(long, value_name = "OUT.npz")]
     output: PathBuf,
-    /// Threads to compute with [default: one per core]
-    #[arg(long, default_value_t = 0, hide_default_value = true)]
-    threads: usize,
+    #[command(flatten)]
+    compute: super::data::ComputeArgs,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -50,7 +49,7 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
     let loss = parse_loss(&args.loss, 0.0)?;
     let specs = input_specs(&model);
     let data = Dataset::for_inputs(arrays, Some(target), &specs)?.bind(&specs)?;
-    let (mut session, data) = super::data::with_target(&model, data, &loss, args.threads)?;
+    let (mut session, data) = super::data::with_target(&model, data, &loss, args.compute.options())?;
     let mut batch = data.new_batch(data.len());
     data.batch(&(0..data.len()).collect::<Vec<_>>(), None, &mut batch)?;
     let params: Vec<WeightId> =

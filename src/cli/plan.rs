@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::exec::{Options, Session, Usage};
-use crate::finetune::{MethodName, input_specs};
+use crate::exec::{Options, Precision, Session, Usage};
+use crate::finetune::{Config, MethodName, input_specs};
 use crate::graph::WeightId;
 use crate::icp::NO_FLOATS;
 use crate::import::Model;
@@ -55,6 +55,7 @@ struct ModeReport {
 struct Report {
     batch: usize,
     optimizer: String,
+    precision: Precision,
     modes: Vec<ModeReport>,
     /// Of what the model cannot be used for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -67,15 +68,20 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
     let inputs = input_shapes(&model, config.batch, &args.shape)?;
     let mut modes = vec![forward(&model, &inputs, &config.loss()?)?];
     let mut notes = Vec::new();
+    let single = Config { precision: Precision::F32, master_free: false, ..config.clone() };
     for (name, method) in [("supervised", MethodName::Supervised), ("icp", MethodName::Icp)] {
         if method == MethodName::Icp && !inputs.iter().any(|(_, meta)| meta.dtype.is_float()) {
             notes.push(format!("icp: {NO_FLOATS}"));
             continue;
         }
-        modes.push(training(&model, &inputs, name, &crate::finetune::Config { method, ..config.clone() })?);
+        modes.push(training(&model, &inputs, name, &Config { method, ..config.clone() })?);
+        if config.precision != Precision::F32 {
+            let whole = training(&model, &inputs, name, &Config { method, ..single.clone() })?;
+            notes.extend(modes.last().map(|half| saved(half, &whole)));
+        }
     }
     let optimizer = format!("{:?}", config.optimizer).to_lowercase();
-    let report = Report { batch: config.batch, optimizer, modes, notes };
+    let report = Report { batch: config.batch, optimizer, precision: config.precision, modes, notes };
     match args.json {
         true => super::print_json(&report)?,
         false => print(&report),
@@ -83,13 +89,26 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
     Ok(0)
 }
 
+/// What half precision takes of what f32 would.
+fn saved(half: &ModeReport, single: &ModeReport) -> String {
+    let activations = |m: &ModeReport| m.programs.iter().map(|p| p.peak.activations).max().unwrap_or(0);
+    let share = |a: usize, b: usize| 100.0 * a as f64 / b.max(1) as f64;
+    format!(
+        "{}: in f32 {} at the peak, of which this is {:.0}%; of the activations {:.0}%",
+        half.mode,
+        human_bytes(single.peak_bytes),
+        share(half.peak_bytes, single.peak_bytes),
+        share(activations(half), activations(single)),
+    )
+}
+
 fn training(
     model: &Arc<Model>,
     inputs: &[(String, Meta)],
     name: &str,
-    config: &crate::finetune::Config,
+    config: &Config,
 ) -> anyhow::Result<ModeReport> {
-    let mut session = Session::new(model.clone(), Options { threads: 1, ..Options::default() })?;
+    let mut session = Session::new(model.clone(), Options { threads: 1, ..config.session() })?;
     let loss = config.loss()?;
     let shapes = with_target(&session, inputs, &loss)?;
     let select: Select = config.train.parse().map_err(|e| anyhow::anyhow!("--train {e}"))?;
@@ -183,7 +202,7 @@ pub fn with_target(
 }
 
 fn print(r: &Report) {
-    outln!("batch {}, {}", r.batch, r.optimizer);
+    outln!("batch {}, {}, {}", r.batch, r.optimizer, r.precision);
     outln!(
         "{:12} {:>10} {:>10} {:>10} {:>10} {:>12} {:>10} {:>10}",
         "",

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::ValueEnum;
 
-use crate::exec::{Options, Session};
+use crate::exec::Session;
 use crate::tensor::Tensor;
 use crate::train::data::{read_npz, write_npz};
 
@@ -22,9 +22,8 @@ pub struct Args {
     output: PathBuf,
     #[arg(long, value_enum, default_value = "native")]
     engine: Engine,
-    /// Threads to compute with [default: one per core]
-    #[arg(long, default_value_t = 0, hide_default_value = true)]
-    threads: usize,
+    #[command(flatten)]
+    compute: super::data::ComputeArgs,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -40,7 +39,7 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
     let outputs = match args.engine {
         Engine::Native => {
             let model = super::data::load(&args.model, &args.fixed.set)?;
-            let mut session = Session::new(model, Options { threads: args.threads, ..Options::default() })?;
+            let mut session = Session::new(model, args.compute.options())?;
             session.forward(&feeds).with_context(|| args.model.display().to_string())?
         }
         Engine::Tract if args.fixed.set.is_empty() => crate::export::verify::run(&args.model, &feeds)?,

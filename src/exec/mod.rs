@@ -2,11 +2,13 @@
 
 mod awake;
 mod carve;
+mod precision;
 pub mod reference;
 mod run;
 mod session;
 mod store;
 
+pub use precision::{OptimizerState, Precision};
 pub use run::Profile;
-pub use session::{Options, Program, Session, Usage, bind, infer};
+pub use session::{Options, Program, SMALL_PARAMETER, Session, Usage, bind, infer};
 pub use store::{Purpose, Store};

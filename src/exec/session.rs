@@ -7,6 +7,7 @@ use bytes::Bytes;
 
 use crate::error::{Error, Result};
 use crate::exec::awake::awake;
+use crate::exec::precision::{OptimizerState, Precision};
 use crate::exec::reference::interpret;
 use crate::exec::run::{self, Memory, Profile};
 use crate::exec::store::{Purpose, Store};
@@ -35,7 +36,17 @@ pub struct Options {
     /// Every tensor in ONNX's own order (for tests; results differ by rounding). The environment variable
     /// `RETUNE_LAYOUT=first` asks for the same.
     pub channels_first: bool,
+    /// What is kept of a forward pass for its gradient; frozen weights of the file that are of that type are read as
+    /// they are.
+    pub precision: Precision,
+    /// Parameters are kept in the half type that `precision` is, without a copy in `f32`, but for those of fewer than
+    /// [`SMALL_PARAMETER`] elements.
+    pub master_free: bool,
+    pub optimizer_state: OptimizerState,
 }
+
+/// Elements from which a parameter may be kept in half precision.
+pub const SMALL_PARAMETER: usize = 1024;
 
 /// The bytes of a constant operand.
 #[derive(Debug, Clone)]
@@ -104,6 +115,8 @@ pub struct Session {
     pinned: PinnedLayouts,
     arena: Buffer,
     programs: usize,
+    /// What the next programs keep of a forward pass is in `f32`, whatever the session's precision.
+    exact: bool,
     profile: bool,
     profiles: HashMap<usize, Profile>,
 }
@@ -131,6 +144,7 @@ impl Session {
             pinned: PinnedLayouts::new(),
             arena: Buffer::default(),
             programs: 0,
+            exact: false,
             profile: false,
             profiles: HashMap::new(),
         })
@@ -157,6 +171,20 @@ impl Session {
         &mut self.store
     }
 
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// Whether programs compiled from now on compute as the exported file does, in `f32` throughout.
+    pub fn set_exact(&mut self, exact: bool) {
+        self.exact = exact;
+    }
+
+    /// What programs compiled now keep of a forward pass.
+    pub fn precision(&self) -> Precision {
+        if self.exact { Precision::F32 } else { self.options.precision }
+    }
+
     /// Makes a weight a state, initialised from the file, so that updates can change it.
     pub fn make_mutable(&mut self, id: WeightId) -> Result<StateId> {
         if let Some(s) = self.states[id.index()] {
@@ -167,6 +195,11 @@ impl Session {
         let purpose = match weight.role {
             Role::RunningMean | Role::RunningVar => Purpose::Statistic,
             _ => Purpose::Parameter,
+        };
+        let large = purpose == Purpose::Parameter && t.dtype() == DType::F32 && t.len() >= SMALL_PARAMETER;
+        let t = match self.options.precision.half() {
+            Some(half) if large && self.options.master_free => t.cast(half),
+            _ => t,
         };
         let s = self.store.add(weight.name.clone(), t.meta(), purpose);
         self.store.set(s, t.bytes());
@@ -182,7 +215,7 @@ impl Session {
     /// The present value of a weight.
     pub fn weight(&self, id: WeightId) -> Result<Tensor> {
         match self.states[id.index()] {
-            Some(s) => Ok(self.store.tensor(s)),
+            Some(s) => Ok(self.wide(s)),
             None => self.model.load_weight(id),
         }
     }
@@ -190,7 +223,26 @@ impl Session {
     /// The weights that can change and their present values.
     pub fn changes(&self) -> Vec<(WeightId, Tensor)> {
         let ids = (0..self.states.len() as u32).map(WeightId);
-        ids.filter_map(|w| self.states[w.index()].map(|s| (w, self.store.tensor(s)))).collect()
+        ids.filter_map(|w| self.states[w.index()].map(|s| (w, self.wide(s)))).collect()
+    }
+
+    /// A state's content in the type that it is computed in.
+    fn wide(&self, s: StateId) -> Tensor {
+        let t = self.store.tensor(s);
+        t.cast(t.dtype().working())
+    }
+
+    /// The type in which a state, or a weight that is read as the file has it, is kept.
+    fn stored(&self, source: &Source) -> Option<DType> {
+        match source {
+            Source::State(s) => Some(self.store.meta(*s).dtype),
+            Source::Weight(w) => {
+                let weight = self.model.weight(*w);
+                let half = self.options.precision.half().filter(|half| *half == weight.dtype)?;
+                weight.view_stored(&self.model.files).map(|_| half)
+            }
+            _ => None,
+        }
     }
 
     /// The model's graph, with weights bound to their states (or frozen).
@@ -225,12 +277,20 @@ impl Session {
             graph::layout(&mut graph, &mut request, &mut self.pinned)?;
         }
         graph::join_normalisations(&mut graph, &request);
+        let half = graph::halve(&mut graph, &request, self.precision().half(), &|s| self.stored(s))?;
         // On the session's threads: scratch memory depends on their number.
         let plan = self.pool.install(|| plan::plan(&graph, &request))?;
         let mut constants = Vec::with_capacity(plan.constants.len());
         for c in &plan.constants {
             constants.push(match c {
                 Constant::Tensor(t) => Frozen::Owned(t.clone()),
+                Constant::Weight(w) if half.contains(w) => {
+                    let weight = self.model.weight(*w);
+                    let view = weight.view_stored(&self.model.files).ok_or_else(|| {
+                        Error::value(&weight.name, "cannot be read where it lies in the file")
+                    })?;
+                    Frozen::Mapped(self.model.files[weight.location.file].bytes.slice_ref(view.bytes))
+                }
                 Constant::Weight(w) => self.frozen(*w)?,
             });
         }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::exec::{OptimizerState, Options, Precision};
 use crate::icp::{Alpha, Icp, Settings, Taps, Weights};
 use crate::train::data::ImageOptions;
 use crate::train::loss::Loss;
@@ -163,7 +164,9 @@ pub struct Config {
     pub seed: u64,
     /// 0: one per core.
     pub threads: usize,
-    pub precision: String,
+    pub precision: Precision,
+    pub master_free: bool,
+    pub optimizer_state: OptimizerState,
     pub memory_budget: Option<String>,
     pub checkpoint: Option<PathBuf>,
     pub checkpoint_every: usize,
@@ -218,7 +221,9 @@ impl Default for Config {
             shuffle: true,
             seed: 0,
             threads: 0,
-            precision: "f32".into(),
+            precision: Precision::F32,
+            master_free: false,
+            optimizer_state: OptimizerState::F32,
             memory_budget: None,
             checkpoint: None,
             checkpoint_every: 20,
@@ -276,8 +281,10 @@ impl Config {
         if self.at.is_some() && self.head.is_none() {
             return config("--at needs --head N");
         }
-        if self.precision != "f32" {
-            return config(format!("--precision {}: only f32 is supported so far", self.precision));
+        if self.master_free && self.precision == Precision::F32 {
+            return config(
+                "--master-free needs --precision bf16 or f16: it keeps no f32 copy of the weights",
+            );
         }
         if self.memory_budget.is_some() {
             return config("--memory-budget is not supported yet; `retune plan` shows what a run takes");
@@ -371,6 +378,18 @@ impl Config {
         }))
     }
 
+    /// How a session of this run computes.
+    pub fn session(&self) -> Options {
+        Options {
+            threads: self.threads,
+            seed: self.seed,
+            precision: self.precision,
+            master_free: self.master_free,
+            optimizer_state: self.optimizer_state,
+            ..Options::default()
+        }
+    }
+
     /// The loss; an ONNX graph is loaded.
     pub fn loss(&self) -> Result<Loss> {
         parse_loss(&self.loss, self.label_smoothing)
@@ -408,6 +427,7 @@ mod tests {
         assert_eq!(HeadSize::Word("+5".into()).parse().unwrap(), (5, true));
         assert!(bad(|c| c.at = Some("x".into())).contains("--head"));
         assert!(bad(|c| c.nesterov = true).contains("--momentum"));
+        assert!(bad(|c| c.master_free = true).contains("--precision"));
         Config::default().check().unwrap();
     }
 

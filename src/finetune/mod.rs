@@ -13,7 +13,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::exec::{Options, Session, Usage};
+use crate::exec::{Session, Usage};
 use crate::export::{self, Verification};
 use crate::graph::{Dim, WeightId};
 use crate::import::{Model, NewHead, replace_head};
@@ -210,7 +210,7 @@ pub fn finetune(
     let requirement = config.require.as_deref().map(Require::parse).transpose()?;
     let original = model;
     let (model, headed) = with_head(&original, &data, config)?;
-    let options = Options { threads: config.threads, seed: config.seed, ..Options::default() };
+    let options = config.session();
     let session_options = options.clone();
     let mut session = Session::new(model, options)?;
     let data = check_target(&session, &loss, data)?;
@@ -228,7 +228,10 @@ pub fn finetune(
         (None, None) => return Err(Error::Config("held-out data were named and not opened".into())),
     };
     let reinserted = match config.reinsert_norms {
-        true => Some(norms::reinsert(&mut session, &data, &train)?),
+        true => {
+            session.set_exact(true);
+            Some(norms::reinsert(&mut session, &data, &train)?)
+        }
         false => None,
     };
     if let Some(r) = &reinserted {
@@ -265,10 +268,14 @@ pub fn finetune(
         accumulate: config.accumulate,
     };
     let measure = |session: &mut Session| -> Result<Option<Evaluated>> {
-        match held_indices.is_empty() {
-            true => Ok(None),
-            false => evaluate(session, &plain, held_data, &held_indices, EVAL_BATCH).map(Some),
+        if held_indices.is_empty() {
+            return Ok(None);
         }
+        // As the file computes elsewhere, whatever the training's precision.
+        session.set_exact(true);
+        let measured = evaluate(session, &plain, held_data, &held_indices, EVAL_BATCH);
+        session.set_exact(false);
+        measured.map(Some)
     };
     let before = measure(&mut session)?;
     recipe.prepare(&mut session)?;
@@ -411,6 +418,7 @@ fn write(
     let n = verified_batch(&model, data.len());
     let mut batch = data.new_batch(n);
     data.batch(&(0..n).collect::<Vec<_>>(), None, &mut batch)?;
+    session.set_exact(true);
     let expected = session.forward(&batch.inputs)?;
     let feeds = model.with_fixed(&batch.inputs)?;
     let verification = match draws(&model) {

@@ -10,6 +10,7 @@ mod infer;
 mod layout;
 mod lower;
 mod passes;
+mod precision;
 
 use std::fmt;
 use std::sync::Arc;
@@ -26,6 +27,7 @@ pub use infer::{Bindings, Inferred};
 pub use layout::{PinnedLayouts, layout};
 pub use lower::{Lowering, eval_lowered, infer_lowered};
 pub use passes::{inline, logits, set_mode};
+pub use precision::halve;
 
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident) => {

@@ -16,6 +16,7 @@ use crate::ops::{Mode, Op};
 use crate::plan::Request;
 use crate::tensor::{Meta, Tensor};
 use crate::train::data::Batch;
+use crate::train::loss_scale;
 use crate::train::method::{At, Learned, Method, Programs};
 use crate::train::optimizer::{Optimizer, Step};
 use crate::train::step::{
@@ -221,7 +222,10 @@ impl Icp {
             .filter(|(_, (name, _))| states.contains_key(name))
             .map(|(v, _)| *v)
             .collect();
-        let grads = graph::grad(&mut net.graph, attached.loss, &perturbed)?;
+        let scaled = loss_scale::scaled(session, &mut net.graph, attached.loss)?;
+        let grads = graph::grad(&mut net.graph, scaled, &perturbed)?;
+        let taken: Vec<ValueId> = perturbed.iter().filter_map(|v| grads.get(v).copied()).collect();
+        let scale = loss_scale::undone(session, &mut net.graph, attached.loss, &taken)?;
         let hyper = hyper_state(session, HYPER);
         let hyper = net.graph.add_state(HYPER, hyper, crate::train::optimizer::hyper_meta());
         let (mut effects, mut moments) = (Vec::new(), Vec::new());
@@ -232,7 +236,7 @@ impl Icp {
             let meta = net.graph.meta(*v)?.clone();
             let full = format!("icp.x.{name}.{}", batch_of(shapes));
             let own = self.settings.perturber.states_for(session.store_mut(), &full, &meta, Purpose::Step);
-            let step = Step { hyper, scale: None };
+            let step = Step { hyper, scale };
             effects.push(at_icp(self.settings.perturber.emit(&mut net.graph, *v, *g, step, &own))?);
             moments.extend(own);
         }

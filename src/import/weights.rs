@@ -308,9 +308,14 @@ impl Weight {
 
     /// The values where they lie, when they are contiguous, aligned and in their working type.
     pub fn view<'a>(&'a self, files: &'a [SourceFile]) -> Option<View<'a>> {
+        self.view_stored(files).filter(|view| view.dtype == self.working())
+    }
+
+    /// The values where they lie, in the type that they are stored in, when they are contiguous and aligned.
+    pub fn view_stored<'a>(&'a self, files: &'a [SourceFile]) -> Option<View<'a>> {
         match self.stored(files).ok()? {
             Cow::Borrowed(bytes)
-                if self.dtype == self.working()
+                if self.quantised.is_none()
                     && (bytes.as_ptr() as usize).is_multiple_of(self.dtype.size()) =>
             {
                 Some(View { dtype: self.dtype, dims: &self.dims, bytes })

@@ -4,6 +4,7 @@ pub mod attention;
 pub mod conv;
 pub mod elementwise;
 pub mod gemm;
+pub mod half;
 pub mod index;
 pub mod integer;
 pub mod isa;

@@ -1,40 +1,115 @@
 //! Sweeps over a parameter, its gradient and its optimizer state.
 
+mod map;
+
+use crate::kernels::half::Half;
 use crate::kernels::isa::vectorize;
 use crate::kernels::par::{GRAIN, reduce};
 use crate::tensor::Float;
 
+pub use map::{BLOCK, Map, packed};
+
 /// Elements that are updated together.
-const RUN: usize = 256;
+const RUN: usize = BLOCK;
+
+/// A parameter, or a tensor of optimizer state, as it is stored.
+pub enum Cells<'a, T> {
+    Wide(&'a mut [T]),
+    /// In half precision, rounded at random by numbers that follow from the seed.
+    Half(Half, &'a mut [u16], u64),
+    /// In blocks of eight-bit codes.
+    Codes(&'static Map, &'a mut [u8]),
+}
+
+impl<'a, T: Float> From<&'a mut [T]> for Cells<'a, T> {
+    fn from(all: &'a mut [T]) -> Self {
+        Cells::Wide(all)
+    }
+}
+
+impl<'a, T: Float> Cells<'a, T> {
+    /// The first `at` elements, whole blocks, and the rest.
+    fn split_at(self, at: usize) -> (Self, Self) {
+        match self {
+            Cells::Wide(all) => {
+                let (a, b) = all.split_at_mut(at);
+                (Cells::Wide(a), Cells::Wide(b))
+            }
+            Cells::Half(half, all, seed) => {
+                let (a, b) = all.split_at_mut(at);
+                (Cells::Half(half, a, seed), Cells::Half(half, b, seed))
+            }
+            Cells::Codes(map, all) => {
+                let (a, b) = all.split_at_mut(map::offset(at));
+                (Cells::Codes(map, a), Cells::Codes(map, b))
+            }
+        }
+    }
+
+    /// Elements from `start` on.
+    #[inline(always)]
+    fn load(&self, start: usize, out: &mut [T]) {
+        let n = out.len();
+        if let Cells::Wide(all) = self {
+            return out.copy_from_slice(&all[start..start + n]);
+        }
+        let mut wide = [0.0f32; RUN];
+        match self {
+            Cells::Wide(_) => {}
+            Cells::Half(half, all, _) => half.widen(&all[start..start + n], &mut wide[..n]),
+            Cells::Codes(map, all) => map.decode(&all[map::offset(start)..][..packed(n)], &mut wide[..n]),
+        }
+        out.iter_mut().zip(&wide).for_each(|(o, w)| *o = T::of(f64::from(*w)));
+    }
+
+    /// Puts elements from `start` on, the first of which is number `nth` of the whole tensor.
+    #[inline(always)]
+    fn store(&mut self, start: usize, nth: usize, x: &[T]) {
+        let n = x.len();
+        if let Cells::Wide(all) = self {
+            return all[start..start + n].copy_from_slice(x);
+        }
+        let mut wide = [0.0f32; RUN];
+        wide.iter_mut().zip(x).for_each(|(w, x)| *w = x.to64() as f32);
+        match self {
+            Cells::Wide(_) => {}
+            Cells::Half(half, all, seed) => {
+                half.round_at_random(&wide[..n], &mut all[start..start + n], *seed, nth);
+            }
+            Cells::Codes(map, all) => map.encode(&wide[..n], &mut all[map::offset(start)..][..packed(n)]),
+        }
+    }
+}
 
 /// `(param, states) = f(param, states, grad)`, element by element, in fixed pieces. Where gradients and states are all
 /// zero, as in the rows of an embedding that were never used, nothing is written if `f` would not change it.
-pub fn sweep<T: Float, const N: usize>(
-    param: &mut [T],
-    states: [&mut [T]; N],
+pub fn sweep<'a, T: Float, const N: usize>(
+    param: impl Into<Cells<'a, T>>,
+    states: [Cells<'a, T>; N],
     grad: &[T],
     f: &(impl Fn(T, [T; N], T) -> (T, [T; N]) + Sync),
 ) {
     let zeros = [T::zero(); N];
     let rests = f(T::one(), zeros, T::zero()) == (T::one(), zeros);
-    part(param, states, grad, rests, f);
+    part(param.into(), states, grad, 0, rests, f);
 }
 
-/// A part of [`sweep`]; `rests`: does `f` leave a parameter as it is where the gradient and the states are zero?
+/// A part of [`sweep`], from element `nth` of the tensor on; `rests`: does `f` leave a parameter as it is where the
+/// gradient and the states are zero?
 fn part<T: Float, const N: usize>(
-    param: &mut [T],
-    states: [&mut [T]; N],
+    mut param: Cells<T>,
+    states: [Cells<T>; N],
     grad: &[T],
+    nth: usize,
     rests: bool,
     f: &(impl Fn(T, [T; N], T) -> (T, [T; N]) + Sync),
 ) {
-    let len = param.len();
+    let len = grad.len();
     if len <= GRAIN {
         vectorize(
             #[inline(always)]
             || {
-                let mut states = states.map(|s| &mut s[..len]);
-                let grad = &grad[..len];
+                let mut states = states;
                 // Through buffers of one fixed length, which cannot overlap: only so is the loop vectorised.
                 let [mut p, mut g] = [[T::zero(); RUN]; 2];
                 let mut s = [[T::zero(); RUN]; N];
@@ -43,13 +118,13 @@ fn part<T: Float, const N: usize>(
                     g[..n].copy_from_slice(&grad[start..start + n]);
                     let mut zero = rests && is_zero(&g[..n]);
                     for (s, state) in s.iter_mut().zip(&states) {
-                        s[..n].copy_from_slice(&state[start..start + n]);
+                        state.load(start, &mut s[..n]);
                         zero = zero && is_zero(&s[..n]);
                     }
                     if zero {
                         continue;
                     }
-                    p[..n].copy_from_slice(&param[start..start + n]);
+                    param.load(start, &mut p[..n]);
                     for i in 0..RUN {
                         let (next, state) = f(p[i], std::array::from_fn(|k| s[k][i]), g[i]);
                         p[i] = next;
@@ -57,9 +132,9 @@ fn part<T: Float, const N: usize>(
                             s[k][i] = state[k];
                         }
                     }
-                    param[start..start + n].copy_from_slice(&p[..n]);
+                    param.store(start, nth + start, &p[..n]);
                     for (s, state) in s.iter().zip(&mut states) {
-                        state[start..start + n].copy_from_slice(&s[..n]);
+                        state.store(start, nth + start, &s[..n]);
                     }
                 }
             },
@@ -67,17 +142,20 @@ fn part<T: Float, const N: usize>(
         return;
     }
     let mid = (len / 2).next_multiple_of(GRAIN);
-    let (param, param_right) = param.split_at_mut(mid);
+    let (param, param_right) = param.split_at(mid);
     let (grad, grad_right) = grad.split_at(mid);
-    let mut right: [&mut [T]; N] = std::array::from_fn(|_| &mut [][..]);
+    let mut right: [Cells<T>; N] = std::array::from_fn(|_| Cells::Wide(&mut [][..]));
     let mut k = 0;
     let left = states.map(|s| {
-        let (a, b) = s.split_at_mut(mid);
+        let (a, b) = s.split_at(mid);
         right[k] = b;
         k += 1;
         a
     });
-    rayon::join(|| part(param, left, grad, rests, f), || part(param_right, right, grad_right, rests, f));
+    rayon::join(
+        || part(param, left, grad, nth, rests, f),
+        || part(param_right, right, grad_right, nth + mid, rests, f),
+    );
 }
 
 #[inline(always)]
@@ -132,7 +210,7 @@ mod tests {
             let mut velocity: Vec<f32> = (0..n).map(|i| sparse(i, 0)).collect();
             let grad: Vec<f32> = (0..n).map(|i| sparse(i, 1)).collect();
             let expected: Vec<_> = (0..n).map(|i| f(param[i], [velocity[i]], grad[i])).collect();
-            sweep(&mut param, [&mut velocity], &grad, &f);
+            sweep(&mut param[..], [Cells::Wide(&mut velocity)], &grad, &f);
             for (i, (p, [v])) in expected.into_iter().enumerate() {
                 assert_eq!((param[i], velocity[i]), (p, v), "element {i}");
             }

@@ -36,6 +36,7 @@ pub mod fill;
 pub mod fold;
 mod foreign;
 pub mod gather;
+pub mod half;
 pub mod join;
 pub mod known;
 pub mod layout;

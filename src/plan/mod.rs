@@ -16,6 +16,7 @@ use crate::ops::Op;
 use crate::tensor::{ALIGN, DType, Dims, Meta};
 
 pub use arena::{Block, assign};
+pub(crate) use order::order;
 pub use report::{Kind, Peak};
 
 /// What a plan must compute.

@@ -10,6 +10,7 @@ use crate::plan::Request;
 use crate::tensor::Tensor;
 use crate::train::data::Batch;
 use crate::train::loss::Loss;
+use crate::train::loss_scale;
 use crate::train::step::{Network, Shapes, feeds, param_values};
 
 /// Loss, outputs and gradients of one batch, by ONNX tensor name.
@@ -44,7 +45,8 @@ pub fn gradients(
             wrt.push(*v);
         }
     }
-    let grads = graph::grad(&mut net.graph, attached.loss, &wrt)?;
+    let scaled = loss_scale::scaled(session, &mut net.graph, attached.loss)?;
+    let grads = graph::grad(&mut net.graph, scaled, &wrt)?;
     let named: Vec<ValueId> = net.graph.outputs.iter().copied().filter(|v| *v != attached.loss).collect();
     let mut outputs = vec![attached.loss];
     outputs.extend(&named);
@@ -57,7 +59,7 @@ pub fn gradients(
     let mut gradients = Vec::new();
     for v in wrt {
         let g = match grads.get(&v) {
-            Some(g) => read(*g)?,
+            Some(g) => unscaled(read(*g)?, loss_scale::present(session)),
             None => {
                 let meta = program.graph.meta(v)?;
                 Tensor::zeros(meta.dtype, &meta.dims)
@@ -67,4 +69,15 @@ pub fn gradients(
     }
     let outputs = named.iter().map(|v| Ok((name(*v), read(*v)?))).collect::<Result<_>>()?;
     Ok(Gradients { loss: read(attached.loss)?, outputs, gradients, left_out: attached.left_out })
+}
+
+/// A gradient without the scale of its loss, a power of two.
+fn unscaled(g: Tensor, scale: Option<f64>) -> Tensor {
+    match scale {
+        None => g,
+        Some(scale) => {
+            let values: Vec<f64> = g.to_f64().iter().map(|x| x / scale).collect();
+            Tensor::from_slice(g.dims(), &values).map_or(g.clone(), |t| t.cast(g.dtype()))
+        }
+    }
 }

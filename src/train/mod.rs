@@ -6,6 +6,7 @@ pub mod fit;
 pub mod gradients;
 pub mod guard;
 pub mod loss;
+pub mod loss_scale;
 pub mod method;
 pub mod metrics;
 pub mod optimizer;

@@ -12,6 +12,7 @@ use crate::tensor::{Meta, Tensor, View};
 use crate::train::data::Batch;
 pub use crate::train::loss::Attached;
 use crate::train::loss::Loss;
+use crate::train::loss_scale;
 use crate::train::method::{At, Learned};
 use crate::train::optimizer::{Optimizer, Step, hyper_meta};
 
@@ -187,7 +188,8 @@ pub fn param_values(session: &Session, params: &[WeightId]) -> Vec<ValueId> {
 /// [`apply`] will read).
 pub fn update(session: &mut Session, graph: &mut Graph, recipe: &Recipe, loss: ValueId) -> Result<Updates> {
     let params = param_values(session, &recipe.params);
-    let grads = graph::grad(graph, loss, &params)?;
+    let scaled = loss_scale::scaled(session, graph, loss)?;
+    let grads = graph::grad(graph, scaled, &params)?;
     let missing: Vec<&str> =
         params.iter().filter(|v| !grads.contains_key(v)).map(|v| graph.value(*v).name.as_str()).collect();
     if !missing.is_empty() {
@@ -220,16 +222,21 @@ fn emit_updates(
     for (_, g) in grads {
         sum = Some(emit(graph, "norm", SumSquares, &[Some(*g), sum], 1)?[0]);
     }
-    let clip = emit(graph, "norm", ClipScale { max_norm: recipe.clip }, &[Some(loss), sum], 2)?;
+    let mut inputs = vec![Some(loss), sum];
+    inputs.extend(loss_scale::of(session, graph).map(Some));
+    let clip = emit(graph, "norm", ClipScale { max_norm: recipe.clip }, &inputs, 2)?;
     (updates.scale, updates.norm) = (Some(clip[0]), Some(clip[1]));
     let hyper = hyper_state(session, HYPER);
     let step = Step { hyper: graph.add_state(HYPER, hyper, hyper_meta()), scale: updates.scale };
     for (param, g) in grads {
         let name = graph.value(*param).name.clone();
         let meta = graph.meta(*param)?.clone();
-        let states = recipe.optimizer.states_for(session.store_mut(), &name, &meta, Purpose::Optimizer);
-        updates.effects.push(at_loss(recipe.optimizer.emit(graph, *param, *g, step, &states))?);
+        let (kept, seed) = (session.options().optimizer_state, session.options().seed);
+        let (optimizer, store) = (&recipe.optimizer, session.store_mut());
+        let states = optimizer.states_as(store, &name, &meta, Purpose::Optimizer, kept);
+        updates.effects.push(at_loss(optimizer.emit_as(graph, *param, *g, step, &states, kept, seed))?);
     }
+    updates.effects.extend(loss_scale::next(session, graph, clip[0])?);
     Ok(())
 }
 

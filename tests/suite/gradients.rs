@@ -132,7 +132,7 @@ fn optimizers_move_as_pytorchs() {
         let (op, states): (Box<dyn Op>, usize) = match kind.as_str() {
             "sgd" => {
                 let momentum = one("momentum");
-                let op = Sgd { momentum, nesterov: one("nesterov") != 0.0, weight_decay };
+                let op = Sgd { momentum, nesterov: one("nesterov") != 0.0, weight_decay, salt: 0 };
                 (Box::new(op), usize::from(momentum != 0.0))
             }
             "adam" | "adamw" => {
@@ -144,6 +144,7 @@ fn optimizers_move_as_pytorchs() {
                     weight_decay,
                     decoupled: kind == "adamw",
                     amsgrad,
+                    salt: 0,
                 };
                 (Box::new(op), if amsgrad { 3 } else { 2 })
             }
@@ -155,6 +156,7 @@ fn optimizers_move_as_pytorchs() {
                     alpha: one("alpha"),
                     eps: one("eps"),
                     weight_decay,
+                    salt: 0,
                 };
                 (Box::new(op), 3)
             }

@@ -73,12 +73,17 @@ fn gradients_do_not_depend_on_the_layout() {
 
 /// A training step of every parameter on `x` images, and its session.
 pub fn step(model: &Path, x: &[usize], threads: usize) -> (Session, Supervised) {
+    step_by(model, x, Optimizer::sgd(), Options { threads, ..Options::default() })
+}
+
+/// The same by another optimizer, in a session of its own.
+pub fn step_by(model: &Path, x: &[usize], optimizer: Optimizer, options: Options) -> (Session, Supervised) {
     let model = Arc::new(retune::import::load(model).unwrap());
-    let mut session = Session::new(model.clone(), Options { threads, ..Options::default() }).unwrap();
+    let mut session = Session::new(model.clone(), options).unwrap();
     let params = (0..model.weights.len() as u32).map(WeightId).filter(|w| model.weight(*w).trainable);
     let recipe = Recipe {
         loss: Loss::CrossEntropy { label_smoothing: 0.0 },
-        optimizer: Optimizer::sgd(),
+        optimizer,
         clip: None,
         params: params.collect(),
         norm: Norm::Batch,

@@ -30,6 +30,19 @@ fn files() -> (std::path::PathBuf, std::path::PathBuf) {
 
 #[test]
 fn one_two_and_four_threads_give_the_same_bytes() {
+    same_on_any_threads(&[]);
+}
+
+/// Rounded at random, which must not depend on who does it either.
+const NARROW: &[&str] = &["--precision", "bf16", "--master-free", "--optimizer-state", "8bit", "--clip", "0"];
+
+#[test]
+fn half_precision_gives_the_same_bytes_on_any_threads() {
+    same_on_any_threads(NARROW);
+    same_on_any_threads(&["--precision", "f16", "--optimizer-state", "bf16"]);
+}
+
+fn same_on_any_threads(more: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
     let (model, data) = files();
     let mut before: Option<Vec<u8>> = None;
@@ -37,6 +50,7 @@ fn one_two_and_four_threads_give_the_same_bytes() {
         let output = dir.path().join(format!("{threads}.onnx"));
         let mut a = args(&model, &data, &output);
         a.extend(["--threads", threads]);
+        a.extend(more);
         run(&a, 0);
         let bytes = std::fs::read(&output).unwrap();
         assert!(bytes != std::fs::read(&model).unwrap());
@@ -49,16 +63,26 @@ fn one_two_and_four_threads_give_the_same_bytes() {
 
 #[test]
 fn killed_and_resumed_runs_give_the_same_bytes() {
+    same_when_resumed(&[]);
+}
+
+#[test]
+fn half_precision_gives_the_same_bytes_when_resumed() {
+    same_when_resumed(NARROW);
+}
+
+fn same_when_resumed(more: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
     let (model, data) = files();
     let whole = dir.path().join("whole.onnx");
     let start = Instant::now();
-    run(&args(&model, &data, &whole), 0);
+    run(&[&args(&model, &data, &whole)[..], more].concat(), 0);
     let seconds = start.elapsed().as_secs_f64();
 
     let (output, folder) = (dir.path().join("resumed.onnx"), dir.path().join("checkpoints"));
     let mut a = args(&model, &data, &output);
     a.extend(["--checkpoint", text(&folder), "--checkpoint-every", "1", "--resume"]);
+    a.extend(more);
     let mut kills = 0;
     // Killed at several points of the run: start-up, first and later steps, the end.
     for part in [0.05, 0.35, 0.5, 0.6, 0.7] {

@@ -1,0 +1,296 @@
+//! What is stored in half precision: values that are read again long after they were made (what a gradient needs of
+//! the forward pass above all), and weights that lie in memory, or in the file, that way.
+//!
+//! It is the last pass before the plan. Kernels see `f32` before and after: a value is rounded once the kernels that
+//! follow it closely have read it, and widened again just before those that read it late. In between its half form
+//! alone is alive. Sums, statistics, losses and updates are thus computed in `f32` from `f32`.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use crate::error::{Error, Result};
+use crate::graph::{Graph, Node, NodeId, Source, ValueId, WeightId, op_type};
+use crate::kernels::half::Half;
+use crate::ops::Op;
+use crate::ops::half::{Narrow, Widen};
+use crate::ops::view::ReshapeTo;
+use crate::plan::{self, Kind, Request};
+use crate::tensor::{DType, Dims, Meta};
+
+/// Values of fewer bytes stay as they are.
+const SMALL: usize = 4096;
+/// A reader at most so many kernel calls after the one before reads what that one has read.
+const NEAR: usize = 6;
+/// Late readers at most so many calls apart share a widened copy.
+const TOGETHER: usize = 3;
+
+/// Stores in type `to` what is read late, and reads states and weights of the file that are kept in half precision:
+/// `stored` tells their type. Returns the weights that are read as the file has them.
+pub fn halve(
+    graph: &mut Graph,
+    request: &Request,
+    to: Option<DType>,
+    stored: &dyn Fn(&Source) -> Option<DType>,
+) -> Result<HashSet<WeightId>> {
+    let kept: Vec<(ValueId, DType)> = (0..graph.values.len() as u32)
+        .map(ValueId)
+        .filter_map(|v| {
+            let value = graph.value(v);
+            let wide = value.meta.as_ref().is_some_and(|m| m.dtype == DType::F32);
+            let dtype = stored(&value.source).filter(|d| wide && Half::of(*d).is_some())?;
+            Some((v, dtype))
+        })
+        .collect();
+    if to.is_none() && kept.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let mut pass = Pass::new(graph, request)?;
+    let mut weights = HashSet::new();
+    for (v, dtype) in kept {
+        let source = pass.graph.value(v).source.clone();
+        match source {
+            // Whoever reads it after the run reads f32.
+            Source::Weight(_) if pass.promised[v.index()] => {}
+            Source::Weight(w) => {
+                if pass.is_read(v) {
+                    weights.insert(w);
+                }
+                pass.kept_in_half(v, dtype)?;
+            }
+            _ if pass.promised[v.index()] => {
+                let what = "is an output and cannot be kept in half precision: leave it out of --train";
+                return Err(Error::value(&pass.graph.value(v).name, what));
+            }
+            _ => pass.kept_in_half(v, dtype)?,
+        }
+    }
+    if let Some(to) = to {
+        for v in (0..pass.root.len() as u32).map(ValueId) {
+            pass.save(v, to)?;
+        }
+    }
+    pass.finish();
+    Ok(weights)
+}
+
+/// A node that reads a value, or one that views it.
+#[derive(Debug, Clone, Copy)]
+struct Use {
+    /// The time of the call.
+    at: usize,
+    node: NodeId,
+    input: usize,
+    value: ValueId,
+}
+
+struct Pass<'g> {
+    graph: &'g mut Graph,
+    /// Per value: what it views, at the end of all views.
+    root: Vec<ValueId>,
+    /// Per root: when it is made, and by which node; `None`: fed, or not made here.
+    made: Vec<Option<(usize, NodeId)>>,
+    /// Per root: who reads it, in order.
+    uses: Vec<Vec<Use>>,
+    /// Per root: it must be there after the run, or is a gradient that an update reads.
+    promised: Vec<bool>,
+    /// Nodes to run first, and before and after each node of the graph.
+    first: Vec<Node>,
+    before: Vec<SmallVec<[Node; 1]>>,
+    after: Vec<SmallVec<[Node; 1]>>,
+}
+
+impl<'g> Pass<'g> {
+    fn new(graph: &'g mut Graph, request: &Request) -> Result<Self> {
+        let (values, nodes) = (graph.values.len(), graph.nodes.len());
+        let mut root: Vec<ValueId> = (0..values as u32).map(ValueId).collect();
+        let mut made = vec![None; values];
+        let mut uses = vec![Vec::new(); values];
+        let order = plan::order(graph, request)?;
+        for (position, &id) in order.iter().enumerate() {
+            let (at, node) = (position + 1, graph.node(id));
+            let known = |v: &ValueId| matches!(graph.value(*v).source, Source::Constant(_));
+            if node.outputs.iter().flatten().all(known) {
+                continue;
+            }
+            if let (true, Some(&Some(x)), &[Some(y)]) =
+                (node.op.is_view(), node.inputs.first(), &node.outputs[..])
+                && !request.pins.contains_key(&y)
+            {
+                root[y.index()] = root[x.index()];
+                continue;
+            }
+            for (input, v) in node.inputs.iter().enumerate() {
+                if let Some(value) = *v {
+                    uses[root[value.index()].index()].push(Use { at, node: id, input, value });
+                }
+            }
+            for v in node.outputs.iter().flatten() {
+                made[v.index()] = Some((at, id));
+            }
+        }
+        let mut promised = vec![false; values];
+        let gradients = request.kinds.iter().filter(|(_, k)| **k == Kind::Gradient).map(|(v, _)| v);
+        let after = request.outputs.iter().chain(&request.effects).chain(request.pins.keys());
+        for v in after.chain(gradients) {
+            promised[root[v.index()].index()] = true;
+        }
+        let none = || vec![SmallVec::new(); nodes];
+        Ok(Pass { graph, root, made, uses, promised, first: Vec::new(), before: none(), after: none() })
+    }
+
+    fn is_read(&self, v: ValueId) -> bool {
+        !self.uses[v.index()].is_empty()
+    }
+
+    fn dims(&self, v: ValueId) -> Dims {
+        self.graph.value(v).meta.as_ref().map(|m| m.dims.clone()).unwrap_or_default()
+    }
+
+    fn value(&mut self, of: ValueId, what: &str, source: Source, meta: Meta) -> ValueId {
+        let name = format!("{}#{what}", self.graph.value(of).name);
+        let v = self.graph.add_value(name, source);
+        self.graph.value_mut(v).meta = Some(meta);
+        v
+    }
+
+    /// A value that a node yet to be placed makes of another.
+    fn converted(
+        &mut self,
+        of: ValueId,
+        what: &str,
+        from: ValueId,
+        op: impl Op + 'static,
+    ) -> Result<(ValueId, Node)> {
+        let meta = op.infer(&[self.graph.value(from).meta.as_ref()]);
+        let meta = meta.map_err(|source| Error::Op {
+            node: format!("{what} of '{}'", self.graph.value(of).name),
+            source,
+        })?;
+        let made = Source::Node(NodeId(0), 0);
+        let v =
+            self.value(of, what, made, meta.into_iter().next().unwrap_or_else(|| Meta::new(DType::F32, &[])));
+        let node =
+            Node { name: String::new(), op: Arc::new(op), inputs: vec![Some(from)], outputs: vec![Some(v)] };
+        Ok((v, node))
+    }
+
+    /// Rounds a value that is read late, and has its late readers read that.
+    fn save(&mut self, v: ValueId, to: DType) -> Result<()> {
+        let value = self.graph.value(v);
+        let large = value.meta.as_ref().is_some_and(|m| m.dtype == DType::F32 && m.bytes() >= SMALL);
+        let made = match value.source {
+            Source::Node(..) => self.made[v.index()],
+            Source::Input => None,
+            _ => return Ok(()),
+        };
+        if !large || self.promised[v.index()] {
+            return Ok(());
+        }
+        let uses = std::mem::take(&mut self.uses[v.index()]);
+        let mut last = made.map_or(0, |m| m.0);
+        let near = uses.iter().take_while(|u| u.at - std::mem::replace(&mut last, u.at) <= NEAR).count();
+        if near == uses.len() {
+            return Ok(());
+        }
+        let (half, node) = self.converted(v, "half", v, Narrow { to })?;
+        match uses[..near].last() {
+            // One that works in place overwrites the value: it is rounded before.
+            Some(u) if self.overwrites(u) => self.before[u.node.index()].push(node),
+            Some(u) => self.after[u.node.index()].push(node),
+            None => match made {
+                Some((_, id)) => self.after[id.index()].push(node),
+                None => self.first.push(node),
+            },
+        }
+        self.widen(half, &uses[near..])
+    }
+
+    fn overwrites(&self, u: &Use) -> bool {
+        let node = self.graph.node(u.node);
+        let root = self.root[u.value.index()];
+        let times = node.inputs.iter().flatten().filter(|v| self.root.get(v.index()) == Some(&root)).count();
+        times == 1 && node.op.in_place().iter().any(|p| p.0 == u.input)
+    }
+
+    /// Has readers read widened copies of `half`.
+    fn widen(&mut self, half: ValueId, uses: &[Use]) -> Result<()> {
+        let mut copies: SmallVec<[(Dims, ValueId); 2]> = SmallVec::new();
+        let mut last = 0;
+        for u in uses {
+            if u.at - last > TOGETHER {
+                copies.clear();
+            }
+            last = u.at;
+            let dims = self.dims(u.value);
+            let copy = match (copies.iter().find(|c| c.0 == dims), copies.first().cloned()) {
+                (Some((_, copy)), _) => *copy,
+                (None, first) => {
+                    let (copy, node) = match first {
+                        None => self.converted(u.value, "wide", half, Widen { dims: dims.clone() })?,
+                        Some((_, first)) => {
+                            self.converted(u.value, "wide", first, ReshapeTo { dims: dims.clone() })?
+                        }
+                    };
+                    self.before[u.node.index()].push(node);
+                    copies.push((dims, copy));
+                    copy
+                }
+            };
+            self.graph.nodes[u.node.index()].inputs[u.input] = Some(copy);
+        }
+        Ok(())
+    }
+
+    /// Has everyone read a state, or a weight of the file, in the type that it is kept in.
+    fn kept_in_half(&mut self, v: ValueId, dtype: DType) -> Result<()> {
+        let uses = std::mem::take(&mut self.uses[v.index()]);
+        let meta = Meta::new(dtype, &self.dims(v));
+        let source = self.graph.value(v).source.clone();
+        let half = self.value(v, "half", source, meta);
+        // An update rounds by itself.
+        let (updates, reads): (Vec<Use>, Vec<Use>) = uses
+            .into_iter()
+            .partition(|u| self.graph.node(u.node).op.updates().iter().any(|p| p.0 == u.input));
+        self.widen(half, &reads)?;
+        for u in updates {
+            let node = &mut self.graph.nodes[u.node.index()];
+            node.inputs[u.input] = Some(half);
+            let next = node.op.updates().iter().find(|p| p.0 == u.input).map(|p| p.1);
+            let next = next.and_then(|o| node.outputs.get(o).copied().flatten());
+            let Some(meta) = next.and_then(|v| self.graph.value_mut(v).meta.as_mut()) else {
+                let node = self.graph.node(u.node);
+                return Err(Error::value(
+                    &self.graph.value(v).name,
+                    format!("{} makes nothing", op_type(node.op.as_ref())),
+                ));
+            };
+            meta.dtype = dtype;
+        }
+        Ok(())
+    }
+
+    /// Puts the new nodes in their places.
+    fn finish(self) {
+        let graph = self.graph;
+        let old = std::mem::replace(&mut graph.nodes, self.first);
+        for ((node, before), after) in old.into_iter().zip(self.before).zip(self.after) {
+            graph.nodes.extend(before);
+            graph.nodes.push(node);
+            graph.nodes.extend(after);
+        }
+        for i in 0..graph.nodes.len() {
+            for (o, v) in graph.nodes[i].outputs.iter().enumerate() {
+                let Some(v) = v else { continue };
+                let source = &mut graph.values[v.index()].source;
+                if matches!(source, Source::Node(..)) {
+                    *source = Source::Node(NodeId(i as u32), o);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

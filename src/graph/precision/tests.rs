@@ -1,0 +1,114 @@
+use std::collections::HashMap;
+
+use super::*;
+use crate::exec::reference::interpret;
+use crate::graph::StateId;
+use crate::ops::binary::Binary;
+use crate::ops::unary::{Sin, Unary};
+use crate::ops::update::Sgd;
+use crate::tensor::Tensor;
+
+fn emit(graph: &mut Graph, op: impl Op + 'static, inputs: &[ValueId]) -> ValueId {
+    let inputs: Vec<_> = inputs.iter().map(|v| Some(*v)).collect();
+    graph.emit("t", Arc::new(op), &inputs, 1).unwrap()[0]
+}
+
+fn count(graph: &Graph, op: &str) -> usize {
+    graph.nodes.iter().filter(|n| n.op.name() == op).count()
+}
+
+/// `h = sin(x)` is read by the next node, and much later as it is and under another shape.
+fn late(graph: &mut Graph, x: ValueId) -> ValueId {
+    let h = emit(graph, Unary(Sin {}), &[x]);
+    let mut v = h;
+    for _ in 0..10 {
+        v = emit(graph, Unary(Sin {}), &[v]);
+    }
+    let dims = Dims::from_slice(&[4096]);
+    let flat = emit(graph, ReshapeTo { dims: dims.clone() }, &[h]);
+    let last = emit(graph, ReshapeTo { dims }, &[v]);
+    let sum = emit(graph, Binary::Add, &[flat, last]);
+    let square = emit(graph, ReshapeTo { dims: Dims::from_slice(&[64, 64]) }, &[sum]);
+    emit(graph, Binary::Mul, &[square, h])
+}
+
+#[test]
+fn what_is_read_late_is_rounded_once_and_widened_for_neighbours_together() {
+    let x: Vec<f32> = (0..4096).map(|i| i as f32 * 0.013).collect();
+    let x = Tensor::from_slice(&[64, 64], &x).unwrap();
+    let mut graph = Graph::default();
+    let input = graph.add_input("x", x.meta());
+    let out = late(&mut graph, input);
+    let request = Request { outputs: vec![out], ..Request::default() };
+    let exact = interpret(&graph, &HashMap::from([(input, x.clone())]), &[out]).unwrap().remove(0);
+    halve(&mut graph, &request, Some(DType::BF16), &|_| None).unwrap();
+    assert_eq!((count(&graph, "Narrow"), count(&graph, "Widen")), (1, 1), "{graph}");
+    let rounded = interpret(&graph, &HashMap::from([(input, x.clone())]), &[out]).unwrap().remove(0);
+    // The chain reads what was not rounded, the end what was.
+    let sin: Vec<f32> = eval_sin(&x, 1);
+    let chain = eval_sin(&x, 11);
+    let h = Tensor::from_slice(&[64, 64], &sin).unwrap().cast(DType::BF16).to_f64();
+    for (i, y) in rounded.to_f64().iter().enumerate() {
+        let want = ((h[i] as f32 + chain[i]) * h[i] as f32) as f64;
+        assert!((y - want).abs() <= 1e-6, "{y}, not {want}");
+    }
+    assert_ne!(exact.bytes(), rounded.bytes());
+    // The plan is smaller, and nothing that must be there after the run is rounded.
+    let plan = crate::plan::plan(&graph, &request).unwrap();
+    assert!(plan.outputs[&out].0.dtype == DType::F32);
+}
+
+fn eval_sin(x: &Tensor, times: usize) -> Vec<f32> {
+    let mut t = x.clone();
+    for _ in 0..times {
+        t = crate::ops::eval(&Unary(Sin {}), &[Some(&t)]).unwrap().remove(0);
+    }
+    t.get::<f32>().unwrap().to_vec()
+}
+
+#[test]
+fn small_and_wanted_values_stay() {
+    let mut graph = Graph::default();
+    let input = graph.add_input("x", Meta::new(DType::F32, &[31, 31]));
+    let h = emit(&mut graph, Unary(Sin {}), &[input]);
+    let mut v = h;
+    for _ in 0..10 {
+        v = emit(&mut graph, Unary(Sin {}), &[v]);
+    }
+    let out = emit(&mut graph, Binary::Add, &[v, h]);
+    let nodes = graph.nodes.len();
+    let request = Request { outputs: vec![out], ..Request::default() };
+    halve(&mut graph, &request, Some(DType::F16), &|_| None).unwrap();
+    assert_eq!(graph.nodes.len(), nodes);
+    let mut graph = Graph::default();
+    let input = graph.add_input("x", Meta::new(DType::F32, &[64, 64]));
+    let out = late(&mut graph, input);
+    let h = graph.nodes[0].outputs[0].unwrap();
+    let request = Request { outputs: vec![out, h], ..Request::default() };
+    halve(&mut graph, &request, Some(DType::F16), &|_| None).unwrap();
+    assert_eq!(count(&graph, "Narrow"), 0);
+}
+
+#[test]
+fn a_parameter_in_half_is_widened_where_it_is_read_and_updated_as_it_is() {
+    let mut graph = Graph::default();
+    let meta = Meta::new(DType::F32, &[64, 64]);
+    let x = graph.add_input("x", meta.clone());
+    let w = graph.add_state("w", StateId(0), meta);
+    let hyper = graph.add_state("hyper", StateId(1), Meta::new(DType::F64, &[2]));
+    let y = emit(&mut graph, Binary::Mul, &[x, w]);
+    let sgd = Sgd { momentum: 0.0, nesterov: false, weight_decay: 0.0, salt: 0 };
+    let next = emit(&mut graph, sgd, &[w, y, hyper]);
+    let request = Request { outputs: vec![], effects: vec![next], ..Request::default() };
+    let stored = |s: &Source| match s {
+        Source::State(StateId(0)) => Some(DType::BF16),
+        _ => None,
+    };
+    halve(&mut graph, &request, None, &stored).unwrap();
+    assert_eq!((count(&graph, "Narrow"), count(&graph, "Widen")), (0, 1), "{graph}");
+    assert_eq!(graph.value(next).meta.as_ref().unwrap().dtype, DType::BF16);
+    let update = graph.nodes.iter().find(|n| n.op.name() == "Sgd").unwrap();
+    let param = update.inputs[0].unwrap();
+    assert_eq!(graph.value(param).meta.as_ref().unwrap().dtype, DType::BF16);
+    crate::plan::plan(&graph, &request).unwrap();
+}

@@ -1,0 +1,189 @@
+//! Half precision: half the activations, gradients within its rounding, and the same accuracy.
+
+use std::path::Path;
+
+use retune::exec::{OptimizerState, Options, Precision};
+use retune::tensor::Tensor;
+use retune::train::data::write_npz;
+use retune::train::optimizer::Optimizer;
+use retune::train::step::set_step;
+
+use crate::common::{Arrays, json, run, shipped, text};
+use crate::gradients::{check_model, names};
+use crate::layout::step_by;
+
+/// Arena of a step, and the part that is activations at its peak.
+fn planned(model: &Path, x: &[usize], precision: Precision) -> (f64, f64) {
+    let (_, step) =
+        step_by(model, x, Optimizer::sgd(), Options { threads: 1, precision, ..Options::default() });
+    let peak = step.program.plan.peak;
+    (peak.arena as f64, peak.activations as f64)
+}
+
+#[test]
+fn saved_activations_take_half() {
+    for (model, image) in [
+        ("models/resnet20.onnx", [32, 1, 28, 28]),
+        ("models/resnet20.onnx", [128, 1, 28, 28]),
+        ("models/dsnet.onnx", [64, 1, 28, 28]),
+        ("tests/fixtures/mobilenetv2.onnx", [32, 3, 32, 32]),
+    ] {
+        let [single, half] = [Precision::F32, Precision::Bf16].map(|p| planned(&shipped(model), &image, p));
+        let (arena, activations) = (half.0 / single.0, half.1 / single.1);
+        println!(
+            "{model} {image:?}: arena {:.1} MB -> {:.1} MB ({arena:.2}), activations {:.1} -> {:.1} ({activations:.2})",
+            single.0 / 1e6,
+            half.0 / 1e6,
+            single.1 / 1e6,
+            half.1 / 1e6,
+        );
+        assert!(activations <= 0.58, "{model}: activations at the peak only fall to {activations:.2}");
+        assert!(arena <= 0.65, "{model}: the arena only falls to {arena:.2}");
+        let f16 = planned(&shipped(model), &image, Precision::F16);
+        assert_eq!(f16.1, half.1, "{model}: float16 takes what bfloat16 does");
+    }
+}
+
+/// Norm of the difference of two tensors, and of the first.
+fn apart(a: &Tensor, b: &Tensor) -> (f64, f64) {
+    let (a, b) = (a.to_f64(), b.to_f64());
+    let square = |x: f64| x * x;
+    let off = a.iter().zip(&b).map(|(a, b)| square(a - b)).sum::<f64>();
+    (off.sqrt(), a.iter().map(|a| square(*a)).sum::<f64>().sqrt())
+}
+
+/// `retune grad` in training mode on a fixture's batch.
+fn grad(model: &Path, fixture: &Arrays, precision: &str) -> Arrays {
+    let dir = tempfile::tempdir().unwrap();
+    let (input, output) = (dir.path().join("in.npz"), dir.path().join("out.npz"));
+    write_npz(&input, &[("image", fixture.get("in.image")), ("target", fixture.get("target"))]).unwrap();
+    let base = ["grad", text(model), "--inputs", text(&input), "--mode", "train", "--output", text(&output)];
+    run(&[&base[..], &["--precision", precision]].concat(), 0);
+    Arrays::read(&output)
+}
+
+#[test]
+fn gradients_are_off_by_no_more_than_autocasts() {
+    let model = shipped("models/resnet20.onnx");
+    let autocast = Arrays::read(&shipped("tests/fixtures/autocast_resnet20.npz"));
+    check_model(&autocast, &model);
+    let batch = Arrays::read(&shipped("tests/fixtures/grad_resnet20_train.npz"));
+    let single = grad(&model, &batch, "f32");
+    let theirs = autocast.get("error").to_f64()[0];
+    for (precision, most) in [("bf16", theirs), ("f16", theirs / 4.0)] {
+        let half = grad(&model, &batch, precision);
+        let (mut off, mut all) = (0.0, 0.0);
+        for name in names(&autocast, "error") {
+            let key = format!("grad.{name}");
+            let (o, a) = apart(single.get(&key), half.get(&key));
+            off += o * o;
+            all += a * a;
+            let theirs = autocast.get(&format!("error.{name}")).to_f64()[0];
+            assert!(
+                o <= 2.0 * theirs.max(0.05) * a,
+                "{precision}: {name} is off by {:.3}, autocast's by {theirs:.3}",
+                o / a
+            );
+        }
+        let error = (off / all).sqrt();
+        println!("{precision}: gradients off by {error:.4}, PyTorch's autocast to bfloat16 by {theirs:.4}");
+        assert!(error > 0.0 && error <= most, "{precision}: {error}");
+        let (a, b) = (single.get("loss").to_f64()[0], half.get("loss").to_f64()[0]);
+        assert!((a - b).abs() <= 0.01 * a, "{precision}: loss {b}, in f32 {a}");
+    }
+}
+
+/// Ten steps on one batch; the parameters, and what the session holds.
+fn trained(optimizer: Optimizer, options: Options) -> (Vec<f64>, f64, retune::exec::Usage) {
+    let fixture = Arrays::read(&shipped("tests/fixtures/grad_resnet20_train.npz"));
+    let (mut session, step) = step_by(&shipped("models/resnet20.onnx"), &[8, 1, 28, 28], optimizer, options);
+    let fed = [
+        (step.inputs[0], fixture.get("in.image").view()),
+        (step.attached.target, fixture.get("target").view()),
+    ];
+    let mut loss = 0.0;
+    for t in 0..10 {
+        set_step(&mut session, 2e-4, t + 1);
+        session.run(&step.program, &fed, t as u64).unwrap();
+        loss = session.scalar(&step.program, step.attached.loss).unwrap();
+    }
+    let weights = session.changes().iter().flat_map(|(_, t)| t.to_f64()).collect();
+    (weights, loss, session.usage())
+}
+
+#[test]
+fn narrow_optimizer_states_learn_alike() {
+    let momentum = Optimizer::Sgd { momentum: 0.9, nesterov: false, weight_decay: 0.0 };
+    for optimizer in [Optimizer::adam(0.0, true), momentum, Optimizer::ademamix(0.0)] {
+        let of = |optimizer_state| {
+            trained(optimizer, Options { threads: 1, optimizer_state, ..Options::default() })
+        };
+        let (start, ..) = trained(optimizer, Options { threads: 1, ..Options::default() });
+        assert!(!start.is_empty());
+        let (single, loss, usage) = of(OptimizerState::F32);
+        for (state, share) in [(OptimizerState::Bf16, 0.51), (OptimizerState::EightBit, 0.33)] {
+            let (weights, other, narrow) = of(state);
+            let share_held = narrow.optimizer as f64 / usage.optimizer as f64;
+            let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+            let off: Vec<f64> = single.iter().zip(&weights).map(|(a, b)| a - b).collect();
+            let e = norm(&off) / norm(&single);
+            println!(
+                "{optimizer:?} {state:?}: weights off by {e:.1e}, loss {other:.4} ({loss:.4}), {share_held:.2} of the bytes"
+            );
+            assert!(e > 0.0 && e <= 2e-3, "{optimizer:?} {state:?}: {e}");
+            assert!((loss - other).abs() <= 0.05 * loss, "{optimizer:?} {state:?}: {loss} and {other}");
+            assert!(share_held <= share, "{share_held}");
+        }
+    }
+}
+
+#[test]
+fn without_a_master_weights_take_half_and_still_learn() {
+    let optimizer = Optimizer::adam(0.0, true);
+    let half =
+        |master_free| Options { threads: 1, precision: Precision::Bf16, master_free, ..Options::default() };
+    let (_, loss, usage) = trained(optimizer, half(false));
+    let (weights, other, free) = trained(optimizer, half(true));
+    let share = free.weights as f64 / usage.weights as f64;
+    println!("loss {other:.4}, with a master {loss:.4}; {share:.2} of the bytes");
+    assert!(share <= 0.52, "{share}");
+    assert!((loss - other).abs() <= 0.15 * loss, "{other}, with a master {loss}");
+    // The same numbers again, and others for another seed.
+    assert!(weights == trained(optimizer, half(true)).0);
+    assert!(weights != trained(optimizer, Options { seed: 1, ..half(true) }).0);
+}
+
+#[test]
+fn a_scaled_loss_is_halved_after_an_overflow_and_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, data) = (shipped("models/dsnet.onnx"), shipped("models/fashion-images-idx3-ubyte.gz"));
+    let (new, checkpoint) = (dir.path().join("new.onnx"), dir.path().join("checkpoint"));
+    let base =
+        ["finetune", text(&model), "--data", text(&data), "--output", text(&new), "--no-guard", "--json"];
+    let options = ["--precision", "f16", "--epochs", "1", "--holdout", "0.8", "--icp-steps", "2"];
+    let summary = json(&[&base[..], &options, &["--checkpoint", text(&checkpoint)]].concat(), 0);
+    let skipped = summary["skipped_steps"].as_u64().unwrap();
+    assert!(skipped <= 8, "{skipped} steps skipped");
+    let saved = std::fs::read_dir(&checkpoint).unwrap().flatten().map(|f| f.path());
+    let saved = saved.into_iter().find(|p| p.extension().is_some_and(|e| e == "safetensors")).unwrap();
+    let bytes = std::fs::read(saved).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let scale = tensors.tensor("step.loss-scale").unwrap().data()[..8].try_into().unwrap();
+    assert_eq!(f64::from_le_bytes(scale), 65536.0 / 2f64.powi(skipped as i32));
+    let bf16 = json(&[&base[..], &["--precision", "bf16"], &options[2..]].concat(), 0);
+    let loss = |s: &serde_json::Value| s["epochs"][0]["loss"].as_f64().unwrap();
+    assert!((loss(&summary) - loss(&bf16)).abs() <= 0.05 * loss(&bf16));
+}
+
+#[test]
+fn halves_are_refused_where_they_make_no_sense() {
+    let model = shipped("models/dsnet.onnx");
+    let refused = |args: &[&str], code: i32| {
+        let out = run(&[&["bench", text(&model), "--runs", "1", "--batch", "2"][..], args].concat(), code);
+        String::from_utf8_lossy(&out.stderr).to_string()
+    };
+    assert!(refused(&["--precision", "f8"], 2).contains("bf16"));
+    assert!(refused(&["--master-free"], 1).contains("--precision"));
+    let json = json(&["bench", text(&model), "--runs", "1", "--precision", "bf16", "--json"], 0);
+    assert_eq!(json["precision"], "bf16");
+}
