@@ -99,7 +99,8 @@ pub struct Overrides {
     /// [default: f32]
     #[arg(long)]
     precision: Option<String>,
-    #[arg(long, value_name = "BYTES")]
+    /// What the run may hold at most, as 64MiB: values are computed again rather than kept, batches are cut into parts
+    #[arg(long, value_name = "SIZE")]
     memory_budget: Option<String>,
     /// Folder to keep checkpoints in
     #[arg(long, value_name = "DIR")]

@@ -2,6 +2,7 @@
 
 mod awake;
 mod carve;
+mod frozen;
 pub mod reference;
 mod run;
 mod session;

@@ -17,7 +17,7 @@ use crate::import::{Model, Role};
 use crate::ops::eval;
 use crate::ops::fold::FoldNorm;
 use crate::plan::{self, Constant, Location, Plan, Request};
-use crate::tensor::{Buffer, DType, Meta, Tensor, View};
+use crate::tensor::{ALIGN, Buffer, DType, Meta, Tensor, View};
 
 /// Frozen constants of at most this many elements take part in constant folding.
 const FOLDED_WEIGHT: usize = 4096;
@@ -35,6 +35,12 @@ pub struct Options {
     /// Every tensor in ONNX's own order (for tests; results differ by rounding). The environment variable
     /// `RETUNE_LAYOUT=first` asks for the same.
     pub channels_first: bool,
+    /// Bytes of arena to keep to: values are computed again rather than kept where a plan would take more, weights follow
+    /// their gradients at once ([`graph::update_early`]), and frozen weights stay in the file, of which each is loaded where
+    /// it is read. A program that still takes more is compiled all the same: [`Session::usage`] tells.
+    pub arena: Option<usize>,
+    /// For plans alone: states and the arena take no memory, and nothing can be run.
+    pub dry: bool,
 }
 
 /// The bytes of a constant operand.
@@ -103,6 +109,8 @@ pub struct Session {
     folded: HashMap<Fold, Vec<Arc<Tensor>>>,
     pinned: PinnedLayouts,
     arena: Buffer,
+    /// Bytes that the largest program's arena takes.
+    arena_bytes: usize,
     programs: usize,
     profile: bool,
     profiles: HashMap<usize, Profile>,
@@ -122,14 +130,15 @@ impl Session {
             .map_err(|e| Error::Config(format!("{threads} threads cannot be started: {e}")))?;
         Ok(Session {
             states: vec![None; model.weights.len()],
+            store: if options.dry { Store::dry() } else { Store::default() },
             model,
             options,
             pool,
-            store: Store::default(),
             frozen: HashMap::new(),
             folded: HashMap::new(),
             pinned: PinnedLayouts::new(),
             arena: Buffer::default(),
+            arena_bytes: 0,
             programs: 0,
             profile: false,
             profiles: HashMap::new(),
@@ -162,15 +171,22 @@ impl Session {
         if let Some(s) = self.states[id.index()] {
             return Ok(s);
         }
-        let t = self.model.load_weight(id)?;
         let weight = self.model.weight(id);
+        let meta = Meta::new(weight.working(), &weight.dims);
         let purpose = match weight.role {
             Role::RunningMean | Role::RunningVar => Purpose::Statistic,
             _ => Purpose::Parameter,
         };
-        let s = self.store.add(weight.name.clone(), t.meta(), purpose);
-        self.store.set(s, t.bytes());
+        let s = self.store.add(weight.name.clone(), meta, purpose);
+        if !self.options.dry {
+            let t = self.model.load_weight(id)?;
+            self.store.set(s, t.bytes());
+        }
         self.states[id.index()] = Some(s);
+        // What was made of the value that it had.
+        let value = Some(weight.value);
+        self.folded.retain(|(inputs, _), _| !inputs.contains(&value));
+        self.frozen.remove(&id);
         Ok(s)
     }
 
@@ -218,15 +234,24 @@ impl Session {
     pub fn compile(&mut self, mut graph: Graph, mut request: Request) -> Result<Program> {
         graph::fuse_sums(&mut graph, &request);
         graph::gather_statistics(&mut graph);
-        self.fold_frozen(&mut graph)?;
+        match self.options.arena {
+            None => self.fold_frozen(&mut graph)?,
+            Some(_) => _ = graph::update_early(&mut graph),
+        }
         let asked = |name: &str, mode: &str| std::env::var(name).is_ok_and(|m| m == mode);
         request.no_reuse |= self.options.no_reuse || asked("RETUNE_MEMORY", "separate");
         if !self.options.channels_first && !asked("RETUNE_LAYOUT", "first") {
             graph::layout(&mut graph, &mut request, &mut self.pinned)?;
         }
         graph::join_normalisations(&mut graph, &request);
+        if self.options.arena.is_some() {
+            super::frozen::load_where_read(&self.model, &mut graph)?;
+        }
         // On the session's threads: scratch memory depends on their number.
-        let plan = self.pool.install(|| plan::plan(&graph, &request))?;
+        let plan = self.pool.install(|| match self.options.arena {
+            None => plan::plan(&graph, &request),
+            Some(limit) => plan::plan_within(&mut graph, &request, limit),
+        })?;
         let mut constants = Vec::with_capacity(plan.constants.len());
         for c in &plan.constants {
             constants.push(match c {
@@ -234,7 +259,7 @@ impl Session {
                 Constant::Weight(w) => self.frozen(*w)?,
             });
         }
-        self.arena.grow(plan.arena_bytes);
+        self.arena_bytes = self.arena_bytes.max(plan.arena_bytes);
         self.programs += 1;
         Ok(Program { id: self.programs, graph, plan, constants })
     }
@@ -255,6 +280,12 @@ impl Session {
                 continue;
             }
             let key = (node.inputs.clone(), fold.epsilon.to_bits());
+            if self.options.dry && !self.folded.contains_key(&key) {
+                // Only their sizes count.
+                let sizes = node.outputs.iter().flatten().filter_map(|v| graph.value(*v).meta.as_ref());
+                let zeros = sizes.map(|m| Arc::new(Tensor::zeros(m.dtype, &m.dims))).collect();
+                self.folded.insert(key.clone(), zeros);
+            }
             if !self.folded.contains_key(&key) {
                 let load = |v: &Option<ValueId>| match v.map(|v| &graph.value(v).source) {
                     Some(Source::Constant(t)) => Ok(Some(t.as_ref().clone())),
@@ -282,16 +313,40 @@ impl Session {
             return Ok(f.clone());
         }
         let weight = self.model.weight(id);
-        let frozen = match weight.view(&self.model.files) {
-            Some(view) => Frozen::Mapped(self.model.files[weight.location.file].bytes.slice_ref(view.bytes)),
-            None => Frozen::Owned(Arc::new(weight.load(&self.model.files)?)),
+        let in_file = |bytes| Frozen::Mapped(self.model.files[weight.location.file].bytes.slice_ref(bytes));
+        let frozen = match (weight.view(&self.model.files), super::frozen::anywhere(&self.model, id)) {
+            (Some(view), _) => in_file(view.bytes),
+            // All who read it there take it as it lies.
+            (None, Some(bytes)) if self.options.arena.is_some() => Frozen::Mapped(bytes),
+            _ if self.options.dry => Frozen::Owned(Arc::new(Tensor::zeros(weight.working(), &weight.dims))),
+            _ => Frozen::Owned(Arc::new(weight.load(&self.model.files)?)),
         };
         self.frozen.insert(id, frozen.clone());
         Ok(frozen)
     }
 
+    /// Sets [`Options::arena`] for what is compiled from now on.
+    pub fn keep_arena_to(&mut self, bytes: Option<usize>) {
+        self.options.arena = bytes;
+    }
+
+    /// Gives back memory that holds nothing between runs, and what only updates need.
+    pub fn release(&mut self) {
+        self.arena = Buffer::default();
+        self.store.release(Purpose::Optimizer);
+        self.store.release(Purpose::Gradient);
+    }
+
     /// Runs a program. Every input that the plan reads must be fed, in its planned shape and type.
     pub fn run(&mut self, program: &Program, feeds: &[(ValueId, View)], seed: u64) -> Result<()> {
+        if self.options.dry {
+            return Err(Error::Config("this session only plans".into()));
+        }
+        if self.arena.len() < program.plan.arena_bytes {
+            // What it holds need not outlive a run: never two of them at a time.
+            self.arena = Buffer::default();
+            self.arena = Buffer::zeroed(self.arena_bytes);
+        }
         for (v, meta, range) in &program.plan.inputs {
             let name = &program.graph.value(*v).name;
             let Some((_, view)) = feeds.iter().find(|f| f.0 == *v) else {
@@ -427,7 +482,7 @@ impl Session {
             optimizer: self.store.bytes_for(Purpose::Optimizer),
             gradients: self.store.bytes_for(Purpose::Gradient),
             step: self.store.bytes_for(Purpose::Step),
-            arena: self.arena.len(),
+            arena: self.arena_bytes.next_multiple_of(ALIGN),
             frozen: self
                 .frozen
                 .values()

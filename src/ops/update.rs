@@ -304,6 +304,39 @@ impl Op for SumSquares {
     }
 }
 
+/// [`SumSquares`] that also says whether this gradient may be followed at once, without waiting for the others. Inputs: the
+/// gradient, `acc` or none, the loss (a scalar). Outputs, float64 scalars: `acc + Σ grad²`, and the factor on the gradient:
+/// 1, or NaN where the loss or that sum is not finite.
+#[derive(Debug, Clone)]
+pub struct Checked;
+
+impl Op for Checked {
+    fn name(&self) -> &'static str {
+        "CheckedSquares"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        if need(inputs, 2)?.len() != 1 {
+            return Err(OpError::Shape("the loss must be a scalar".into()));
+        }
+        let sum = SumSquares.infer(inputs)?.remove(0);
+        Ok(vec![sum.clone(), sum])
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        SumSquares.forward(cx, &x[..2], y)?;
+        let loss = need(x, 2)?;
+        let loss = float_dispatch!(loss.dtype, T => Ok(loss.get::<T>()?[0].to64()))?;
+        let sum = out(y, 0)?.get::<f64>()?[0];
+        out(y, 1)?.get::<f64>()?[0] = if loss.is_finite() && sum.is_finite() { 1.0 } else { f64::NAN };
+        Ok(())
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        no_gradient()
+    }
+}
+
 /// The factor that clips a gradient to `max_norm` (PyTorch's `clip_grad_norm_`), and the gradient's norm.
 /// Inputs: loss (a scalar), sum of squares (float64 scalar). Outputs, float64 scalars: the factor, NaN when the
 /// loss or the norm is not finite, and the norm.
@@ -488,6 +521,13 @@ mod tests {
         assert_eq!(clip(Some(6.0), &loss, 25.0), (1.0, 5.0));
         assert_eq!(clip(Some(1.0), &loss, 25.0), (1.0 / (5.0 + 1e-6), 5.0));
         assert!(clip(None, &loss, f64::NAN).0.is_nan());
+        let checked = |acc: f64, loss: &Tensor| {
+            let y = eval(&Checked, &[Some(&grad), Some(&Tensor::scalar(acc)), Some(loss)]).unwrap();
+            (y[0].to_f64()[0], y[1].to_f64()[0])
+        };
+        assert_eq!(checked(25.0, &loss), (50.0, 1.0));
+        assert!(checked(f64::INFINITY, &loss).1.is_nan());
+        assert!(checked(0.0, &Tensor::scalar(f32::NAN)).1.is_nan());
         assert!(clip(None, &Tensor::scalar(f32::INFINITY), 1.0).0.is_nan());
         let acc = Tensor::from_slice(&[2], &[f32::NAN, 1.0]).unwrap();
         let add = |acc: &Tensor, first: f64| {
