@@ -9,12 +9,13 @@ use serde::Serialize;
 
 use crate::exec::{Precision, Program, Session, Usage};
 use crate::finetune::Config;
-use crate::graph::WeightId;
+use crate::finetune::budget::{Fitted, Job, parse_bytes, with_batch};
 use crate::kernels::peak;
 use crate::tensor::{DType, Tensor};
 use crate::train::data::{Batch, Dataset};
 use crate::train::loss::Loss;
 use crate::train::method::{At, Method, Plain};
+use crate::train::select::Select;
 use crate::train::step::{self, Evaluation, Norm, Recipe, Shapes, feeds};
 
 #[derive(clap::Args)]
@@ -35,6 +36,12 @@ pub struct Args {
     /// Keep the trained weights in that half precision too, without an f32 copy
     #[arg(long)]
     master_free: bool,
+    /// What trains: all, head, last:N, bias, norm, or globs over parameter names
+    #[arg(long, default_value = "all")]
+    train: String,
+    /// What a step may hold at most, as 64MiB
+    #[arg(long, value_name = "SIZE")]
+    memory_budget: Option<String>,
     /// Perturbation steps of the icp mode
     #[arg(long, default_value_t = 5)]
     icp_steps: usize,
@@ -82,6 +89,8 @@ struct Report {
     peak_gigabytes: Option<f64>,
     peak_bytes: usize,
     memory: Usage,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    budget: Option<Fitted>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     profile: Vec<KernelTime>,
 }
@@ -116,15 +125,21 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
         ..Config::default()
     };
     config.check()?;
-    let mut session = Session::new(model.clone(), config.session())?;
+    let options = config.session();
+    let mut session = Session::new(model.clone(), options.clone())?;
     let loss = Loss::CrossEntropy { label_smoothing: 0.0 };
     let shapes = super::plan::with_target(&session, &inputs, &loss)?;
-    let batch = synthetic(&shapes)?;
+    let mut fitted = None;
     let mut runs = Runs { start, wanted: args.runs, cold: None, times: Vec::with_capacity(args.runs) };
     let mut profile = Vec::new();
     let work;
     match args.mode {
         ModeName::Forward => {
+            anyhow::ensure!(
+                args.memory_budget.is_none(),
+                "--memory-budget bounds training: --mode train or icp"
+            );
+            let batch = synthetic(&shapes)?;
             let plan = Evaluation::new(&mut session, &loss, &shapes)?;
             let fed = feeds(&plan.inputs, plan.attached.target, &batch)?;
             session.set_profiling(args.profile);
@@ -134,11 +149,9 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
         }
         ModeName::Train | ModeName::Icp => {
             let reached = step::reached(&session, &loss, &shapes)?;
-            let params = (0..model.weights.len())
-                .filter(|i| model.weights[*i].trainable && reached[*i])
-                .map(|i| WeightId(i as u32))
-                .collect();
-            let recipe = Recipe {
+            let select: Select = args.train.parse().map_err(|e| anyhow::anyhow!("--train {e}"))?;
+            let params = select.resolve(&model)?.into_iter().filter(|w| reached[w.index()]).collect();
+            let mut recipe = Recipe {
                 loss,
                 optimizer: config.optimizer(),
                 clip: None,
@@ -146,21 +159,53 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
                 norm: Norm::Batch,
                 accumulate: 1,
             };
-            recipe.prepare(&mut session)?;
-            let mut method: Box<dyn Method> = match args.mode {
-                ModeName::Icp => Box::new(config.icp()?),
-                _ => Box::new(Plain::default()),
+            let new_method = || -> crate::error::Result<Box<dyn Method>> {
+                Ok(match args.mode {
+                    ModeName::Icp => Box::new(config.icp()?),
+                    _ => Box::new(Plain::default()),
+                })
             };
+            if let Some(text) = &args.memory_budget {
+                let budget = parse_bytes(text).map_err(|e| anyhow::anyhow!("--memory-budget {e}"))?;
+                let job = Job {
+                    model: &model,
+                    options: &options,
+                    recipe: &recipe,
+                    method: &new_method,
+                    shapes: &shapes,
+                    epochs: 2,
+                    held: 0,
+                    data: 0,
+                    train: &args.train,
+                };
+                let found = job.fit(budget)?;
+                found.describe().iter().for_each(|note| eprintln!("note: {note}"));
+                session.keep_arena_to(found.arena);
+                recipe.accumulate = found.parts;
+                fitted = Some(found);
+            }
+            let parts = recipe.accumulate;
+            let shapes = with_batch(&shapes, args.batch / parts);
+            let batch = synthetic(&shapes)?;
+            recipe.prepare(&mut session)?;
+            let mut method = new_method()?;
             method.prepare(&mut session, &recipe, &shapes, 2)?;
+            let apply = if parts > 1 { Some(step::apply(&mut session, &recipe)?) } else { None };
             session.set_profiling(args.profile);
             let at = At { epoch: 1, epochs: 2, step: 1, steps: 2, seed: 0 };
             // A learning rate of nothing keeps the weights, and so the work, the same.
             step::set_step(&mut session, 1e-9, 1);
             runs.time(|| {
-                method.learn(&mut session, &recipe, &batch, &at)?;
+                for part in 0..parts {
+                    step::set_share(&mut session, 1.0 / parts as f64, part == 0);
+                    method.learn(&mut session, &recipe, &batch, &at)?;
+                }
+                if let Some(apply) = &apply {
+                    session.run(&apply.program, &[], 0)?;
+                }
                 Ok(())
             })?;
-            let times = |name: &str| if name == "perturb" { args.icp_steps } else { 1 };
+            let times = |name: &str| parts * if name == "perturb" { args.icp_steps } else { 1 };
             work = method.programs().iter().map(|(name, p)| times(name) * multiply_adds(p)).sum();
             for (name, program) in method.programs() {
                 gather(&session, name, program, &mut profile);
@@ -193,6 +238,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
         peak_gigabytes: args.profile.then(|| session.install(peak::gigabytes)),
         peak_bytes: session.usage().total(),
         memory: session.usage(),
+        budget: fitted,
         profile,
     };
     if args.json {

@@ -105,7 +105,8 @@ pub struct Overrides {
     /// What the optimizer's moments are kept in: f32, bf16 or 8bit [default: f32]
     #[arg(long)]
     optimizer_state: Option<String>,
-    #[arg(long, value_name = "BYTES")]
+    /// What the run may hold at most, as 64MiB: values are computed again rather than kept, batches are cut into parts
+    #[arg(long, value_name = "SIZE")]
     memory_budget: Option<String>,
     /// Folder to keep checkpoints in
     #[arg(long, value_name = "DIR")]

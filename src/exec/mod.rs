@@ -2,6 +2,7 @@
 
 mod awake;
 mod carve;
+mod frozen;
 mod precision;
 pub mod reference;
 mod run;

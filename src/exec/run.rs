@@ -116,7 +116,7 @@ fn with_states(
     // An empty slice that is aligned, unlike `&mut []`: kernels cast their scratch memory.
     let mut nothing = Buffer::default();
     let scratch = step.scratch.and_then(|i| arena[i].write()).unwrap_or(nothing.bytes_mut());
-    step.op.forward(&mut Cx { scratch, seed: memory.seed ^ mix(step.node.0 as u64) }, &x, &mut y)
+    step.op.forward(&mut Cx { scratch, seed: memory.seed ^ mix(step.draws_as.0 as u64) }, &x, &mut y)
 }
 
 /// No bytes, aligned for any element type.

@@ -18,7 +18,7 @@ use crate::import::{Model, Role};
 use crate::ops::eval;
 use crate::ops::fold::FoldNorm;
 use crate::plan::{self, Constant, Location, Plan, Request};
-use crate::tensor::{Buffer, DType, Meta, Tensor, View};
+use crate::tensor::{ALIGN, Buffer, DType, Meta, Tensor, View};
 
 /// Frozen constants of at most this many elements take part in constant folding.
 const FOLDED_WEIGHT: usize = 4096;
@@ -43,6 +43,12 @@ pub struct Options {
     /// [`SMALL_PARAMETER`] elements.
     pub master_free: bool,
     pub optimizer_state: OptimizerState,
+    /// Bytes of arena to keep to: values are computed again rather than kept where a plan would take more, weights follow
+    /// their gradients at once ([`graph::update_early`]), and frozen weights stay in the file, of which each is loaded where
+    /// it is read. A program that still takes more is compiled all the same: [`Session::usage`] tells.
+    pub arena: Option<usize>,
+    /// For plans alone: states and the arena take no memory, and nothing can be run.
+    pub dry: bool,
 }
 
 /// Elements from which a parameter may be kept in half precision.
@@ -114,6 +120,8 @@ pub struct Session {
     folded: HashMap<Fold, Vec<Arc<Tensor>>>,
     pinned: PinnedLayouts,
     arena: Buffer,
+    /// Bytes that the largest program's arena takes.
+    arena_bytes: usize,
     programs: usize,
     /// What the next programs keep of a forward pass is in `f32`, whatever the session's precision.
     exact: bool,
@@ -135,14 +143,15 @@ impl Session {
             .map_err(|e| Error::Config(format!("{threads} threads cannot be started: {e}")))?;
         Ok(Session {
             states: vec![None; model.weights.len()],
+            store: if options.dry { Store::dry() } else { Store::default() },
             model,
             options,
             pool,
-            store: Store::default(),
             frozen: HashMap::new(),
             folded: HashMap::new(),
             pinned: PinnedLayouts::new(),
             arena: Buffer::default(),
+            arena_bytes: 0,
             programs: 0,
             exact: false,
             profile: false,
@@ -190,20 +199,29 @@ impl Session {
         if let Some(s) = self.states[id.index()] {
             return Ok(s);
         }
-        let t = self.model.load_weight(id)?;
         let weight = self.model.weight(id);
+        let meta = Meta::new(weight.working(), &weight.dims);
         let purpose = match weight.role {
             Role::RunningMean | Role::RunningVar => Purpose::Statistic,
             _ => Purpose::Parameter,
         };
-        let large = purpose == Purpose::Parameter && t.dtype() == DType::F32 && t.len() >= SMALL_PARAMETER;
-        let t = match self.options.precision.half() {
-            Some(half) if large && self.options.master_free => t.cast(half),
-            _ => t,
+        let large =
+            purpose == Purpose::Parameter && meta.dtype == DType::F32 && meta.len() >= SMALL_PARAMETER;
+        let meta = match self.options.precision.half() {
+            Some(half) if large && self.options.master_free => Meta { dtype: half, ..meta },
+            _ => meta,
         };
-        let s = self.store.add(weight.name.clone(), t.meta(), purpose);
-        self.store.set(s, t.bytes());
+        let dtype = meta.dtype;
+        let s = self.store.add(weight.name.clone(), meta, purpose);
+        if !self.options.dry {
+            let t = self.model.load_weight(id)?.cast(dtype);
+            self.store.set(s, t.bytes());
+        }
         self.states[id.index()] = Some(s);
+        // What was made of the value that it had.
+        let value = Some(weight.value);
+        self.folded.retain(|(inputs, _), _| !inputs.contains(&value));
+        self.frozen.remove(&id);
         Ok(s)
     }
 
@@ -270,7 +288,10 @@ impl Session {
     pub fn compile(&mut self, mut graph: Graph, mut request: Request) -> Result<Program> {
         graph::fuse_sums(&mut graph, &request);
         graph::gather_statistics(&mut graph);
-        self.fold_frozen(&mut graph)?;
+        match self.options.arena {
+            None => self.fold_frozen(&mut graph)?,
+            Some(_) => _ = graph::update_early(&mut graph),
+        }
         let asked = |name: &str, mode: &str| std::env::var(name).is_ok_and(|m| m == mode);
         request.no_reuse |= self.options.no_reuse || asked("RETUNE_MEMORY", "separate");
         if !self.options.channels_first && !asked("RETUNE_LAYOUT", "first") {
@@ -278,8 +299,14 @@ impl Session {
         }
         graph::join_normalisations(&mut graph, &request);
         let half = graph::halve(&mut graph, &request, self.precision().half(), &|s| self.stored(s))?;
+        if self.options.arena.is_some() {
+            super::frozen::load_where_read(&self.model, &mut graph, &half)?;
+        }
         // On the session's threads: scratch memory depends on their number.
-        let plan = self.pool.install(|| plan::plan(&graph, &request))?;
+        let plan = self.pool.install(|| match self.options.arena {
+            None => plan::plan(&graph, &request),
+            Some(limit) => plan::plan_within(&mut graph, &request, limit),
+        })?;
         let mut constants = Vec::with_capacity(plan.constants.len());
         for c in &plan.constants {
             constants.push(match c {
@@ -294,7 +321,7 @@ impl Session {
                 Constant::Weight(w) => self.frozen(*w)?,
             });
         }
-        self.arena.grow(plan.arena_bytes);
+        self.arena_bytes = self.arena_bytes.max(plan.arena_bytes);
         self.programs += 1;
         Ok(Program { id: self.programs, graph, plan, constants })
     }
@@ -315,6 +342,12 @@ impl Session {
                 continue;
             }
             let key = (node.inputs.clone(), fold.epsilon.to_bits());
+            if self.options.dry && !self.folded.contains_key(&key) {
+                // Only their sizes count.
+                let sizes = node.outputs.iter().flatten().filter_map(|v| graph.value(*v).meta.as_ref());
+                let zeros = sizes.map(|m| Arc::new(Tensor::zeros(m.dtype, &m.dims))).collect();
+                self.folded.insert(key.clone(), zeros);
+            }
             if !self.folded.contains_key(&key) {
                 let load = |v: &Option<ValueId>| match v.map(|v| &graph.value(v).source) {
                     Some(Source::Constant(t)) => Ok(Some(t.as_ref().clone())),
@@ -342,16 +375,40 @@ impl Session {
             return Ok(f.clone());
         }
         let weight = self.model.weight(id);
-        let frozen = match weight.view(&self.model.files) {
-            Some(view) => Frozen::Mapped(self.model.files[weight.location.file].bytes.slice_ref(view.bytes)),
-            None => Frozen::Owned(Arc::new(weight.load(&self.model.files)?)),
+        let in_file = |bytes| Frozen::Mapped(self.model.files[weight.location.file].bytes.slice_ref(bytes));
+        let frozen = match (weight.view(&self.model.files), super::frozen::anywhere(&self.model, id)) {
+            (Some(view), _) => in_file(view.bytes),
+            // All who read it there take it as it lies.
+            (None, Some(bytes)) if self.options.arena.is_some() => Frozen::Mapped(bytes),
+            _ if self.options.dry => Frozen::Owned(Arc::new(Tensor::zeros(weight.working(), &weight.dims))),
+            _ => Frozen::Owned(Arc::new(weight.load(&self.model.files)?)),
         };
         self.frozen.insert(id, frozen.clone());
         Ok(frozen)
     }
 
+    /// Sets [`Options::arena`] for what is compiled from now on.
+    pub fn keep_arena_to(&mut self, bytes: Option<usize>) {
+        self.options.arena = bytes;
+    }
+
+    /// Gives back memory that holds nothing between runs, and what only updates need.
+    pub fn release(&mut self) {
+        self.arena = Buffer::default();
+        self.store.release(Purpose::Optimizer);
+        self.store.release(Purpose::Gradient);
+    }
+
     /// Runs a program. Every input that the plan reads must be fed, in its planned shape and type.
     pub fn run(&mut self, program: &Program, feeds: &[(ValueId, View)], seed: u64) -> Result<()> {
+        if self.options.dry {
+            return Err(Error::Config("this session only plans".into()));
+        }
+        if self.arena.len() < program.plan.arena_bytes {
+            // What it holds need not outlive a run: never two of them at a time.
+            self.arena = Buffer::default();
+            self.arena = Buffer::zeroed(self.arena_bytes);
+        }
         for (v, meta, range) in &program.plan.inputs {
             let name = &program.graph.value(*v).name;
             let Some((_, view)) = feeds.iter().find(|f| f.0 == *v) else {
@@ -487,7 +544,7 @@ impl Session {
             optimizer: self.store.bytes_for(Purpose::Optimizer),
             gradients: self.store.bytes_for(Purpose::Gradient),
             step: self.store.bytes_for(Purpose::Step),
-            arena: self.arena.len(),
+            arena: self.arena_bytes.next_multiple_of(ALIGN),
             frozen: self
                 .frozen
                 .values()

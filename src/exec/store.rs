@@ -4,7 +4,7 @@
 use serde::Serialize;
 
 use crate::graph::StateId;
-use crate::tensor::{Buffer, Meta, Tensor, View, ViewMut};
+use crate::tensor::{ALIGN, Buffer, Meta, Tensor, View, ViewMut};
 
 /// What a state is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -33,12 +33,19 @@ struct Entry {
 #[derive(Default)]
 pub struct Store {
     entries: Vec<Entry>,
+    /// States take no memory and have no content.
+    dry: bool,
 }
 
 impl Store {
+    /// Of states that are only counted.
+    pub(super) fn dry() -> Self {
+        Store { dry: true, ..Store::default() }
+    }
+
     /// Adds a zeroed state.
     pub fn add(&mut self, name: impl Into<String>, meta: Meta, purpose: Purpose) -> StateId {
-        let data = Buffer::zeroed(meta.bytes());
+        let data = Buffer::zeroed(if self.dry { 0 } else { meta.bytes() });
         self.entries.push(Entry { name: name.into(), meta, purpose, data });
         StateId(self.entries.len() as u32 - 1)
     }
@@ -65,7 +72,13 @@ impl Store {
 
     /// Bytes held for one purpose.
     pub fn bytes_for(&self, purpose: Purpose) -> usize {
-        self.entries.iter().filter(|e| e.purpose == purpose).map(|e| e.data.len()).sum()
+        let of = self.entries.iter().filter(|e| e.purpose == purpose);
+        of.map(|e| e.meta.bytes().next_multiple_of(ALIGN)).sum()
+    }
+
+    /// Gives back the memory of all states of one purpose: their content is lost, and no program may run that uses them.
+    pub(super) fn release(&mut self, purpose: Purpose) {
+        self.entries.iter_mut().filter(|e| e.purpose == purpose).for_each(|e| e.data = Buffer::default());
     }
 
     pub fn view(&self, id: StateId) -> View<'_> {

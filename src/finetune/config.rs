@@ -167,6 +167,7 @@ pub struct Config {
     pub precision: Precision,
     pub master_free: bool,
     pub optimizer_state: OptimizerState,
+    /// What a run may hold at most, as `64MiB`.
     pub memory_budget: Option<String>,
     pub checkpoint: Option<PathBuf>,
     pub checkpoint_every: usize,
@@ -286,9 +287,7 @@ impl Config {
                 "--master-free needs --precision bf16 or f16: it keeps no f32 copy of the weights",
             );
         }
-        if self.memory_budget.is_some() {
-            return config("--memory-budget is not supported yet; `retune plan` shows what a run takes");
-        }
+        self.memory_budget()?;
         if self.resume && self.checkpoint.is_none() {
             return config("--resume needs --checkpoint DIR");
         }
@@ -310,6 +309,14 @@ impl Config {
             true => Ok(Some(fraction)),
             false => config(format!("--holdout {fraction}: must be from 0 to below 1, or the path of data")),
         }
+    }
+
+    /// What a run may hold at most, in bytes.
+    pub fn memory_budget(&self) -> Result<Option<usize>> {
+        let parse = |text: &String| {
+            super::budget::parse_bytes(text).map_err(|e| Error::Config(format!("--memory-budget {e}")))
+        };
+        self.memory_budget.as_ref().map(parse).transpose()
     }
 
     fn optimizer_named(&self, name: OptimizerName, weight_decay: f64) -> Optimizer {
@@ -428,6 +435,7 @@ mod tests {
         assert!(bad(|c| c.at = Some("x".into())).contains("--head"));
         assert!(bad(|c| c.nesterov = true).contains("--momentum"));
         assert!(bad(|c| c.master_free = true).contains("--precision"));
+        assert!(bad(|c| c.memory_budget = Some("64 apples".into())).contains("--memory-budget"));
         Config::default().check().unwrap();
     }
 

@@ -1,5 +1,6 @@
 //! The main job: a deployed network and data in, the same file with better weights out, never a worse one.
 
+pub mod budget;
 mod config;
 mod inputs;
 mod norms;
@@ -56,6 +57,9 @@ pub struct Summary {
     /// What the session held at its peak: arena, weights, gradients, optimizer, step state.
     pub peak_bytes: usize,
     pub memory: Usage,
+    /// How the run kept to `--memory-budget`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub budget: Option<budget::Fitted>,
     /// `agrees`, or `unavailable: …` with the reason.
     pub verified: String,
     pub verdict: Option<Verdict>,
@@ -235,7 +239,7 @@ pub fn finetune(
         false => None,
     };
     if let Some(r) = &reinserted {
-        session = Session::new(r.model.clone(), session_options)?;
+        session = Session::new(r.model.clone(), session_options.clone())?;
         notes.push(format!(
             "{} folded normalisations were put back for the training, and folded again",
             r.len()
@@ -259,7 +263,7 @@ pub fn finetune(
 
     let shapes = shapes_of(&data, config.batch.min(train.len()))?;
     let params = choose(&session, &config.train, &loss, &shapes, &mut notes)?;
-    let recipe = Recipe {
+    let mut recipe = Recipe {
         loss: loss.clone(),
         optimizer: config.optimizer(),
         clip: config.clip_norm(),
@@ -267,22 +271,45 @@ pub fn finetune(
         norm: config.norm,
         accumulate: config.accumulate,
     };
+    let new_method = || -> Result<Box<dyn Method>> {
+        Ok(match config.method {
+            MethodName::Supervised => Box::new(Plain::default()),
+            MethodName::Icp => Box::new(config.icp()?),
+        })
+    };
+    let job = budget::Job {
+        model: &model,
+        options: &session_options,
+        recipe: &recipe,
+        method: &new_method,
+        shapes: &shapes,
+        epochs: config.epochs,
+        held: held_indices.len(),
+        data: data.bytes() + held.as_ref().map_or(0, Dataset::bytes),
+        train: &config.train,
+    };
+    let budget = config.memory_budget()?.map(|b| job.fit(b)).transpose()?;
+    let (mut batch, mut evaluated) = (config.batch, EVAL_BATCH);
+    if let Some(b) = &budget {
+        session.keep_arena_to(b.arena);
+        recipe.accumulate *= b.parts;
+        batch = if b.parts > 1 { b.micro } else { batch };
+        evaluated = b.evaluated.max(1);
+        notes.extend(b.describe());
+    }
     let measure = |session: &mut Session| -> Result<Option<Evaluated>> {
         if held_indices.is_empty() {
             return Ok(None);
         }
         // As the file computes elsewhere, whatever the training's precision.
         session.set_exact(true);
-        let measured = evaluate(session, &plain, held_data, &held_indices, EVAL_BATCH);
+        let measured = evaluate(session, &plain, held_data, &held_indices, evaluated);
         session.set_exact(false);
         measured.map(Some)
     };
     let before = measure(&mut session)?;
     recipe.prepare(&mut session)?;
-    let mut method: Box<dyn Method> = match config.method {
-        MethodName::Supervised => Box::new(Plain::default()),
-        MethodName::Icp => Box::new(config.icp()?),
-    };
+    let mut method = new_method()?;
     let taps = match config.method {
         MethodName::Supervised => Vec::new(),
         MethodName::Icp => config.icp()?.tap_names(&session, &shapes)?,
@@ -298,7 +325,7 @@ pub fn finetune(
     };
     let run = Run {
         epochs: config.epochs,
-        batch: config.batch,
+        batch,
         lr: config.lr,
         schedule: config.schedule(),
         shuffle: config.shuffle,
@@ -320,8 +347,12 @@ pub fn finetune(
     };
     let kept = unmet.is_empty() && (!config.guard || verdict.is_none_or(|v| v.better));
     let (usage, mut verified) = (session.usage(), "original kept".to_string());
+    drop(method);
+    if budget.as_ref().is_some_and(|b| b.arena.is_some()) {
+        session.release();
+    }
     if kept {
-        verified = write(&mut session, reinserted.as_ref(), held_data, config, output)?;
+        verified = write(&mut session, reinserted.as_ref(), held_data, config, output, budget.as_ref())?;
     } else {
         export::write(&original, &[], output, export::Options { rename_data: config.rename_data })?;
     }
@@ -335,6 +366,7 @@ pub fn finetune(
         seconds: started.elapsed().as_secs_f64(),
         peak_bytes: usage.total(),
         memory: usage,
+        budget,
         verified,
         verdict,
         unmet,
@@ -407,6 +439,7 @@ fn write(
     data: &Dataset,
     config: &Config,
     output: &Path,
+    budget: Option<&budget::Fitted>,
 ) -> Result<String> {
     let (model, changes) = match reinserted {
         Some(r) => r.folded(session)?,
@@ -415,6 +448,10 @@ fn write(
     let changes: Vec<(WeightId, &Tensor)> = changes.iter().map(|(w, t)| (*w, t)).collect();
     let options = export::Options { rename_data: config.rename_data };
     let staged = export::stage(&model, &changes, output, options)?;
+    if budget.is_some_and(|b| b.budget < b.to_verify(&model)) {
+        staged.commit()?;
+        return Ok("unavailable: tract would take more than the memory budget".into());
+    }
     let n = verified_batch(&model, data.len());
     let mut batch = data.new_batch(n);
     data.batch(&(0..n).collect::<Vec<_>>(), None, &mut batch)?;

@@ -2,6 +2,7 @@
 //! [`grad`], the nodes of its gradient.
 
 mod control;
+mod early;
 mod fixed;
 mod fuse;
 mod grad;
@@ -12,6 +13,7 @@ mod lower;
 mod passes;
 mod precision;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -20,6 +22,7 @@ use crate::ops::Op;
 use crate::tensor::{DType, Meta, Tensor};
 
 pub use control::MOST_UNROLLED;
+pub use early::update_early;
 pub use fuse::{fuse, fuse_sums, gather_statistics, join_normalisations};
 pub use grad::{GradBuilder, Gradients, grad};
 pub use head::{Ending, ending};
@@ -131,6 +134,8 @@ pub struct Graph {
     pub fixed: Vec<(ValueId, Arc<Tensor>)>,
     /// The first node of the file that [`Graph::without_selections`] left out, for people.
     pub left_out: Option<String>,
+    /// Nodes that compute once more what another did: they draw the same random numbers.
+    pub again: HashMap<NodeId, NodeId>,
 }
 
 impl Graph {

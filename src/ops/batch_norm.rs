@@ -1,12 +1,13 @@
 //! `BatchNormalization`: training and inference form, with what follows it fused in.
 
+mod again;
 mod grad;
 
 use std::sync::Arc;
 
 use crate::error::OpError;
 use crate::float_dispatch;
-use crate::graph::GradBuilder;
+use crate::graph::{GradBuilder, Node, ValueId};
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::{self, Channels, Residual, Stat};
@@ -16,6 +17,7 @@ use crate::ops::layout::rank_of;
 use crate::ops::{ChannelsLast, Cx, Grads, Mode, Op, Row, Spec, get, need};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
 
+use again::Normalise;
 use grad::BatchNormEvalInputGrad;
 pub use grad::{BatchNormInputGrad, BatchNormParamGrad, ChannelParamGrad, ChannelSum};
 
@@ -376,6 +378,14 @@ impl Op for BatchNormalization {
             true => room_bytes(d.partials(), 3 * d.c, x.dtype),
             false => room_bytes(0, d.c, x.dtype),
         }
+    }
+
+    fn again(&self, node: &Node) -> Option<(Arc<dyn Op>, Vec<Option<ValueId>>)> {
+        let &[_, _, _, mean @ Some(_), inv @ Some(_)] = &node.outputs[..] else { return None };
+        let mut inputs = vec![node.inputs[0], node.inputs[1], node.inputs[2], mean, inv];
+        inputs.extend(node.inputs.get(self.residual()).copied());
+        let op = Normalise { of: self.clone() };
+        self.training.then(|| (Arc::new(op) as Arc<dyn Op>, inputs))
     }
 
     fn in_mode(&self, mode: Mode) -> Option<Arc<dyn Op>> {

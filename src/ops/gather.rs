@@ -59,11 +59,20 @@ impl Op for Gather {
         let a = axis(self.axis, x.dims.len())?;
         let n = x.dims[a];
         in_range(&index, n)?;
-        let block = x.dims[a + 1..].iter().product();
+        let block: usize = x.dims[a + 1..].iter().product();
+        if !(x.bytes.as_ptr() as usize).is_multiple_of(x.dtype.size()) {
+            // A table where it lies in the file.
+            gather::<u8>(x.bytes, n, block * x.dtype.size(), index, y.bytes);
+            return Ok(());
+        }
         by_size!(x.dtype, T => {
             gather::<T>(units(x.bytes)?, n, block, index, units_mut(y.bytes)?);
             Ok(())
         })
+    }
+
+    fn reads_anywhere(&self, input: usize) -> bool {
+        input == 0
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {

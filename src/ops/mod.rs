@@ -12,7 +12,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use crate::error::OpError;
-use crate::graph::{GradBuilder, Lowering, ValueId};
+use crate::graph::{GradBuilder, Lowering, Node, ValueId};
 use crate::tensor::{Elem, Meta, Tensor, View, ViewMut};
 
 pub mod attention;
@@ -40,6 +40,7 @@ pub mod half;
 pub mod join;
 pub mod known;
 pub mod layout;
+pub mod load;
 pub mod logic;
 pub mod loss;
 pub mod matmul;
@@ -155,6 +156,11 @@ pub trait Op: Any + Debug + Send + Sync {
         0
     }
 
+    /// May this operand lie at any address, as tensors of a file do?
+    fn reads_anywhere(&self, _input: usize) -> bool {
+        false
+    }
+
     /// Multiply-adds of matrix products and convolutions; nothing for other operators.
     fn multiply_adds(&self, _inputs: &[Option<&Meta>]) -> usize {
         0
@@ -163,6 +169,12 @@ pub trait Op: Any + Debug + Send + Sync {
     /// Recomputing the output costs little beside keeping it.
     fn cheap(&self) -> bool {
         false
+    }
+
+    /// How output 0 of a node of this operator is computed once more in the same run, where it cannot be by the node as
+    /// it is: an operator and its operands, perhaps results of the first time.
+    fn again(&self, _: &Node) -> Option<(Arc<dyn Op>, Vec<Option<ValueId>>)> {
+        None
     }
 
     /// The same operator in another mode; `None` where the mode makes no difference.

@@ -16,7 +16,7 @@ use crate::ops::half::half_bits_mut;
 use crate::ops::{Cx, Grads, Op, get, need};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
 
-pub use scale::{ClipScale, GOOD_STEPS, NextLossScale, ScaleLoss, SumSquares};
+pub use scale::{Checked, ClipScale, GOOD_STEPS, NextLossScale, ScaleLoss, SumSquares};
 
 /// Index of the first state among the inputs.
 pub const FIRST_STATE: usize = 4;

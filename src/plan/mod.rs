@@ -2,6 +2,7 @@
 
 mod arena;
 mod order;
+mod recompute;
 mod report;
 
 use std::collections::HashMap;
@@ -17,6 +18,7 @@ use crate::tensor::{ALIGN, DType, Dims, Meta};
 
 pub use arena::{Block, assign};
 pub(crate) use order::order;
+pub use recompute::{Again, plan_within};
 pub use report::{Kind, Peak};
 
 /// What a plan must compute.
@@ -81,6 +83,8 @@ pub struct Step {
     pub store: SmallVec<[StateCut; 4]>,
     /// Index into `arena` of the scratch memory, if any.
     pub scratch: Option<usize>,
+    /// The node whose random numbers it draws: its own, or the one that it computes again.
+    pub draws_as: NodeId,
 }
 
 /// What a constant operand is taken from.
@@ -111,6 +115,8 @@ pub struct Plan {
     pub peak: Peak,
     /// Every arena block with its lifetime in steps, for pictures and reports.
     pub blocks: Vec<Block>,
+    /// What is computed more than once.
+    pub again: Again,
 }
 
 /// Storage that values share: of their own kind outside the arena, or a block of it.
@@ -297,7 +303,8 @@ impl<'a> Planner<'a> {
         Ok(Home::Block(self.new_block(y, time(position))?))
     }
 
-    fn finish(mut self) -> Result<Plan> {
+    /// Gives every step its scratch memory, by index of the block, and ends all lifetimes with the plan.
+    fn close(&mut self) -> Vec<Option<usize>> {
         let end = time(self.order.len());
         let mut scratch = vec![None; self.order.len()];
         for (position, id) in self.order.iter().enumerate() {
@@ -315,6 +322,12 @@ impl<'a> Planner<'a> {
         for b in &mut self.blocks {
             b.dies = b.dies.min(end);
         }
+        scratch
+    }
+
+    fn finish(mut self) -> Result<Plan> {
+        let end = time(self.order.len());
+        let scratch = self.close();
         let arena_bytes = assign(&mut self.blocks);
         let mut steps = Vec::with_capacity(self.order.len());
         for (position, scratch) in scratch.into_iter().enumerate() {
@@ -339,7 +352,16 @@ impl<'a> Planner<'a> {
             outputs.insert(*v, (meta, location));
         }
         let peak = Peak::of(&self.blocks, arena_bytes, end);
-        Ok(Plan { steps, constants: self.constants, arena_bytes, inputs, outputs, peak, blocks: self.blocks })
+        Ok(Plan {
+            steps,
+            constants: self.constants,
+            arena_bytes,
+            inputs,
+            outputs,
+            peak,
+            blocks: self.blocks,
+            again: Again::default(),
+        })
     }
 
     fn range(&self, block: usize, bytes: usize) -> Range<usize> {
@@ -419,7 +441,8 @@ impl<'a> Planner<'a> {
             }
         }
         let scratch = scratch.and_then(|b| arena.iter().position(|c| c.range.start == self.blocks[b].offset));
-        Ok(Some(Step { op: node.op.clone(), node: id, x, y, arena, store, scratch }))
+        let draws_as = self.graph.again.get(&id).copied().unwrap_or(id);
+        Ok(Some(Step { op: node.op.clone(), node: id, x, y, arena, store, scratch, draws_as }))
     }
 
     fn internal(&self, id: NodeId, what: String) -> Error {

@@ -3,6 +3,7 @@
 //! What needs fetched files (`tests/fetch.sh`) is skipped with a printed line when they are not there.
 
 mod allocations;
+mod budget;
 mod common;
 mod contract;
 mod control;

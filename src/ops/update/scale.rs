@@ -42,6 +42,39 @@ impl Op for SumSquares {
     }
 }
 
+/// [`SumSquares`] that also says whether this gradient may be followed at once, without waiting for the others. Inputs: the
+/// gradient, `acc` or none, the loss (a scalar). Outputs, float64 scalars: `acc + Σ grad²`, and the factor on the gradient:
+/// 1, or NaN where the loss or that sum is not finite.
+#[derive(Debug, Clone)]
+pub struct Checked;
+
+impl Op for Checked {
+    fn name(&self) -> &'static str {
+        "CheckedSquares"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        if need(inputs, 2)?.len() != 1 {
+            return Err(OpError::Shape("the loss must be a scalar".into()));
+        }
+        let sum = SumSquares.infer(inputs)?.remove(0);
+        Ok(vec![sum.clone(), sum])
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        SumSquares.forward(cx, &x[..2], y)?;
+        let loss = need(x, 2)?;
+        let loss = float_dispatch!(loss.dtype, T => Ok(loss.get::<T>()?[0].to64()))?;
+        let sum = out(y, 0)?.get::<f64>()?[0];
+        out(y, 1)?.get::<f64>()?[0] = if loss.is_finite() && sum.is_finite() { 1.0 } else { f64::NAN };
+        Ok(())
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        no_gradient()
+    }
+}
+
 /// The factor that clips a gradient to `max_norm` (PyTorch's `clip_grad_norm_`), and the gradient's norm.
 /// Inputs: loss (a scalar), sum of squares (float64 scalar), and, where the gradient is that of a scaled loss, the scale
 /// (float64 [2], see [`NextLossScale`]). Outputs, float64 scalars: the factor, NaN when the loss or the norm is not

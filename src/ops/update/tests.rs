@@ -162,6 +162,13 @@ fn clipping_and_accumulation() {
     assert_eq!(clip(Some(6.0), &loss, 25.0), (1.0, 5.0));
     assert_eq!(clip(Some(1.0), &loss, 25.0), (1.0 / (5.0 + 1e-6), 5.0));
     assert!(clip(None, &loss, f64::NAN).0.is_nan());
+    let checked = |acc: f64, loss: &Tensor| {
+        let y = eval(&Checked, &[Some(&grad), Some(&Tensor::scalar(acc)), Some(loss)]).unwrap();
+        (y[0].to_f64()[0], y[1].to_f64()[0])
+    };
+    assert_eq!(checked(25.0, &loss), (50.0, 1.0));
+    assert!(checked(f64::INFINITY, &loss).1.is_nan());
+    assert!(checked(0.0, &Tensor::scalar(f32::NAN)).1.is_nan());
     assert!(clip(None, &Tensor::scalar(f32::INFINITY), 1.0).0.is_nan());
     let acc = Tensor::from_slice(&[2], &[f32::NAN, 1.0]).unwrap();
     let add = |acc: &Tensor, first: f64| {

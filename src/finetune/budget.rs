@@ -1,0 +1,487 @@
+//! `--memory-budget`: a run that keeps to so many bytes, or is refused before its first step.
+//!
+//! What counts is all that a run holds at its fullest moment: weights that change, statistics, optimizer state, gradients, what
+//! lives for a step, the arena of the largest plan, frozen weights that had to be copied, data and batches, and what the process
+//! itself takes. The file's mapping is not among it: the system drops its pages and reads them again as it likes.
+//!
+//! From the cheapest on, until it fits: the usual plan; frozen weights left in the file and updates at once; values computed
+//! again rather than kept (the same weights to the last bit); the batch cut into parts whose gradients add up.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::exec::{Options, Session, Usage};
+use crate::graph::WeightId;
+use crate::import::{Model, Role};
+use crate::ops::batch_norm::BatchNormalization;
+use crate::plan::Again;
+use crate::tensor::Meta;
+use crate::train::method::Method;
+use crate::train::select::Select;
+use crate::train::step::{self, Evaluation, Network, Norm, Recipe, Shapes};
+
+/// Bytes that a process takes beside what a session holds: threads, graphs and plans.
+const PROCESS: usize = 3 << 20;
+/// The same for each kernel call of the plans.
+const PER_KERNEL: usize = 2 << 10;
+/// Samples of a channel that the statistics of a part of a batch must at least be over.
+const LEAST_SAMPLES: usize = 16;
+
+/// `64MiB`, `1.5GB`, `800kB`, `123456`: bytes as people write them. Fails on anything else, and on nothing.
+pub fn parse_bytes(text: &str) -> Result<usize> {
+    let text = text.trim();
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let factor = match unit.trim() {
+        "" | "B" => 1.0,
+        "kB" | "KB" => 1e3,
+        "MB" => 1e6,
+        "GB" => 1e9,
+        "KiB" => 1024.0,
+        "MiB" => 1048576.0,
+        "GiB" => 1073741824.0,
+        _ => f64::NAN,
+    };
+    let bytes = number.parse::<f64>().unwrap_or(f64::NAN) * factor;
+    match bytes >= 1.0 && bytes < 1e18 {
+        true => Ok(bytes as usize),
+        false => Err(Error::Config(format!(
+            "'{text}' is not a size: write bytes, or a number with kB, MB, GB, KiB, MiB or GiB, as in 64MiB"
+        ))),
+    }
+}
+
+/// Bytes for people, in the units that budgets are mostly given in.
+pub fn human(bytes: usize) -> String {
+    match bytes {
+        0..1024 => format!("{bytes} B"),
+        1024..1048576 => format!("{:.1} KiB", bytes as f64 / 1024.0),
+        1048576..1073741824 => format!("{:.1} MiB", bytes as f64 / 1048576.0),
+        _ => format!("{:.2} GiB", bytes as f64 / 1073741824.0),
+    }
+}
+
+/// The shapes of `n` samples. An input that is fed whole with every batch keeps its own.
+pub fn with_batch(shapes: &Shapes, n: usize) -> Shapes {
+    let batch = batch_of(shapes);
+    let cut = |m: &Meta| {
+        let mut m = m.clone();
+        if let Some(first) = m.dims.first_mut().filter(|d| **d == batch) {
+            *first = n;
+        }
+        m
+    };
+    Shapes {
+        inputs: shapes.inputs.iter().map(|(name, m)| (name.clone(), cut(m))).collect(),
+        target: cut(&shapes.target),
+    }
+}
+
+/// The number of samples.
+fn batch_of(shapes: &Shapes) -> usize {
+    let whole = shapes.target.dims.first().or(shapes.inputs.first().and_then(|(_, m)| m.dims.first()));
+    whole.copied().unwrap_or(1)
+}
+
+/// A run to be planned.
+pub struct Job<'a> {
+    pub model: &'a Arc<Model>,
+    pub options: &'a Options,
+    pub recipe: &'a Recipe,
+    pub method: &'a dyn Fn() -> Result<Box<dyn Method>>,
+    /// Of batches of the full size.
+    pub shapes: &'a Shapes,
+    pub epochs: usize,
+    /// Samples that are evaluated before and after; 0: none.
+    pub held: usize,
+    /// Bytes of data.
+    pub data: usize,
+    /// As it was asked for, for advice.
+    pub train: &'a str,
+}
+
+/// How a run keeps to its budget.
+#[derive(Debug, Clone, Serialize)]
+pub struct Fitted {
+    pub budget: usize,
+    /// What the run will hold at most.
+    pub bytes: usize,
+    /// What it would hold without a budget.
+    pub unconstrained: usize,
+    /// The arena's bound; absent: the usual plan fits.
+    pub arena: Option<usize>,
+    /// Samples of one part of a batch, and how many parts one has.
+    pub micro: usize,
+    pub parts: usize,
+    /// Parts are normalised by statistics of their own.
+    pub ghost_norm: bool,
+    pub again: Again,
+    /// The smallest budget that would do.
+    pub smallest: usize,
+    /// Samples of an evaluation batch.
+    pub evaluated: usize,
+}
+
+/// What a session would hold.
+struct Probe {
+    usage: Usage,
+    again: Again,
+    /// Of batches, and of results that are read.
+    beside: usize,
+    /// While the result is written.
+    export: usize,
+    evaluated: usize,
+}
+
+impl Probe {
+    fn fixed(&self) -> usize {
+        self.usage.total() - self.usage.arena + self.beside
+    }
+
+    fn total(&self) -> usize {
+        (self.usage.total() + self.beside).max(self.export)
+    }
+}
+
+impl Job<'_> {
+    fn batch(&self) -> usize {
+        batch_of(self.shapes)
+    }
+
+    /// Plans a run in parts of `micro` samples, in `arena` bytes.
+    fn probe(&self, recipe: &Recipe, micro: usize, arena: Option<usize>) -> Result<Probe> {
+        let parts = self.batch() / micro.max(1);
+        let recipe = Recipe { accumulate: recipe.accumulate * parts.max(1), ..recipe.clone() };
+        let options = Options { dry: true, arena, ..self.options.clone() };
+        let mut session = Session::new(self.model.clone(), options)?;
+        recipe.prepare(&mut session)?;
+        let shapes = with_batch(self.shapes, micro);
+        let mut method = (self.method)()?;
+        method.prepare(&mut session, &recipe, &shapes, self.epochs)?;
+        if recipe.accumulate > 1 {
+            step::apply(&mut session, &recipe)?;
+        }
+        let (mut again, mut kernels, mut read) = (Again::default(), 0, 0);
+        for (_, p) in method.programs() {
+            kernels += p.plan.steps.len();
+            read = read.max(p.plan.outputs.values().map(|(m, _)| m.bytes()).sum());
+            again.kernels += p.plan.again.kernels;
+            again.work = again.work.max(p.plan.again.work);
+        }
+        drop(method);
+        let bytes = |s: &Shapes| s.inputs.iter().map(|i| i.1.bytes()).sum::<usize>() + s.target.bytes();
+        let mut beside = bytes(&shapes) + 3 * read;
+        let mut usage = session.usage();
+        let mut evaluated = 0;
+        if self.held > 0 {
+            let limit = arena.filter(|a| *a > 0).unwrap_or(usage.arena).min(usage.arena.max(1 << 24));
+            let (n, taken) = self.evaluation(&recipe, arena, limit)?;
+            evaluated = n;
+            usage.arena = usage.arena.max(taken);
+            beside = beside.max(bytes(&with_batch(self.shapes, n)));
+        }
+        let process = PROCESS + PER_KERNEL * kernels;
+        let changed = usage.weights + usage.statistics;
+        Ok(Probe {
+            usage,
+            again,
+            beside: beside + process + self.data,
+            export: 3 * changed + usage.step + usage.frozen + process + self.data,
+            evaluated,
+        })
+    }
+
+    /// The largest evaluation batch whose plan takes no more than `limit` bytes of arena, or one sample; and what it takes.
+    fn evaluation(&self, recipe: &Recipe, arena: Option<usize>, limit: usize) -> Result<(usize, usize)> {
+        let options = Options { dry: true, arena: arena.map(|_| limit), ..self.options.clone() };
+        let mut session = Session::new(self.model.clone(), options)?;
+        recipe.prepare(&mut session)?;
+        let loss = recipe.loss.unweighted();
+        let mut n = super::EVAL_BATCH.min(self.held);
+        loop {
+            let taken =
+                Evaluation::new(&mut session, &loss, &with_batch(self.shapes, n))?.program.plan.arena_bytes;
+            if taken <= limit || n == 1 {
+                return Ok((n, taken));
+            }
+            n = n.div_ceil(2);
+        }
+    }
+
+    /// Do normalisations take their statistics from the batch, so that parts of it have others?
+    fn normalises(&self) -> bool {
+        let training = |n: &crate::graph::Node| n.op.as_a::<BatchNormalization>().is_some();
+        self.recipe.norm == Norm::Batch && self.model.graph.nodes.iter().any(training)
+    }
+
+    /// The numbers of samples that parts of a batch may have, from the whole on.
+    fn micros(&self) -> Result<Vec<usize>> {
+        let batch = self.batch();
+        let whole = self.shapes.inputs.iter().all(|(_, m)| m.dims.first() == Some(&batch));
+        let mut micros: Vec<usize> = (1..=batch).rev().filter(|m| batch.is_multiple_of(*m)).collect();
+        if !whole || self.shapes.target.dims.first() != Some(&batch) {
+            micros.truncate(1);
+        } else if self.normalises() {
+            let per_sample = self.least_places()?;
+            micros.retain(|m| *m == batch || m * per_sample >= LEAST_SAMPLES);
+        }
+        Ok(micros)
+    }
+
+    /// Of the normalisations by batch: the fewest places a sample that one takes its statistics over.
+    fn least_places(&self) -> Result<usize> {
+        let session = Session::new(self.model.clone(), Options { dry: true, ..self.options.clone() })?;
+        let net = Network::new(
+            &session,
+            crate::ops::Mode::TRAIN,
+            &with_batch(self.shapes, 1),
+            &Default::default(),
+        )?;
+        let mut least = usize::MAX;
+        for n in net.graph.nodes.iter().filter(|n| n.op.as_a::<BatchNormalization>().is_some()) {
+            let Some(Some(x)) = n.inputs.first() else { continue };
+            let dims = &net.graph.meta(*x)?.dims;
+            least = least.min(dims.iter().skip(2).product());
+        }
+        Ok(least)
+    }
+
+    /// The cheapest way that keeps to the budget. Fails, with what would help, where there is none.
+    pub fn fit(&self, budget: usize) -> Result<Fitted> {
+        let batch = self.batch();
+        let usual = self.probe(self.recipe, batch, None)?;
+        let unconstrained = usual.total();
+        let fitted = |micro: usize, arena: Option<usize>, p: &Probe| Fitted {
+            budget,
+            bytes: p.total(),
+            unconstrained,
+            arena,
+            micro,
+            parts: batch / micro,
+            ghost_norm: micro < batch && self.normalises(),
+            again: p.again,
+            smallest: 0,
+            evaluated: p.evaluated,
+        };
+        let micros = self.micros()?;
+        let mut found = None;
+        if unconstrained <= budget {
+            found = Some(fitted(batch, None, &usual));
+        }
+        for &micro in &micros {
+            if found.is_some() {
+                break;
+            }
+            found = self.within(self.recipe, micro, budget)?.map(|(arena, p)| fitted(micro, Some(arena), &p));
+        }
+        let smallest = self.smallest(self.recipe, &micros)?;
+        match found {
+            Some(f) => Ok(Fitted { smallest: smallest.min(f.bytes), ..f }),
+            None => Err(self.refuse(budget, smallest, &micros)?),
+        }
+    }
+
+    /// A plan for parts of `micro` samples that keeps to the budget, and its arena's bound.
+    fn within(&self, recipe: &Recipe, micro: usize, budget: usize) -> Result<Option<(usize, Probe)>> {
+        let loose = self.probe(recipe, micro, Some(usize::MAX))?;
+        if loose.total() <= budget {
+            return Ok(Some((loose.usage.arena, loose)));
+        }
+        let Some(arena) = budget.checked_sub(loose.fixed()).filter(|a| *a > 0 && loose.export <= budget)
+        else {
+            return Ok(None);
+        };
+        let mut arena = arena;
+        // More kernel calls take a little memory too.
+        for _ in 0..3 {
+            let tight = self.probe(recipe, micro, Some(arena))?;
+            if tight.total() <= budget {
+                return Ok(Some((arena, tight)));
+            }
+            if tight.usage.arena > arena {
+                return Ok(None);
+            }
+            let Some(less) = arena.checked_sub(tight.total() - budget).filter(|a| *a > 0) else { break };
+            arena = less;
+        }
+        Ok(None)
+    }
+
+    /// The least that a run can do with, over parts of all sizes.
+    fn smallest(&self, recipe: &Recipe, micros: &[usize]) -> Result<usize> {
+        let mut least = usize::MAX;
+        for micro in micros.iter().take(1).chain(micros.iter().skip(1).last()) {
+            least = least.min(self.probe(recipe, *micro, Some(0))?.total());
+        }
+        Ok(least)
+    }
+
+    /// The error that says what would fit.
+    fn refuse(&self, budget: usize, smallest: usize, micros: &[usize]) -> Result<Error> {
+        let mut text = format!(
+            "--memory-budget {}: the run takes at least {}; {}",
+            human(budget),
+            human(smallest),
+            self.holdings(micros.last().copied().unwrap_or(1))?
+        );
+        let fits = self.fitting(budget, micros)?;
+        match fits.is_empty() {
+            true => text.push_str("; nothing that freezes weights fits either"),
+            false => text.push_str(&format!("; what would fit: {}", fits.join(", or "))),
+        }
+        if self.recipe.clip.is_some() {
+            let gradients: usize = self.recipe.params.iter().map(|w| self.bytes_of(*w)).sum();
+            text.push_str(&format!(
+                "; the bound on the gradient's norm keeps all gradients ({}) until it is known, --clip 0 does not",
+                human(gradients)
+            ));
+        }
+        Ok(Error::Config(text))
+    }
+
+    fn bytes_of(&self, w: WeightId) -> usize {
+        let weight = self.model.weight(w);
+        weight.len() * weight.working().size()
+    }
+
+    fn holdings(&self, micro: usize) -> Result<String> {
+        let p = self.probe(self.recipe, micro, Some(0))?;
+        Ok(format!(
+            "{} of weights that train, {} of optimizer state, {} of gradients that are summed, {} of arena, {} of data, \
+             batches and the process",
+            human(p.usage.weights + p.usage.statistics),
+            human(p.usage.optimizer),
+            human(p.usage.gradients),
+            human(p.usage.arena),
+            human(p.beside + p.usage.step)
+        ))
+    }
+
+    /// The parameters that `select` chooses of those that the loss depends on.
+    fn select(&self, select: &str) -> Option<Recipe> {
+        let select: Select = select.parse().ok()?;
+        let session = Session::new(self.model.clone(), Options { dry: true, ..self.options.clone() }).ok()?;
+        let reached = step::reached(&session, &self.recipe.loss, self.shapes).ok()?;
+        let mut params = select.resolve(self.model).ok()?;
+        params.retain(|w| reached[w.index()]);
+        (!params.is_empty()).then(|| Recipe { params, ..self.recipe.clone() })
+    }
+
+    fn fits(&self, select: &str, budget: usize, micros: &[usize]) -> Result<bool> {
+        let Some(recipe) = self.select(select) else { return Ok(false) };
+        for micro in micros.iter().take(1).chain(micros.iter().skip(1).last()) {
+            // Whether anything has to be computed again does not matter here.
+            if self.within(&recipe, *micro, budget)?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// What may be frozen so that the rest fits: the shortest list of large tensors, as many of the last layers as may train,
+    /// and the smaller presets.
+    fn fitting(&self, budget: usize, micros: &[usize]) -> Result<Vec<String>> {
+        let mut found = Vec::new();
+        let mut largest = self.recipe.params.clone();
+        largest.sort_by_key(|w| (std::cmp::Reverse(self.bytes_of(*w)), w.index()));
+        if self.train == "all" {
+            for n in [1, 2, 3, 5] {
+                let names = largest.iter().take(n).map(|w| format!("!{}", self.model.weight(*w).name));
+                let select = names.collect::<Vec<_>>().join(",");
+                if n < largest.len() && self.fits(&select, budget, micros)? {
+                    found.push(format!("--train '{select}' (all but {n})"));
+                    break;
+                }
+            }
+        }
+        let layers = |w: &&WeightId| matches!(self.model.weight(**w).role, Role::Weight | Role::Embedding);
+        let (mut low, mut high) = (0, self.recipe.params.iter().filter(layers).count());
+        while low + 1 < high {
+            let middle = (low + high) / 2;
+            match self.fits(&format!("last:{middle}"), budget, micros)? {
+                true => low = middle,
+                false => high = middle,
+            }
+        }
+        if low > 0 {
+            found.push(format!("--train last:{low}"));
+        }
+        for preset in ["norm", "bias", "head"] {
+            if self.train != preset && self.fits(preset, budget, micros)? {
+                found.push(format!("--train {preset}"));
+                break;
+            }
+        }
+        Ok(found)
+    }
+}
+
+impl Fitted {
+    /// About what it takes to run the model in tract, which unpacks the file several times over.
+    pub fn to_verify(&self, model: &Model) -> usize {
+        let file: usize = model.files.iter().map(|f| f.bytes.len()).sum();
+        (16 << 20) + 6 * file
+    }
+
+    /// What was chosen, for people.
+    pub fn describe(&self) -> Vec<String> {
+        let mut notes = vec![match self.arena {
+            None => format!(
+                "memory budget {}: the usual plan takes {}, nothing had to be done; at least {} would do",
+                human(self.budget),
+                human(self.bytes),
+                human(self.smallest)
+            ),
+            Some(_) => format!(
+                "memory budget {}: takes {} where {} would be usual; {:.0}% more work, by {} kernel calls that compute again \
+                 what is not kept; at least {} would do",
+                human(self.budget),
+                human(self.bytes),
+                human(self.unconstrained),
+                self.again.work * 100.0,
+                self.again.kernels,
+                human(self.smallest)
+            ),
+        }];
+        if self.parts > 1 {
+            notes.push(format!(
+                "batches are learned from in {} parts of {} samples, whose gradients add up{}",
+                self.parts,
+                self.micro,
+                match self.ghost_norm {
+                    true =>
+                        ": each part is normalised by statistics of its own (ghost batch normalisation), which is not what \
+                         the whole batch would be",
+                    false => ", the same but for rounding",
+                }
+            ));
+        }
+        notes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_as_people_write_them() {
+        let sizes = [
+            ("64MiB", 64 << 20),
+            ("1.5 GB", 1_500_000_000),
+            ("800kB", 800_000),
+            ("2KiB", 2048),
+            ("123456", 123_456),
+            ("3GiB", 3 << 30),
+            ("7B", 7),
+        ];
+        for (text, bytes) in sizes {
+            assert_eq!(parse_bytes(text).unwrap(), bytes, "{text}");
+        }
+        for bad in ["", "MiB", "64 MiBs", "64mib", "-1MB", "0", "1e9", "1..5MB", "nan", "inf"] {
+            assert!(parse_bytes(bad).unwrap_err().to_string().contains("not a size"), "{bad}");
+        }
+    }
+}

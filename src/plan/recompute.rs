@@ -1,0 +1,539 @@
+//! What is kept for later and what is computed again, so that a plan fits into a smaller arena.
+//!
+//! A value that is read early and again much later may be dropped in between: the nodes that computed it then run once
+//! more, just before the later reader, with the same results to the last bit. What to drop is chosen by a search over
+//! real lifetimes: at the moment when the most memory is in use, of all that only waits there, what frees most for the
+//! least additional work; until everything fits, or nothing helps any more. What is computed again may be dropped
+//! again, so that long chains are recomputed from ever fewer values.
+//!
+//! Recomputing forward passes from chosen values is of Chen et al., *Training Deep Nets with Sublinear Memory Cost*,
+//! 2016; the measure by which candidates are sorted, size and time to the next reader against the cost, of Kirisame et
+//! al., *Dynamic Tensor Rematerialization*, 2021, here of a schedule that is known in advance.
+
+use std::collections::{HashMap, HashSet};
+
+use crate::error::{Error, Result};
+use crate::graph::{Graph, Node, NodeId, Source, StateId, ValueId};
+use crate::ops::batch_norm::BatchNormalization;
+use crate::plan::arena::assign;
+use crate::plan::order::{check_updates, order};
+use crate::plan::{Home, Plan, Planner, Request, aligned, time};
+use crate::tensor::Meta;
+
+/// Multiply-adds that take about as long as it takes to read or write one byte.
+const WORK_OF_BYTE: f64 = 4.0;
+/// Candidates of which the effect is computed rather than guessed.
+const TRIED: usize = 6;
+/// A plan never takes more than this much longer, as a share of the work.
+const MOST: f64 = 3.0;
+/// Values below this many bytes are never dropped.
+const LEAST: usize = 1 << 12;
+/// What the search for the smallest arena aims at next, of what it has reached.
+const NEXT: f64 = 0.92;
+/// Attempts to make up for gaps in the arena.
+const ATTEMPTS: usize = 6;
+
+/// What a plan computes more than once.
+#[derive(Debug, Clone, Copy, Default, PartialEq, serde::Serialize)]
+pub struct Again {
+    /// Kernel calls that do again what another did.
+    pub kernels: usize,
+    /// Their work as a share of that of all others: of multiply-adds, and of bytes that are read and written.
+    pub work: f64,
+}
+
+/// As [`super::plan`], in an arena of at most `limit` bytes: where it would be larger, values are computed again rather
+/// than kept. If that cannot be, in the smallest one that was found (so with a limit of 0).
+///
+/// What follows from frozen weights alone is computed anew wherever it is read.
+pub fn plan_within(graph: &mut Graph, request: &Request, limit: usize) -> Result<Plan> {
+    keep_statistics(graph, request)?;
+    let search = Search::new(graph, request)?;
+    let cuts = search.run(limit)?;
+    let built = search
+        .build(graph, &cuts)
+        .ok_or_else(|| Error::Config("a plan within the memory asked for cannot be made".into()))?;
+    check_updates(&built.graph, &built.order)?;
+    let mut plan = Planner::new(&built.graph, request, &built.order)?.finish()?;
+    plan.again = Again { kernels: built.copies, work: built.extra / search.work.max(1.0) };
+    *graph = built.graph;
+    Ok(plan)
+}
+
+/// Can output `o` of the node be computed once more, without an effect on states?
+fn repeatable(node: &Node, o: usize) -> bool {
+    match node.op.again(node) {
+        Some(_) => o == 0,
+        None => node.op.updates().is_empty(),
+    }
+}
+
+/// Lets normalisations by the batch's statistics keep these (C), so that only the normalising need be done again.
+fn keep_statistics(graph: &mut Graph, request: &Request) -> Result<()> {
+    for id in order(graph, request)? {
+        let node = graph.node(id);
+        let Some(norm) = node.op.as_a::<BatchNormalization>() else { continue };
+        if norm.training() && node.outputs.first().is_some_and(Option::is_some) {
+            for output in [3, 4] {
+                let made = graph.output_of(id, output);
+                made.map_err(|source| Error::Op { node: graph.describe(id), source })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Which values follow from frozen weights and constants alone.
+fn fixed(graph: &Graph, request: &Request, order: &[NodeId]) -> Vec<bool> {
+    let mut fixed = vec![false; graph.values.len()];
+    let wanted: HashSet<ValueId> =
+        request.outputs.iter().chain(&request.effects).chain(request.pins.keys()).copied().collect();
+    loop {
+        let mut changed = false;
+        for id in order {
+            let node = graph.node(*id);
+            let given = |v: &ValueId| {
+                fixed[v.index()] || matches!(graph.value(*v).source, Source::Constant(_) | Source::Weight(_))
+            };
+            let mut made = node.outputs.iter().flatten().peekable();
+            let new = made.peek().is_some_and(|v| !fixed[v.index()])
+                && made.all(|v| !wanted.contains(v) && matches!(graph.value(*v).source, Source::Node(..)));
+            if new
+                && node.op.is_pure()
+                && node.op.updates().is_empty()
+                && node.inputs.iter().flatten().all(given)
+            {
+                node.outputs.iter().flatten().for_each(|v| fixed[v.index()] = true);
+                changed = true;
+            }
+        }
+        // Once, but for nodes that stand behind their readers.
+        if !changed {
+            return fixed;
+        }
+    }
+}
+
+/// The work of a node, in multiply-adds.
+pub fn work(graph: &Graph, node: &Node) -> f64 {
+    if node.op.is_view() {
+        return 0.0;
+    }
+    let meta = |v: &ValueId| graph.value(*v).meta.as_ref();
+    let metas: Vec<Option<&Meta>> = node.inputs.iter().map(|v| v.as_ref().and_then(meta)).collect();
+    let bytes: usize =
+        node.inputs.iter().chain(&node.outputs).flatten().filter_map(meta).map(Meta::bytes).sum();
+    node.op.multiply_adds(&metas) as f64 + WORK_OF_BYTE * bytes as f64
+}
+
+/// A value is dropped after an event, the running of one node of the original order and of what is computed again for
+/// it.
+type Cut = (ValueId, u32);
+type Cuts = HashSet<Cut>;
+
+struct Search<'a> {
+    /// Without names.
+    graph: Graph,
+    request: &'a Request,
+    /// Without nodes whose values are `fixed`.
+    order: Vec<NodeId>,
+    /// Per node.
+    cost: Vec<f64>,
+    /// Per value: it follows from frozen weights alone.
+    fixed: Vec<bool>,
+    /// Of the whole order.
+    work: f64,
+}
+
+/// A schedule.
+struct Built {
+    graph: Graph,
+    order: Vec<NodeId>,
+    /// Per place in the order.
+    events: Vec<u32>,
+    /// Per value: what it is a copy of, or itself.
+    origins: Vec<ValueId>,
+    /// Per original value: the events that compute or read it.
+    touched: HashMap<ValueId, Vec<u32>>,
+    copies: usize,
+    /// Work of the copies.
+    extra: f64,
+}
+
+/// The arena over time.
+struct Profile {
+    live: Vec<usize>,
+    blocks: Vec<super::Block>,
+    homes: Vec<Option<Home>>,
+}
+
+impl Profile {
+    fn peak(&self) -> (usize, usize) {
+        let at = (0..self.live.len()).max_by_key(|&t| (self.live[t], std::cmp::Reverse(t)));
+        at.map_or((0, 0), |t| (t, self.live[t]))
+    }
+
+    /// How much does not fit, summed over time.
+    fn excess(&self, target: usize) -> f64 {
+        self.live.iter().map(|l| l.saturating_sub(target) as f64).sum()
+    }
+
+    fn arena(&self) -> usize {
+        assign(&mut self.blocks.clone())
+    }
+}
+
+/// A block that may be dropped over the moment of the peak.
+struct Candidate {
+    cuts: Vec<Cut>,
+    score: f64,
+}
+
+impl<'a> Search<'a> {
+    fn new(graph: &mut Graph, request: &'a Request) -> Result<Self> {
+        let order = order(graph, request)?;
+        let fixed = fixed(graph, request, &order);
+        let made = |id: &NodeId| {
+            let mut made = graph.node(*id).outputs.iter().flatten();
+            made.next().is_some_and(|v| fixed[v.index()])
+        };
+        let cost: Vec<f64> = graph.nodes.iter().map(|n| work(graph, n)).collect();
+        let work = order.iter().map(|id| cost[id.index()]).sum();
+        let order: Vec<NodeId> = order.into_iter().filter(|id| !made(id)).collect();
+        let mut slim = graph.clone();
+        slim.values.iter_mut().for_each(|v| v.name = String::new());
+        slim.nodes.iter_mut().for_each(|n| n.name = String::new());
+        Ok(Search { graph: slim, request, order, cost, fixed, work })
+    }
+
+    /// What to drop so that the plan fits `limit`, or so that it is as small as was found.
+    fn run(&self, limit: usize) -> Result<Cuts> {
+        let mut cuts = Cuts::new();
+        let Some(mut built) = self.build(&self.graph, &cuts) else { return Ok(cuts) };
+        let mut profile = self.profile(&built)?;
+        let mut best = (profile.arena(), cuts.clone());
+        let mut target = limit;
+        let mut attempts = 0;
+        while best.0 > limit {
+            let peak = profile.peak().1;
+            if limit == 0 {
+                target = (peak as f64 * NEXT) as usize;
+            } else if peak <= target {
+                let arena = profile.arena();
+                if arena < best.0 {
+                    best = (arena, cuts.clone());
+                }
+                if arena <= limit || attempts == ATTEMPTS {
+                    break;
+                }
+                attempts += 1;
+                // Gaps that the layout cannot fill: a little less than fits.
+                target = target.saturating_sub((arena - limit).max(limit / 200));
+            }
+            let improved = self.improve(&mut cuts, &mut built, &mut profile, target)?;
+            if limit == 0 || !improved {
+                let arena = profile.arena();
+                if arena < best.0 {
+                    best = (arena, cuts.clone());
+                }
+            }
+            if !improved {
+                break;
+            }
+        }
+        let (arena, mut cuts) = best;
+        if arena <= limit {
+            self.prune(&mut cuts, limit)?;
+        }
+        Ok(cuts)
+    }
+
+    /// Drops values until everything fits the target; `false`: nothing more helps.
+    fn improve(
+        &self,
+        cuts: &mut Cuts,
+        built: &mut Built,
+        profile: &mut Profile,
+        target: usize,
+    ) -> Result<bool> {
+        while profile.peak().1 > target {
+            let excess = profile.excess(target);
+            let mut candidates = self.candidates(built, profile, cuts);
+            candidates.sort_by(|a, b| b.score.total_cmp(&a.score));
+            let mut best: Option<(f64, Cuts, Built, Profile)> = None;
+            for (i, c) in candidates.into_iter().enumerate() {
+                if i >= TRIED && best.is_some() {
+                    break;
+                }
+                let mut more = cuts.clone();
+                more.extend(c.cuts);
+                let Some(next) = self.build(&self.graph, &more) else { continue };
+                if next.extra > MOST * self.work {
+                    continue;
+                }
+                let after = self.profile(&next)?;
+                let gain = excess - after.excess(target);
+                if gain <= 0.0 {
+                    continue;
+                }
+                let ratio = gain / (next.extra - built.extra).max(1.0);
+                if best.as_ref().is_none_or(|b| ratio > b.0) {
+                    best = Some((ratio, more, next, after));
+                }
+            }
+            let Some((_, c, b, p)) = best else { return Ok(false) };
+            (*cuts, *built, *profile) = (c, b, p);
+        }
+        Ok(true)
+    }
+
+    /// Takes back, the most costly first, what the plan fits without.
+    fn prune(&self, cuts: &mut Cuts, limit: usize) -> Result<()> {
+        let cost = |c: &Cut| match self.graph.value(c.0).source {
+            Source::Node(n, _) => self.cost[n.index()],
+            _ => 0.0,
+        };
+        let mut all: Vec<Cut> = cuts.iter().copied().collect();
+        all.sort_by(|a, b| cost(b).total_cmp(&cost(a)).then(a.cmp(b)));
+        let Some(mut extra) = self.build(&self.graph, cuts).map(|b| b.extra) else { return Ok(()) };
+        for c in all {
+            cuts.remove(&c);
+            let less = match self.build(&self.graph, cuts) {
+                Some(b) if b.extra < extra && self.profile(&b)?.arena() <= limit => Some(b.extra),
+                _ => None,
+            };
+            match less {
+                Some(less) => extra = less,
+                None => drop(cuts.insert(c)),
+            }
+        }
+        Ok(())
+    }
+
+    /// What waits at the fullest moment and could be computed again.
+    fn candidates(&self, built: &Built, profile: &Profile, cuts: &Cuts) -> Vec<Candidate> {
+        let (peak, _) = profile.peak();
+        let Some(here) = peak.checked_sub(1).filter(|p| *p < built.order.len()) else { return Vec::new() };
+        let event = built.events[here];
+        let graph = &built.graph;
+        let home = |v: &ValueId| match profile.homes[v.index()] {
+            Some(Home::Block(b)) => Some(b),
+            _ => None,
+        };
+        let node = graph.node(built.order[here]);
+        let busy: HashSet<usize> =
+            node.inputs.iter().chain(&node.outputs).flatten().filter_map(home).collect();
+        let mut made_at = vec![usize::MAX; graph.values.len()];
+        let mut next = vec![usize::MAX; graph.values.len()];
+        for (position, id) in built.order.iter().enumerate().rev() {
+            let node = graph.node(*id);
+            node.outputs.iter().flatten().for_each(|v| made_at[v.index()] = position);
+            if position > here {
+                node.inputs.iter().flatten().for_each(|v| next[v.index()] = position);
+            }
+        }
+        let mut waiting: HashMap<usize, Vec<ValueId>> = HashMap::new();
+        let mut barred = busy;
+        for v in &self.request.outputs {
+            barred.extend(home(v));
+        }
+        for i in 0..graph.values.len() {
+            let v = ValueId(i as u32);
+            let Some(b) = home(&v) else { continue };
+            if !matches!(graph.values[i].source, Source::Node(..)) {
+                barred.insert(b);
+            } else if made_at[i] <= here && next[i] != usize::MAX {
+                waiting.entry(b).or_default().push(v);
+            }
+        }
+        let mut found = Vec::new();
+        for (b, values) in waiting {
+            let block = &profile.blocks[b];
+            if barred.contains(&b) || block.bytes < LEAST || block.dies < peak {
+                continue;
+            }
+            let (mut list, mut cost, mut soonest, mut seen) = (Vec::new(), 0.0, usize::MAX, 0);
+            for v in &values {
+                let origin = built.origins[v.index()];
+                let Source::Node(n, o) = self.graph.value(origin).source else { break };
+                let last = built.touched.get(&origin).and_then(|t| t.iter().rev().find(|e| **e <= event));
+                let Some(last) = last.filter(|_| repeatable(self.graph.node(n), o)) else { break };
+                cost += if self.graph.node(n).op.is_view() { 0.0 } else { self.cost[n.index()] };
+                soonest = soonest.min(next[v.index()]);
+                seen = seen.max(made_at[v.index()]);
+                list.push((origin, *last));
+            }
+            if list.len() < values.len() || list.iter().all(|c| cuts.contains(c)) {
+                continue;
+            }
+            list.sort();
+            let waits = (soonest - seen.min(here)) as f64;
+            found.push(Candidate { cuts: list, score: block.bytes as f64 * waits / cost.max(1.0) });
+        }
+        // In an order that does not depend on the map's.
+        found.sort_by(|a, b| a.cuts.cmp(&b.cuts));
+        found
+    }
+
+    fn profile(&self, built: &Built) -> Result<Profile> {
+        let mut planner = Planner::new(&built.graph, self.request, &built.order)?;
+        planner.close();
+        let end = time(built.order.len());
+        let mut change = vec![0isize; end + 2];
+        for b in &planner.blocks {
+            let bytes = aligned(b.bytes) as isize;
+            change[b.born.min(end)] += bytes;
+            change[b.dies.min(end) + 1] -= bytes;
+        }
+        let mut now = 0;
+        let live = change[..=end].iter().map(|c| {
+            now += c;
+            now as usize
+        });
+        Ok(Profile { live: live.collect(), blocks: planner.blocks, homes: planner.homes })
+    }
+
+    /// The schedule for some cuts; `None`: a state would be read after its update. `base` is the search's graph, or the
+    /// one that it is of.
+    fn build(&self, base: &Graph, cuts: &Cuts) -> Option<Built> {
+        let values = base.values.len();
+        let mut w = Writer {
+            search: self,
+            built: Built {
+                graph: base.clone(),
+                order: Vec::with_capacity(self.order.len()),
+                events: Vec::with_capacity(self.order.len()),
+                origins: (0..values as u32).map(ValueId).collect(),
+                touched: HashMap::new(),
+                copies: 0,
+                extra: 0.0,
+            },
+            present: (0..values as u32).map(|v| Some(ValueId(v))).collect(),
+            updated: HashSet::new(),
+            event: 0,
+            recent: Vec::new(),
+        };
+        for (v, _) in self.fixed.iter().enumerate().filter(|f| *f.1) {
+            w.present[v] = None;
+        }
+        for (event, id) in self.order.iter().enumerate() {
+            w.event = event as u32;
+            w.run(*id)?;
+            for v in std::mem::take(&mut w.recent) {
+                if self.fixed[v.index()] || cuts.contains(&(v, w.event)) {
+                    w.present[v.index()] = None;
+                }
+            }
+        }
+        Some(w.built)
+    }
+}
+
+/// Writes a schedule down, event by event.
+struct Writer<'a, 'b> {
+    search: &'a Search<'b>,
+    built: Built,
+    /// Per original value: what holds it now; `None`: it was dropped.
+    present: Vec<Option<ValueId>>,
+    updated: HashSet<StateId>,
+    event: u32,
+    /// The original values that the present event has computed or read.
+    recent: Vec<ValueId>,
+}
+
+impl Writer<'_, '_> {
+    fn computed(&self, v: ValueId) -> bool {
+        matches!(self.search.graph.value(v).source, Source::Node(..))
+    }
+
+    fn touch(&mut self, v: ValueId) {
+        let events = self.built.touched.entry(v).or_default();
+        if events.last() != Some(&self.event) {
+            events.push(self.event);
+            self.recent.push(v);
+        }
+    }
+
+    /// Runs an original node.
+    fn run(&mut self, id: NodeId) -> Option<()> {
+        let node = self.search.graph.node(id);
+        for (slot, v) in node.inputs.iter().enumerate() {
+            let Some(v) = v.filter(|v| self.computed(*v)) else { continue };
+            let held = self.hold(v)?;
+            self.built.graph.nodes[id.index()].inputs[slot] = Some(held);
+        }
+        for v in node.outputs.iter().flatten() {
+            self.touch(*v);
+        }
+        for &(input, output) in node.op.updates() {
+            let state = node.inputs.get(input).copied().flatten().map(|v| &self.search.graph.value(v).source);
+            if let (Some(Source::State(s)), Some(Some(_))) = (state, node.outputs.get(output)) {
+                self.updated.insert(*s);
+            }
+        }
+        self.push(id);
+        Some(())
+    }
+
+    fn push(&mut self, id: NodeId) {
+        self.built.order.push(id);
+        self.built.events.push(self.event);
+    }
+
+    /// What holds an original value, computed again if it was dropped.
+    fn hold(&mut self, v: ValueId) -> Option<ValueId> {
+        if self.present[v.index()].is_none() {
+            self.repeat(v)?;
+        }
+        self.touch(v);
+        self.present[v.index()]
+    }
+
+    fn repeat(&mut self, v: ValueId) -> Option<()> {
+        let search = self.search;
+        let Source::Node(id, _) = search.graph.value(v).source else { return None };
+        let node = search.graph.node(id);
+        let (op, inputs) = node.op.again(node).unwrap_or_else(|| (node.op.clone(), node.inputs.clone()));
+        let mut mine = Vec::with_capacity(inputs.len());
+        for v in inputs {
+            mine.push(match v {
+                Some(v) if self.computed(v) => Some(self.hold(v)?),
+                Some(v) => {
+                    if let Source::State(s) = search.graph.value(v).source
+                        && self.updated.contains(&s)
+                    {
+                        return None;
+                    }
+                    Some(v)
+                }
+                None => None,
+            });
+        }
+        let again = NodeId(self.built.graph.nodes.len() as u32);
+        let own = node.op.again(node).is_some();
+        let mut outputs = Vec::with_capacity(node.outputs.len());
+        for (o, old) in node.outputs.iter().enumerate() {
+            let Some(old) = old.filter(|_| o == 0 || !own) else { continue };
+            let value = self.built.graph.value(old);
+            let (name, meta) = (value.name.clone(), value.meta.clone());
+            let new = self.built.graph.add_value(name, Source::Node(again, o));
+            self.built.graph.value_mut(new).meta = meta;
+            self.built.origins.push(old);
+            outputs.resize(o, None);
+            outputs.push(Some(new));
+            if self.present[old.index()].is_none() {
+                self.present[old.index()] = Some(new);
+                self.touch(old);
+            }
+        }
+        let name = self.built.graph.node(id).name.clone();
+        self.built.graph.nodes.push(Node { name, op, inputs: mine, outputs });
+        self.built.graph.again.insert(again, id);
+        if !node.op.is_view() && !search.fixed[v.index()] {
+            self.built.copies += 1;
+            self.built.extra += search.cost[id.index()];
+        }
+        self.push(again);
+        Some(())
+    }
+}
