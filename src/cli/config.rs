@@ -66,9 +66,13 @@ pub struct Overrides {
     /// Bound on the gradient's norm, 0 for none [default: 5 for icp, none for supervised]
     #[arg(long)]
     clip: Option<f64>,
-    /// all, head, last:N, bias, norm, or globs over parameter names [default: all]
+    /// all, head, last:N, bias, norm, lora:R, lora:R@GLOB,…, or globs over parameter names; joined by + they add up
+    /// [default: all]
     #[arg(long)]
     train: Option<String>,
+    /// α of lora:R: its additions are multiplied by α/R [default: R]
+    #[arg(long)]
+    lora_alpha: Option<f64>,
     /// Fresh outputs for the last dense layer (or for a new one, see --at), so that the network learns new classes; +N:
     /// beside those it has
     #[arg(long, value_name = "N|+N")]

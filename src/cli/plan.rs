@@ -7,14 +7,12 @@ use serde::Serialize;
 
 use crate::exec::{Options, Session, Usage};
 use crate::finetune::{MethodName, input_specs};
-use crate::graph::WeightId;
 use crate::icp::NO_FLOATS;
 use crate::import::Model;
 use crate::plan::Peak;
 use crate::tensor::Meta;
 use crate::train::loss::default_target;
 use crate::train::method::{Method, Plain};
-use crate::train::select::Select;
 use crate::train::step::{Evaluation, Network, Recipe, Shapes};
 
 use super::config::{Overrides, Switches, resolve};
@@ -92,14 +90,12 @@ fn training(
     let mut session = Session::new(model.clone(), Options { threads: 1, ..Options::default() })?;
     let loss = config.loss()?;
     let shapes = with_target(&session, inputs, &loss)?;
-    let select: Select = config.train.parse().map_err(|e| anyhow::anyhow!("--train {e}"))?;
-    let reached = crate::train::step::reached(&session, &loss, &shapes)?;
-    let params: Vec<WeightId> = select.resolve(model)?.into_iter().filter(|w| reached[w.index()]).collect();
+    let chosen = crate::train::preset::choose(&mut session, &config.ask(&loss, &shapes))?;
     let recipe = Recipe {
         loss,
         optimizer: config.optimizer(),
         clip: config.clip_norm(),
-        params,
+        params: chosen.params,
         norm: config.norm,
         accumulate: config.accumulate,
     };

@@ -7,6 +7,7 @@ use bytes::Bytes;
 
 use crate::error::{Error, Result};
 use crate::exec::awake::awake;
+use crate::exec::parts::{self, Held, Part};
 use crate::exec::reference::interpret;
 use crate::exec::run::{self, Memory, Profile};
 use crate::exec::store::{Purpose, Store};
@@ -98,6 +99,8 @@ pub struct Session {
     pool: rayon::ThreadPool,
     store: Store,
     states: Vec<Option<StateId>>,
+    /// The weights of which only a part learns; they have no state of their own.
+    parts: Vec<Held>,
     frozen: HashMap<WeightId, Frozen>,
     /// What `FoldNorm` makes of weights that do not change.
     folded: HashMap<Fold, Vec<Arc<Tensor>>>,
@@ -126,6 +129,7 @@ impl Session {
             options,
             pool,
             store: Store::default(),
+            parts: Vec::new(),
             frozen: HashMap::new(),
             folded: HashMap::new(),
             pinned: PinnedLayouts::new(),
@@ -162,6 +166,9 @@ impl Session {
         if let Some(s) = self.states[id.index()] {
             return Ok(s);
         }
+        if self.part(id).is_some() {
+            return Err(Error::value(&self.model.weight(id).name, "only a part of it learns"));
+        }
         let t = self.model.load_weight(id)?;
         let weight = self.model.weight(id);
         let purpose = match weight.role {
@@ -179,18 +186,51 @@ impl Session {
         self.states[id.index()]
     }
 
+    /// Lets a part of a weight learn, the rest being frozen; `seed` is of what begins at random.
+    ///
+    /// Fails when the weight can change already, and when it has no such part.
+    pub fn make_part(&mut self, id: WeightId, part: &Part, seed: u64) -> Result<()> {
+        if self.states[id.index()].is_some() || self.part(id).is_some() {
+            return Err(Error::value(&self.model.weight(id).name, "learns already"));
+        }
+        let held = Held::new(&self.model, &mut self.store, id, part, seed)?;
+        self.parts.push(held);
+        Ok(())
+    }
+
+    fn part(&self, id: WeightId) -> Option<&Held> {
+        self.parts.iter().find(|p| p.weight == id)
+    }
+
+    /// Does only a part of the weight learn?
+    pub fn is_in_parts(&self, id: WeightId) -> bool {
+        self.part(id).is_some()
+    }
+
+    /// The values that learn of a weight, in every graph of the session: itself, or its part's.
+    pub fn trained_values(&self, id: WeightId) -> Vec<ValueId> {
+        parts::values(&self.model, &self.parts, id)
+    }
+
+    /// How many numbers of a weight learn, if it is trained.
+    pub fn trained_len(&self, id: WeightId) -> usize {
+        self.part(id).map_or(self.model.weight(id).len(), |p| p.len(&self.store))
+    }
+
     /// The present value of a weight.
     pub fn weight(&self, id: WeightId) -> Result<Tensor> {
-        match self.states[id.index()] {
-            Some(s) => Ok(self.store.tensor(s)),
-            None => self.model.load_weight(id),
+        match (self.states[id.index()], self.part(id)) {
+            (Some(s), _) => Ok(self.store.tensor(s)),
+            (None, Some(part)) => self.install(|| part.whole(&self.model, &self.store)),
+            (None, None) => self.model.load_weight(id),
         }
     }
 
     /// The weights that can change and their present values.
-    pub fn changes(&self) -> Vec<(WeightId, Tensor)> {
+    pub fn changes(&self) -> Result<Vec<(WeightId, Tensor)>> {
         let ids = (0..self.states.len() as u32).map(WeightId);
-        ids.filter_map(|w| self.states[w.index()].map(|s| (w, self.store.tensor(s)))).collect()
+        let changing = |w: &WeightId| self.states[w.index()].is_some() || self.is_in_parts(*w);
+        ids.filter(changing).map(|w| Ok((w, self.weight(w)?))).collect()
     }
 
     /// The model's graph, with weights bound to their states (or frozen).
@@ -211,6 +251,7 @@ impl Session {
                 value.meta = Some(meta);
             }
         }
+        parts::put_together(&mut graph, &self.model, &self.parts, &self.store);
         Ok(graph)
     }
 
@@ -400,7 +441,7 @@ impl Session {
         known.extend(bound);
         for v in back.nodes.iter().flat_map(|n| n.inputs.iter().flatten()).chain(&back.outputs) {
             let t = match &back.value(*v).source {
-                Source::Weight(w) => self.weight(*w)?,
+                Source::Weight(w) => self.model.load_weight(*w)?,
                 Source::State(s) => self.store.tensor(*s),
                 _ => continue,
             };

@@ -9,8 +9,10 @@ use crate::icp::{Alpha, Icp, Settings, Taps, Weights};
 use crate::train::data::ImageOptions;
 use crate::train::loss::Loss;
 use crate::train::optimizer::Optimizer;
+use crate::train::preset::Ask;
 use crate::train::schedule::{Schedule, Shape};
-use crate::train::step::Norm;
+use crate::train::select::Select;
+use crate::train::step::{Norm, Shapes};
 
 /// How the weights learn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -148,8 +150,10 @@ pub struct Config {
     pub lr_gamma: f64,
     /// Bound on the gradient's norm; 0: off; absent: off for supervised, 5 for ICP.
     pub clip: Option<f64>,
-    /// `all`, `head`, `last:N`, `bias`, `norm`, or globs over parameter names.
+    /// `all`, `head`, `last:N`, `bias`, `norm`, `lora:R[@globs]`, or globs over parameter names; several joined by `+`.
     pub train: String,
+    /// α of low-rank additions, whose factor is α over the rank; absent: the rank.
+    pub lora_alpha: Option<f64>,
     /// Outputs of a fresh head: of the last dense layer, or of one put on the value `at`.
     pub head: Option<HeadSize>,
     pub at: Option<String>,
@@ -209,6 +213,7 @@ impl Default for Config {
             lr_gamma: 0.1,
             clip: None,
             train: "all".into(),
+            lora_alpha: None,
             head: None,
             at: None,
             norm: Norm::Batch,
@@ -285,6 +290,10 @@ impl Config {
         if self.resume && self.checkpoint.is_none() {
             return config("--resume needs --checkpoint DIR");
         }
+        if let Some(a) = self.lora_alpha.filter(|a| !a.is_finite() || *a <= 0.0) {
+            return config(format!("--lora-alpha {a}: must be a number above 0"));
+        }
+        self.train.parse::<Select>().map_err(|e| Error::Config(format!("--train {e}")))?;
         self.alpha()?;
         self.holdout_fraction()?;
         Ok(())
@@ -371,6 +380,11 @@ impl Config {
         }))
     }
 
+    /// What of the model is to learn, by the loss for batches of these shapes.
+    pub fn ask<'a>(&'a self, loss: &'a Loss, shapes: &'a Shapes) -> Ask<'a> {
+        Ask { select: &self.train, lora_alpha: self.lora_alpha, seed: self.seed, loss, shapes }
+    }
+
     /// The loss; an ONNX graph is loaded.
     pub fn loss(&self) -> Result<Loss> {
         parse_loss(&self.loss, self.label_smoothing)
@@ -408,6 +422,8 @@ mod tests {
         assert_eq!(HeadSize::Word("+5".into()).parse().unwrap(), (5, true));
         assert!(bad(|c| c.at = Some("x".into())).contains("--head"));
         assert!(bad(|c| c.nesterov = true).contains("--momentum"));
+        assert!(bad(|c| c.train = "lora:0".into()).contains("--train"));
+        assert!(bad(|c| c.lora_alpha = Some(0.0)).contains("--lora-alpha"));
         Config::default().check().unwrap();
     }
 

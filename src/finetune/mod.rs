@@ -24,7 +24,7 @@ use crate::train::guard::{self, Verdict};
 use crate::train::loss::{Loss, class_axis};
 use crate::train::method::{Method, Plain};
 use crate::train::metrics::Metrics;
-use crate::train::select::Select;
+use crate::train::preset;
 use crate::train::step::{Recipe, Shapes};
 
 pub use config::{
@@ -106,34 +106,6 @@ pub fn input_specs(model: &Model) -> Vec<InputSpec> {
         InputSpec::new(value.name.clone(), dtype, &dims)
     });
     specs.collect()
-}
-
-/// The parameters chosen by `select` that the loss depends on. With `all`, others are left out and noted;
-/// chosen by name, they are an error.
-fn choose(
-    session: &Session,
-    select: &str,
-    loss: &Loss,
-    shapes: &Shapes,
-    notes: &mut Vec<String>,
-) -> Result<Vec<WeightId>> {
-    let model = session.model();
-    let select: Select = select.parse().map_err(|e| Error::Config(format!("--train {e}")))?;
-    let mut chosen = select.resolve(model)?;
-    let reached = crate::train::step::reached(session, loss, shapes)?;
-    let (kept, lost): (Vec<_>, Vec<_>) = chosen.drain(..).partition(|w| reached[w.index()]);
-    if !lost.is_empty() {
-        let names: Vec<&str> = lost.iter().map(|w| model.weight(*w).name.as_str()).collect();
-        let what = format!("the loss does not depend on {}", names.join(", "));
-        match select {
-            Select::Globs(_) => return Err(Error::Config(format!("--train: {what}"))),
-            _ => notes.push(format!("not trained: {what}")),
-        }
-    }
-    if kept.is_empty() {
-        return Err(Error::Config("the loss depends on none of the chosen parameters".into()));
-    }
-    Ok(kept)
 }
 
 /// Checks that data fit a loss: labels within the outputs' classes, or a target of the right shape.
@@ -255,12 +227,13 @@ pub fn finetune(
     }
 
     let shapes = shapes_of(&data, config.batch.min(train.len()))?;
-    let params = choose(&session, &config.train, &loss, &shapes, &mut notes)?;
+    let chosen = preset::choose(&mut session, &config.ask(&loss, &shapes))?;
+    notes.extend(chosen.notes);
     let recipe = Recipe {
         loss: loss.clone(),
         optimizer: config.optimizer(),
         clip: config.clip_norm(),
-        params,
+        params: chosen.params,
         norm: config.norm,
         accumulate: config.accumulate,
     };
@@ -331,7 +304,7 @@ pub fn finetune(
         verified,
         verdict,
         unmet,
-        trained_parameters: recipe.params.iter().map(|w| model.weight(*w).len()).sum(),
+        trained_parameters: recipe.params.iter().map(|w| session.trained_len(*w)).sum(),
         training_samples: train.len(),
         heldout_samples: held_indices.len(),
         taps,
@@ -403,7 +376,7 @@ fn write(
 ) -> Result<String> {
     let (model, changes) = match reinserted {
         Some(r) => r.folded(session)?,
-        None => (session.model().clone(), session.changes()),
+        None => (session.model().clone(), session.changes()?),
     };
     let changes: Vec<(WeightId, &Tensor)> = changes.iter().map(|(w, t)| (*w, t)).collect();
     let options = export::Options { rename_data: config.rename_data };

@@ -1,6 +1,7 @@
 //! The network as a graph of values and nodes: one node per ONNX node, and, appended by
 //! [`grad`], the nodes of its gradient.
 
+mod beside;
 mod control;
 mod fixed;
 mod fuse;
@@ -222,6 +223,19 @@ impl Graph {
             self.value_mut(*v).meta = Some(m);
         }
         Ok(made)
+    }
+
+    /// Tells every value that a node computes which node that is, after nodes were moved.
+    pub(crate) fn renumber(&mut self) {
+        for (i, node) in self.nodes.iter().enumerate() {
+            for (o, v) in node.outputs.iter().enumerate() {
+                let Some(v) = v else { continue };
+                let source = &mut self.values[v.index()].source;
+                if matches!(source, Source::Node(..)) {
+                    *source = Source::Node(NodeId(i as u32), o);
+                }
+            }
+        }
     }
 
     /// The output `index` of a node, made if nobody has asked for it before.

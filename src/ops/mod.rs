@@ -44,6 +44,7 @@ pub mod loss;
 pub mod matmul;
 pub mod norm;
 pub mod pad;
+pub mod part;
 pub mod pool;
 pub mod quant;
 pub mod random;

@@ -9,6 +9,7 @@ pub mod loss;
 pub mod method;
 pub mod metrics;
 pub mod optimizer;
+pub mod preset;
 pub mod schedule;
 pub mod select;
 pub mod step;

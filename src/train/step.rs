@@ -48,7 +48,9 @@ impl Recipe {
     /// Makes what the run changes mutable: the parameters, and the running statistics where they follow.
     pub fn prepare(&self, session: &mut Session) -> Result<()> {
         for w in &self.params {
-            session.make_mutable(*w)?;
+            if !session.is_in_parts(*w) {
+                session.make_mutable(*w)?;
+            }
         }
         if self.norm == Norm::Batch {
             for i in 0..session.model().weights.len() {
@@ -178,9 +180,9 @@ fn at_loss<T>(r: std::result::Result<T, crate::error::OpError>) -> Result<T> {
     r.map_err(|source| Error::Op { node: "optimizer step".into(), source })
 }
 
-/// The values of parameters, in every graph of the session.
+/// The values that learn, of the weights themselves or of their parts, in every graph of the session.
 pub fn param_values(session: &Session, params: &[WeightId]) -> Vec<ValueId> {
-    params.iter().map(|w| session.model().weight(*w).value).collect()
+    params.iter().flat_map(|w| session.trained_values(*w)).collect()
 }
 
 /// Appends gradients of `loss` and, from them, the updates (or, when accumulating, the sums that
