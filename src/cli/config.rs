@@ -66,8 +66,8 @@ pub struct Overrides {
     /// Bound on the gradient's norm, 0 for none [default: 5 for icp, none for supervised]
     #[arg(long)]
     clip: Option<f64>,
-    /// all, head, last:N, bias, norm, lora:R, lora:R@GLOB,…, or globs over parameter names; joined by + they add up
-    /// [default: all]
+    /// all, head, last:N, bias, norm, lora:R, lora:R@GLOB,…, sparse:512KiB, sparse:25% (of full training's extra memory),
+    /// or globs over parameter names; joined by + they add up [default: all]
     #[arg(long)]
     train: Option<String>,
     /// α of lora:R: its additions are multiplied by α/R [default: R]
@@ -144,6 +144,12 @@ pub struct Overrides {
     /// Give external data files new names where they would overwrite the source's
     #[arg(long, num_args = 0, default_missing_value = "true")]
     rename_data: Option<bool>,
+    /// Write what changed, for `retune apply`: beside --output, or without it alone
+    #[arg(long, value_name = "OUT.safetensors")]
+    delta: Option<PathBuf>,
+    /// full or sparse (exact), f16 or bf16 (differences, to 2⁻¹¹ or 2⁻⁹ of themselves) [default: full]
+    #[arg(long)]
+    delta_type: Option<String>,
 }
 
 /// Flags that switch something off.

@@ -12,7 +12,6 @@ use crate::import::Model;
 use crate::plan::Peak;
 use crate::tensor::Meta;
 use crate::train::loss::default_target;
-use crate::train::method::{Method, Plain};
 use crate::train::step::{Evaluation, Network, Recipe, Shapes};
 
 use super::config::{Overrides, Switches, resolve};
@@ -90,20 +89,11 @@ fn training(
     let mut session = Session::new(model.clone(), Options { threads: 1, ..Options::default() })?;
     let loss = config.loss()?;
     let shapes = with_target(&session, inputs, &loss)?;
-    let chosen = crate::train::preset::choose(&mut session, &config.ask(&loss, &shapes))?;
-    let recipe = Recipe {
-        loss,
-        optimizer: config.optimizer(),
-        clip: config.clip_norm(),
-        params: chosen.params,
-        norm: config.norm,
-        accumulate: config.accumulate,
-    };
+    let ask = config.ask(&loss, &shapes);
+    let chosen = crate::train::preset::choose(&mut session, &ask)?;
+    let recipe = Recipe { params: chosen.params, ..ask.recipe.clone() };
     recipe.prepare(&mut session)?;
-    let mut method: Box<dyn Method> = match config.method {
-        MethodName::Supervised => Box::new(Plain::default()),
-        MethodName::Icp => Box::new(config.icp()?),
-    };
+    let mut method = config.method()?;
     method.prepare(&mut session, &recipe, &shapes, config.epochs)?;
     Ok(mode(name, &session, &method.programs()))
 }

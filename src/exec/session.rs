@@ -64,6 +64,20 @@ pub struct Program {
     constants: Vec<Frozen>,
 }
 
+impl Program {
+    /// Multiply-adds of matrix products and convolutions, a run.
+    pub fn multiply_adds(&self) -> usize {
+        let metas = |node: &graph::Node| -> Vec<Option<Meta>> {
+            node.inputs.iter().map(|v| v.and_then(|v| self.graph.value(v).meta.clone())).collect()
+        };
+        let work = |step: &plan::Step| {
+            let metas = metas(self.graph.node(step.node));
+            step.op.multiply_adds(&metas.iter().map(Option::as_ref).collect::<Vec<_>>())
+        };
+        self.plan.steps.iter().map(work).sum()
+    }
+}
+
 /// The inputs of a `FoldNorm`, and the bits of its ε.
 type Fold = (Vec<Option<ValueId>>, u64);
 
@@ -142,6 +156,10 @@ impl Session {
 
     pub fn model(&self) -> &Arc<Model> {
         &self.model
+    }
+
+    pub fn options(&self) -> &Options {
+        &self.options
     }
 
     pub fn threads(&self) -> usize {

@@ -4,15 +4,17 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::delta::DeltaType;
 use crate::error::{Error, Result};
 use crate::icp::{Alpha, Icp, Settings, Taps, Weights};
 use crate::train::data::ImageOptions;
 use crate::train::loss::Loss;
+use crate::train::method::{Method, Plain};
 use crate::train::optimizer::Optimizer;
 use crate::train::preset::Ask;
 use crate::train::schedule::{Schedule, Shape};
 use crate::train::select::Select;
-use crate::train::step::{Norm, Shapes};
+use crate::train::step::{Norm, Recipe, Shapes};
 
 /// How the weights learn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -150,7 +152,7 @@ pub struct Config {
     pub lr_gamma: f64,
     /// Bound on the gradient's norm; 0: off; absent: off for supervised, 5 for ICP.
     pub clip: Option<f64>,
-    /// `all`, `head`, `last:N`, `bias`, `norm`, `lora:R[@globs]`, or globs over parameter names; several joined by `+`.
+    /// `all`, `head`, `last:N`, `bias`, `norm`, `lora:R[@globs]`, `sparse:BUDGET`, or globs over parameter names; several joined by `+`.
     pub train: String,
     /// α of low-rank additions, whose factor is α over the rank; absent: the rank.
     pub lora_alpha: Option<f64>,
@@ -188,6 +190,9 @@ pub struct Config {
     pub report: Option<PathBuf>,
     /// External data files get new names where they would overwrite the source's.
     pub rename_data: bool,
+    /// Where to write what changed; where that is the run's output, nothing else is written.
+    pub delta: Option<PathBuf>,
+    pub delta_type: DeltaType,
     pub images: ImageOptions,
 }
 
@@ -238,6 +243,8 @@ impl Default for Config {
             require: None,
             report: None,
             rename_data: false,
+            delta: None,
+            delta_type: DeltaType::Full,
             images: ImageOptions::default(),
         }
     }
@@ -289,6 +296,11 @@ impl Config {
         }
         if self.resume && self.checkpoint.is_none() {
             return config("--resume needs --checkpoint DIR");
+        }
+        if self.delta.is_some() && self.head.is_some() {
+            return config(
+                "--delta cannot hold a new head, whose nodes the base file lacks: send the --output instead",
+            );
         }
         if let Some(a) = self.lora_alpha.filter(|a| !a.is_finite() || *a <= 0.0) {
             return config(format!("--lora-alpha {a}: must be a number above 0"));
@@ -382,7 +394,33 @@ impl Config {
 
     /// What of the model is to learn, by the loss for batches of these shapes.
     pub fn ask<'a>(&'a self, loss: &'a Loss, shapes: &'a Shapes) -> Ask<'a> {
-        Ask { select: &self.train, lora_alpha: self.lora_alpha, seed: self.seed, loss, shapes }
+        let recipe = Recipe {
+            loss: loss.clone(),
+            optimizer: self.optimizer(),
+            clip: self.clip_norm(),
+            params: Vec::new(),
+            norm: self.norm,
+            accumulate: self.accumulate,
+        };
+        Ask {
+            select: &self.train,
+            lora_alpha: self.lora_alpha,
+            seed: self.seed,
+            loss,
+            shapes,
+            recipe,
+            method: Box::new(|| self.method()),
+            epochs: self.epochs,
+            batches: Vec::new(),
+        }
+    }
+
+    /// The way to learn, with these options.
+    pub fn method(&self) -> Result<Box<dyn Method>> {
+        Ok(match self.method {
+            MethodName::Supervised => Box::new(Plain::default()),
+            MethodName::Icp => Box::new(self.icp()?),
+        })
     }
 
     /// The loss; an ONNX graph is loaded.

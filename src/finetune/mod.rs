@@ -12,17 +12,18 @@ use std::time::Instant;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use crate::delta::{Delta, DeltaType, Described};
 use crate::error::{Error, Result};
 use crate::exec::{Options, Session, Usage};
 use crate::export::{self, Verification};
 use crate::graph::{Dim, WeightId};
 use crate::import::{Model, NewHead, replace_head};
 use crate::tensor::{DType, Tensor};
-use crate::train::data::{Dataset, InputSpec, split};
+use crate::train::data::{Batch, Dataset, InputSpec, epoch_order, split};
 use crate::train::fit::{CheckpointOptions, Evaluated, Fitted, Progress, Run, evaluate, fit};
 use crate::train::guard::{self, Verdict};
 use crate::train::loss::{Loss, class_axis};
-use crate::train::method::{Method, Plain};
+use crate::train::method::Method;
 use crate::train::metrics::Metrics;
 use crate::train::preset;
 use crate::train::step::{Recipe, Shapes};
@@ -49,6 +50,7 @@ pub struct Summary {
     pub after: Option<Metrics>,
     /// Is the output the new network?
     pub kept: bool,
+    /// Empty where only a delta was to be written, and the original is kept.
     pub output: PathBuf,
     pub steps: usize,
     pub skipped_steps: usize,
@@ -58,6 +60,8 @@ pub struct Summary {
     pub memory: Usage,
     /// `agrees`, or `unavailable: …` with the reason.
     pub verified: String,
+    /// What `--delta` wrote.
+    pub delta: Option<Described>,
     pub verdict: Option<Verdict>,
     /// Conditions of `--require` that were not met.
     pub unmet: Vec<String>,
@@ -164,7 +168,8 @@ pub fn shapes_of(data: &Dataset, n: usize) -> Result<Shapes> {
 
 /// Finetunes `model` on `data` (bound to the model's inputs, see [`input_specs`]) and writes `output`.
 ///
-/// `held` are held-out data of their own; without them the configured share of `data` is held out.
+/// `held` are held-out data of their own; without them the configured share of `data` is held out. Where `output` is the
+/// configured `delta`, that alone is written, and nothing where the guard keeps the original.
 pub fn finetune(
     model: Arc<Model>,
     data: Dataset,
@@ -227,16 +232,13 @@ pub fn finetune(
     }
 
     let shapes = shapes_of(&data, config.batch.min(train.len()))?;
-    let chosen = preset::choose(&mut session, &config.ask(&loss, &shapes))?;
+    let mut ask = config.ask(&loss, &shapes);
+    if config.train.contains("sparse:") {
+        ask.batches = some_batches(&data, &train, config)?;
+    }
+    let chosen = preset::choose(&mut session, &ask)?;
     notes.extend(chosen.notes);
-    let recipe = Recipe {
-        loss: loss.clone(),
-        optimizer: config.optimizer(),
-        clip: config.clip_norm(),
-        params: chosen.params,
-        norm: config.norm,
-        accumulate: config.accumulate,
-    };
+    let recipe = Recipe { params: chosen.params, ..ask.recipe.clone() };
     let measure = |session: &mut Session| -> Result<Option<Evaluated>> {
         match held_indices.is_empty() {
             true => Ok(None),
@@ -245,10 +247,7 @@ pub fn finetune(
     };
     let before = measure(&mut session)?;
     recipe.prepare(&mut session)?;
-    let mut method: Box<dyn Method> = match config.method {
-        MethodName::Supervised => Box::new(Plain::default()),
-        MethodName::Icp => Box::new(config.icp()?),
-    };
+    let mut method: Box<dyn Method> = config.method()?;
     let taps = match config.method {
         MethodName::Supervised => Vec::new(),
         MethodName::Icp => config.icp()?.tap_names(&session, &shapes)?,
@@ -285,23 +284,28 @@ pub fn finetune(
         _ => Vec::new(),
     };
     let kept = unmet.is_empty() && (!config.guard || verdict.is_none_or(|v| v.better));
-    let (usage, mut verified) = (session.usage(), "original kept".to_string());
+    let (usage, mut verified, mut delta) = (session.usage(), "original kept".to_string(), None);
     if kept {
-        verified = write(&mut session, reinserted.as_ref(), held_data, config, output)?;
-    } else {
+        (verified, delta) = write(&mut session, reinserted.as_ref(), held_data, config, output)?;
+    } else if config.delta.as_deref() != Some(output) {
         export::write(&original, &[], output, export::Options { rename_data: config.rename_data })?;
     }
     let summary = Summary {
         before: before.as_ref().map(|e| e.metrics.clone()),
         after: after.as_ref().map(|e| e.metrics.clone()),
         kept,
-        output: output.to_path_buf(),
+        output: if kept || config.delta.as_deref() != Some(output) {
+            output.to_path_buf()
+        } else {
+            PathBuf::new()
+        },
         steps: fitted.steps,
         skipped_steps: fitted.skipped_steps,
         seconds: started.elapsed().as_secs_f64(),
         peak_bytes: usage.total(),
         memory: usage,
         verified,
+        delta,
         verdict,
         unmet,
         trained_parameters: recipe.params.iter().map(|w| session.trained_len(*w)).sum(),
@@ -312,6 +316,18 @@ pub fn finetune(
         curve: Curve { epochs: fitted.epochs },
     };
     Ok(Finished { summary, before, after, class_names: data.class_names().to_vec(), session, recipe })
+}
+
+/// Batches of training samples, as a preset measures on; all of one size.
+fn some_batches(data: &Dataset, train: &[usize], config: &Config) -> Result<Vec<Batch>> {
+    let n = config.batch.min(train.len()).max(1);
+    let order = epoch_order(train.len(), config.seed, 0, true);
+    let batches = order.chunks_exact(n).take(preset::MEASURED_BATCHES).map(|picks| {
+        let mut batch = data.new_batch(n);
+        data.batch(&picks.iter().map(|i| train[*i]).collect::<Vec<_>>(), None, &mut batch)?;
+        Ok(batch)
+    });
+    batches.collect()
 }
 
 /// The model with the new head that was asked for, and a note of it.
@@ -346,6 +362,8 @@ fn fingerprint(model: &Model, data: &Dataset, config: &Config) -> Result<String>
         require: None,
         guard: true,
         rename_data: false,
+        delta: None,
+        delta_type: DeltaType::Full,
         ..config.clone()
     };
     let text = serde_json::to_string(&decisive).map_err(|e| Error::Config(e.to_string()))?;
@@ -366,21 +384,27 @@ fn fingerprint(model: &Model, data: &Dataset, config: &Config) -> Result<String>
     Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
 }
 
-/// Writes the file with the session's weights, after tract agreed (where it can be asked).
+/// Writes the file with the session's weights, and the delta to it, after tract agreed (where it can be asked).
 fn write(
     session: &mut Session,
     reinserted: Option<&norms::Reinserted>,
     data: &Dataset,
     config: &Config,
     output: &Path,
-) -> Result<String> {
+) -> Result<(String, Option<Described>)> {
     let (model, changes) = match reinserted {
         Some(r) => r.folded(session)?,
         None => (session.model().clone(), session.changes()?),
     };
     let changes: Vec<(WeightId, &Tensor)> = changes.iter().map(|(w, t)| (*w, t)).collect();
     let options = export::Options { rename_data: config.rename_data };
-    let staged = export::stage(&model, &changes, output, options)?;
+    // Where the delta is all that is wanted, the file is made to be verified, and left.
+    let aside = match config.delta.as_deref() == Some(output) {
+        true => Some(tempfile::tempdir().map_err(|e| Error::io(output, e))?),
+        false => None,
+    };
+    let target = aside.as_ref().map_or(output.to_path_buf(), |dir| dir.path().join("new.onnx"));
+    let staged = export::stage(&model, &changes, &target, options)?;
     let n = verified_batch(&model, data.len());
     let mut batch = data.new_batch(n);
     data.batch(&(0..n).collect::<Vec<_>>(), None, &mut batch)?;
@@ -403,8 +427,14 @@ fn write(
         }
         Verification::Unavailable(why) => format!("unavailable: {why}"),
     };
-    staged.commit()?;
-    Ok(verified)
+    let delta = match &config.delta {
+        Some(path) => Some(Delta::of(&model, &changes, config.delta_type)?.write(path)?),
+        None => None,
+    };
+    if aside.is_none() {
+        staged.commit()?;
+    }
+    Ok((verified, delta))
 }
 
 /// Does the network draw random numbers also where it is not trained?

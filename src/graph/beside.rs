@@ -19,7 +19,8 @@ use crate::tensor::{DType, Meta, Tensor};
 
 /// Rewrites the layers of a graph whose shapes are inferred.
 pub(super) fn beside(graph: &mut Graph) -> Result<()> {
-    let found: Vec<Option<Layer>> = (0..graph.nodes.len()).map(|i| Layer::of(graph, NodeId(i as u32))).collect();
+    let found: Vec<Option<Layer>> =
+        (0..graph.nodes.len()).map(|i| Layer::of(graph, NodeId(i as u32))).collect();
     if found.iter().all(Option::is_none) {
         return Ok(());
     }

@@ -10,6 +10,7 @@ mod head;
 mod infer;
 mod layout;
 mod lower;
+mod narrow;
 mod passes;
 
 use std::fmt;
@@ -26,6 +27,7 @@ pub use head::{Ending, ending};
 pub use infer::{Bindings, Inferred};
 pub use layout::{PinnedLayouts, layout};
 pub use lower::{Lowering, eval_lowered, infer_lowered};
+pub use narrow::narrow;
 pub use passes::{inline, logits, set_mode};
 
 macro_rules! id {

@@ -386,7 +386,7 @@ impl Op for ConvInputGrad {
 /// The gradient of `Conv` with respect to its weights, of dimensions `w`: from dY and X.
 ///
 /// Where the convolution normalises X, so does this; inputs 2 to 5 are mean, inverse deviation, scale and shift.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct ConvWeightGrad {
     pub conv: Conv,
     pub w: Dims,

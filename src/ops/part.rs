@@ -178,9 +178,11 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
     };
     vec![
         low(4, 5, 2, 0.5).input(&[4, 5]).input(&[4, 2]).input(&[2, 5]),
-        low(70, 65, 3, 2.0).named("of a pointwise convolution").input(&[70, 65, 1, 1]).input(&[70, 3, 1, 1]).input(&[
-            3, 65, 1, 1,
-        ]),
+        low(70, 65, 3, 2.0)
+            .named("of a pointwise convolution")
+            .input(&[70, 65, 1, 1])
+            .input(&[70, 3, 1, 1])
+            .input(&[3, 65, 1, 1]),
         inset(0, 1, 2).named("rows").input(&[2, 4, 2]),
         inset(1, 0, 3).named("first columns").input(&[3, 3, 2]),
         inset(2, 1, 1).named("last axis").input(&[3, 4, 1]),
@@ -196,12 +198,10 @@ mod tests {
     #[test]
     fn parts_by_hand() {
         let f = |dims: &[usize], x: &[f32]| Tensor::from_slice(dims, x).unwrap();
-        let (w, l, r) = (f(&[2, 2], &[1.0, 2.0, 3.0, 4.0]), f(&[2, 1], &[1.0, 2.0]), f(&[1, 2], &[10.0, 20.0]));
+        let (w, l, r) =
+            (f(&[2, 2], &[1.0, 2.0, 3.0, 4.0]), f(&[2, 1], &[1.0, 2.0]), f(&[1, 2], &[10.0, 20.0]));
         let op = LowRank { rows: 2, columns: 2, rank: 1, scale: 0.5 };
-        assert_eq!(
-            eval(&op, &[Some(&w), Some(&l), Some(&r)]).unwrap()[0].to_f64(),
-            [6.0, 12.0, 13.0, 24.0]
-        );
+        assert_eq!(eval(&op, &[Some(&w), Some(&l), Some(&r)]).unwrap()[0].to_f64(), [6.0, 12.0, 13.0, 24.0]);
         let op = Inset { axis: 1, from: 1, count: 1 };
         let y = eval(&op, &[Some(&w), Some(&f(&[2, 1], &[7.0, 8.0]))]).unwrap();
         assert_eq!(y[0].to_f64(), [1.0, 7.0, 3.0, 8.0]);

@@ -3,9 +3,10 @@
 use crate::error::{Error, Result};
 use crate::graph::{NodeId, WeightId};
 use crate::import::{Model, Role};
+use crate::train::preset::Budget;
 
-/// A choice of parameters: `all`, `head`, `last:N`, `bias`, `norm`, `lora:R` (with `@` and globs: of these layers), or
-/// globs over names, several joined by commas. Choices joined by `+` add up.
+/// A choice of parameters: `all`, `head`, `last:N`, `bias`, `norm`, `lora:R` (with `@` and globs: of these layers),
+/// `sparse:BUDGET`, or globs over names, several joined by commas. Choices joined by `+` add up.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Select {
     /// Every parameter that trains by default.
@@ -21,6 +22,8 @@ pub enum Select {
     /// Low-rank additions to dense layers and 1×1 convolutions: to all, or to those of which the weight's, the node's or
     /// the output's name matches one of the patterns.
     Lora { rank: usize, layers: Vec<glob::Pattern> },
+    /// Biases of the last layers and weights of some channels, by what they contribute within a budget.
+    Sparse(Budget),
     /// Any of several name patterns (`*`, `?`, `[…]`).
     Globs(Vec<glob::Pattern>),
     /// All of these.
@@ -36,7 +39,9 @@ impl std::str::FromStr for Select {
 
     fn from_str(s: &str) -> std::result::Result<Self, String> {
         if s.contains('+') {
-            return Ok(Select::Several(s.split('+').map(|s| s.trim().parse()).collect::<std::result::Result<_, _>>()?));
+            return Ok(Select::Several(
+                s.split('+').map(|s| s.trim().parse()).collect::<std::result::Result<_, _>>()?,
+            ));
         }
         Ok(match s {
             "all" => Select::All,
@@ -55,9 +60,14 @@ impl std::str::FromStr for Select {
                     };
                     match rank.parse() {
                         Ok(rank) if rank > 0 => Select::Lora { rank, layers },
-                        _ => return Err(format!("'{s}': lora:R takes a rank from 1, then perhaps @ and globs of layers")),
+                        _ => {
+                            return Err(format!(
+                                "'{s}': lora:R takes a rank from 1, then perhaps @ and globs of layers"
+                            ));
+                        }
                     }
                 }
+                Some(("sparse", budget)) => Select::Sparse(budget.parse()?),
                 _ => Select::Globs(patterns(s)?),
             },
         })
@@ -65,7 +75,8 @@ impl std::str::FromStr for Select {
 }
 
 impl Select {
-    /// The parameters chosen that train as a whole, in the file's order; of `lora:R` there are none. Fails when there are
+    /// The parameters chosen that train as a whole, in the file's order; of `lora:R` and
+    /// `sparse:BUDGET`, which depend on more than the model, there are none. Fails when there are
     /// none of the kind asked for, and when a pattern matches none.
     pub fn resolve(&self, model: &Model) -> Result<Vec<WeightId>> {
         let ids = || (0..model.weights.len() as u32).map(WeightId);
@@ -77,7 +88,7 @@ impl Select {
             Select::Last(n) => last_layers(model, *n),
             Select::Bias => role(&[Role::Bias, Role::Shift]),
             Select::Norm => role(&[Role::Scale, Role::Shift]),
-            Select::Lora { .. } => return Ok(Vec::new()),
+            Select::Lora { .. } | Select::Sparse(_) => return Ok(Vec::new()),
             Select::Several(all) => {
                 let chosen = all.iter().map(|s| s.resolve(model)).collect::<Result<Vec<_>>>()?.concat();
                 return Ok(ids().filter(|w| chosen.contains(w)).collect());
@@ -180,7 +191,7 @@ mod tests {
         assert_eq!(chosen("lora:4+head").unwrap(), ["fc.weight", "fc.bias"]);
         let lora: Select = "lora:8@*attn*,fc?".parse().unwrap();
         assert!(matches!(&lora, Select::Lora { rank: 8, layers } if layers.len() == 2), "{lora:?}");
-        for bad in ["lora:0", "lora:x", "lora:", "lora:4@[", "bias+last:0"] {
+        for bad in ["lora:0", "lora:x", "lora:", "lora:4@[", "sparse:", "sparse:x", "bias+last:0"] {
             assert!(bad.parse::<Select>().is_err(), "{bad}");
         }
         assert!(chosen("bias+nothing*").is_err());

@@ -189,7 +189,9 @@ pub fn param_values(session: &Session, params: &[WeightId]) -> Vec<ValueId> {
 /// [`apply`] will read).
 pub fn update(session: &mut Session, graph: &mut Graph, recipe: &Recipe, loss: ValueId) -> Result<Updates> {
     let params = param_values(session, &recipe.params);
+    let forward = graph.nodes.len();
     let grads = graph::grad(graph, loss, &params)?;
+    graph::narrow(graph, forward)?;
     let missing: Vec<&str> =
         params.iter().filter(|v| !grads.contains_key(v)).map(|v| graph.value(*v).name.as_str()).collect();
     if !missing.is_empty() {

@@ -14,6 +14,7 @@ mod icp;
 mod layout;
 mod memory;
 mod onnx_cases;
+mod presets;
 mod quantised;
 mod real_models;
 mod real_training;

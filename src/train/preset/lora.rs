@@ -110,7 +110,8 @@ pub(super) fn add(
         whole += weight.len();
     }
     if layers == 0 {
-        let what = "every layer that it names is trained as a whole already, or the loss does not depend on it";
+        let what =
+            "every layer that it names is trained as a whole already, or the loss does not depend on it";
         return Err(Error::Config(format!("--train lora:{rank}: {what}")));
     }
     chosen.notes.push(format!("low-rank additions to {layers} layers: {learn} numbers learn for {whole}"));
