@@ -284,6 +284,7 @@ impl Session {
             graph::layout(&mut graph, &mut request, &mut self.pinned)?;
         }
         graph::join_normalisations(&mut graph, &request);
+        graph::keep_masks(&mut graph, &request)?;
         // On the session's threads: scratch memory depends on their number.
         let plan = self.pool.install(|| plan::plan(&graph, &request))?;
         let mut constants = Vec::with_capacity(plan.constants.len());

@@ -10,6 +10,7 @@ mod head;
 mod infer;
 mod layout;
 mod lower;
+mod masks;
 mod narrow;
 mod passes;
 
@@ -27,6 +28,7 @@ pub use head::{Ending, ending};
 pub use infer::{Bindings, Inferred};
 pub use layout::{PinnedLayouts, layout};
 pub use lower::{Lowering, eval_lowered, infer_lowered};
+pub use masks::keep_masks;
 pub use narrow::narrow;
 pub use passes::{inline, logits, set_mode};
 

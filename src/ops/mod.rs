@@ -41,6 +41,7 @@ pub mod known;
 pub mod layout;
 pub mod logic;
 pub mod loss;
+pub mod mask;
 pub mod matmul;
 pub mod norm;
 pub mod pad;

@@ -8,6 +8,7 @@ mod contract;
 mod control;
 mod files;
 mod finetune;
+mod gains;
 mod gradients;
 mod head;
 mod icp;

@@ -410,3 +410,28 @@ fn deltas_of_a_run() {
     let out = run(&[&args[..], &["--head", "3"]].concat(), 1);
     assert!(String::from_utf8_lossy(&out.stderr).contains("--delta cannot hold a new head"));
 }
+
+/// Where nothing but the gradient of an activation still needs its result, one bit an element is kept.
+#[test]
+fn activations_are_kept_as_masks() {
+    let (model, batch, shapes) = images(8);
+    let mut session = Session::new(model, Options { threads: 1, ..Options::default() }).unwrap();
+    let mut gradient = |fuse: bool| {
+        let mut net = Network::new(&session, Mode::EVAL, &shapes, &HashMap::new()).unwrap();
+        if fuse {
+            net.fuse(&[], false).unwrap();
+        }
+        let loss = Loss::CrossEntropy { label_smoothing: 0.0 };
+        let attached = loss.attach(&mut net.graph, shapes.target.clone()).unwrap();
+        let x = net.inputs[0];
+        let dx = grad(&mut net.graph, attached.loss, &[x]).unwrap()[&x];
+        let program = session.compile(net.graph, Request { outputs: vec![dx], ..Request::default() }).unwrap();
+        session.run(&program, &feeds(&net.inputs, attached.target, &batch).unwrap(), 0).unwrap();
+        let masks = program.plan.steps.iter().filter(|s| s.op.name() == "MaskGrad").count();
+        (session.output(&program, dx).unwrap().to_tensor().to_f64(), masks, program.plan.arena_bytes)
+    };
+    let ((plain, none, whole), (masked, masks, least)) = (gradient(false), gradient(true));
+    println!("dsnet, input gradient: {masks} masks, {least} bytes for {whole}");
+    assert!(none == 0 && masks > 3 && least < whole, "{none}, {masks} masks, {least} bytes for {whole}");
+    assert!(relative(&plain, &masked) <= 2e-3);
+}
