@@ -10,6 +10,7 @@ mod atomic;
 pub mod backend_test;
 #[cfg(feature = "cli")]
 pub mod cli;
+pub mod delta;
 pub mod error;
 pub mod exec;
 pub mod export;

@@ -168,8 +168,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
             if let Some(text) = &args.memory_budget {
                 let budget = parse_bytes(text).map_err(|e| anyhow::anyhow!("--memory-budget {e}"))?;
                 let job = Job {
-                    model: &model,
-                    options: &options,
+                    session: &session,
                     recipe: &recipe,
                     method: &new_method,
                     shapes: &shapes,

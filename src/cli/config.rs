@@ -66,9 +66,13 @@ pub struct Overrides {
     /// Bound on the gradient's norm, 0 for none [default: 5 for icp, none for supervised]
     #[arg(long)]
     clip: Option<f64>,
-    /// all, head, last:N, bias, norm, or globs over parameter names [default: all]
+    /// all, head, last:N, bias, norm, lora:R, lora:R@GLOB,…, sparse:512KiB, sparse:25% (of full training's extra memory),
+    /// or globs over parameter names; joined by + they add up [default: all]
     #[arg(long)]
     train: Option<String>,
+    /// α of lora:R: its additions are multiplied by α/R [default: R]
+    #[arg(long)]
+    lora_alpha: Option<f64>,
     /// Fresh outputs for the last dense layer (or for a new one, see --at), so that the network learns new classes; +N:
     /// beside those it has
     #[arg(long, value_name = "N|+N")]
@@ -147,6 +151,12 @@ pub struct Overrides {
     /// Give external data files new names where they would overwrite the source's
     #[arg(long, num_args = 0, default_missing_value = "true")]
     rename_data: Option<bool>,
+    /// Write what changed, for `retune apply`: beside --output, or without it alone
+    #[arg(long, value_name = "OUT.safetensors")]
+    delta: Option<PathBuf>,
+    /// full or sparse (exact), f16 or bf16 (differences, to 2⁻¹¹ or 2⁻⁹ of themselves) [default: full]
+    #[arg(long)]
+    delta_type: Option<String>,
 }
 
 /// Flags that switch something off.

@@ -14,9 +14,9 @@ pub struct Args {
     /// .npz, folder of class folders, or IDX images file
     #[arg(long)]
     data: PathBuf,
-    /// The ONNX file to write
-    #[arg(long, value_name = "NEW.onnx")]
-    output: PathBuf,
+    /// The ONNX file to write; may be left out with --delta
+    #[arg(long, value_name = "NEW.onnx", required_unless_present_any = ["delta", "config"])]
+    output: Option<PathBuf>,
     #[command(flatten)]
     overrides: Overrides,
     #[command(flatten)]
@@ -40,8 +40,11 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
         (None, NumberOr::Word(path)) => Some(super::data::bound(&model, path.as_ref(), &config.images)?),
         _ => None,
     };
+    let Some(output) = args.output.as_ref().or(config.delta.as_ref()) else {
+        anyhow::bail!("--output or --delta says where the result goes");
+    };
     let mut reporter = Reporter::new();
-    let done = finetune(model, data, held, &config, &args.output, &mut |p| reporter.step(p))?;
+    let done = finetune(model, data, held, &config, output, &mut |p| reporter.step(p))?;
     if let Some(path) = &config.report {
         super::page::finetuned(path, &args.model, &done)?;
         eprintln!("report: {}", path.display());
@@ -73,11 +76,17 @@ pub fn report(s: &Summary) {
     for unmet in &s.unmet {
         eprintln!("not met: {unmet}");
     }
-    match s.kept {
-        true => eprintln!("wrote {} (tract: {})", s.output.display(), s.verified),
-        false => eprintln!(
+    match (s.kept, s.output.as_os_str().is_empty()) {
+        (true, _) => eprintln!("wrote {} (tract: {})", s.output.display(), s.verified),
+        (false, false) => eprintln!(
             "the new network is not better by more than noise, or a condition is not met: {} is the original",
             s.output.display()
         ),
+        (false, true) => {
+            eprintln!("the new network is not better by more than noise, or a condition is not met: no delta")
+        }
+    }
+    if let Some(d) = &s.delta {
+        super::delta::report(d);
     }
 }

@@ -6,6 +6,7 @@ mod out;
 mod bench;
 mod config;
 mod data;
+mod delta;
 mod demo;
 mod eval;
 mod finetune;
@@ -45,6 +46,10 @@ enum Command {
     Eval(eval::Args),
     /// Finetune a model on data and write it back
     Finetune(finetune::Args),
+    /// What differs between two files of one model, as a small file
+    Delta(delta::Args),
+    /// Put a delta onto the file it was made for
+    Apply(delta::ApplyArgs),
     /// Run ONNX backend test cases
     Test(test::Args),
     /// Time a forward pass or a training step
@@ -69,6 +74,8 @@ pub fn main() -> ExitCode {
         Command::Grad(a) => grad::main(a),
         Command::Eval(a) => eval::main(a),
         Command::Finetune(a) => finetune::main(a),
+        Command::Delta(a) => delta::main(a),
+        Command::Apply(a) => delta::main_apply(a),
         Command::Test(a) => test::main(a),
         Command::Bench(a) => bench::main(a, start),
         Command::Demo(a) => demo::main(a),

@@ -7,14 +7,11 @@ use serde::Serialize;
 
 use crate::exec::{Options, Precision, Session, Usage};
 use crate::finetune::{Config, MethodName, input_specs};
-use crate::graph::WeightId;
 use crate::icp::NO_FLOATS;
 use crate::import::Model;
 use crate::plan::Peak;
 use crate::tensor::Meta;
 use crate::train::loss::default_target;
-use crate::train::method::{Method, Plain};
-use crate::train::select::Select;
 use crate::train::step::{Evaluation, Network, Recipe, Shapes};
 
 use super::config::{Overrides, Switches, resolve};
@@ -74,7 +71,15 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
             notes.push(format!("icp: {NO_FLOATS}"));
             continue;
         }
-        modes.push(training(&model, &inputs, name, &Config { method, ..config.clone() })?);
+        match training(&model, &inputs, name, &Config { method, ..config.clone() }) {
+            Ok(mode) => modes.push(mode),
+            // A budget that one method keeps may be too small for the other.
+            Err(e) if method != config.method && config.train.contains("sparse:") => {
+                notes.push(format!("{name}: {e}"));
+                continue;
+            }
+            Err(e) => return Err(e),
+        }
         if config.precision != Precision::F32 {
             let whole = training(&model, &inputs, name, &Config { method, ..single.clone() })?;
             notes.extend(modes.last().map(|half| saved(half, &whole)));
@@ -111,22 +116,11 @@ fn training(
     let mut session = Session::new(model.clone(), Options { threads: 1, ..config.session() })?;
     let loss = config.loss()?;
     let shapes = with_target(&session, inputs, &loss)?;
-    let select: Select = config.train.parse().map_err(|e| anyhow::anyhow!("--train {e}"))?;
-    let reached = crate::train::step::reached(&session, &loss, &shapes)?;
-    let params: Vec<WeightId> = select.resolve(model)?.into_iter().filter(|w| reached[w.index()]).collect();
-    let recipe = Recipe {
-        loss,
-        optimizer: config.optimizer(),
-        clip: config.clip_norm(),
-        params,
-        norm: config.norm,
-        accumulate: config.accumulate,
-    };
+    let ask = config.ask(&loss, &shapes);
+    let chosen = crate::train::preset::choose(&mut session, &ask)?;
+    let recipe = Recipe { params: chosen.params, ..ask.recipe.clone() };
     recipe.prepare(&mut session)?;
-    let mut method: Box<dyn Method> = match config.method {
-        MethodName::Supervised => Box::new(Plain::default()),
-        MethodName::Icp => Box::new(config.icp()?),
-    };
+    let mut method = config.method()?;
     method.prepare(&mut session, &recipe, &shapes, config.epochs)?;
     Ok(mode(name, &session, &method.programs()))
 }

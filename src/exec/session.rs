@@ -7,6 +7,7 @@ use bytes::Bytes;
 
 use crate::error::{Error, Result};
 use crate::exec::awake::awake;
+use crate::exec::parts::{self, Held, Part};
 use crate::exec::precision::{OptimizerState, Precision};
 use crate::exec::reference::interpret;
 use crate::exec::run::{self, Memory, Profile};
@@ -80,6 +81,20 @@ pub struct Program {
     constants: Vec<Frozen>,
 }
 
+impl Program {
+    /// Multiply-adds of matrix products and convolutions, a run.
+    pub fn multiply_adds(&self) -> usize {
+        let metas = |node: &graph::Node| -> Vec<Option<Meta>> {
+            node.inputs.iter().map(|v| v.and_then(|v| self.graph.value(v).meta.clone())).collect()
+        };
+        let work = |step: &plan::Step| {
+            let metas = metas(self.graph.node(step.node));
+            step.op.multiply_adds(&metas.iter().map(Option::as_ref).collect::<Vec<_>>())
+        };
+        self.plan.steps.iter().map(work).sum()
+    }
+}
+
 /// The inputs of a `FoldNorm`, and the bits of its ε.
 type Fold = (Vec<Option<ValueId>>, u64);
 
@@ -115,6 +130,8 @@ pub struct Session {
     pool: rayon::ThreadPool,
     store: Store,
     states: Vec<Option<StateId>>,
+    /// The weights of which only a part learns; they have no state of their own.
+    parts: Vec<Held>,
     frozen: HashMap<WeightId, Frozen>,
     /// What `FoldNorm` makes of weights that do not change.
     folded: HashMap<Fold, Vec<Arc<Tensor>>>,
@@ -147,6 +164,7 @@ impl Session {
             model,
             options,
             pool,
+            parts: Vec::new(),
             frozen: HashMap::new(),
             folded: HashMap::new(),
             pinned: PinnedLayouts::new(),
@@ -199,6 +217,9 @@ impl Session {
         if let Some(s) = self.states[id.index()] {
             return Ok(s);
         }
+        if self.part(id).is_some() {
+            return Err(Error::value(&self.model.weight(id).name, "only a part of it learns"));
+        }
         let weight = self.model.weight(id);
         let meta = Meta::new(weight.working(), &weight.dims);
         let purpose = match weight.role {
@@ -230,24 +251,64 @@ impl Session {
         self.states[id.index()]
     }
 
+    /// Lets a part of a weight learn, the rest being frozen; `seed` is of what begins at random.
+    ///
+    /// Fails when the weight can change already, and when it has no such part.
+    pub fn make_part(&mut self, id: WeightId, part: &Part, seed: u64) -> Result<()> {
+        if self.states[id.index()].is_some() || self.part(id).is_some() {
+            return Err(Error::value(&self.model.weight(id).name, "learns already"));
+        }
+        let held = Held::new(&self.model, &mut self.store, id, part, seed)?;
+        self.parts.push(held);
+        Ok(())
+    }
+
+    /// A session like this one, with the same parts, for plans alone: it takes no memory and nothing can be run.
+    pub fn dry(&self, arena: Option<usize>) -> Result<Session> {
+        let options = Options { dry: true, arena, ..self.options.clone() };
+        let mut session = Session::new(self.model.clone(), options)?;
+        for p in &self.parts {
+            session.make_part(p.weight, &p.part, p.seed)?;
+        }
+        Ok(session)
+    }
+
+    fn part(&self, id: WeightId) -> Option<&Held> {
+        self.parts.iter().find(|p| p.weight == id)
+    }
+
+    /// Does only a part of the weight learn?
+    pub fn is_in_parts(&self, id: WeightId) -> bool {
+        self.part(id).is_some()
+    }
+
+    /// The values that learn of a weight, in every graph of the session: itself, or its part's.
+    pub fn trained_values(&self, id: WeightId) -> Vec<ValueId> {
+        parts::values(&self.model, &self.parts, id)
+    }
+
+    /// How many numbers of a weight learn, if it is trained.
+    pub fn trained_len(&self, id: WeightId) -> usize {
+        self.part(id).map_or(self.model.weight(id).len(), |p| p.len(&self.store))
+    }
+
     /// The present value of a weight.
     pub fn weight(&self, id: WeightId) -> Result<Tensor> {
-        match self.states[id.index()] {
-            Some(s) => Ok(self.wide(s)),
-            None => self.model.load_weight(id),
+        match (self.states[id.index()], self.part(id)) {
+            (Some(s), _) => {
+                let t = self.store.tensor(s);
+                Ok(t.cast(t.dtype().working()))
+            }
+            (None, Some(part)) => self.install(|| part.whole(&self.model, &self.store)),
+            (None, None) => self.model.load_weight(id),
         }
     }
 
     /// The weights that can change and their present values.
-    pub fn changes(&self) -> Vec<(WeightId, Tensor)> {
+    pub fn changes(&self) -> Result<Vec<(WeightId, Tensor)>> {
         let ids = (0..self.states.len() as u32).map(WeightId);
-        ids.filter_map(|w| self.states[w.index()].map(|s| (w, self.wide(s)))).collect()
-    }
-
-    /// A state's content in the type that it is computed in.
-    fn wide(&self, s: StateId) -> Tensor {
-        let t = self.store.tensor(s);
-        t.cast(t.dtype().working())
+        let changing = |w: &WeightId| self.states[w.index()].is_some() || self.is_in_parts(*w);
+        ids.filter(changing).map(|w| Ok((w, self.weight(w)?))).collect()
     }
 
     /// The type in which a state, or a weight that is read as the file has it, is kept.
@@ -281,6 +342,7 @@ impl Session {
                 value.meta = Some(meta);
             }
         }
+        parts::put_together(&mut graph, &self.model, &self.parts, &self.store);
         Ok(graph)
     }
 
@@ -298,6 +360,7 @@ impl Session {
             graph::layout(&mut graph, &mut request, &mut self.pinned)?;
         }
         graph::join_normalisations(&mut graph, &request);
+        graph::keep_masks(&mut graph, &request)?;
         let half = graph::halve(&mut graph, &request, self.precision().half(), &|s| self.stored(s))?;
         if self.options.arena.is_some() {
             super::frozen::load_where_read(&self.model, &mut graph, &half)?;
@@ -517,7 +580,7 @@ impl Session {
         known.extend(bound);
         for v in back.nodes.iter().flat_map(|n| n.inputs.iter().flatten()).chain(&back.outputs) {
             let t = match &back.value(*v).source {
-                Source::Weight(w) => self.weight(*w)?,
+                Source::Weight(w) => self.model.load_weight(*w)?,
                 Source::State(s) => self.store.tensor(*s),
                 _ => continue,
             };

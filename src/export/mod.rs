@@ -56,7 +56,30 @@ pub fn stage(
     output: &Path,
     options: Options,
 ) -> Result<Staged> {
-    let mut edits = patch::edits(model, changes)?;
+    stage_stored(model, stored(model, changes)?, output, options)
+}
+
+/// The bytes that the file will hold of the weights that change, in their stored types.
+pub fn stored(model: &Model, changes: &[(WeightId, &Tensor)]) -> Result<BTreeMap<WeightId, Vec<u8>>> {
+    patch::stored(model, changes)
+}
+
+/// What stored bytes of weights change in each of the model's files.
+pub(crate) fn edits_by_file(
+    model: &Model,
+    new: BTreeMap<WeightId, Vec<u8>>,
+) -> Result<BTreeMap<usize, Vec<Edit>>> {
+    Ok(patch::edits(model, new)?.by_file)
+}
+
+/// As [`stage`], with values as the file stores them.
+pub fn stage_stored(
+    model: &Model,
+    new: BTreeMap<WeightId, Vec<u8>>,
+    output: &Path,
+    options: Options,
+) -> Result<Staged> {
+    let mut edits = patch::edits(model, new)?;
     let (folder, name) = split(output)?;
     let mut stage = atomic::Stage::new(folder)?;
 
@@ -121,7 +144,7 @@ pub fn to_bytes(model: &Model, changes: &[(WeightId, &Tensor)]) -> Result<Vec<u8
     if model.files.len() > 1 {
         return Err(Error::file(&model.path, "has external data, which cannot go into one run of bytes"));
     }
-    let mut edits = patch::edits(model, changes)?;
+    let mut edits = patch::edits(model, stored(model, changes)?)?;
     let file = &model.files[0];
     let segments = segments(&file.path, &file.bytes, edits.by_file.remove(&0).unwrap_or_default())?;
     Ok(crate::import::wire::concat(&file.bytes, &segments))

@@ -19,7 +19,8 @@ pub(super) struct Edits {
     pub changed: Vec<WeightId>,
 }
 
-pub(super) fn edits(model: &Model, changes: &[(WeightId, &Tensor)]) -> Result<Edits> {
+/// The stored bytes of the weights that change.
+pub(super) fn stored(model: &Model, changes: &[(WeightId, &Tensor)]) -> Result<BTreeMap<WeightId, Vec<u8>>> {
     let mut new: BTreeMap<WeightId, Vec<u8>> = BTreeMap::new();
     let mut seen = HashSet::new();
     for &(id, tensor) in changes {
@@ -32,6 +33,10 @@ pub(super) fn edits(model: &Model, changes: &[(WeightId, &Tensor)]) -> Result<Ed
             new.insert(id, bytes);
         }
     }
+    Ok(new)
+}
+
+pub(super) fn edits(model: &Model, mut new: BTreeMap<WeightId, Vec<u8>>) -> Result<Edits> {
     let mut p = Patch { model, nodes: None, by_file: BTreeMap::new() };
     let changed = new.keys().copied().collect();
     p.splits(&mut new)?;

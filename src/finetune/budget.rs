@@ -12,7 +12,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::exec::{Options, Session, Usage};
+use crate::exec::{Session, Usage};
 use crate::graph::WeightId;
 use crate::import::{Model, Role};
 use crate::ops::batch_norm::BatchNormalization;
@@ -87,8 +87,8 @@ fn batch_of(shapes: &Shapes) -> usize {
 
 /// A run to be planned.
 pub struct Job<'a> {
-    pub model: &'a Arc<Model>,
-    pub options: &'a Options,
+    /// With the parts of weights that learn.
+    pub session: &'a Session,
     pub recipe: &'a Recipe,
     pub method: &'a dyn Fn() -> Result<Box<dyn Method>>,
     /// Of batches of the full size.
@@ -146,6 +146,10 @@ impl Probe {
 }
 
 impl Job<'_> {
+    fn model(&self) -> &Arc<Model> {
+        self.session.model()
+    }
+
     fn batch(&self) -> usize {
         batch_of(self.shapes)
     }
@@ -154,8 +158,7 @@ impl Job<'_> {
     fn probe(&self, recipe: &Recipe, micro: usize, arena: Option<usize>) -> Result<Probe> {
         let parts = self.batch() / micro.max(1);
         let recipe = Recipe { accumulate: recipe.accumulate * parts.max(1), ..recipe.clone() };
-        let options = Options { dry: true, arena, ..self.options.clone() };
-        let mut session = Session::new(self.model.clone(), options)?;
+        let mut session = self.session.dry(arena)?;
         recipe.prepare(&mut session)?;
         let shapes = with_batch(self.shapes, micro);
         let mut method = (self.method)()?;
@@ -195,8 +198,7 @@ impl Job<'_> {
 
     /// The largest evaluation batch whose plan takes no more than `limit` bytes of arena, or one sample; and what it takes.
     fn evaluation(&self, recipe: &Recipe, arena: Option<usize>, limit: usize) -> Result<(usize, usize)> {
-        let options = Options { dry: true, arena: arena.map(|_| limit), ..self.options.clone() };
-        let mut session = Session::new(self.model.clone(), options)?;
+        let mut session = self.session.dry(arena.map(|_| limit))?;
         recipe.prepare(&mut session)?;
         let loss = recipe.loss.unweighted();
         let mut n = super::EVAL_BATCH.min(self.held);
@@ -213,7 +215,7 @@ impl Job<'_> {
     /// Do normalisations take their statistics from the batch, so that parts of it have others?
     fn normalises(&self) -> bool {
         let training = |n: &crate::graph::Node| n.op.as_a::<BatchNormalization>().is_some();
-        self.recipe.norm == Norm::Batch && self.model.graph.nodes.iter().any(training)
+        self.recipe.norm == Norm::Batch && self.model().graph.nodes.iter().any(training)
     }
 
     /// The numbers of samples that parts of a batch may have, from the whole on.
@@ -232,7 +234,7 @@ impl Job<'_> {
 
     /// Of the normalisations by batch: the fewest places a sample that one takes its statistics over.
     fn least_places(&self) -> Result<usize> {
-        let session = Session::new(self.model.clone(), Options { dry: true, ..self.options.clone() })?;
+        let session = self.session.dry(None)?;
         let net = Network::new(
             &session,
             crate::ops::Mode::TRAIN,
@@ -326,7 +328,10 @@ impl Job<'_> {
             human(smallest),
             self.holdings(micros.last().copied().unwrap_or(1))?
         );
-        let fits = self.fitting(budget, micros)?;
+        // Of whole weights.
+        let options = self.session.options().clone();
+        let whole = Session::new(self.model().clone(), options)?;
+        let fits = Job { session: &whole, ..*self }.fitting(budget, micros)?;
         match fits.is_empty() {
             true => text.push_str("; nothing that freezes weights fits either"),
             false => text.push_str(&format!("; what would fit: {}", fits.join(", or "))),
@@ -342,7 +347,7 @@ impl Job<'_> {
     }
 
     fn bytes_of(&self, w: WeightId) -> usize {
-        let weight = self.model.weight(w);
+        let weight = self.model().weight(w);
         weight.len() * weight.working().size()
     }
 
@@ -362,9 +367,9 @@ impl Job<'_> {
     /// The parameters that `select` chooses of those that the loss depends on.
     fn select(&self, select: &str) -> Option<Recipe> {
         let select: Select = select.parse().ok()?;
-        let session = Session::new(self.model.clone(), Options { dry: true, ..self.options.clone() }).ok()?;
+        let session = self.session.dry(None).ok()?;
         let reached = step::reached(&session, &self.recipe.loss, self.shapes).ok()?;
-        let mut params = select.resolve(self.model).ok()?;
+        let mut params = select.resolve(self.model()).ok()?;
         params.retain(|w| reached[w.index()]);
         (!params.is_empty()).then(|| Recipe { params, ..self.recipe.clone() })
     }
@@ -388,7 +393,7 @@ impl Job<'_> {
         largest.sort_by_key(|w| (std::cmp::Reverse(self.bytes_of(*w)), w.index()));
         if self.train == "all" {
             for n in [1, 2, 3, 5] {
-                let names = largest.iter().take(n).map(|w| format!("!{}", self.model.weight(*w).name));
+                let names = largest.iter().take(n).map(|w| format!("!{}", self.model().weight(*w).name));
                 let select = names.collect::<Vec<_>>().join(",");
                 if n < largest.len() && self.fits(&select, budget, micros)? {
                     found.push(format!("--train '{select}' (all but {n})"));
@@ -396,7 +401,7 @@ impl Job<'_> {
                 }
             }
         }
-        let layers = |w: &&WeightId| matches!(self.model.weight(**w).role, Role::Weight | Role::Embedding);
+        let layers = |w: &&WeightId| matches!(self.model().weight(**w).role, Role::Weight | Role::Embedding);
         let (mut low, mut high) = (0, self.recipe.params.iter().filter(layers).count());
         while low + 1 < high {
             let middle = (low + high) / 2;

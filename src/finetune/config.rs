@@ -4,14 +4,18 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::delta::DeltaType;
 use crate::error::{Error, Result};
 use crate::exec::{OptimizerState, Options, Precision};
 use crate::icp::{Alpha, Icp, Settings, Taps, Weights};
 use crate::train::data::ImageOptions;
 use crate::train::loss::Loss;
+use crate::train::method::{Method, Plain};
 use crate::train::optimizer::Optimizer;
+use crate::train::preset::Ask;
 use crate::train::schedule::{Schedule, Shape};
-use crate::train::step::Norm;
+use crate::train::select::Select;
+use crate::train::step::{Norm, Recipe, Shapes};
 
 /// How the weights learn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -149,8 +153,10 @@ pub struct Config {
     pub lr_gamma: f64,
     /// Bound on the gradient's norm; 0: off; absent: off for supervised, 5 for ICP.
     pub clip: Option<f64>,
-    /// `all`, `head`, `last:N`, `bias`, `norm`, or globs over parameter names.
+    /// `all`, `head`, `last:N`, `bias`, `norm`, `lora:R[@globs]`, `sparse:BUDGET`, or globs over parameter names; several joined by `+`.
     pub train: String,
+    /// α of low-rank additions, whose factor is α over the rank; absent: the rank.
+    pub lora_alpha: Option<f64>,
     /// Outputs of a fresh head: of the last dense layer, or of one put on the value `at`.
     pub head: Option<HeadSize>,
     pub at: Option<String>,
@@ -188,6 +194,9 @@ pub struct Config {
     pub report: Option<PathBuf>,
     /// External data files get new names where they would overwrite the source's.
     pub rename_data: bool,
+    /// Where to write what changed; where that is the run's output, nothing else is written.
+    pub delta: Option<PathBuf>,
+    pub delta_type: DeltaType,
     pub images: ImageOptions,
 }
 
@@ -213,6 +222,7 @@ impl Default for Config {
             lr_gamma: 0.1,
             clip: None,
             train: "all".into(),
+            lora_alpha: None,
             head: None,
             at: None,
             norm: Norm::Batch,
@@ -239,6 +249,8 @@ impl Default for Config {
             require: None,
             report: None,
             rename_data: false,
+            delta: None,
+            delta_type: DeltaType::Full,
             images: ImageOptions::default(),
         }
     }
@@ -291,6 +303,15 @@ impl Config {
         if self.resume && self.checkpoint.is_none() {
             return config("--resume needs --checkpoint DIR");
         }
+        if self.delta.is_some() && self.head.is_some() {
+            return config(
+                "--delta cannot hold a new head, whose nodes the base file lacks: send the --output instead",
+            );
+        }
+        if let Some(a) = self.lora_alpha.filter(|a| !a.is_finite() || *a <= 0.0) {
+            return config(format!("--lora-alpha {a}: must be a number above 0"));
+        }
+        self.train.parse::<Select>().map_err(|e| Error::Config(format!("--train {e}")))?;
         self.alpha()?;
         self.holdout_fraction()?;
         Ok(())
@@ -397,6 +418,37 @@ impl Config {
         }
     }
 
+    /// What of the model is to learn, by the loss for batches of these shapes.
+    pub fn ask<'a>(&'a self, loss: &'a Loss, shapes: &'a Shapes) -> Ask<'a> {
+        let recipe = Recipe {
+            loss: loss.clone(),
+            optimizer: self.optimizer(),
+            clip: self.clip_norm(),
+            params: Vec::new(),
+            norm: self.norm,
+            accumulate: self.accumulate,
+        };
+        Ask {
+            select: &self.train,
+            lora_alpha: self.lora_alpha,
+            seed: self.seed,
+            loss,
+            shapes,
+            recipe,
+            method: Box::new(|| self.method()),
+            epochs: self.epochs,
+            batches: Vec::new(),
+        }
+    }
+
+    /// The way to learn, with these options.
+    pub fn method(&self) -> Result<Box<dyn Method>> {
+        Ok(match self.method {
+            MethodName::Supervised => Box::new(Plain::default()),
+            MethodName::Icp => Box::new(self.icp()?),
+        })
+    }
+
     /// The loss; an ONNX graph is loaded.
     pub fn loss(&self) -> Result<Loss> {
         parse_loss(&self.loss, self.label_smoothing)
@@ -436,6 +488,8 @@ mod tests {
         assert!(bad(|c| c.nesterov = true).contains("--momentum"));
         assert!(bad(|c| c.master_free = true).contains("--precision"));
         assert!(bad(|c| c.memory_budget = Some("64 apples".into())).contains("--memory-budget"));
+        assert!(bad(|c| c.train = "lora:0".into()).contains("--train"));
+        assert!(bad(|c| c.lora_alpha = Some(0.0)).contains("--lora-alpha"));
         Config::default().check().unwrap();
     }
 

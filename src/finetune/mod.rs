@@ -13,19 +13,19 @@ use std::time::Instant;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use crate::delta::{Delta, DeltaType, Described};
 use crate::error::{Error, Result};
 use crate::exec::{Session, Usage};
 use crate::export::{self, Verification};
 use crate::graph::{Dim, WeightId};
 use crate::import::{Model, NewHead, replace_head};
 use crate::tensor::{DType, Tensor};
-use crate::train::data::{Dataset, InputSpec, split};
+use crate::train::data::{Batch, Dataset, InputSpec, epoch_order, split};
 use crate::train::fit::{CheckpointOptions, Evaluated, Fitted, Progress, Run, evaluate, fit};
 use crate::train::guard::{self, Verdict};
 use crate::train::loss::{Loss, class_axis};
-use crate::train::method::{Method, Plain};
 use crate::train::metrics::Metrics;
-use crate::train::select::Select;
+use crate::train::preset;
 use crate::train::step::{Recipe, Shapes};
 
 pub use config::{
@@ -50,6 +50,7 @@ pub struct Summary {
     pub after: Option<Metrics>,
     /// Is the output the new network?
     pub kept: bool,
+    /// Empty where only a delta was to be written, and the original is kept.
     pub output: PathBuf,
     pub steps: usize,
     pub skipped_steps: usize,
@@ -62,6 +63,8 @@ pub struct Summary {
     pub budget: Option<budget::Fitted>,
     /// `agrees`, or `unavailable: …` with the reason.
     pub verified: String,
+    /// What `--delta` wrote.
+    pub delta: Option<Described>,
     pub verdict: Option<Verdict>,
     /// Conditions of `--require` that were not met.
     pub unmet: Vec<String>,
@@ -110,34 +113,6 @@ pub fn input_specs(model: &Model) -> Vec<InputSpec> {
         InputSpec::new(value.name.clone(), dtype, &dims)
     });
     specs.collect()
-}
-
-/// The parameters chosen by `select` that the loss depends on. With `all`, others are left out and noted;
-/// chosen by name, they are an error.
-fn choose(
-    session: &Session,
-    select: &str,
-    loss: &Loss,
-    shapes: &Shapes,
-    notes: &mut Vec<String>,
-) -> Result<Vec<WeightId>> {
-    let model = session.model();
-    let select: Select = select.parse().map_err(|e| Error::Config(format!("--train {e}")))?;
-    let mut chosen = select.resolve(model)?;
-    let reached = crate::train::step::reached(session, loss, shapes)?;
-    let (kept, lost): (Vec<_>, Vec<_>) = chosen.drain(..).partition(|w| reached[w.index()]);
-    if !lost.is_empty() {
-        let names: Vec<&str> = lost.iter().map(|w| model.weight(*w).name.as_str()).collect();
-        let what = format!("the loss does not depend on {}", names.join(", "));
-        match select {
-            Select::Globs(_) => return Err(Error::Config(format!("--train: {what}"))),
-            _ => notes.push(format!("not trained: {what}")),
-        }
-    }
-    if kept.is_empty() {
-        return Err(Error::Config("the loss depends on none of the chosen parameters".into()));
-    }
-    Ok(kept)
 }
 
 /// Checks that data fit a loss: labels within the outputs' classes, or a target of the right shape.
@@ -196,7 +171,8 @@ pub fn shapes_of(data: &Dataset, n: usize) -> Result<Shapes> {
 
 /// Finetunes `model` on `data` (bound to the model's inputs, see [`input_specs`]) and writes `output`.
 ///
-/// `held` are held-out data of their own; without them the configured share of `data` is held out.
+/// `held` are held-out data of their own; without them the configured share of `data` is held out. Where `output` is the
+/// configured `delta`, that alone is written, and nothing where the guard keeps the original.
 pub fn finetune(
     model: Arc<Model>,
     data: Dataset,
@@ -262,26 +238,17 @@ pub fn finetune(
     }
 
     let shapes = shapes_of(&data, config.batch.min(train.len()))?;
-    let params = choose(&session, &config.train, &loss, &shapes, &mut notes)?;
-    let mut recipe = Recipe {
-        loss: loss.clone(),
-        optimizer: config.optimizer(),
-        clip: config.clip_norm(),
-        params,
-        norm: config.norm,
-        accumulate: config.accumulate,
-    };
-    let new_method = || -> Result<Box<dyn Method>> {
-        Ok(match config.method {
-            MethodName::Supervised => Box::new(Plain::default()),
-            MethodName::Icp => Box::new(config.icp()?),
-        })
-    };
+    let mut ask = config.ask(&loss, &shapes);
+    if config.train.contains("sparse:") {
+        ask.batches = some_batches(&data, &train, config)?;
+    }
+    let chosen = preset::choose(&mut session, &ask)?;
+    notes.extend(chosen.notes);
+    let mut recipe = Recipe { params: chosen.params, ..ask.recipe.clone() };
     let job = budget::Job {
-        model: &model,
-        options: &session_options,
+        session: &session,
         recipe: &recipe,
-        method: &new_method,
+        method: &|| config.method(),
         shapes: &shapes,
         epochs: config.epochs,
         held: held_indices.len(),
@@ -309,7 +276,7 @@ pub fn finetune(
     };
     let before = measure(&mut session)?;
     recipe.prepare(&mut session)?;
-    let mut method = new_method()?;
+    let mut method = config.method()?;
     let taps = match config.method {
         MethodName::Supervised => Vec::new(),
         MethodName::Icp => config.icp()?.tap_names(&session, &shapes)?,
@@ -346,21 +313,26 @@ pub fn finetune(
         _ => Vec::new(),
     };
     let kept = unmet.is_empty() && (!config.guard || verdict.is_none_or(|v| v.better));
-    let (usage, mut verified) = (session.usage(), "original kept".to_string());
+    let (usage, mut verified, mut delta) = (session.usage(), "original kept".to_string(), None);
     drop(method);
     if budget.as_ref().is_some_and(|b| b.arena.is_some()) {
         session.release();
     }
     if kept {
-        verified = write(&mut session, reinserted.as_ref(), held_data, config, output, budget.as_ref())?;
-    } else {
+        (verified, delta) =
+            write(&mut session, reinserted.as_ref(), held_data, config, output, budget.as_ref())?;
+    } else if config.delta.as_deref() != Some(output) {
         export::write(&original, &[], output, export::Options { rename_data: config.rename_data })?;
     }
     let summary = Summary {
         before: before.as_ref().map(|e| e.metrics.clone()),
         after: after.as_ref().map(|e| e.metrics.clone()),
         kept,
-        output: output.to_path_buf(),
+        output: if kept || config.delta.as_deref() != Some(output) {
+            output.to_path_buf()
+        } else {
+            PathBuf::new()
+        },
         steps: fitted.steps,
         skipped_steps: fitted.skipped_steps,
         seconds: started.elapsed().as_secs_f64(),
@@ -368,9 +340,10 @@ pub fn finetune(
         memory: usage,
         budget,
         verified,
+        delta,
         verdict,
         unmet,
-        trained_parameters: recipe.params.iter().map(|w| model.weight(*w).len()).sum(),
+        trained_parameters: recipe.params.iter().map(|w| session.trained_len(*w)).sum(),
         training_samples: train.len(),
         heldout_samples: held_indices.len(),
         taps,
@@ -378,6 +351,18 @@ pub fn finetune(
         curve: Curve { epochs: fitted.epochs },
     };
     Ok(Finished { summary, before, after, class_names: data.class_names().to_vec(), session, recipe })
+}
+
+/// Batches of training samples, as a preset measures on; all of one size.
+fn some_batches(data: &Dataset, train: &[usize], config: &Config) -> Result<Vec<Batch>> {
+    let n = config.batch.min(train.len()).max(1);
+    let order = epoch_order(train.len(), config.seed, 0, true);
+    let batches = order.chunks_exact(n).take(preset::MEASURED_BATCHES).map(|picks| {
+        let mut batch = data.new_batch(n);
+        data.batch(&picks.iter().map(|i| train[*i]).collect::<Vec<_>>(), None, &mut batch)?;
+        Ok(batch)
+    });
+    batches.collect()
 }
 
 /// The model with the new head that was asked for, and a note of it.
@@ -412,6 +397,8 @@ fn fingerprint(model: &Model, data: &Dataset, config: &Config) -> Result<String>
         require: None,
         guard: true,
         rename_data: false,
+        delta: None,
+        delta_type: DeltaType::Full,
         ..config.clone()
     };
     let text = serde_json::to_string(&decisive).map_err(|e| Error::Config(e.to_string()))?;
@@ -432,7 +419,7 @@ fn fingerprint(model: &Model, data: &Dataset, config: &Config) -> Result<String>
     Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
 }
 
-/// Writes the file with the session's weights, after tract agreed (where it can be asked).
+/// Writes the file with the session's weights, and the delta to it, after tract agreed (where it can be asked).
 fn write(
     session: &mut Session,
     reinserted: Option<&norms::Reinserted>,
@@ -440,43 +427,66 @@ fn write(
     config: &Config,
     output: &Path,
     budget: Option<&budget::Fitted>,
-) -> Result<String> {
+) -> Result<(String, Option<Described>)> {
     let (model, changes) = match reinserted {
         Some(r) => r.folded(session)?,
-        None => (session.model().clone(), session.changes()),
+        None => (session.model().clone(), session.changes()?),
     };
     let changes: Vec<(WeightId, &Tensor)> = changes.iter().map(|(w, t)| (*w, t)).collect();
     let options = export::Options { rename_data: config.rename_data };
-    let staged = export::stage(&model, &changes, output, options)?;
-    if budget.is_some_and(|b| b.budget < b.to_verify(&model)) {
+    // Where the delta is all that is wanted, the file is made to be verified, and left.
+    let aside = match config.delta.as_deref() == Some(output) {
+        true => Some(tempfile::tempdir().map_err(|e| Error::io(output, e))?),
+        false => None,
+    };
+    let target = aside.as_ref().map_or(output.to_path_buf(), |dir| dir.path().join("new.onnx"));
+    let staged = export::stage(&model, &changes, &target, options)?;
+    let verified = match budget.is_some_and(|b| b.budget < b.to_verify(&model)) {
+        true => "unavailable: tract would take more than the memory budget".to_string(),
+        false => verify(session, &model, data, &staged, output)?,
+    };
+    let delta = match &config.delta {
+        Some(path) => Some(Delta::of(&model, &changes, config.delta_type)?.write(path)?),
+        None => None,
+    };
+    if aside.is_none() {
         staged.commit()?;
-        return Ok("unavailable: tract would take more than the memory budget".into());
     }
-    let n = verified_batch(&model, data.len());
+    Ok((verified, delta))
+}
+
+/// Whether tract's outputs for some samples agree with the session's, on a file that is not in place yet. Fails where they
+/// do not.
+fn verify(
+    session: &mut Session,
+    model: &Model,
+    data: &Dataset,
+    staged: &export::Staged,
+    output: &Path,
+) -> Result<String> {
+    let n = verified_batch(model, data.len());
     let mut batch = data.new_batch(n);
     data.batch(&(0..n).collect::<Vec<_>>(), None, &mut batch)?;
     session.set_exact(true);
     let expected = session.forward(&batch.inputs)?;
     let feeds = model.with_fixed(&batch.inputs)?;
-    let verification = match draws(&model) {
+    let verification = match draws(model) {
         true => Verification::Unavailable("the network draws random numbers, and each engine its own".into()),
         false => export::verify(&staged.path(), &feeds, &expected),
     };
-    let verified = match verification {
-        Verification::Agrees { .. } => "agrees".to_string(),
-        Verification::Disagrees { max_relative, .. } if rounds(&model) && max_relative <= ROUNDED => {
-            "agrees".to_string()
+    match verification {
+        Verification::Agrees { .. } => Ok("agrees".to_string()),
+        Verification::Disagrees { max_relative, .. } if rounds(model) && max_relative <= ROUNDED => {
+            Ok("agrees".to_string())
         }
         Verification::Disagrees { output: name, max_relative } => {
             let what = format!(
                 "not written: tract disagrees with the new network on '{name}', by {max_relative:.1e} of its largest"
             );
-            return Err(Error::file(output, what));
+            Err(Error::file(output, what))
         }
-        Verification::Unavailable(why) => format!("unavailable: {why}"),
-    };
-    staged.commit()?;
-    Ok(verified)
+        Verification::Unavailable(why) => Ok(format!("unavailable: {why}")),
+    }
 }
 
 /// Does the network draw random numbers also where it is not trained?

@@ -213,7 +213,7 @@ impl Reinserted {
             changes.push((l.bias, b));
         }
         let folded: Vec<WeightId> = changes.iter().map(|c| c.0).collect();
-        for (id, t) in session.changes() {
+        for (id, t) in session.changes()? {
             let name = &self.model.weight(id).name;
             if let Some(own) = self.base.find_weight(name).filter(|w| !folded.contains(w)) {
                 changes.push((own, t));

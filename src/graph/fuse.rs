@@ -11,6 +11,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use crate::error::{Error, Result};
+use crate::graph::beside::beside;
 use crate::graph::{Graph, Node, NodeId, Source, ValueId};
 use crate::kernels::elementwise::Clamp;
 use crate::ops::Op;
@@ -33,6 +34,9 @@ pub use norms::{gather_statistics, join_normalisations};
 ///
 /// The values in `keep` and the graph's outputs are computed as before. Others may vanish.
 pub fn fuse(graph: &mut Graph, keep: &[ValueId], weights_learn: bool) -> Result<()> {
+    if weights_learn {
+        beside(graph)?;
+    }
     let outputs = graph.outputs.clone();
     let mut chains = Chains::new(graph, outputs.iter().chain(keep));
     for i in 0..graph.nodes.len() {
@@ -218,15 +222,21 @@ impl Chains {
     /// A product with the number it is multiplied by, and then a bias and something of its shape that are added to it.
     fn product(&mut self, graph: &mut Graph, head: NodeId) {
         let mut node = graph.node(head).clone();
-        let ([Some(y)], &[Some(_), Some(b)]) = (&node.outputs[..], &node.inputs[..]) else { return };
-        let y = *y;
+        // Something of its shape may be added already.
+        let ([Some(y)], &([Some(_), Some(b)] | [Some(_), Some(b), None, Some(_)])) =
+            (&node.outputs[..], &node.inputs[..])
+        else {
+            return;
+        };
+        let (y, plain) = (*y, node.inputs.len() == 2);
         if graph.value(b).meta.as_ref().is_none_or(|m| m.dims.len() < 2) {
             // By a vector: the result's last axis is not the product's.
             return;
         }
         let mut tail = Tail::of(head, y);
-        node.inputs.push(None);
-        if let Some((id, alpha)) = self.factor(graph, y)
+        node.inputs.resize(node.inputs.len().max(3), None);
+        if plain
+            && let Some((id, alpha)) = self.factor(graph, y)
             && self.extend(graph, &mut tail, id)
         {
             let before = node.op.as_a::<MatMul>().map_or(1.0, |m| m.alpha);
@@ -237,7 +247,8 @@ impl Chains {
         {
             node.inputs[2] = Some(bias);
         }
-        if let Some((id, other)) = self.sum(graph, tail.out)
+        if plain
+            && let Some((id, other)) = self.sum(graph, tail.out)
             && self.extend(graph, &mut tail, id)
         {
             node.inputs.push(Some(other));
@@ -382,15 +393,7 @@ impl Chains {
                 None => graph.nodes.push(node),
             }
         }
-        for i in 0..graph.nodes.len() {
-            for (o, v) in graph.nodes[i].outputs.iter().enumerate() {
-                let Some(v) = v else { continue };
-                let source = &mut graph.values[v.index()].source;
-                if matches!(source, Source::Node(..)) {
-                    *source = Source::Node(NodeId(i as u32), o);
-                }
-            }
-        }
+        graph.renumber();
     }
 }
 

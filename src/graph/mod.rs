@@ -1,6 +1,7 @@
 //! The network as a graph of values and nodes: one node per ONNX node, and, appended by
 //! [`grad`], the nodes of its gradient.
 
+mod beside;
 mod control;
 mod early;
 mod fixed;
@@ -10,6 +11,8 @@ mod head;
 mod infer;
 mod layout;
 mod lower;
+mod masks;
+mod narrow;
 mod passes;
 mod precision;
 
@@ -29,6 +32,8 @@ pub use head::{Ending, ending};
 pub use infer::{Bindings, Inferred};
 pub use layout::{PinnedLayouts, layout};
 pub use lower::{Lowering, eval_lowered, infer_lowered};
+pub use masks::keep_masks;
+pub use narrow::narrow;
 pub use passes::{inline, logits, set_mode};
 pub use precision::halve;
 
@@ -229,6 +234,19 @@ impl Graph {
             self.value_mut(*v).meta = Some(m);
         }
         Ok(made)
+    }
+
+    /// Tells every value that a node computes which node that is, after nodes were moved.
+    pub(crate) fn renumber(&mut self) {
+        for (i, node) in self.nodes.iter().enumerate() {
+            for (o, v) in node.outputs.iter().enumerate() {
+                let Some(v) = v else { continue };
+                let source = &mut self.values[v.index()].source;
+                if matches!(source, Source::Node(..)) {
+                    *source = Source::Node(NodeId(i as u32), o);
+                }
+            }
+        }
     }
 
     /// The output `index` of a node, made if nobody has asked for it before.

@@ -432,6 +432,7 @@ fn all() -> Vec<Case> {
         super::matmul::cases(),
         super::norm::cases(),
         super::pad::cases(),
+        super::part::cases(),
         super::pool::cases(),
         super::quant::cases(),
         super::random::cases(),

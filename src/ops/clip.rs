@@ -26,6 +26,13 @@ pub struct ClipGrad {
     high: Option<f64>,
 }
 
+impl ClipGrad {
+    /// The bounds, where no operand gives them.
+    pub fn clamp(&self) -> Option<Clamp<f64>> {
+        Some(Clamp { low: self.low?, high: self.high? })
+    }
+}
+
 /// Where the output of the node being differentiated is clamped: dY where the clamp let pass, else 0.
 pub fn passed(g: &mut GradBuilder, clamp: Clamp<f64>) -> Result<ValueId, OpError> {
     let dy = g.dy0()?;

@@ -19,7 +19,7 @@ use crate::kernels::layout::Layout;
 use crate::kernels::norm::Channels;
 use crate::ops::batch_norm::ChannelSum;
 use crate::ops::clip::passed;
-use crate::ops::window::Window;
+use crate::ops::window::{AutoPad, Window};
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut};
 
@@ -69,6 +69,25 @@ impl Conv {
     /// This convolution with the channels of X and Y last.
     fn last(&self) -> Conv {
         Conv { layout: Layout::Last, ..self.clone() }
+    }
+
+    /// Nothing is fused with it.
+    pub fn is_plain(&self) -> bool {
+        self.normalises.is_none() && self.clamp == Clamp::NONE
+    }
+
+    /// A dense convolution with a kernel of 1 of what this one puts out.
+    pub fn pointwise(&self) -> Conv {
+        let window = Window {
+            auto_pad: AutoPad::Explicit,
+            kernel: vec![],
+            strides: vec![],
+            dilations: vec![],
+            pads: vec![],
+            ceil: false,
+            output: vec![],
+        };
+        Conv { window, groups: 1, ..self.clone() }
     }
 
     /// This convolution of what a normalisation read.
@@ -367,7 +386,7 @@ impl Op for ConvInputGrad {
 /// The gradient of `Conv` with respect to its weights, of dimensions `w`: from dY and X.
 ///
 /// Where the convolution normalises X, so does this; inputs 2 to 5 are mean, inverse deviation, scale and shift.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct ConvWeightGrad {
     pub conv: Conv,
     pub w: Dims,

@@ -143,7 +143,8 @@ fn restore(path: &Path, session: &mut Session) -> Result<()> {
     Ok(())
 }
 
-struct Stored<'a>(View<'a>);
+/// A tensor as safetensors takes it.
+pub(crate) struct Stored<'a>(pub View<'a>);
 
 impl Saved for Stored<'_> {
     fn dtype(&self) -> Dtype {

@@ -10,6 +10,7 @@ pub mod loss_scale;
 pub mod method;
 pub mod metrics;
 pub mod optimizer;
+pub mod preset;
 pub mod schedule;
 pub mod select;
 pub mod step;

@@ -1,11 +1,12 @@
-//! Which parameters train.
+//! Which parameters train, and how.
 
 use crate::error::{Error, Result};
 use crate::graph::{NodeId, WeightId};
 use crate::import::{Model, Role};
+use crate::train::preset::Budget;
 
-/// A choice of parameters: `all`, `head`, `last:N`, `bias`, `norm`, or globs over names, several joined by
-/// commas.
+/// A choice of parameters: `all`, `head`, `last:N`, `bias`, `norm`, `lora:R` (with `@` and globs: of these layers),
+/// `sparse:BUDGET`, or globs over names, several joined by commas. Choices joined by `+` add up.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Select {
     /// Every parameter that trains by default.
@@ -18,35 +19,65 @@ pub enum Select {
     Bias,
     /// Scales and shifts of normalisations.
     Norm,
+    /// Low-rank additions to dense layers and 1×1 convolutions: to all, or to those of which the weight's, the node's or
+    /// the output's name matches one of the patterns.
+    Lora { rank: usize, layers: Vec<glob::Pattern> },
+    /// Biases of the last layers and weights of some channels, by what they contribute within a budget.
+    Sparse(Budget),
     /// Any of several name patterns (`*`, `?`, `[…]`).
     Globs(Vec<glob::Pattern>),
+    /// All of these.
+    Several(Vec<Select>),
+}
+
+fn patterns(s: &str) -> std::result::Result<Vec<glob::Pattern>, String> {
+    s.split(',').map(|p| glob::Pattern::new(p.trim()).map_err(|e| format!("'{p}': {e}"))).collect()
 }
 
 impl std::str::FromStr for Select {
     type Err = String;
 
     fn from_str(s: &str) -> std::result::Result<Self, String> {
+        if s.contains('+') {
+            return Ok(Select::Several(
+                s.split('+').map(|s| s.trim().parse()).collect::<std::result::Result<_, _>>()?,
+            ));
+        }
         Ok(match s {
             "all" => Select::All,
             "head" => Select::Head,
             "bias" => Select::Bias,
             "norm" => Select::Norm,
-            _ => match s.strip_prefix("last:") {
-                Some(n) => match n.parse() {
+            _ => match s.split_once(':') {
+                Some(("last", n)) => match n.parse() {
                     Ok(n) if n > 0 => Select::Last(n),
                     _ => return Err(format!("'{s}': last:N takes a number of layers from 1")),
                 },
-                None => {
-                    let pattern = |p: &str| glob::Pattern::new(p.trim()).map_err(|e| format!("'{p}': {e}"));
-                    Select::Globs(s.split(',').map(pattern).collect::<std::result::Result<_, _>>()?)
+                Some(("lora", rest)) => {
+                    let (rank, layers) = match rest.split_once('@') {
+                        Some((rank, globs)) => (rank, patterns(globs)?),
+                        None => (rest, Vec::new()),
+                    };
+                    match rank.parse() {
+                        Ok(rank) if rank > 0 => Select::Lora { rank, layers },
+                        _ => {
+                            return Err(format!(
+                                "'{s}': lora:R takes a rank from 1, then perhaps @ and globs of layers"
+                            ));
+                        }
+                    }
                 }
+                Some(("sparse", budget)) => Select::Sparse(budget.parse()?),
+                _ => Select::Globs(patterns(s)?),
             },
         })
     }
 }
 
 impl Select {
-    /// The parameters chosen, in the file's order. Fails when there are none, and when a pattern matches none.
+    /// The parameters chosen that train as a whole, in the file's order; of `lora:R` and
+    /// `sparse:BUDGET`, which depend on more than the model, there are none. Fails when there are
+    /// none of the kind asked for, and when a pattern matches none.
     pub fn resolve(&self, model: &Model) -> Result<Vec<WeightId>> {
         let ids = || (0..model.weights.len() as u32).map(WeightId);
         let trainable = || ids().filter(|w| model.weight(*w).trainable);
@@ -57,6 +88,11 @@ impl Select {
             Select::Last(n) => last_layers(model, *n),
             Select::Bias => role(&[Role::Bias, Role::Shift]),
             Select::Norm => role(&[Role::Scale, Role::Shift]),
+            Select::Lora { .. } | Select::Sparse(_) => return Ok(Vec::new()),
+            Select::Several(all) => {
+                let chosen = all.iter().map(|s| s.resolve(model)).collect::<Result<Vec<_>>>()?.concat();
+                return Ok(ids().filter(|w| chosen.contains(w)).collect());
+            }
             Select::Globs(patterns) => {
                 for p in patterns {
                     if !ids().any(|w| p.matches(&model.weight(w).name)) {
@@ -78,6 +114,14 @@ impl Select {
             ));
         }
         Ok(chosen)
+    }
+
+    /// What it is made of.
+    pub fn terms(&self) -> &[Select] {
+        match self {
+            Select::Several(all) => all,
+            one => std::slice::from_ref(one),
+        }
     }
 }
 
@@ -137,5 +181,19 @@ mod tests {
         assert!(chosen("nothing*").unwrap_err().to_string().contains("nothing*"));
         assert!(chosen("last:0").is_err());
         assert!(chosen("[").is_err());
+    }
+
+    #[test]
+    fn choices_add_up() {
+        let both = chosen("bias+last:2").unwrap();
+        assert!(both.len() > chosen("bias").unwrap().len() && both.contains(&"fc.weight".to_string()));
+        assert_eq!(chosen("head + norm").unwrap().len(), 44);
+        assert_eq!(chosen("lora:4+head").unwrap(), ["fc.weight", "fc.bias"]);
+        let lora: Select = "lora:8@*attn*,fc?".parse().unwrap();
+        assert!(matches!(&lora, Select::Lora { rank: 8, layers } if layers.len() == 2), "{lora:?}");
+        for bad in ["lora:0", "lora:x", "lora:", "lora:4@[", "sparse:", "sparse:x", "bias+last:0"] {
+            assert!(bad.parse::<Select>().is_err(), "{bad}");
+        }
+        assert!(chosen("bias+nothing*").is_err());
     }
 }

@@ -49,7 +49,9 @@ impl Recipe {
     /// Makes what the run changes mutable: the parameters, and the running statistics where they follow.
     pub fn prepare(&self, session: &mut Session) -> Result<()> {
         for w in &self.params {
-            session.make_mutable(*w)?;
+            if !session.is_in_parts(*w) {
+                session.make_mutable(*w)?;
+            }
         }
         if self.norm == Norm::Batch {
             for i in 0..session.model().weights.len() {
@@ -179,17 +181,19 @@ fn at_loss<T>(r: std::result::Result<T, crate::error::OpError>) -> Result<T> {
     r.map_err(|source| Error::Op { node: "optimizer step".into(), source })
 }
 
-/// The values of parameters, in every graph of the session.
+/// The values that learn, of the weights themselves or of their parts, in every graph of the session.
 pub fn param_values(session: &Session, params: &[WeightId]) -> Vec<ValueId> {
-    params.iter().map(|w| session.model().weight(*w).value).collect()
+    params.iter().flat_map(|w| session.trained_values(*w)).collect()
 }
 
 /// Appends gradients of `loss` and, from them, the updates (or, when accumulating, the sums that
 /// [`apply`] will read).
 pub fn update(session: &mut Session, graph: &mut Graph, recipe: &Recipe, loss: ValueId) -> Result<Updates> {
     let params = param_values(session, &recipe.params);
+    let forward = graph.nodes.len();
     let scaled = loss_scale::scaled(session, graph, loss)?;
     let grads = graph::grad(graph, scaled, &params)?;
+    graph::narrow(graph, forward)?;
     let missing: Vec<&str> =
         params.iter().filter(|v| !grads.contains_key(v)).map(|v| graph.value(*v).name.as_str()).collect();
     if !missing.is_empty() {

@@ -7,7 +7,7 @@ use crate::common::{Arrays, fetched, json, relative, root, run, shipped, text};
 use crate::real_models::{ort, python};
 
 /// Text lines for PP-OCR's direction classifier: `train.npz`, `test.npz` (blurred), `test_clean.npz`.
-fn text_lines(folder: &Path, clean_fraction: &str) -> bool {
+pub fn text_lines(folder: &Path, clean_fraction: &str) -> bool {
     let Some(python) = python() else { return false };
     if fetched("fortunes").is_none() || fetched("fonts").is_none() {
         return false;
@@ -33,7 +33,7 @@ fn text_lines(folder: &Path, clean_fraction: &str) -> bool {
     true
 }
 
-fn accuracy(model: &Path, data: &Path) -> f64 {
+pub fn accuracy(model: &Path, data: &Path) -> f64 {
     json(&["eval", text(model), "--data", text(data), "--json"], 0)["accuracy"].as_f64().unwrap()
 }
 

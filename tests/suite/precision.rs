@@ -107,7 +107,7 @@ fn trained(optimizer: Optimizer, options: Options) -> (Vec<f64>, f64, retune::ex
         session.run(&step.program, &fed, t as u64).unwrap();
         loss = session.scalar(&step.program, step.attached.loss).unwrap();
     }
-    let weights = session.changes().iter().flat_map(|(_, t)| t.to_f64()).collect();
+    let weights = session.changes().unwrap().iter().flat_map(|(_, t)| t.to_f64()).collect();
     (weights, loss, session.usage())
 }
 
