@@ -6,6 +6,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod adapt;
 mod atomic;
 pub mod backend_test;
 #[cfg(feature = "cli")]

@@ -173,7 +173,7 @@ pub fn resolve(overrides: &Overrides, switches: &Switches) -> anyhow::Result<Con
     Ok(config)
 }
 
-fn read(path: &Path) -> anyhow::Result<toml::Table> {
+pub(super) fn read(path: &Path) -> anyhow::Result<toml::Table> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     text.parse::<toml::Table>().with_context(|| path.display().to_string())
 }

@@ -3,6 +3,7 @@
 #[macro_use]
 mod out;
 
+mod adapt;
 mod bench;
 mod config;
 mod data;
@@ -16,6 +17,7 @@ mod page;
 mod plan;
 mod progress;
 mod run;
+mod stdin;
 mod test;
 
 use std::process::ExitCode;
@@ -45,6 +47,8 @@ enum Command {
     Eval(eval::Args),
     /// Finetune a model on data and write it back
     Finetune(finetune::Args),
+    /// Adapt a model to data without labels and write it back
+    Adapt(adapt::Args),
     /// Run ONNX backend test cases
     Test(test::Args),
     /// Time a forward pass or a training step
@@ -69,6 +73,7 @@ pub fn main() -> ExitCode {
         Command::Grad(a) => grad::main(a),
         Command::Eval(a) => eval::main(a),
         Command::Finetune(a) => finetune::main(a),
+        Command::Adapt(a) => adapt::main(a),
         Command::Test(a) => test::main(a),
         Command::Bench(a) => bench::main(a, start),
         Command::Demo(a) => demo::main(a),

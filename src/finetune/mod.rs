@@ -169,7 +169,7 @@ pub fn check_target(session: &Session, loss: &Loss, data: Dataset) -> Result<Dat
             ))),
         },
         Loss::Mse => data.float_target(&dims[1..]),
-        Loss::Bce | Loss::Graph(_) => Ok(data),
+        Loss::Bce | Loss::Graph(_) | Loss::Entropy { .. } => Ok(data),
     }
 }
 
@@ -405,21 +405,33 @@ fn write(
         Some(r) => r.folded(session)?,
         None => (session.model().clone(), session.changes()),
     };
-    let changes: Vec<(WeightId, &Tensor)> = changes.iter().map(|(w, t)| (*w, t)).collect();
-    let options = export::Options { rename_data: config.rename_data };
-    let staged = export::stage(&model, &changes, output, options)?;
     let n = verified_batch(&model, data.len());
     let mut batch = data.new_batch(n);
     data.batch(&(0..n).collect::<Vec<_>>(), None, &mut batch)?;
-    let expected = session.forward(&batch.inputs)?;
-    let feeds = model.with_fixed(&batch.inputs)?;
-    let verification = match draws(&model) {
+    let options = export::Options { rename_data: config.rename_data };
+    write_verified(session, &model, &changes, &batch.inputs, options, output)
+}
+
+/// Writes `model` with `changes`, after tract agreed (where it can be asked) with what the session computes of `inputs`.
+pub(crate) fn write_verified(
+    session: &mut Session,
+    model: &Model,
+    changes: &[(WeightId, Tensor)],
+    inputs: &[(String, Tensor)],
+    options: export::Options,
+    output: &Path,
+) -> Result<String> {
+    let changes: Vec<(WeightId, &Tensor)> = changes.iter().map(|(w, t)| (*w, t)).collect();
+    let staged = export::stage(model, &changes, output, options)?;
+    let expected = session.forward(inputs)?;
+    let feeds = model.with_fixed(inputs)?;
+    let verification = match draws(model) {
         true => Verification::Unavailable("the network draws random numbers, and each engine its own".into()),
         false => export::verify(&staged.path(), &feeds, &expected),
     };
     let verified = match verification {
         Verification::Agrees { .. } => "agrees".to_string(),
-        Verification::Disagrees { max_relative, .. } if rounds(&model) && max_relative <= ROUNDED => {
+        Verification::Disagrees { max_relative, .. } if rounds(model) && max_relative <= ROUNDED => {
             "agrees".to_string()
         }
         Verification::Disagrees { output: name, max_relative } => {
@@ -454,7 +466,7 @@ fn rounds(model: &Model) -> bool {
 }
 
 /// How many samples a file's declared batch allows to compare on.
-fn verified_batch(model: &Model, samples: usize) -> usize {
+pub(crate) fn verified_batch(model: &Model, samples: usize) -> usize {
     let fixed = model.graph.inputs.iter().find_map(|v| {
         let declared = model.graph.value(*v).declared.as_ref()?;
         match declared.dims.as_ref()?.first()? {

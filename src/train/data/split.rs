@@ -19,6 +19,7 @@ pub(super) enum Purpose {
     Order = 2,
     Shift = 3,
     Noise = 4,
+    Memory = 5,
 }
 
 /// The generator for one purpose under `seed`, at `(a, b)` (epoch, sample).
