@@ -1,5 +1,7 @@
 //! The options of an adaptation, as a TOML file and the command line spell them.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -117,6 +119,8 @@ pub struct Config {
     pub resets: usize,
     /// Conditions on the result, such as `accuracy>=0.9`: for data with labels.
     pub require: Option<String>,
+    /// Where to write the guard's and the conditions' outcomes as JUnit test cases.
+    pub junit: Option<PathBuf>,
     pub seed: u64,
     /// 0: one per core.
     pub threads: usize,
@@ -162,6 +166,7 @@ impl Default for Config {
             entropy_ceiling: 2.0,
             resets: 3,
             require: None,
+            junit: None,
             seed: 0,
             threads: 0,
             rename_data: false,
@@ -231,8 +236,9 @@ impl Config {
     /// The learning rate, with the method's default.
     pub fn rate(&self) -> f64 {
         self.lr.unwrap_or(match self.method {
-            MethodName::Pseudo | MethodName::IcpPseudo => 3e-4,
-            _ => 1e-3,
+            MethodName::Tent | MethodName::Eata | MethodName::Sar => 1e-3,
+            // All weights move.
+            _ => 1e-4,
         })
     }
 

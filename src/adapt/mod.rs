@@ -30,7 +30,7 @@ use serde::Serialize;
 use crate::error::{Error, Result};
 use crate::exec::{Session, Usage};
 use crate::export;
-use crate::finetune::{EVAL_BATCH, Require, check_target, write_verified};
+use crate::finetune::{EVAL_BATCH, Judged, Require, check_target, unmet, write_verified};
 use crate::import::Model;
 use crate::tensor::Tensor;
 use crate::train::data::{Batch, Dataset, Samples};
@@ -131,6 +131,8 @@ pub struct Summary {
     pub verdict: Option<Verdict>,
     /// Conditions of `--require` that were not met.
     pub unmet: Vec<String>,
+    /// All of them.
+    pub requirements: Vec<Judged>,
     /// Of a stream with labels: the share predicted right when they came, by the network as it then was.
     pub online_accuracy: Option<f64>,
     /// The guard's looks, in order.
@@ -203,10 +205,13 @@ pub fn adapt(
     };
     let after = measure(&mut run.session)?;
     let verdict = before.as_ref().zip(after.as_ref()).map(|(b, a)| guard::compare(b, a));
-    let unmet = match (&requirement, &before, &after) {
-        (Some(r), Some(b), Some(a)) => r.unmet(&b.metrics, &a.metrics)?,
+    let requirements = match (&requirement, &before, &after, &verdict) {
+        (Some(r), Some(b), Some(a), Some(v)) => {
+            r.judge(b, a, v, labelled.as_ref().map_or(&[], |d| d.class_names()))?
+        }
         _ => Vec::new(),
     };
+    let unmet = unmet(&requirements);
     let kept = end != End::Original && unmet.is_empty();
     let usage = run.session.usage();
     let options = export::Options { rename_data: config.rename_data };
@@ -246,6 +251,7 @@ pub fn adapt(
         verified,
         verdict,
         unmet,
+        requirements,
         online_accuracy: (log.labelled > 0).then(|| log.hits as f64 / log.labelled as f64),
         looks: log.looks,
         trained_parameters: run.recipe.params.iter().map(|w| model.weight(*w).len()).sum(),

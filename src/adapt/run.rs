@@ -264,6 +264,11 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Are the samples such that something can be learned from them? Where their statistics mislead, so do they.
+    fn trusts(&self, base: &Base) -> bool {
+        self.statistics.is_empty() || base.share > 0.0 || !self.config.guard
+    }
+
     /// Has learning ended because of too many resets?
     fn given_up(&self) -> bool {
         self.config.guard && self.log.resets > self.config.resets
@@ -297,7 +302,7 @@ impl<'a> Run<'a> {
         self.log.samples = n;
         let base = self.base(data, &looked, &order)?;
         base.snapshot.restore(&mut self.session);
-        if self.method.is_some() {
+        if self.method.is_some() && self.trusts(&base) {
             self.passes(data, &looked, &order, &base, observe)?;
         }
         self.end(data, &looked, &order, &base)
@@ -417,7 +422,8 @@ impl<'a> Run<'a> {
                     recent.remove(0);
                 }
             }
-            if base.is_some() && self.method.is_some() && !self.given_up() {
+            let trusted = base.as_ref().is_some_and(|b| self.trusts(b));
+            if trusted && self.method.is_some() && !self.given_up() {
                 for _ in 0..config.steps {
                     let step = self.log.steps;
                     let at =

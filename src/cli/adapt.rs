@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::adapt::{Config, Input, Summary, adapt};
 
 use super::eval::describe;
+use super::junit;
 use super::progress::Reporter;
 
 #[derive(clap::Args)]
@@ -144,6 +145,9 @@ pub struct Overrides {
     /// Condition on the result, such as "accuracy>=0.9" or "gain>0", for data with labels; exit code 3 when it does not hold
     #[arg(long, value_name = "EXPR")]
     require: Option<String>,
+    /// Write the guard's and the conditions' outcomes as JUnit test cases
+    #[arg(long, value_name = "FILE.xml")]
+    junit: Option<PathBuf>,
     /// [default: 0]
     #[arg(long)]
     seed: Option<u64>,
@@ -189,12 +193,34 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
     let reference = args.reference.as_ref();
     let reference = reference.map(|path| super::data::bound(&model, path, &config.images)).transpose()?;
     let mut reporter = Reporter::new();
-    let summary = adapt(model, input, reference, &config, &args.output, &mut |p| reporter.step(p))?;
+    let started = std::time::Instant::now();
+    let done = adapt(model, input, reference, &config, &args.output, &mut |p| reporter.step(p));
+    if let Some(path) = &config.junit {
+        let cases = match &done {
+            Ok(summary) => cases(summary),
+            Err(e) => vec![("adapt".to_string(), junit::Outcome::Broken(e.to_string()))],
+        };
+        junit::write(path, "retune adapt", started.elapsed().as_secs_f64(), &cases)?;
+    }
+    let summary = done?;
     report(&summary);
     if args.json {
         super::print_json(&summary)?;
     }
     Ok(if summary.kept { 0 } else { super::NOT_MET })
+}
+
+fn cases(s: &Summary) -> Vec<junit::Case> {
+    let ended = format!("ended with {}, {} resets", s.ended, s.resets);
+    let outcome = match s.ended {
+        // A condition that does not hold is a case of its own.
+        "original" if s.unmet.is_empty() => junit::Outcome::Failed(ended),
+        _ => junit::Outcome::Passed(ended),
+    };
+    let mut cases = vec![("guard: no collapse".to_string(), outcome)];
+    cases.extend(junit::requirements(&s.requirements));
+    cases.push(junit::verified(&s.verified));
+    cases
 }
 
 /// The summary for people, on stderr.

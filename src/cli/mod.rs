@@ -13,6 +13,7 @@ mod finetune;
 mod grad;
 mod html;
 mod inspect;
+mod junit;
 mod page;
 mod plan;
 mod progress;

@@ -158,6 +158,8 @@ pub struct Config {
     pub reinsert_norms: bool,
     /// Share of the data that is held out, or the path of held-out data; 0: none.
     pub holdout: NumberOr,
+    /// Instead of a held-out slice: cross-validation over so many folds decides, and all samples train; 0: off.
+    pub folds: usize,
     pub guard: bool,
     pub shuffle: bool,
     pub seed: u64,
@@ -182,6 +184,8 @@ pub struct Config {
     pub require: Option<String>,
     /// Where to write the report page.
     pub report: Option<PathBuf>,
+    /// Where to write the guard's and the conditions' outcomes as JUnit test cases.
+    pub junit: Option<PathBuf>,
     /// External data files get new names where they would overwrite the source's.
     pub rename_data: bool,
     pub images: ImageOptions,
@@ -214,6 +218,7 @@ impl Default for Config {
             norm: Norm::Batch,
             reinsert_norms: false,
             holdout: NumberOr::Number(0.2),
+            folds: 0,
             guard: true,
             shuffle: true,
             seed: 0,
@@ -232,6 +237,7 @@ impl Default for Config {
             icp_taps: "auto".into(),
             require: None,
             report: None,
+            junit: None,
             rename_data: false,
             images: ImageOptions::default(),
         }
@@ -284,6 +290,12 @@ impl Config {
         }
         if self.resume && self.checkpoint.is_none() {
             return config("--resume needs --checkpoint DIR");
+        }
+        if self.folds == 1 {
+            return config("--folds 1: from 2, or 0 for a held-out slice");
+        }
+        if self.folds > 0 && self.holdout_fraction()?.is_none() {
+            return config("--folds holds out each sample once: it takes no --holdout DATA");
         }
         self.alpha()?;
         self.holdout_fraction()?;

@@ -1,6 +1,7 @@
 //! The main job: a deployed network and data in, the same file with better weights out, never a worse one.
 
 mod config;
+mod folds;
 mod inputs;
 mod norms;
 mod require;
@@ -31,7 +32,7 @@ pub use config::{
     ClassWeights, Config, HeadSize, MethodName, NumberOr, OptimizerName, ScheduleName, parse_loss,
 };
 pub use inputs::set_inputs;
-pub use require::Require;
+pub use require::{Judged, Require, unmet};
 
 /// A quantised network's outputs may differ by this much of the largest from tract's: what lies between two levels may
 /// round to either, and onnxruntime with and without its optimiser differ by as much.
@@ -61,6 +62,8 @@ pub struct Summary {
     pub verdict: Option<Verdict>,
     /// Conditions of `--require` that were not met.
     pub unmet: Vec<String>,
+    /// All of them.
+    pub requirements: Vec<Judged>,
     pub trained_parameters: usize,
     pub training_samples: usize,
     pub heldout_samples: usize,
@@ -219,6 +222,7 @@ pub fn finetune(
     notes.extend(headed);
 
     let (train, held_indices) = match (&held, config.holdout_fraction()?) {
+        _ if config.folds > 0 => ((0..data.len()).collect(), Vec::new()),
         (Some(h), _) => ((0..data.len()).collect(), (0..h.len()).collect()),
         (None, Some(0.0)) => ((0..data.len()).collect(), Vec::new()),
         (None, Some(fraction)) => {
@@ -232,7 +236,7 @@ pub fn finetune(
         false => None,
     };
     if let Some(r) = &reinserted {
-        session = Session::new(r.model.clone(), session_options)?;
+        session = Session::new(r.model.clone(), session_options.clone())?;
         notes.push(format!(
             "{} folded normalisations were put back for the training, and folded again",
             r.len()
@@ -250,7 +254,7 @@ pub fn finetune(
             Loss::ClassWeighted { label_smoothing: config.label_smoothing, weights: Arc::new(weights) }
         }
     };
-    if held_indices.is_empty() && requirement.is_some() {
+    if held_indices.is_empty() && config.folds == 0 && requirement.is_some() {
         return Err(Error::Config("--require needs held-out data: --holdout must not be 0".into()));
     }
 
@@ -270,12 +274,9 @@ pub fn finetune(
             false => evaluate(session, &plain, held_data, &held_indices, EVAL_BATCH).map(Some),
         }
     };
-    let before = measure(&mut session)?;
+    let mut before = measure(&mut session)?;
     recipe.prepare(&mut session)?;
-    let mut method: Box<dyn Method> = match config.method {
-        MethodName::Supervised => Box::new(Plain::default()),
-        MethodName::Icp => Box::new(config.icp()?),
-    };
+    let mut method = method(config)?;
     let taps = match config.method {
         MethodName::Supervised => Vec::new(),
         MethodName::Icp => config.icp()?.tap_names(&session, &shapes)?,
@@ -298,19 +299,44 @@ pub fn finetune(
         seed: config.seed,
         checkpoint,
     };
+    let crossed = match config.folds {
+        0 => None,
+        k => {
+            notes.push(format!(
+                "{k} folds: before and after are of all {} samples, each held out once; {} runs instead of one",
+                data.len(),
+                k + 1
+            ));
+            let job = folds::Job {
+                model: &model,
+                options: &session_options,
+                data: &data,
+                recipe: &recipe,
+                run: &run,
+                loss: &plain,
+                config,
+            };
+            Some(folds::cross_validate(&job, observe)?)
+        }
+    };
     let fitted: Fitted = fit(&mut session, &recipe, method.as_mut(), &data, &train, &run, observe)?;
     if fitted.skipped_steps > 0 {
         notes.push(format!("{} step(s) were skipped: loss or gradient not finite", fitted.skipped_steps));
     }
-    let after = measure(&mut session)?;
+    let mut after = measure(&mut session)?;
+    let crossed_samples = crossed.as_ref().map_or(0, |_| data.len());
+    if let Some((b, a)) = crossed {
+        (before, after) = (Some(b), Some(a));
+    }
     if let Some(left_out) = after.as_ref().and_then(|a| a.left_out.as_ref()) {
         notes.push(format!("{left_out} was left out of the loss, which works on its input"));
     }
     let verdict = before.as_ref().zip(after.as_ref()).map(|(b, a)| guard::compare(b, a));
-    let unmet = match (&requirement, &before, &after) {
-        (Some(r), Some(b), Some(a)) => r.unmet(&b.metrics, &a.metrics)?,
+    let requirements = match (&requirement, &before, &after, &verdict) {
+        (Some(r), Some(b), Some(a), Some(v)) => r.judge(b, a, v, data.class_names())?,
         _ => Vec::new(),
     };
+    let unmet = unmet(&requirements);
     let kept = unmet.is_empty() && (!config.guard || verdict.is_none_or(|v| v.better));
     let (usage, mut verified) = (session.usage(), "original kept".to_string());
     if kept {
@@ -331,14 +357,23 @@ pub fn finetune(
         verified,
         verdict,
         unmet,
+        requirements,
         trained_parameters: recipe.params.iter().map(|w| model.weight(*w).len()).sum(),
         training_samples: train.len(),
-        heldout_samples: held_indices.len(),
+        heldout_samples: held_indices.len() + crossed_samples,
         taps,
         notes,
         curve: Curve { epochs: fitted.epochs },
     };
     Ok(Finished { summary, before, after, class_names: data.class_names().to_vec(), session, recipe })
+}
+
+/// The method that the weights learn by.
+fn method(config: &Config) -> Result<Box<dyn Method>> {
+    Ok(match config.method {
+        MethodName::Supervised => Box::new(Plain::default()),
+        MethodName::Icp => Box::new(config.icp()?),
+    })
 }
 
 /// The model with the new head that was asked for, and a note of it.
@@ -370,6 +405,7 @@ fn fingerprint(model: &Model, data: &Dataset, config: &Config) -> Result<String>
         checkpoint_every: 0,
         resume: false,
         report: None,
+        junit: None,
         require: None,
         guard: true,
         rename_data: false,

@@ -11,6 +11,7 @@
 mod bind;
 mod convert;
 pub mod degrade;
+mod folds;
 mod memory;
 pub mod split;
 pub mod transform;
@@ -26,7 +27,8 @@ pub mod npz;
 #[cfg(feature = "cli")]
 mod open;
 
-pub use degrade::{Worn, degrade};
+pub use degrade::{SHIFTS, Worn, degrade};
+pub use folds::folds;
 pub use memory::{Memory, Samples};
 #[cfg(feature = "cli")]
 pub use npz::{npy_bytes, read_npy, read_npz, write_npz};
