@@ -107,7 +107,8 @@ pub struct Config {
     pub guard: bool,
     /// Steps between the guard's looks.
     pub check_every: usize,
-    /// Share of predictions that may differ from those with re-estimated statistics alone.
+    /// Predictions that may differ from those with re-estimated statistics alone, as a multiple of the share that those
+    /// are expected to be wrong, 1 − mean confidence.
     pub drift: f64,
     /// Share of the spread of predictions over classes that may be lost.
     pub balance: f64,
@@ -159,8 +160,8 @@ impl Default for Config {
             icp_entropy: 0.0,
             icp_taps: "auto".into(),
             guard: true,
-            check_every: 8,
-            drift: 0.35,
+            check_every: 16,
+            drift: 1.5,
             balance: 0.25,
             entropy_floor: 0.02,
             entropy_ceiling: 2.0,
@@ -202,6 +203,7 @@ impl Config {
             ("sar-recovery", self.sar_recovery),
             ("diversity", self.diversity),
             ("icp-epsilon", self.icp_epsilon),
+            ("drift", self.drift),
             ("entropy-floor", self.entropy_floor),
             ("entropy-ceiling", self.entropy_ceiling),
         ];
@@ -212,7 +214,6 @@ impl Config {
             ("momentum", self.momentum),
             ("confidence", self.confidence),
             ("icp-entropy", self.icp_entropy),
-            ("drift", self.drift),
             ("balance", self.balance),
         ];
         if let Some((name, x)) = shares.iter().find(|s| !(0.0..=1.0).contains(&s.1)) {
@@ -314,7 +315,7 @@ mod tests {
         };
         assert!(bad(|c| c.batch = 0).contains("--batch"));
         assert!(bad(|c| c.lr = Some(f64::NAN)).contains("--lr"));
-        assert!(bad(|c| c.drift = 1.5).contains("--drift"));
+        assert!(bad(|c| c.drift = -1.5).contains("--drift"));
         assert!(
             bad(|c| (c.method, c.statistics) = (MethodName::Stats, StatisticsName::Source))
                 .contains("nothing")

@@ -22,7 +22,7 @@ use super::watch::{Look, Snapshot, collapsed};
 use super::{Adaptation, Stream, eata, entropy, pseudo, sar};
 
 /// Samples that a look at a fixed set is on, and those a batch that statistics are measured or predictions made on.
-const LOOKED_AT: usize = 1000;
+const LOOKED_AT: usize = 500;
 const MEASURED: usize = 200;
 
 /// What the network is compared with: on the same samples, its re-estimated statistics alone.
@@ -232,24 +232,25 @@ impl<'a> Run<'a> {
             step: self.log.steps,
             health: now.health(),
             agreement: now.agreement(&base.opinion),
-            reference,
+            reference: reference.map(|r| r.0),
             collapsed: collapsed(self.config, &base.opinion, &now, reference),
         };
         self.log.looks.push(look.clone());
         Ok(look)
     }
 
-    /// The share of the reference set on which the weights, under the source's statistics, predict what the original does.
-    fn reference_agreement(&mut self) -> Result<Option<f64>> {
+    /// The share of the reference set on which the weights, under the source's statistics, predict what the original does,
+    /// and the original's mean confidence there.
+    fn reference_agreement(&mut self) -> Result<Option<(f64, f64)>> {
         let Some(reference) = self.reference.take() else { return Ok(None) };
         let running = self.statistics.values(&self.session);
         self.statistics.put(&mut self.session, &self.source)?;
         let all: Vec<usize> = (0..reference.data.len()).collect();
         let now = self.opinion(&reference.data, &all);
         self.statistics.put(&mut self.session, &running)?;
-        let agreement = now?.agreement(&reference.before);
+        let found = (now?.agreement(&reference.before), reference.before.health().confidence);
         self.reference = Some(reference);
-        Ok(Some(agreement))
+        Ok(Some(found))
     }
 
     /// Back to the last good state.
@@ -337,7 +338,7 @@ impl<'a> Run<'a> {
                 let last = self.log.steps == steps;
                 if config.guard && (since >= config.check_every || last) {
                     since = 0;
-                    self.check(data, looked, all, base)?;
+                    self.check(data, looked, looked, base)?;
                     if self.given_up() {
                         return Ok(());
                     }
@@ -434,7 +435,8 @@ impl<'a> Run<'a> {
                 }
             }
             since += 1;
-            if since >= config.check_every {
+            let due = if base.is_none() { config.check_every.min(FIRST_LOOK) } else { config.check_every };
+            if since >= due {
                 since = 0;
                 base = Some(self.renew(&memory, base.is_none(), unrest(&recent))?);
             }
@@ -501,6 +503,8 @@ impl<'a> Run<'a> {
 
 /// Batches of a stream that its restlessness is measured over, and how much of it is too much.
 const RECENT: usize = 16;
+/// Batches of a stream before anything is estimated.
+const FIRST_LOOK: usize = 4;
 const RESTLESS: f64 = 3.0;
 
 /// Seed of one step's random numbers.

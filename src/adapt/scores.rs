@@ -211,6 +211,8 @@ pub fn largest(p: &[f64]) -> usize {
 #[derive(Debug, Clone, Default)]
 pub struct Opinion {
     entropy: f64,
+    /// Sum of the probabilities of the predicted classes.
+    confidence: f64,
     mean: Vec<f64>,
     places: usize,
     /// The class at each place.
@@ -222,6 +224,8 @@ pub struct Opinion {
 pub struct Health {
     /// Mean entropy of a prediction, in nats.
     pub entropy: f64,
+    /// Mean probability of the predicted class: the accuracy that the network itself expects.
+    pub confidence: f64,
     /// Entropy of the mean prediction, in nats: ln(classes) when all classes are predicted alike.
     pub marginal: f64,
     /// The number of classes that this is the entropy of, were they alike: its exponential.
@@ -234,7 +238,9 @@ impl Opinion {
         scores.each(|_, p| {
             self.entropy += entropy(p);
             self.mean.iter_mut().zip(p).for_each(|(m, p)| *m += p);
-            self.predicted.push(largest(p));
+            let best = largest(p);
+            self.confidence += p[best];
+            self.predicted.push(best);
             self.places += 1;
         });
     }
@@ -243,7 +249,12 @@ impl Opinion {
         let n = self.places.max(1) as f64;
         let mean: Vec<f64> = self.mean.iter().map(|m| m / n).collect();
         let marginal = entropy(&mean);
-        Health { entropy: self.entropy / n, marginal, classes: marginal.exp() }
+        Health {
+            entropy: self.entropy / n,
+            confidence: self.confidence / n,
+            marginal,
+            classes: marginal.exp(),
+        }
     }
 
     /// The share of each class among the predictions.

@@ -50,7 +50,16 @@ pub struct Look {
 
 /// Why predictions on the same samples look collapsed, beside those of the network that nothing but statistics were
 /// re-estimated of.
-pub fn collapsed(config: &Config, base: &Opinion, now: &Opinion, reference: Option<f64>) -> Option<String> {
+///
+/// A share of the predictions may change that follows from what the network expects of itself: 1 − mean confidence of
+/// them should be wrong, and the network is surer than it is right. `reference`: agreement on the reference set, and the
+/// confidence there before.
+pub fn collapsed(
+    config: &Config,
+    base: &Opinion,
+    now: &Opinion,
+    reference: Option<(f64, f64)>,
+) -> Option<String> {
     if !now.is_finite() {
         return Some("predictions are not finite".into());
     }
@@ -73,18 +82,27 @@ pub fn collapsed(config: &Config, base: &Opinion, now: &Opinion, reference: Opti
             was.entropy, is.entropy
         ));
     }
+    let most = |confidence: f64| (config.drift * (1.0 - confidence)).max(LEAST_DRIFT);
     let drifted = 1.0 - now.agreement(base);
-    if drifted > config.drift {
-        return Some(format!("{:.0}% of the predictions changed (--drift)", 100.0 * drifted));
+    if drifted > most(was.confidence) {
+        return Some(format!(
+            "{:.0}% of the predictions changed where {:.0}% may (--drift)",
+            100.0 * drifted,
+            100.0 * most(was.confidence)
+        ));
     }
     match reference {
-        Some(r) if 1.0 - r > config.drift => Some(format!(
-            "{:.0}% of the predictions on the reference set changed (--drift)",
-            100.0 * (1.0 - r)
+        Some((agreement, confidence)) if 1.0 - agreement > most(confidence) => Some(format!(
+            "{:.0}% of the predictions on the reference set changed where {:.0}% may (--drift)",
+            100.0 * (1.0 - agreement),
+            100.0 * most(confidence)
         )),
         _ => None,
     }
 }
+
+/// So many predictions may change however sure the network is.
+const LEAST_DRIFT: f64 = 0.05;
 
 #[cfg(test)]
 mod tests {
@@ -105,14 +123,14 @@ mod tests {
     fn each_kind_of_collapse_is_named() {
         let config = Config::default();
         let base = opinion(&[0, 1, 2, 3, 0, 1, 2, 3], 4.0);
-        let look = |now: &Opinion, r| collapsed(&config, &base, now, r);
+        let look = |now: &Opinion, r: Option<(f64, f64)>| collapsed(&config, &base, now, r);
         assert_eq!(look(&base, None), None);
-        assert_eq!(look(&opinion(&[0, 1, 2, 3, 0, 1, 2, 2], 5.0), Some(0.9)), None);
+        assert_eq!(look(&base, Some((0.96, 1.0))), None);
         assert!(look(&opinion(&[0; 8], 4.0), None).unwrap().contains("--balance"));
         assert!(look(&opinion(&[0, 1, 2, 3, 0, 1, 2, 3], 40.0), None).unwrap().contains("--entropy-floor"));
         assert!(look(&opinion(&[0, 1, 2, 3, 0, 1, 2, 3], 0.1), None).unwrap().contains("--entropy-ceiling"));
         assert!(look(&opinion(&[1, 2, 3, 0, 1, 2, 3, 0], 4.0), None).unwrap().contains("--drift"));
-        assert!(look(&base, Some(0.2)).unwrap().contains("reference"));
+        assert!(look(&base, Some((0.9, 0.99))).unwrap().contains("reference"));
         assert!(look(&opinion(&[0; 8], f64::NAN), None).unwrap().contains("finite"));
     }
 }

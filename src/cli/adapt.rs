@@ -124,11 +124,12 @@ pub struct Overrides {
     /// auto, or names of values to compare features at [default: auto]
     #[arg(long, value_name = "auto|NAME,…")]
     icp_taps: Option<String>,
-    /// Batches between the guard's looks [default: 8]
+    /// Batches between the guard's looks [default: 16]
     #[arg(long, value_name = "BATCHES")]
     check_every: Option<usize>,
-    /// Guard: share of predictions that may change beside re-estimated statistics alone [default: 0.35]
-    #[arg(long, value_name = "SHARE")]
+    /// Guard: predictions that may change beside re-estimated statistics alone, as a multiple of the share that the network
+    /// expects to be wrong [default: 1.5]
+    #[arg(long, value_name = "FACTOR")]
     drift: Option<f64>,
     /// Guard: share of the predictions' spread over classes that may be lost [default: 0.25]
     #[arg(long, value_name = "SHARE")]

@@ -258,7 +258,7 @@ fn options_that_make_no_sense_are_refused() {
     let data = worn(dir.path(), &noisy(), 16, 0..10);
     let args = ["adapt", text(&model), "--data", text(&data), "--output", text(&output)];
     for (options, part) in [
-        (vec!["--drift", "2"], "--drift"),
+        (vec!["--balance", "2"], "--balance"),
         (vec!["--statistics", "moving"], "--stream"),
         (vec!["--shape", "1,2"], "--data -"),
         (vec!["--stream", "--schedule", "cosine"], "--schedule"),
