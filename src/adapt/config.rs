@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::finetune::{OptimizerName, ScheduleName};
-use crate::icp::{Alpha, Icp, Settings, Taps, Weights};
+use crate::icp::{Alpha, Icp, Settings, Taps};
 use crate::train::data::ImageOptions;
 use crate::train::loss::Loss;
 use crate::train::optimizer::Optimizer;
@@ -290,12 +290,9 @@ impl Config {
     pub fn icp(&self) -> Icp {
         let names = || self.icp_taps.split(',').map(|n| n.trim().to_string()).collect();
         Icp::new(Settings {
-            perturber: Optimizer::adam(0.0, false),
             steps: self.icp_steps,
             epsilon: self.icp_epsilon,
-            warmup: 0.0,
             alpha: Alpha::Fixed(self.icp_entropy),
-            weights: Weights::Cosine,
             taps: if self.icp_taps == "auto" { Taps::Auto } else { Taps::Names(names()) },
             ..Settings::default()
         })

@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn raw_samples_of_a_declared_shape() {
-        let bytes = vec![0u8; 5 * 2 * 4];
+        let bytes = [0u8; 5 * 2 * 4];
         assert_eq!(sizes(Arrays::of(&bytes[..], specs(), &[2], 2).unwrap()).unwrap(), [2, 2, 1]);
         let cut = sizes(Arrays::of(&bytes[..7], specs(), &[2], 2).unwrap());
         assert!(cut.unwrap_err().to_string().contains("within a sample"));
