@@ -6,6 +6,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod adapt;
 mod atomic;
 pub mod backend_test;
 #[cfg(feature = "cli")]
@@ -22,6 +23,7 @@ pub mod inspect;
 pub mod kernels;
 pub mod ops;
 pub mod plan;
+mod size;
 pub mod tensor;
 pub mod train;
 

@@ -8,15 +8,15 @@ use rand::{RngExt, SeedableRng};
 use serde::Serialize;
 
 use crate::exec::{Precision, Program, Session, Usage};
-use crate::finetune::Config;
-use crate::finetune::budget::{Fitted, Job, parse_bytes, with_batch};
+use crate::finetune::budget::{Fitted, Job, with_batch};
+use crate::finetune::{Config, MethodName};
 use crate::kernels::peak;
 use crate::tensor::{DType, Tensor};
 use crate::train::data::{Batch, Dataset};
 use crate::train::loss::Loss;
-use crate::train::method::{At, Method, Plain};
-use crate::train::select::Select;
-use crate::train::step::{self, Evaluation, Norm, Recipe, Shapes, feeds};
+use crate::train::method::At;
+use crate::train::preset;
+use crate::train::step::{self, Evaluation, Recipe, Shapes, feeds};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -122,6 +122,9 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
         precision: args.precision,
         master_free: args.master_free,
         icp_steps: args.icp_steps,
+        method: if matches!(args.mode, ModeName::Icp) { MethodName::Icp } else { MethodName::Supervised },
+        train: args.train.clone(),
+        memory_budget: args.memory_budget.clone(),
         ..Config::default()
     };
     config.check()?;
@@ -148,29 +151,15 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
             gather(&session, "forward", &plan.program, &mut profile);
         }
         ModeName::Train | ModeName::Icp => {
-            let reached = step::reached(&session, &loss, &shapes)?;
-            let select: Select = args.train.parse().map_err(|e| anyhow::anyhow!("--train {e}"))?;
-            let params = select.resolve(&model)?.into_iter().filter(|w| reached[w.index()]).collect();
-            let mut recipe = Recipe {
-                loss,
-                optimizer: config.optimizer(),
-                clip: None,
-                params,
-                norm: Norm::Batch,
-                accumulate: 1,
-            };
-            let new_method = || -> crate::error::Result<Box<dyn Method>> {
-                Ok(match args.mode {
-                    ModeName::Icp => Box::new(config.icp()?),
-                    _ => Box::new(Plain::default()),
-                })
-            };
-            if let Some(text) = &args.memory_budget {
-                let budget = parse_bytes(text).map_err(|e| anyhow::anyhow!("--memory-budget {e}"))?;
+            let ask = config.ask(&loss, &shapes);
+            let chosen = preset::choose(&mut session, &ask)?;
+            chosen.notes.iter().for_each(|note| eprintln!("note: {note}"));
+            let mut recipe = Recipe { params: chosen.params, clip: None, ..ask.recipe.clone() };
+            if let Some(budget) = config.memory_budget()? {
                 let job = Job {
                     session: &session,
                     recipe: &recipe,
-                    method: &new_method,
+                    method: &|| config.method(),
                     shapes: &shapes,
                     epochs: 2,
                     held: 0,
@@ -187,7 +176,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
             let shapes = with_batch(&shapes, args.batch / parts);
             let batch = synthetic(&shapes)?;
             recipe.prepare(&mut session)?;
-            let mut method = new_method()?;
+            let mut method = config.method()?;
             method.prepare(&mut session, &recipe, &shapes, 2)?;
             let apply = if parts > 1 { Some(step::apply(&mut session, &recipe)?) } else { None };
             session.set_profiling(args.profile);

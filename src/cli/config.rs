@@ -89,6 +89,9 @@ pub struct Overrides {
     /// Held-out share of the data, or a path of held-out data; 0 for none [default: 0.2]
     #[arg(long, value_name = "FRACTION|DATA")]
     holdout: Option<String>,
+    /// Decide by cross-validation over K folds instead, and train on all samples in the end: K + 1 runs [default: 0, off]
+    #[arg(long, value_name = "K")]
+    folds: Option<usize>,
     /// Keep the new network even if it is not better
     #[arg(skip)]
     guard: Option<bool>,
@@ -142,12 +145,15 @@ pub struct Overrides {
     /// auto, or names of values to compare features at [default: auto]
     #[arg(long, value_name = "auto|NAME,…")]
     icp_taps: Option<String>,
-    /// Condition on the result, such as "accuracy>=0.9" or "gain>0"; exit code 3 when it does not hold
+    /// Condition on the result, such as "accuracy>=0.9", "gain.low>0" or "recall.3>=0.8"; exit code 3 when it does not hold
     #[arg(long, value_name = "EXPR")]
     require: Option<String>,
     /// Write a page with curves and confusion matrices
     #[arg(long, value_name = "PAGE.html")]
     report: Option<PathBuf>,
+    /// Write the guard's and the conditions' outcomes as JUnit test cases
+    #[arg(long, value_name = "FILE.xml")]
+    junit: Option<PathBuf>,
     /// Give external data files new names where they would overwrite the source's
     #[arg(long, num_args = 0, default_missing_value = "true")]
     rename_data: Option<bool>,
@@ -190,7 +196,7 @@ pub fn resolve(overrides: &Overrides, switches: &Switches) -> anyhow::Result<Con
     Ok(config)
 }
 
-fn read(path: &Path) -> anyhow::Result<toml::Table> {
+pub(super) fn read(path: &Path) -> anyhow::Result<toml::Table> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     text.parse::<toml::Table>().with_context(|| path.display().to_string())
 }

@@ -6,6 +6,7 @@ use crate::finetune::{NumberOr, Summary, finetune};
 
 use super::config::{Overrides, Switches, resolve};
 use super::eval::describe;
+use super::junit;
 use super::progress::Reporter;
 
 #[derive(clap::Args)]
@@ -44,7 +45,16 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
         anyhow::bail!("--output or --delta says where the result goes");
     };
     let mut reporter = Reporter::new();
-    let done = finetune(model, data, held, &config, output, &mut |p| reporter.step(p))?;
+    let started = std::time::Instant::now();
+    let done = finetune(model, data, held, &config, output, &mut |p| reporter.step(p));
+    if let Some(path) = &config.junit {
+        let cases = match &done {
+            Ok(done) => cases(&done.summary, config.guard),
+            Err(e) => vec![("finetune".to_string(), junit::Outcome::Broken(e.to_string()))],
+        };
+        junit::write(path, "retune finetune", started.elapsed().as_secs_f64(), &cases)?;
+    }
+    let done = done?;
     if let Some(path) = &config.report {
         super::page::finetuned(path, &args.model, &done)?;
         eprintln!("report: {}", path.display());
@@ -56,6 +66,13 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
     Ok(if done.summary.kept { 0 } else { super::NOT_MET })
 }
 
+fn cases(s: &Summary, guarded: bool) -> Vec<junit::Case> {
+    let mut cases = vec![junit::guard(s.verdict.as_ref(), guarded)];
+    cases.extend(junit::requirements(&s.requirements));
+    cases.push(junit::verified(&s.verified));
+    cases
+}
+
 /// The summary for people, on stderr.
 pub fn report(s: &Summary) {
     for note in &s.notes {
@@ -64,6 +81,10 @@ pub fn report(s: &Summary) {
     if let (Some(before), Some(after)) = (&s.before, &s.after) {
         eprintln!("before: {}", describe(before));
         eprintln!("after:  {}", describe(after));
+    }
+    if let Some(v) = &s.verdict {
+        let g = v.gain;
+        eprintln!("gain:   {:+.4}, 95% interval {:+.4} to {:+.4}", g.value, g.low, g.high);
     }
     eprintln!(
         "{} steps in {:.1} s on {} samples, {} parameters trained, peak memory {}",

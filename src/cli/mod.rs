@@ -3,6 +3,7 @@
 #[macro_use]
 mod out;
 
+mod adapt;
 mod bench;
 mod config;
 mod data;
@@ -13,10 +14,12 @@ mod finetune;
 mod grad;
 mod html;
 mod inspect;
+mod junit;
 mod page;
 mod plan;
 mod progress;
 mod run;
+mod stdin;
 mod test;
 
 use std::process::ExitCode;
@@ -50,6 +53,8 @@ enum Command {
     Delta(delta::Args),
     /// Put a delta onto the file it was made for
     Apply(delta::ApplyArgs),
+    /// Adapt a model to data without labels and write it back
+    Adapt(adapt::Args),
     /// Run ONNX backend test cases
     Test(test::Args),
     /// Time a forward pass or a training step
@@ -76,6 +81,7 @@ pub fn main() -> ExitCode {
         Command::Finetune(a) => finetune::main(a),
         Command::Delta(a) => delta::main(a),
         Command::Apply(a) => delta::main_apply(a),
+        Command::Adapt(a) => adapt::main(a),
         Command::Test(a) => test::main(a),
         Command::Bench(a) => bench::main(a, start),
         Command::Demo(a) => demo::main(a),

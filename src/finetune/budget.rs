@@ -17,6 +17,7 @@ use crate::graph::WeightId;
 use crate::import::{Model, Role};
 use crate::ops::batch_norm::BatchNormalization;
 use crate::plan::Again;
+use crate::size::human;
 use crate::tensor::Meta;
 use crate::train::method::Method;
 use crate::train::select::Select;
@@ -28,40 +29,6 @@ const PROCESS: usize = 3 << 20;
 const PER_KERNEL: usize = 2 << 10;
 /// Samples of a channel that the statistics of a part of a batch must at least be over.
 const LEAST_SAMPLES: usize = 16;
-
-/// `64MiB`, `1.5GB`, `800kB`, `123456`: bytes as people write them. Fails on anything else, and on nothing.
-pub fn parse_bytes(text: &str) -> Result<usize> {
-    let text = text.trim();
-    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(end);
-    let factor = match unit.trim() {
-        "" | "B" => 1.0,
-        "kB" | "KB" => 1e3,
-        "MB" => 1e6,
-        "GB" => 1e9,
-        "KiB" => 1024.0,
-        "MiB" => 1048576.0,
-        "GiB" => 1073741824.0,
-        _ => f64::NAN,
-    };
-    let bytes = number.parse::<f64>().unwrap_or(f64::NAN) * factor;
-    match bytes >= 1.0 && bytes < 1e18 {
-        true => Ok(bytes as usize),
-        false => Err(Error::Config(format!(
-            "'{text}' is not a size: write bytes, or a number with kB, MB, GB, KiB, MiB or GiB, as in 64MiB"
-        ))),
-    }
-}
-
-/// Bytes for people, in the units that budgets are mostly given in.
-pub fn human(bytes: usize) -> String {
-    match bytes {
-        0..1024 => format!("{bytes} B"),
-        1024..1048576 => format!("{:.1} KiB", bytes as f64 / 1024.0),
-        1048576..1073741824 => format!("{:.1} MiB", bytes as f64 / 1048576.0),
-        _ => format!("{:.2} GiB", bytes as f64 / 1073741824.0),
-    }
-}
 
 /// The shapes of `n` samples. An input that is fed whole with every batch keeps its own.
 pub fn with_batch(shapes: &Shapes, n: usize) -> Shapes {
@@ -464,29 +431,5 @@ impl Fitted {
             ));
         }
         notes
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_as_people_write_them() {
-        let sizes = [
-            ("64MiB", 64 << 20),
-            ("1.5 GB", 1_500_000_000),
-            ("800kB", 800_000),
-            ("2KiB", 2048),
-            ("123456", 123_456),
-            ("3GiB", 3 << 30),
-            ("7B", 7),
-        ];
-        for (text, bytes) in sizes {
-            assert_eq!(parse_bytes(text).unwrap(), bytes, "{text}");
-        }
-        for bad in ["", "MiB", "64 MiBs", "64mib", "-1MB", "0", "1e9", "1..5MB", "nan", "inf"] {
-            assert!(parse_bytes(bad).unwrap_err().to_string().contains("not a size"), "{bad}");
-        }
     }
 }

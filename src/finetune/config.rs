@@ -165,6 +165,8 @@ pub struct Config {
     pub reinsert_norms: bool,
     /// Share of the data that is held out, or the path of held-out data; 0: none.
     pub holdout: NumberOr,
+    /// Instead of a held-out slice: cross-validation over so many folds decides, and all samples train; 0: off.
+    pub folds: usize,
     pub guard: bool,
     pub shuffle: bool,
     pub seed: u64,
@@ -192,6 +194,8 @@ pub struct Config {
     pub require: Option<String>,
     /// Where to write the report page.
     pub report: Option<PathBuf>,
+    /// Where to write the guard's and the conditions' outcomes as JUnit test cases.
+    pub junit: Option<PathBuf>,
     /// External data files get new names where they would overwrite the source's.
     pub rename_data: bool,
     /// Where to write what changed; where that is the run's output, nothing else is written.
@@ -228,6 +232,7 @@ impl Default for Config {
             norm: Norm::Batch,
             reinsert_norms: false,
             holdout: NumberOr::Number(0.2),
+            folds: 0,
             guard: true,
             shuffle: true,
             seed: 0,
@@ -248,6 +253,7 @@ impl Default for Config {
             icp_taps: "auto".into(),
             require: None,
             report: None,
+            junit: None,
             rename_data: false,
             delta: None,
             delta_type: DeltaType::Full,
@@ -312,6 +318,12 @@ impl Config {
             return config(format!("--lora-alpha {a}: must be a number above 0"));
         }
         self.train.parse::<Select>().map_err(|e| Error::Config(format!("--train {e}")))?;
+        if self.folds == 1 {
+            return config("--folds 1: from 2, or 0 for a held-out slice");
+        }
+        if self.folds > 0 && self.holdout_fraction()?.is_none() {
+            return config("--folds holds out each sample once: it takes no --holdout DATA");
+        }
         self.alpha()?;
         self.holdout_fraction()?;
         Ok(())
@@ -335,7 +347,7 @@ impl Config {
     /// What a run may hold at most, in bytes.
     pub fn memory_budget(&self) -> Result<Option<usize>> {
         let parse = |text: &String| {
-            super::budget::parse_bytes(text).map_err(|e| Error::Config(format!("--memory-budget {e}")))
+            crate::size::parse(text).map_err(|e| Error::Config(format!("--memory-budget {e}")))
         };
         self.memory_budget.as_ref().map(parse).transpose()
     }

@@ -2,9 +2,11 @@
 
 pub mod budget;
 mod config;
+mod folds;
 mod inputs;
 mod norms;
 mod require;
+mod write;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,13 +15,13 @@ use std::time::Instant;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use crate::delta::{Delta, DeltaType, Described};
+use crate::delta::{DeltaType, Described};
 use crate::error::{Error, Result};
 use crate::exec::{Session, Usage};
-use crate::export::{self, Verification};
-use crate::graph::{Dim, WeightId};
+use crate::export;
+use crate::graph::Dim;
 use crate::import::{Model, NewHead, replace_head};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::DType;
 use crate::train::data::{Batch, Dataset, InputSpec, epoch_order, split};
 use crate::train::fit::{CheckpointOptions, Evaluated, Fitted, Progress, Run, evaluate, fit};
 use crate::train::guard::{self, Verdict};
@@ -32,13 +34,9 @@ pub use config::{
     ClassWeights, Config, HeadSize, MethodName, NumberOr, OptimizerName, ScheduleName, parse_loss,
 };
 pub use inputs::set_inputs;
-pub use require::Require;
+pub use require::{Judged, Require, unmet};
+pub(crate) use write::{verified_batch, write_verified};
 
-/// A quantised network's outputs may differ by this much of the largest from tract's: what lies between two levels may
-/// round to either, and onnxruntime with and without its optimiser differ by as much.
-const ROUNDED: f64 = 5e-2;
-/// Samples on which the export is compared with tract.
-const VERIFIED_SAMPLES: usize = 4;
 /// Samples per evaluation batch.
 pub const EVAL_BATCH: usize = 64;
 
@@ -68,6 +66,8 @@ pub struct Summary {
     pub verdict: Option<Verdict>,
     /// Conditions of `--require` that were not met.
     pub unmet: Vec<String>,
+    /// All of them.
+    pub requirements: Vec<Judged>,
     pub trained_parameters: usize,
     pub training_samples: usize,
     pub heldout_samples: usize,
@@ -148,7 +148,7 @@ pub fn check_target(session: &Session, loss: &Loss, data: Dataset) -> Result<Dat
             ))),
         },
         Loss::Mse => data.float_target(&dims[1..]),
-        Loss::Bce | Loss::Graph(_) => Ok(data),
+        Loss::Bce | Loss::Graph(_) | Loss::Entropy { .. } => Ok(data),
     }
 }
 
@@ -199,6 +199,7 @@ pub fn finetune(
     notes.extend(headed);
 
     let (train, held_indices) = match (&held, config.holdout_fraction()?) {
+        _ if config.folds > 0 => ((0..data.len()).collect(), Vec::new()),
         (Some(h), _) => ((0..data.len()).collect(), (0..h.len()).collect()),
         (None, Some(0.0)) => ((0..data.len()).collect(), Vec::new()),
         (None, Some(fraction)) => {
@@ -233,7 +234,7 @@ pub fn finetune(
             Loss::ClassWeighted { label_smoothing: config.label_smoothing, weights: Arc::new(weights) }
         }
     };
-    if held_indices.is_empty() && requirement.is_some() {
+    if held_indices.is_empty() && config.folds == 0 && requirement.is_some() {
         return Err(Error::Config("--require needs held-out data: --holdout must not be 0".into()));
     }
 
@@ -265,22 +266,12 @@ pub fn finetune(
         notes.extend(b.describe());
     }
     let measure = |session: &mut Session| -> Result<Option<Evaluated>> {
-        if held_indices.is_empty() {
-            return Ok(None);
+        match held_indices.is_empty() {
+            true => Ok(None),
+            false => measured(session, &plain, held_data, &held_indices, evaluated).map(Some),
         }
-        // As the file computes elsewhere, whatever the training's precision.
-        session.set_exact(true);
-        let measured = evaluate(session, &plain, held_data, &held_indices, evaluated);
-        session.set_exact(false);
-        measured.map(Some)
     };
-    let before = measure(&mut session)?;
-    recipe.prepare(&mut session)?;
-    let mut method = config.method()?;
-    let taps = match config.method {
-        MethodName::Supervised => Vec::new(),
-        MethodName::Icp => config.icp()?.tap_names(&session, &shapes)?,
-    };
+    let mut before = measure(&mut session)?;
     let checkpoint = match &config.checkpoint {
         Some(folder) => Some(CheckpointOptions {
             folder: folder.clone(),
@@ -299,19 +290,50 @@ pub fn finetune(
         seed: config.seed,
         checkpoint,
     };
+    let crossed = match config.folds {
+        0 => None,
+        k => {
+            notes.push(format!(
+                "{k} folds: before and after are of all {} samples, each held out once; {} runs instead of one",
+                data.len(),
+                k + 1
+            ));
+            let job = folds::Job {
+                session: &session,
+                data: &data,
+                recipe: &recipe,
+                run: &run,
+                loss: &plain,
+                config,
+                evaluated,
+            };
+            Some(folds::cross_validate(&job, observe)?)
+        }
+    };
+    recipe.prepare(&mut session)?;
+    let mut method = config.method()?;
+    let taps = match config.method {
+        MethodName::Supervised => Vec::new(),
+        MethodName::Icp => config.icp()?.tap_names(&session, &shapes)?,
+    };
     let fitted: Fitted = fit(&mut session, &recipe, method.as_mut(), &data, &train, &run, observe)?;
     if fitted.skipped_steps > 0 {
         notes.push(format!("{} step(s) were skipped: loss or gradient not finite", fitted.skipped_steps));
     }
-    let after = measure(&mut session)?;
+    let mut after = measure(&mut session)?;
+    let crossed_samples = crossed.as_ref().map_or(0, |_| data.len());
+    if let Some((b, a)) = crossed {
+        (before, after) = (Some(b), Some(a));
+    }
     if let Some(left_out) = after.as_ref().and_then(|a| a.left_out.as_ref()) {
         notes.push(format!("{left_out} was left out of the loss, which works on its input"));
     }
     let verdict = before.as_ref().zip(after.as_ref()).map(|(b, a)| guard::compare(b, a));
-    let unmet = match (&requirement, &before, &after) {
-        (Some(r), Some(b), Some(a)) => r.unmet(&b.metrics, &a.metrics)?,
+    let requirements = match (&requirement, &before, &after, &verdict) {
+        (Some(r), Some(b), Some(a), Some(v)) => r.judge(b, a, v, data.class_names())?,
         _ => Vec::new(),
     };
+    let unmet = unmet(&requirements);
     let kept = unmet.is_empty() && (!config.guard || verdict.is_none_or(|v| v.better));
     let (usage, mut verified, mut delta) = (session.usage(), "original kept".to_string(), None);
     drop(method);
@@ -320,7 +342,7 @@ pub fn finetune(
     }
     if kept {
         (verified, delta) =
-            write(&mut session, reinserted.as_ref(), held_data, config, output, budget.as_ref())?;
+            write::write(&mut session, reinserted.as_ref(), held_data, config, output, budget.as_ref())?;
     } else if config.delta.as_deref() != Some(output) {
         export::write(&original, &[], output, export::Options { rename_data: config.rename_data })?;
     }
@@ -343,14 +365,29 @@ pub fn finetune(
         delta,
         verdict,
         unmet,
+        requirements,
         trained_parameters: recipe.params.iter().map(|w| session.trained_len(*w)).sum(),
         training_samples: train.len(),
-        heldout_samples: held_indices.len(),
+        heldout_samples: held_indices.len() + crossed_samples,
         taps,
         notes,
         curve: Curve { epochs: fitted.epochs },
     };
     Ok(Finished { summary, before, after, class_names: data.class_names().to_vec(), session, recipe })
+}
+
+/// Evaluates as the file computes elsewhere, whatever the training's precision.
+fn measured(
+    session: &mut Session,
+    loss: &Loss,
+    data: &Dataset,
+    indices: &[usize],
+    batch: usize,
+) -> Result<Evaluated> {
+    session.set_exact(true);
+    let measured = evaluate(session, loss, data, indices, batch);
+    session.set_exact(false);
+    measured
 }
 
 /// Batches of training samples, as a preset measures on; all of one size.
@@ -394,6 +431,7 @@ fn fingerprint(model: &Model, data: &Dataset, config: &Config) -> Result<String>
         checkpoint_every: 0,
         resume: false,
         report: None,
+        junit: None,
         require: None,
         guard: true,
         rename_data: false,
@@ -417,138 +455,4 @@ fn fingerprint(model: &Model, data: &Dataset, config: &Config) -> Result<String>
         }
     }
     Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
-}
-
-/// Writes the file with the session's weights, and the delta to it, after tract agreed (where it can be asked).
-fn write(
-    session: &mut Session,
-    reinserted: Option<&norms::Reinserted>,
-    data: &Dataset,
-    config: &Config,
-    output: &Path,
-    budget: Option<&budget::Fitted>,
-) -> Result<(String, Option<Described>)> {
-    let (model, changes) = match reinserted {
-        Some(r) => r.folded(session)?,
-        None => (session.model().clone(), session.changes()?),
-    };
-    let changes: Vec<(WeightId, &Tensor)> = changes.iter().map(|(w, t)| (*w, t)).collect();
-    let options = export::Options { rename_data: config.rename_data };
-    // Where the delta is all that is wanted, the file is made to be verified, and left.
-    let aside = match config.delta.as_deref() == Some(output) {
-        true => Some(tempfile::tempdir().map_err(|e| Error::io(output, e))?),
-        false => None,
-    };
-    let target = aside.as_ref().map_or(output.to_path_buf(), |dir| dir.path().join("new.onnx"));
-    let staged = export::stage(&model, &changes, &target, options)?;
-    let verified = match budget.is_some_and(|b| b.budget < b.to_verify(&model)) {
-        true => "unavailable: tract would take more than the memory budget".to_string(),
-        false => verify(session, &model, data, &staged, output)?,
-    };
-    let delta = match &config.delta {
-        Some(path) => Some(Delta::of(&model, &changes, config.delta_type)?.write(path)?),
-        None => None,
-    };
-    if aside.is_none() {
-        staged.commit()?;
-    }
-    Ok((verified, delta))
-}
-
-/// Whether tract's outputs for some samples agree with the session's, on a file that is not in place yet. Fails where they
-/// do not.
-fn verify(
-    session: &mut Session,
-    model: &Model,
-    data: &Dataset,
-    staged: &export::Staged,
-    output: &Path,
-) -> Result<String> {
-    let n = verified_batch(model, data.len());
-    let mut batch = data.new_batch(n);
-    data.batch(&(0..n).collect::<Vec<_>>(), None, &mut batch)?;
-    session.set_exact(true);
-    let expected = session.forward(&batch.inputs)?;
-    let feeds = model.with_fixed(&batch.inputs)?;
-    let verification = match draws(model) {
-        true => Verification::Unavailable("the network draws random numbers, and each engine its own".into()),
-        false => export::verify(&staged.path(), &feeds, &expected),
-    };
-    match verification {
-        Verification::Agrees { .. } => Ok("agrees".to_string()),
-        Verification::Disagrees { max_relative, .. } if rounds(model) && max_relative <= ROUNDED => {
-            Ok("agrees".to_string())
-        }
-        Verification::Disagrees { output: name, max_relative } => {
-            let what = format!(
-                "not written: tract disagrees with the new network on '{name}', by {max_relative:.1e} of its largest"
-            );
-            Err(Error::file(output, what))
-        }
-        Verification::Unavailable(why) => Ok(format!("unavailable: {why}")),
-    }
-}
-
-/// Does the network draw random numbers also where it is not trained?
-fn draws(model: &Model) -> bool {
-    let random = [
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
-        "Bernoulli",
-        "Multinomial",
-    ];
-    model.graph.nodes.iter().any(|n| random.contains(&n.op.name()))
-}
-
-/// Are activations rounded to levels within the network?
-fn rounds(model: &Model) -> bool {
-    let quantise = ["QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"];
-    model.graph.nodes.iter().any(|n| quantise.contains(&n.op.name()))
-}
-
-/// How many samples a file's declared batch allows to compare on.
-fn verified_batch(model: &Model, samples: usize) -> usize {
-    let fixed = model.graph.inputs.iter().find_map(|v| {
-        let declared = model.graph.value(*v).declared.as_ref()?;
-        match declared.dims.as_ref()?.first()? {
-            Dim::Fixed(n) => Some(*n),
-            _ => None,
-        }
-    });
-    fixed.unwrap_or(VERIFIED_SAMPLES).clamp(1, samples.max(1))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::import::make::{import, model, node, ramp};
-
-    /// A network with noise of its own gives other numbers in every engine: that is no reason to refuse its export.
-    #[test]
-    fn a_network_that_draws_is_exported_unverified() {
-        let nodes = vec![
-            node("MatMul", &["x", "w"], &["h"]),
-            node("RandomNormalLike", &["h"], &["noise"]),
-            node("Add", &["h", "noise"], &["y"]),
-        ];
-        let m = Arc::new(import(&model(nodes, vec![ramp("w", &[3, 2])], "y")).unwrap());
-        let x = Tensor::from_slice(&[8, 3], &[0.25f32; 24]).unwrap();
-        let y = Tensor::from_slice(&[8, 2], &[0.5f32; 16]).unwrap();
-        let data =
-            Dataset::from_arrays(vec![("x".into(), x)], Some(y)).unwrap().bind(&input_specs(&m)).unwrap();
-        let config = Config {
-            method: MethodName::Supervised,
-            loss: "mse".into(),
-            epochs: 1,
-            holdout: NumberOr::Number(0.0),
-            ..Config::default()
-        };
-        let dir = tempfile::tempdir().unwrap();
-        let out = dir.path().join("new.onnx");
-        let done = finetune(m, data, None, &config, &out, &mut |_| {}).unwrap();
-        assert!(done.summary.verified.contains("random"), "{}", done.summary.verified);
-        assert!(done.summary.kept && out.exists());
-    }
 }

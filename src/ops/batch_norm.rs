@@ -391,7 +391,8 @@ impl Op for BatchNormalization {
     fn in_mode(&self, mode: Mode) -> Option<Arc<dyn Op>> {
         let training = mode.training && mode.batch_statistics;
         let unbiased = mode.unbiased_variance;
-        Some(Arc::new(BatchNormalization { training, unbiased, follow: training, ..self.clone() }))
+        let momentum = if mode.fresh_statistics { 0.0 } else { self.momentum };
+        Some(Arc::new(BatchNormalization { training, unbiased, momentum, follow: training, ..self.clone() }))
     }
 
     fn remark(&self) -> Option<String> {

@@ -110,11 +110,14 @@ pub struct Mode {
     pub batch_statistics: bool,
     /// Update the running variance with the unbiased estimate (PyTorch) rather than the population's (ONNX).
     pub unbiased_variance: bool,
+    /// The running statistics become the batch's own, whatever they were before.
+    pub fresh_statistics: bool,
 }
 
 impl Mode {
-    pub const EVAL: Mode = Mode { training: false, batch_statistics: false, unbiased_variance: true };
-    pub const TRAIN: Mode = Mode { training: true, batch_statistics: true, unbiased_variance: true };
+    pub const EVAL: Mode =
+        Mode { training: false, batch_statistics: false, unbiased_variance: true, fresh_statistics: false };
+    pub const TRAIN: Mode = Mode { training: true, batch_statistics: true, ..Mode::EVAL };
 }
 
 /// An operator with its attributes.

@@ -337,6 +337,19 @@ pub fn evaluate(
 }
 
 impl Evaluated {
+    /// Adds what was found of other samples.
+    pub fn pool(&mut self, other: &Evaluated) {
+        self.confusion.add(&other.confusion);
+        let samples = self.metrics.samples + other.metrics.samples;
+        let sum = |m: &Metrics| m.loss * m.samples as f64;
+        let loss = (sum(&self.metrics) + sum(&other.metrics)) / samples.max(1) as f64;
+        let labelled = self.metrics.accuracy.is_some() || other.metrics.accuracy.is_some();
+        self.metrics = Metrics::of(loss, samples, labelled.then_some(&self.confusion));
+        self.losses.extend(&other.losses);
+        self.hits.extend(&other.hits);
+        self.left_out.clone_from(&other.left_out);
+    }
+
     /// Cross-entropy and hits of each sample of `[N, C, …]` logits, means over its items that count; `target` has the
     /// labels, or probabilities.
     fn per_sample(&mut self, logits: &[f64], dims: &[usize], labels: &[i64], target: &Tensor) {

@@ -11,6 +11,7 @@ use crate::ops::softmax::Softmax;
 use crate::ops::transpose::Transpose;
 use crate::ops::view::ReshapeTo;
 use crate::tensor::{DType, Dims, Meta, Tensor};
+use crate::train::entropy;
 
 /// What is minimised, on the model's first output.
 #[derive(Debug, Clone)]
@@ -26,6 +27,10 @@ pub enum Loss {
     Mse,
     /// An ONNX graph from the model's outputs (by name) and `target` to a scalar.
     Graph(Arc<Model>),
+    /// Entropy of a classifier's predictions, for data without labels: the target is one weight a sample [N], of the
+    /// scores' type. `diversity` is the share of the entropy of the mean prediction that is taken off: see
+    /// [`crate::train::entropy`].
+    Entropy { diversity: f64 },
 }
 
 /// A loss in a graph.
@@ -47,6 +52,11 @@ impl Loss {
         matches!(self, Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. })
     }
 
+    /// Whether it is computed of a classifier's scores.
+    pub fn wants_classes(&self) -> bool {
+        self.wants_labels() || matches!(self, Loss::Entropy { .. })
+    }
+
     /// The loss by which results are compared: without class weights.
     pub fn unweighted(&self) -> Loss {
         match self {
@@ -63,16 +73,20 @@ impl Loss {
             return Err(Error::Config("the model has no output to compute a loss on".into()));
         };
         let (logits, activation) = match self {
-            Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => scores(graph, output)?,
+            _ if self.wants_classes() => scores(graph, output)?,
             Loss::Bce => without(graph, output, &["Sigmoid"], ARRANGING)?,
             _ => (output, None),
         };
         let left_out = graph.left_out.clone().or(activation.map(|n| graph.describe(n)));
-        let logits = match self {
-            Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. } => flat(graph, logits, target.dims.len())?,
-            _ => logits,
+        let logits = match self.wants_classes() {
+            true => flat(graph, logits, target.dims.len())?,
+            false => logits,
         };
-        let axis = if self.wants_labels() { class_axis(graph, logits, Some(&target))? } else { 1 };
+        let axis = match self {
+            Loss::Entropy { .. } => class_axis(graph, logits, None)?,
+            _ if self.wants_labels() => class_axis(graph, logits, Some(&target))?,
+            _ => 1,
+        };
         let soft = target.dtype.is_float();
         let input = graph.add_input("target", target);
         // The loss takes classes on axis 1; what is read of the model, metrics and all, follows it.
@@ -80,7 +94,7 @@ impl Loss {
             1 => (logits, input),
             last => {
                 let turned = classes_first(graph, logits, last)?;
-                (turned, if soft { classes_first(graph, input, last)? } else { input })
+                (turned, if soft && self.wants_labels() { classes_first(graph, input, last)? } else { input })
             }
         };
         let emit = |graph: &mut Graph, op: Arc<dyn crate::ops::Op>| {
@@ -103,6 +117,7 @@ impl Loss {
             Loss::Bce => emit(graph, Arc::new(BceWithLogits))?,
             Loss::Mse => emit(graph, Arc::new(Mse))?,
             Loss::Graph(model) => loss_graph(graph, model, target)?,
+            Loss::Entropy { diversity } => entropy::emit(graph, logits, target, *diversity)?,
         };
         Ok(Attached { loss, target: input, logits, left_out })
     }
@@ -263,6 +278,9 @@ pub fn default_target(loss: &Loss, graph: &Graph) -> Result<Meta> {
     let none = || Error::Config("the model has no output to compute a loss on".into());
     let output = *graph.outputs.first().ok_or_else(none)?;
     let meta = graph.meta(output)?;
+    if let Loss::Entropy { .. } = loss {
+        return Ok(Meta::new(meta.dtype, meta.dims.get(..1).unwrap_or(&[])));
+    }
     if !loss.wants_labels() {
         return Ok(Meta::new(meta.dtype, &meta.dims));
     }

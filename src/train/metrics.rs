@@ -90,17 +90,30 @@ impl Meter {
     }
 
     pub fn metrics(&self) -> Metrics {
-        let mut m = Metrics {
-            loss: if self.weight > 0.0 { self.loss / self.weight } else { 0.0 },
-            samples: self.samples,
-            ..Metrics::default()
-        };
-        if !self.labelled {
-            return m;
+        let loss = if self.weight > 0.0 { self.loss / self.weight } else { 0.0 };
+        Metrics::of(loss, self.samples, self.labelled.then_some(&self.confusion))
+    }
+}
+
+impl Confusion {
+    /// Adds the counts of other samples.
+    pub fn add(&mut self, other: &Confusion) {
+        if self.classes == 0 {
+            *self = other.clone();
+        } else if self.classes == other.classes {
+            self.counts.iter_mut().zip(&other.counts).for_each(|(a, b)| *a += b);
         }
-        let k = self.confusion.classes;
-        let count = |r: usize, c: usize| self.confusion.counts[r * k + c] as f64;
-        let total: f64 = self.confusion.counts.iter().map(|&c| c as f64).sum();
+    }
+}
+
+impl Metrics {
+    /// Of a mean loss over so many samples and, with labels, their confusion.
+    pub fn of(loss: f64, samples: usize, confusion: Option<&Confusion>) -> Metrics {
+        let mut m = Metrics { loss, samples, ..Metrics::default() };
+        let Some(confusion) = confusion else { return m };
+        let k = confusion.classes;
+        let count = |r: usize, c: usize| confusion.counts[r * k + c] as f64;
+        let total: f64 = confusion.counts.iter().map(|&c| c as f64).sum();
         let hits: f64 = (0..k).map(|c| count(c, c)).sum();
         let (mut precision, mut recall, mut f1, mut seen) = (0.0, 0.0, 0.0, 0.0);
         for c in 0..k {

@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod data;
+pub mod entropy;
 pub mod fit;
 pub mod gradients;
 pub mod guard;

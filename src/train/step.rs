@@ -257,7 +257,7 @@ fn emit(
 /// float64 [2]: weight of the batch, and 1 at the first batch of a step.
 const SHARE: &str = "step.share";
 /// The name of what holds a parameter's summed gradient.
-fn sum_name(param: &str) -> String {
+pub fn sum_name(param: &str) -> String {
     format!("{param}.grad")
 }
 const LOSS_SUM: &str = "step.loss";

@@ -2,6 +2,7 @@
 //!
 //! What needs fetched files (`tests/fetch.sh`) is skipped with a printed line when they are not there.
 
+mod adapt;
 mod allocations;
 mod budget;
 mod common;

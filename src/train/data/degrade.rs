@@ -28,6 +28,22 @@ impl Default for Worn {
     }
 }
 
+/// Cameras by name, from the mildest shift to the whole of it: what adaptation is measured on.
+pub const SHIFTS: [(&str, Worn); 5] = [
+    ("dim", Worn { blurs: 0, gain: 0.5, offset: 0.0, noise: 0.0, seed: 0 }),
+    ("dim+noise", Worn { blurs: 0, gain: 0.5, offset: 0.0, noise: 0.05, seed: 0 }),
+    ("noise", Worn { blurs: 0, gain: 1.0, offset: 0.0, noise: 0.15, seed: 0 }),
+    ("blur", Worn { blurs: 2, gain: 1.0, offset: 0.0, noise: 0.0, seed: 0 }),
+    ("worn", Worn { blurs: 2, gain: 0.7, offset: 0.05, noise: 0.15, seed: 0 }),
+];
+
+impl Worn {
+    /// One of [`SHIFTS`].
+    pub fn named(name: &str, seed: u64) -> Option<Worn> {
+        SHIFTS.iter().find(|s| s.0 == name).map(|s| Worn { seed, ..s.1 })
+    }
+}
+
 /// The same data as a worn camera would have seen it. Takes one float32 input `[N, C, H, W]` (or `[N, H, W, C]`,
 /// `[N, H, W]`) of values in 0..1; keeps target, class names and random shift. The noise of a sample depends only
 /// on the seed and its index.
@@ -213,6 +229,16 @@ mod tests {
         assert_ne!(a, pixels(&degrade(&three, &Worn { seed: 1, ..Worn::default() }).unwrap()));
         assert!(a.iter().all(|x| (0.0..=1.0).contains(x)));
         assert_eq!(degrade(&three, &Worn::default()).unwrap().labels().unwrap(), [1, 1, 1]);
+    }
+
+    #[test]
+    fn shifts_by_name() {
+        assert_eq!(Worn::named("worn", 7), Some(Worn { seed: 7, ..Worn::default() }));
+        assert_eq!(Worn::named("rain", 0), None);
+        let d = data(2);
+        let dim = pixels(&degrade(&d, &Worn::named("dim", 0).unwrap()).unwrap());
+        assert!(dim.iter().zip(pixels(&d)).all(|(a, b)| *a == b * 0.5));
+        assert_eq!(dim, pixels(&degrade(&d, &Worn::named("dim", 1).unwrap()).unwrap()));
     }
 
     #[test]

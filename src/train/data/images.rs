@@ -1,4 +1,4 @@
-//! A folder with a subfolder of images per class.
+//! A folder with a subfolder of images per class, or of images alone.
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +17,7 @@ const EXTENSIONS: [&str; 3] = ["png", "jpg", "jpeg"];
 /// Every image of every subfolder, brought to the model's size; the classes are the subfolders in order of name.
 /// Hidden files are passed over in silence, other files with a note.
 pub(super) fn open(folder: &Path, options: &ImageOptions, input: &InputSpec) -> Result<Dataset> {
-    let Listing { classes, files, skipped } = list(folder)?;
+    let Listing { classes, files, skipped, labelled } = list(folder)?;
     let (first, _) = files.first().ok_or_else(|| {
         let which = if classes.is_empty() {
             "no subfolders (one per class, holding PNG or JPEG images)"
@@ -60,9 +60,12 @@ pub(super) fn open(folder: &Path, options: &ImageOptions, input: &InputSpec) -> 
         let more = if more > 0 { format!("\n  and {more} more") } else { String::new() };
         return Err(Error::file(folder, format!("{} image(s) cannot be used:{shown}{more}", bad.len())));
     }
-    let labels = files.iter().map(|(_, class)| *class as i64).collect();
-    let mut data = Dataset::from_pixels(input, &frame, pixels, table, options, Some(labels))?;
+    let labels = labelled.then(|| files.iter().map(|(_, class)| *class as i64).collect());
+    let mut data = Dataset::from_pixels(input, &frame, pixels, table, options, labels)?;
     data.class_names = classes;
+    if !labelled {
+        data.notes.push(format!("no labels: the images of {} lie in the folder itself", folder.display()));
+    }
     if !skipped.is_empty() {
         let names = convert::listed(skipped.iter().map(String::as_str), 5);
         data.notes.push(format!("{} file(s) passed over, not PNG or JPEG: {names}", skipped.len()));
@@ -75,19 +78,35 @@ struct Listing {
     /// Path and class index.
     files: Vec<(PathBuf, usize)>,
     skipped: Vec<String>,
+    /// Images lie in a folder a class.
+    labelled: bool,
+}
+
+fn is_image(path: &Path) -> bool {
+    let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
+    path.is_file() && EXTENSIONS.contains(&extension.as_str())
 }
 
 fn list(folder: &Path) -> Result<Listing> {
-    let mut out = Listing { classes: Vec::new(), files: Vec::new(), skipped: Vec::new() };
-    for (name, path) in entries(folder)? {
+    let mut out = Listing { classes: Vec::new(), files: Vec::new(), skipped: Vec::new(), labelled: true };
+    let all = entries(folder)?;
+    if !all.iter().any(|(_, path)| path.is_dir()) && all.iter().any(|(_, path)| is_image(path)) {
+        out.labelled = false;
+        for (name, path) in all {
+            match is_image(&path) {
+                true => out.files.push((path, 0)),
+                false => out.skipped.push(name),
+            }
+        }
+        return Ok(out);
+    }
+    for (name, path) in all {
         if !path.is_dir() {
             out.skipped.push(name);
             continue;
         }
         for (file, path) in entries(&path)? {
-            let extension =
-                path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
-            if path.is_file() && EXTENSIONS.contains(&extension.as_str()) {
+            if is_image(&path) {
                 out.files.push((path, out.classes.len()));
             } else {
                 out.skipped.push(format!("{name}/{file}"));
@@ -239,5 +258,12 @@ mod tests {
         std::fs::create_dir(empty.path().join("a")).unwrap();
         let e = open(empty.path(), &resize, &any).unwrap_err().to_string();
         assert!(e.contains("no PNG or JPEG"), "{e}");
+
+        let loose = tempfile::tempdir().unwrap();
+        rgb(4, 2, [1, 2, 3]).save(loose.path().join("b.png")).unwrap();
+        rgb(4, 2, [9, 2, 3]).save(loose.path().join("a.png")).unwrap();
+        let d = open(loose.path(), &resize, &any).unwrap();
+        assert_eq!((d.len(), d.labels()), (2, None));
+        assert!(d.require_target().unwrap_err().to_string().contains("no labels"));
     }
 }

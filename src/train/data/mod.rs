@@ -11,6 +11,8 @@
 mod bind;
 mod convert;
 pub mod degrade;
+mod folds;
+mod memory;
 pub mod split;
 pub mod transform;
 
@@ -25,9 +27,11 @@ pub mod npz;
 #[cfg(feature = "cli")]
 mod open;
 
-pub use degrade::{Worn, degrade};
+pub use degrade::{SHIFTS, Worn, degrade};
+pub use folds::folds;
+pub use memory::{Memory, Samples};
 #[cfg(feature = "cli")]
-pub use npz::{read_npz, write_npz};
+pub use npz::{npy_bytes, read_npy, read_npz, write_npz};
 #[cfg(feature = "cli")]
 pub use open::open;
 pub use split::{Split, epoch_order, split};
@@ -62,7 +66,7 @@ pub struct Augment {
 }
 
 /// What one step reads.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Batch {
     /// One `[N, …]` tensor per model input, in the order the model declares them.
     pub inputs: Vec<(String, Tensor)>,

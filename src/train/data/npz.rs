@@ -87,6 +87,33 @@ fn header(t: &Tensor) -> Vec<u8> {
     out
 }
 
+/// An array as a whole `.npy` file.
+pub fn npy_bytes(t: &Tensor) -> Vec<u8> {
+    [&header(t)[..], t.bytes()].concat()
+}
+
+/// The next of several `.npy` files, one after the other: what a program writes with `numpy.save` to a pipe. `None` at the
+/// end.
+///
+/// Fails where the stream ends within an array, and on what [`read_npz`] refuses.
+pub fn read_npy(r: &mut impl Read) -> std::result::Result<Option<Tensor>, String> {
+    let mut first = [0u8; 1];
+    match r.read(&mut first) {
+        Ok(0) => return Ok(None),
+        Ok(_) => {}
+        Err(e) => return Err(e.to_string()),
+    }
+    let header = read_header(&mut (&first[..]).chain(&mut *r))?;
+    let dtype = dtype_of(&header)?;
+    let need = header.shape.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d));
+    // No file's size bounds what a pipe may claim: memory is taken as the elements come.
+    let need = need.filter(|n| *n <= isize::MAX as usize);
+    let need = need.ok_or_else(|| format!("shape {:?} overflows", header.shape))?;
+    let mut bytes = Vec::new();
+    r.take(need as u64).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+    finish(&mut bytes.as_slice(), &header, dtype, need).map(Some)
+}
+
 /// An open `.npz` file, read array by array.
 pub struct Npz<R: Read + Seek = BufReader<File>> {
     path: PathBuf,

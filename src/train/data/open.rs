@@ -9,7 +9,7 @@ use super::npz::Npz;
 use super::{Dataset, ImageOptions, InputSpec, bind, idx, images};
 
 const ACCEPTED: &str = "data is an .npz file with 'y' and 'x' (or arrays by input name), a folder with a subfolder of \
-                        images per class, or an IDX file like train-images-idx3-ubyte[.gz] with its labels beside it";
+                        images per class (or with images alone, unlabelled), or an IDX file like train-images-idx3-ubyte[.gz] with its labels beside it";
 
 /// Reads data for a model with these `inputs`, bound to their names, types and shapes.
 ///

@@ -19,6 +19,8 @@ pub(super) enum Purpose {
     Order = 2,
     Shift = 3,
     Noise = 4,
+    Memory = 5,
+    Folds = 6,
 }
 
 /// The generator for one purpose under `seed`, at `(a, b)` (epoch, sample).
@@ -45,7 +47,7 @@ pub(super) fn below(rng: &mut ChaCha8Rng, n: u64) -> u64 {
     }
 }
 
-fn shuffle<T>(rng: &mut ChaCha8Rng, items: &mut [T]) {
+pub(super) fn shuffle<T>(rng: &mut ChaCha8Rng, items: &mut [T]) {
     for i in (1..items.len()).rev() {
         items.swap(i, below(rng, i as u64 + 1) as usize);
     }

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::size;
+
 /// A size, or a share of something.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Amount {
@@ -18,30 +20,16 @@ pub struct Budget {
     pub time: Option<f64>,
 }
 
-const UNITS: [(&str, f64); 7] = [
-    ("KiB", 1024.0),
-    ("MiB", 1048576.0),
-    ("GiB", 1073741824.0),
-    ("kB", 1e3),
-    ("MB", 1e6),
-    ("GB", 1e9),
-    ("B", 1.0),
-];
-
-fn positive(s: &str) -> Option<f64> {
-    s.trim().parse::<f64>().ok().filter(|x| x.is_finite() && *x > 0.0)
-}
-
 fn share(s: &str) -> Option<f64> {
-    positive(s.strip_suffix('%')?).map(|x| x / 100.0)
+    let percent = s.strip_suffix('%')?.trim().parse::<f64>().ok();
+    percent.filter(|x| x.is_finite() && *x > 0.0).map(|x| x / 100.0)
 }
 
 fn amount(s: &str) -> Option<Amount> {
     if s.ends_with('%') {
         return share(s).map(Amount::Share);
     }
-    let (number, unit) = UNITS.iter().find_map(|(u, by)| Some((s.strip_suffix(u)?, *by))).unwrap_or((s, 1.0));
-    Some(Amount::Bytes((positive(number)? * unit) as usize))
+    size::parse(s).ok().map(Amount::Bytes)
 }
 
 impl FromStr for Budget {
