@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use crate::delta::DeltaType;
 use crate::error::{Error, Result};
 use crate::import::Weight;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, Tensor, to_bf16, to_f16};
 
 /// What becomes of one weight.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,8 +58,8 @@ pub(super) fn encode(weight: &Weight, old: &[u8], new: &[u8], kind: DeltaType) -
             for (i, (a, b)) in before.iter().zip(&after).enumerate() {
                 let d = b - a;
                 let (bits, finite) = match dtype {
-                    DType::F16 => (f16::from_f64(d).to_bits(), f16::from_f64(d).is_finite()),
-                    _ => (bf16::from_f64(d).to_bits(), bf16::from_f64(d).is_finite()),
+                    DType::F16 => (to_f16(d).to_bits(), to_f16(d).is_finite()),
+                    _ => (to_bf16(d).to_bits(), to_bf16(d).is_finite()),
                 };
                 if !finite {
                     let what = format!(

@@ -11,7 +11,7 @@ use crate::kernels::integer::Integer;
 use crate::kernels::par;
 use crate::ops::layout::rank_of;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
-use crate::tensor::{Conversion, DType, Elem, Meta, Round, View, ViewMut};
+use crate::tensor::{Conversion, DType, Elem, Meta, Round, View, ViewMut, to_bf16, to_f16};
 use crate::{dtype_dispatch, int_dispatch};
 
 /// ONNX `Cast` (opset 6 to 25) and `CastLike` (opset 15).
@@ -58,11 +58,9 @@ impl Op for CastTo {
                 map(y.get()?, x.get()?, |v: f32| bf16::from_f32(v).to_f32());
             }
             (_, DType::F32) if half == Some(DType::F16) => {
-                by_way_of(x, y.get()?, floats, |v| f16::from_f64(v).to_f32());
+                by_way_of(x, y.get()?, floats, |v| to_f16(v).to_f32());
             }
-            (_, DType::F32) if half.is_some() => {
-                by_way_of(x, y.get()?, floats, |v| bf16::from_f64(v).to_f32())
-            }
+            (_, DType::F32) if half.is_some() => by_way_of(x, y.get()?, floats, |v| to_bf16(v).to_f32()),
             (from, to) if from == to => y.bytes.copy_from_slice(x.bytes),
             (DType::F32, DType::Bool) => map(y.get()?, x.get()?, |v: f32| u8::from(v != 0.0)),
             (_, DType::Bool) => by_way_of(x, y.get()?, floats, |v| u8::from(v != 0.0)),

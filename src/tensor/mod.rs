@@ -5,6 +5,7 @@
 mod buffer;
 mod dtype;
 mod narrow;
+mod rounding;
 
 use std::fmt;
 use std::sync::Arc;
@@ -19,6 +20,7 @@ pub use buffer::{ALIGN, Buffer};
 pub(crate) use dtype::by_size;
 pub use dtype::{DType, Elem, Float};
 pub use narrow::{Conversion, Round};
+pub use rounding::{to_bf16, to_f16};
 
 /// Dimensions of a tensor, outermost first; empty for a scalar.
 pub type Dims = SmallVec<[usize; 6]>;
@@ -265,8 +267,8 @@ fn write_f64(out: &mut Tensor, src: &[f64]) {
     match out.dtype {
         DType::F32 => fill(out, src, |x| x as f32),
         DType::F64 => fill(out, src, |x| x),
-        DType::F16 => fill(out, src, f16::from_f64),
-        DType::BF16 => fill(out, src, bf16::from_f64),
+        DType::F16 => fill(out, src, to_f16),
+        DType::BF16 => fill(out, src, to_bf16),
         DType::Bool => fill(out, src, |x| (x != 0.0) as u8),
         DType::U8 => fill(out, src, |x| x as u8),
         DType::I8 => fill(out, src, |x| x as i8),

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Elem, Tensor};
+use crate::tensor::{DType, Elem, Tensor, to_bf16, to_f16};
 
 /// Why data of type `from` cannot feed a value of type `to`; `None` when it can.
 pub(super) fn refusal(from: DType, to: DType) -> Option<&'static str> {
@@ -137,12 +137,8 @@ fn widen_float(from: DType, src: &[u8], out: &mut [f64]) {
 fn narrow_float(to: DType, wide: &[f64], dst: &mut [u8]) -> Option<usize> {
     match to {
         DType::F32 => write(wide, dst, |x| Some(x as f32).filter(|y| y.is_finite() || !x.is_finite())),
-        DType::F16 => {
-            write(wide, dst, |x| Some(f16::from_f64(x)).filter(|y| y.is_finite() || !x.is_finite()))
-        }
-        DType::BF16 => {
-            write(wide, dst, |x| Some(bf16::from_f64(x)).filter(|y| y.is_finite() || !x.is_finite()))
-        }
+        DType::F16 => write(wide, dst, |x| Some(to_f16(x)).filter(|y| y.is_finite() || !x.is_finite())),
+        DType::BF16 => write(wide, dst, |x| Some(to_bf16(x)).filter(|y| y.is_finite() || !x.is_finite())),
         _ => write(wide, dst, Some),
     }
 }
