@@ -22,9 +22,9 @@ use crate::train::method::Method;
 use crate::train::select::Select;
 use crate::train::step::{self, Evaluation, Network, Norm, Recipe, Shapes};
 
-/// Bytes that a process takes beside what a session holds: threads, graphs and plans.
+/// Of [`process`]: threads and the model's graph.
 const PROCESS: usize = 3 << 20;
-/// The same for each kernel call of the plans.
+/// The same for each kernel call.
 const PER_KERNEL: usize = 2 << 10;
 /// Samples of a channel that the statistics of a part of a batch must at least be over.
 const LEAST_SAMPLES: usize = 16;
@@ -53,14 +53,20 @@ pub fn parse_bytes(text: &str) -> Result<usize> {
     }
 }
 
-/// Bytes for people, in the units that budgets are mostly given in.
+/// Bytes for people, in the units that budgets are mostly given in, rounded up: so much is enough.
 pub fn human(bytes: usize) -> String {
+    let tenths = |unit: f64| (bytes as f64 / unit * 10.0).ceil() / 10.0;
     match bytes {
         0..1024 => format!("{bytes} B"),
-        1024..1048576 => format!("{:.1} KiB", bytes as f64 / 1024.0),
-        1048576..1073741824 => format!("{:.1} MiB", bytes as f64 / 1048576.0),
-        _ => format!("{:.2} GiB", bytes as f64 / 1073741824.0),
+        1024..1048576 => format!("{:.1} KiB", tenths(1024.0)),
+        1048576..1073741824 => format!("{:.1} MiB", tenths(1048576.0)),
+        _ => format!("{:.1} GiB", tenths(1073741824.0)),
     }
+}
+
+/// Bytes that a process takes beside what a session holds, for plans of so many kernel calls in all.
+pub fn process(kernels: usize) -> usize {
+    PROCESS + PER_KERNEL * kernels
 }
 
 /// The shapes of `n` samples. An input that is fed whole with every batch keeps its own.
@@ -182,7 +188,7 @@ impl Job<'_> {
             usage.arena = usage.arena.max(taken);
             beside = beside.max(bytes(&with_batch(self.shapes, n)));
         }
-        let process = PROCESS + PER_KERNEL * kernels;
+        let process = process(kernels);
         let changed = usage.weights + usage.statistics;
         Ok(Probe {
             usage,
@@ -480,6 +486,8 @@ mod tests {
         for (text, bytes) in sizes {
             assert_eq!(parse_bytes(text).unwrap(), bytes, "{text}");
         }
+        assert_eq!(human(3 << 20), "3.0 MiB");
+        assert_eq!(human((3 << 20) + 1), "3.1 MiB");
         for bad in ["", "MiB", "64 MiBs", "64mib", "-1MB", "0", "1e9", "1..5MB", "nan", "inf"] {
             assert!(parse_bytes(bad).unwrap_err().to_string().contains("not a size"), "{bad}");
         }

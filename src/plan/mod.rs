@@ -17,7 +17,7 @@ use crate::ops::Op;
 use crate::tensor::{ALIGN, DType, Dims, Meta};
 
 pub use arena::{Block, assign};
-pub use recompute::{Again, plan_within};
+pub use recompute::{Again, plan_within, work};
 pub use report::{Kind, Peak};
 
 /// What a plan must compute.

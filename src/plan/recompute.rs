@@ -17,7 +17,7 @@ use crate::graph::{Graph, Node, NodeId, Source, StateId, ValueId};
 use crate::ops::batch_norm::BatchNormalization;
 use crate::plan::arena::assign;
 use crate::plan::order::{check_updates, order};
-use crate::plan::{Home, Plan, Planner, Request, aligned, time};
+use crate::plan::{Home, Kind, Plan, Planner, Request, aligned, time};
 use crate::tensor::Meta;
 
 /// Multiply-adds that take about as long as it takes to read or write one byte.
@@ -114,16 +114,21 @@ fn fixed(graph: &Graph, request: &Request, order: &[NodeId]) -> Vec<bool> {
     }
 }
 
-/// The work of a node, in multiply-adds.
-pub fn work(graph: &Graph, node: &Node) -> f64 {
+/// Multiply-adds of a node, and bytes that it reads and writes.
+pub fn work(graph: &Graph, node: &Node) -> (f64, f64) {
     if node.op.is_view() {
-        return 0.0;
+        return (0.0, 0.0);
     }
     let meta = |v: &ValueId| graph.value(*v).meta.as_ref();
     let metas: Vec<Option<&Meta>> = node.inputs.iter().map(|v| v.as_ref().and_then(meta)).collect();
     let bytes: usize =
         node.inputs.iter().chain(&node.outputs).flatten().filter_map(meta).map(Meta::bytes).sum();
-    node.op.multiply_adds(&metas) as f64 + WORK_OF_BYTE * bytes as f64
+    (node.op.multiply_adds(&metas) as f64, bytes as f64)
+}
+
+fn cost(graph: &Graph, node: &Node) -> f64 {
+    let (work, bytes) = work(graph, node);
+    work + WORK_OF_BYTE * bytes
 }
 
 /// A value is dropped after an event, the running of one node of the original order and of what is computed again for
@@ -197,7 +202,7 @@ impl<'a> Search<'a> {
             let mut made = graph.node(*id).outputs.iter().flatten();
             made.next().is_some_and(|v| fixed[v.index()])
         };
-        let cost: Vec<f64> = graph.nodes.iter().map(|n| work(graph, n)).collect();
+        let cost: Vec<f64> = graph.nodes.iter().map(|n| cost(graph, n)).collect();
         let work = order.iter().map(|id| cost[id.index()]).sum();
         let order: Vec<NodeId> = order.into_iter().filter(|id| !made(id)).collect();
         let mut slim = graph.clone();
@@ -212,6 +217,9 @@ impl<'a> Search<'a> {
         let Some(mut built) = self.build(&self.graph, &cuts) else { return Ok(cuts) };
         let mut profile = self.profile(&built)?;
         let mut best = (profile.arena(), cuts.clone());
+        if limit > 0 && self.one_kernel(&built, &profile) > limit {
+            return Ok(cuts);
+        }
         let mut target = limit;
         let mut attempts = 0;
         while best.0 > limit {
@@ -246,6 +254,28 @@ impl<'a> Search<'a> {
             self.prune(&mut cuts, limit)?;
         }
         Ok(cuts)
+    }
+
+    /// What the kernel call that takes the most takes: no plan needs less.
+    fn one_kernel(&self, built: &Built, profile: &Profile) -> usize {
+        let mut scratch = vec![0; built.order.len() + 1];
+        for b in profile.blocks.iter().filter(|b| b.kind == Kind::Scratch) {
+            scratch[b.born] += aligned(b.bytes);
+        }
+        let taken = built.order.iter().enumerate().map(|(position, id)| {
+            let node = built.graph.node(*id);
+            let mut blocks: Vec<usize> = Vec::new();
+            for v in node.inputs.iter().chain(&node.outputs).flatten() {
+                if let Some(Home::Block(b)) = profile.homes[v.index()] {
+                    blocks.push(b);
+                }
+            }
+            blocks.sort();
+            blocks.dedup();
+            let operands: usize = blocks.into_iter().map(|b| aligned(profile.blocks[b].bytes)).sum();
+            operands + scratch[time(position)]
+        });
+        taken.max().unwrap_or(0)
     }
 
     /// Drops values until everything fits the target; `false`: nothing more helps.

@@ -18,7 +18,7 @@ pub enum Select {
     Bias,
     /// Scales and shifts of normalisations.
     Norm,
-    /// Any of several name patterns (`*`, `?`, `[…]`).
+    /// Any of several name patterns (`*`, `?`, `[…]`), but for those of patterns after a `!`; only such: all others.
     Globs(Vec<glob::Pattern>),
 }
 
@@ -58,7 +58,11 @@ impl Select {
             Select::Bias => role(&[Role::Bias, Role::Shift]),
             Select::Norm => role(&[Role::Scale, Role::Shift]),
             Select::Globs(patterns) => {
-                for p in patterns {
+                let out = |p: &&glob::Pattern| p.as_str().starts_with('!');
+                let (out, patterns): (Vec<_>, Vec<_>) = patterns.iter().partition(out);
+                let out: Vec<glob::Pattern> =
+                    out.iter().filter_map(|p| glob::Pattern::new(&p.as_str()[1..]).ok()).collect();
+                for p in patterns.iter().copied().chain(&out) {
                     if !ids().any(|w| p.matches(&model.weight(w).name)) {
                         return Err(Error::Config(format!(
                             "no parameter's name matches '{p}'; `retune inspect` lists them"
@@ -67,9 +71,12 @@ impl Select {
                 }
                 let statistic =
                     |w: &WeightId| matches!(model.weight(*w).role, Role::RunningMean | Role::RunningVar);
-                ids()
-                    .filter(|w| patterns.iter().any(|p| p.matches(&model.weight(*w).name)) && !statistic(w))
-                    .collect()
+                let chosen = |w: &WeightId| match patterns.is_empty() {
+                    true => model.weight(*w).trainable,
+                    false => patterns.iter().any(|p| p.matches(&model.weight(*w).name)) && !statistic(w),
+                };
+                let left_out = |w: &WeightId| out.iter().any(|p| p.matches(&model.weight(*w).name));
+                ids().filter(|w| chosen(w) && !left_out(w)).collect()
             }
         };
         if chosen.is_empty() {
@@ -134,6 +141,10 @@ mod tests {
         assert_eq!(chosen("conv1.weight, fc.bias").unwrap(), ["conv1.weight", "fc.bias"]);
         // Statistics are not parameters.
         assert!(chosen("bn1.*").unwrap().iter().all(|n| !n.contains("running")));
+        let rest = chosen("!fc.weight,!conv1.*").unwrap();
+        assert!(rest.len() == 63 && !rest.contains(&"fc.weight".to_string()), "{rest:?}");
+        assert_eq!(chosen("fc.*,!*.bias").unwrap(), ["fc.weight"]);
+        assert!(chosen("!nothing").unwrap_err().to_string().contains("nothing"));
         assert!(chosen("nothing*").unwrap_err().to_string().contains("nothing*"));
         assert!(chosen("last:0").is_err());
         assert!(chosen("[").is_err());
