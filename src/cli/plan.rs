@@ -195,6 +195,7 @@ fn training(
             method: &new_method,
             shapes: &shapes,
             epochs: config.epochs,
+            samples: 0,
             held: 0,
             data: 0,
             train: &config.train,

@@ -100,6 +100,8 @@ pub struct Job<'a> {
     /// Of batches of the full size.
     pub shapes: &'a Shapes,
     pub epochs: usize,
+    /// Samples of an epoch, whose last batch may be a smaller one; 0: all batches are whole.
+    pub samples: usize,
     /// Samples that are evaluated before and after; 0: none.
     pub held: usize,
     /// Bytes of data.
@@ -166,6 +168,10 @@ impl Job<'_> {
         let shapes = with_batch(self.shapes, micro);
         let mut method = (self.method)()?;
         method.prepare(&mut session, &recipe, &shapes, self.epochs)?;
+        if !self.samples.is_multiple_of(micro) {
+            let last = with_batch(self.shapes, self.samples % micro);
+            method.prepare(&mut session, &recipe, &last, self.epochs)?;
+        }
         if recipe.accumulate > 1 {
             step::apply(&mut session, &recipe)?;
         }

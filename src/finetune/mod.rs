@@ -281,6 +281,7 @@ pub fn finetune(
         method: &new_method,
         shapes: &shapes,
         epochs: config.epochs,
+        samples: train.len(),
         held: held_indices.len(),
         data: data.bytes() + held.as_ref().map_or(0, Dataset::bytes),
         train: &config.train,
