@@ -217,10 +217,19 @@ impl<'a> Search<'a> {
         let Some(mut built) = self.build(&self.graph, &cuts) else { return Ok(cuts) };
         let mut profile = self.profile(&built)?;
         let mut best = (profile.arena(), cuts.clone());
-        if limit > 0 && self.one_kernel(&built, &profile) > limit {
+        let least = self.one_kernel(&built, &profile);
+        if limit > 0 && least > limit {
             return Ok(cuts);
         }
-        let mut target = limit;
+        let mut target = limit.max(least);
+        if limit == 0 {
+            // Straight there, then step by step.
+            self.improve(&mut cuts, &mut built, &mut profile, target)?;
+            let arena = profile.arena();
+            if arena < best.0 {
+                best = (arena, cuts.clone());
+            }
+        }
         let mut attempts = 0;
         while best.0 > limit {
             let peak = profile.peak().1;
@@ -265,7 +274,10 @@ impl<'a> Search<'a> {
         let taken = built.order.iter().enumerate().map(|(position, id)| {
             let node = built.graph.node(*id);
             let mut blocks: Vec<usize> = Vec::new();
-            for v in node.inputs.iter().chain(&node.outputs).flatten() {
+            // A result that may come to lie where an operand does takes nothing of its own.
+            let apart = |o: &usize| node.op.in_place().iter().all(|p| p.1 != *o);
+            let results = node.outputs.iter().enumerate().filter(|(o, _)| apart(o)).map(|(_, v)| v);
+            for v in node.inputs.iter().chain(results).flatten() {
                 if let Some(Home::Block(b)) = profile.homes[v.index()] {
                     blocks.push(b);
                 }
@@ -376,33 +388,69 @@ impl<'a> Search<'a> {
                 waiting.entry(b).or_default().push(v);
             }
         }
+        // What is there anyway when it is wanted again.
+        let at_hand: HashSet<ValueId> =
+            waiting.values().flatten().map(|v| built.origins[v.index()]).collect();
         let mut found = Vec::new();
-        for (b, values) in waiting {
-            let block = &profile.blocks[b];
-            if barred.contains(&b) || block.bytes < LEAST || block.dies < peak {
+        for (b, values) in &waiting {
+            let block = &profile.blocks[*b];
+            if barred.contains(b) || block.bytes < LEAST || block.dies < peak {
                 continue;
             }
-            let (mut list, mut cost, mut soonest, mut seen) = (Vec::new(), 0.0, usize::MAX, 0);
-            for v in &values {
-                let origin = built.origins[v.index()];
-                let Source::Node(n, o) = self.graph.value(origin).source else { break };
-                let last = built.touched.get(&origin).and_then(|t| t.iter().rev().find(|e| **e <= event));
-                let Some(last) = last.filter(|_| repeatable(self.graph.node(n), o)) else { break };
-                cost += if self.graph.node(n).op.is_view() { 0.0 } else { self.cost[n.index()] };
-                soonest = soonest.min(next[v.index()]);
-                seen = seen.max(made_at[v.index()]);
-                list.push((origin, *last));
-            }
-            if list.len() < values.len() || list.iter().all(|c| cuts.contains(c)) {
+            let soonest = values.iter().map(|v| next[v.index()]).min().unwrap_or(here);
+            let seen = values.iter().map(|v| made_at[v.index()]).max().unwrap_or(here);
+            let origins = values.iter().map(|v| built.origins[v.index()]).collect();
+            let Some((cuts_here, cost)) = self.dropping(origins, &at_hand, built, event) else { continue };
+            if cuts_here.iter().all(|c| cuts.contains(c)) {
                 continue;
             }
-            list.sort();
             let waits = (soonest - seen.min(here)) as f64;
-            found.push(Candidate { cuts: list, score: block.bytes as f64 * waits / cost.max(1.0) });
+            found.push(Candidate { cuts: cuts_here, score: block.bytes as f64 * waits / cost.max(1.0) });
         }
         // In an order that does not depend on the map's.
         found.sort_by(|a, b| a.cuts.cmp(&b.cuts));
         found
+    }
+
+    /// The cuts that drop original values at an event, and with them what they are computed of and nobody else waits for: it
+    /// is computed again too rather than kept for their sake. And what that costs; `None`: it cannot be.
+    fn dropping(
+        &self,
+        mut values: Vec<ValueId>,
+        at_hand: &HashSet<ValueId>,
+        built: &Built,
+        event: u32,
+    ) -> Option<(Vec<Cut>, f64)> {
+        let (mut list, mut cost, mut done) = (Vec::new(), 0.0, HashSet::new());
+        let wanted = values.len();
+        while let Some(v) = values.pop() {
+            if !done.insert(v) {
+                continue;
+            }
+            let last = built.touched.get(&v).and_then(|t| t.iter().rev().find(|e| **e <= event));
+            let source = match self.graph.value(v).source {
+                Source::Node(n, o) if repeatable(self.graph.node(n), o) => Some(n),
+                _ => None,
+            };
+            let (Some(last), Some(n)) = (last, source) else {
+                // What it is computed of has to wait then.
+                if list.len() < wanted {
+                    return None;
+                }
+                continue;
+            };
+            list.push((v, *last));
+            let node = self.graph.node(n);
+            cost += if node.op.is_view() { 0.0 } else { self.cost[n.index()] };
+            let inputs = node.op.again(node).map_or_else(|| node.inputs.clone(), |again| again.1);
+            values.extend(inputs.into_iter().flatten().filter(|u| {
+                let large = self.graph.value(*u).meta.as_ref().is_some_and(|m| m.bytes() >= LEAST);
+                let computed = matches!(self.graph.value(*u).source, Source::Node(..));
+                large && computed && !self.fixed[u.index()] && !at_hand.contains(u)
+            }));
+        }
+        list.sort();
+        Some((list, cost))
     }
 
     fn profile(&self, built: &Built) -> Result<Profile> {
