@@ -4,11 +4,22 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
+use tempfile::NamedTempFile;
+
 use crate::error::{Error, Result};
 
 /// Calls `fill` on a temporary file beside `path`, syncs it and renames it to `path`: a reader sees the old file or
 /// the whole new one, whatever happens in between.
 pub(crate) fn write(path: &Path, fill: impl FnOnce(&mut BufWriter<&File>) -> Result<()>) -> Result<()> {
+    write_named(path, |temporary| {
+        let mut buffered = BufWriter::with_capacity(1 << 16, temporary.as_file());
+        fill(&mut buffered)?;
+        buffered.flush().map_err(|e| Error::io(path, e))
+    })
+}
+
+/// As [`write`], `fill` being given the temporary file: it may also put another in its place.
+pub(crate) fn write_named(path: &Path, fill: impl FnOnce(&NamedTempFile) -> Result<()>) -> Result<()> {
     let fail = |e| Error::io(path, e);
     let folder = match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
@@ -19,11 +30,9 @@ pub(crate) fn write(path: &Path, fill: impl FnOnce(&mut BufWriter<&File>) -> Res
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask, like any new file
     let temporary = builder.tempfile_in(folder).map_err(fail)?;
-    let mut buffered = BufWriter::with_capacity(1 << 16, temporary.as_file());
-    fill(&mut buffered)?;
-    buffered.flush().map_err(fail)?;
-    drop(buffered);
-    temporary.as_file().sync_all().map_err(fail)?;
+    fill(&temporary)?;
+    // By name: it may have been replaced.
+    File::options().write(true).open(temporary.path()).and_then(|f| f.sync_all()).map_err(fail)?;
     temporary.persist(path).map_err(|e| fail(e.error))?;
     // The rename itself, where folders can be synced.
     #[cfg(unix)]

@@ -26,13 +26,14 @@ pub fn parse(text: &str) -> Result<usize> {
     }
 }
 
-/// Bytes for people, in the units that budgets are mostly given in.
+/// Bytes for people, in the units that budgets are mostly given in, rounded up: so much is enough.
 pub fn human(bytes: usize) -> String {
+    let tenths = |unit: f64| (bytes as f64 / unit * 10.0).ceil() / 10.0;
     match bytes {
         0..1024 => format!("{bytes} B"),
-        1024..1048576 => format!("{:.1} KiB", bytes as f64 / 1024.0),
-        1048576..1073741824 => format!("{:.1} MiB", bytes as f64 / 1048576.0),
-        _ => format!("{:.2} GiB", bytes as f64 / 1073741824.0),
+        1024..1048576 => format!("{:.1} KiB", tenths(1024.0)),
+        1048576..1073741824 => format!("{:.1} MiB", tenths(1048576.0)),
+        _ => format!("{:.1} GiB", tenths(1073741824.0)),
     }
 }
 
@@ -57,6 +58,7 @@ mod tests {
         for bad in ["", "MiB", "64 MiBs", "64mib", "-1MB", "0", "1e9", "1..5MB", "nan", "inf"] {
             assert!(parse(bad).unwrap_err().to_string().contains("not a size"), "{bad}");
         }
-        assert_eq!(human(1536), "1.5 KiB");
+        assert_eq!(human(3 << 20), "3.0 MiB");
+        assert_eq!(human((3 << 20) + 1), "3.1 MiB");
     }
 }

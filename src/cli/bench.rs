@@ -162,6 +162,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
                     method: &|| config.method(),
                     shapes: &shapes,
                     epochs: 2,
+                    samples: 0,
                     held: 0,
                     data: 0,
                     train: &args.train,

@@ -1,21 +1,27 @@
 //! `retune plan`: what a run takes, before it runs.
 
+mod svg;
+mod table;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::Serialize;
 
 use crate::exec::{Options, Precision, Session, Usage};
+use crate::finetune::budget::{Fitted, Job, with_batch};
 use crate::finetune::{Config, MethodName, input_specs};
 use crate::icp::NO_FLOATS;
 use crate::import::Model;
 use crate::plan::Peak;
 use crate::tensor::Meta;
 use crate::train::loss::default_target;
+use crate::train::method::Method;
 use crate::train::step::{Evaluation, Network, Recipe, Shapes};
 
 use super::config::{Overrides, Switches, resolve};
 use super::human_bytes;
+use table::{Asked, Row, Speed};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -23,6 +29,18 @@ pub struct Args {
     /// Sizes that the file leaves open, by input: NAME=8x3x224x224 (the batch included)
     #[arg(long, value_name = "NAME=DIMS")]
     shape: Vec<String>,
+    /// Batches to compare [default: 1, 8, 32 and --batch]
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    batches: Vec<usize>,
+    /// What trains, to compare [default: all, last:4, norm, bias, head and --train]
+    #[arg(long, value_name = "PRESET,…", value_delimiter = ',')]
+    presets: Vec<String>,
+    /// Memory that there is, as 256MiB: says what fits
+    #[arg(long, value_name = "SIZE")]
+    device_memory: Option<String>,
+    /// Draw memory over a step of --method into a file
+    #[arg(long, value_name = "FILE.svg")]
+    svg: Option<PathBuf>,
     #[command(flatten)]
     overrides: Overrides,
     #[command(flatten)]
@@ -45,7 +63,18 @@ struct ModeReport {
     mode: String,
     memory: Usage,
     peak_bytes: usize,
+    /// Estimated milliseconds of a step (of the pass, forward).
+    step_ms: f64,
+    /// How it keeps to --memory-budget.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    budget: Option<Fitted>,
     programs: Vec<ProgramReport>,
+}
+
+/// A way to train with its programs.
+struct Planned {
+    report: ModeReport,
+    method: Box<dyn Method>,
 }
 
 #[derive(Serialize)]
@@ -54,6 +83,8 @@ struct Report {
     optimizer: String,
     precision: Precision,
     modes: Vec<ModeReport>,
+    /// Batches, presets, precisions and methods side by side.
+    table: Vec<Row>,
     /// Of what the model cannot be used for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     notes: Vec<String>,
@@ -63,33 +94,57 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
     let config = resolve(&args.overrides, &args.switches)?;
     let model = super::data::load(&args.model, &config.set)?;
     let inputs = input_shapes(&model, config.batch, &args.shape)?;
-    let mut modes = vec![forward(&model, &inputs, &config.loss()?)?];
-    let mut notes = Vec::new();
     let single = Config { precision: Precision::F32, master_free: false, ..config.clone() };
+    let speed = Speed::measured(config.threads)?;
+    let mut modes = vec![forward(&model, &inputs, &config.loss()?, &speed)?];
+    let (mut notes, mut drawn, mut refused) = (Vec::new(), None, None);
     for (name, method) in [("supervised", MethodName::Supervised), ("icp", MethodName::Icp)] {
         if method == MethodName::Icp && !inputs.iter().any(|(_, meta)| meta.dtype.is_float()) {
             notes.push(format!("icp: {NO_FLOATS}"));
             continue;
         }
-        match training(&model, &inputs, name, &Config { method, ..config.clone() }) {
-            Ok(mode) => modes.push(mode),
-            // A budget that one method keeps may be too small for the other.
-            Err(e) if method != config.method && config.train.contains("sparse:") => {
+        let own = Config { method, ..config.clone() };
+        let planned = match training(&model, &inputs, name, &own, &speed) {
+            Ok(planned) => planned,
+            // A budget that one method keeps to may be too small for the other.
+            Err(e) if config.memory_budget.is_some() || config.train.contains("sparse:") => {
                 notes.push(format!("{name}: {e}"));
+                refused = Some(e);
                 continue;
             }
             Err(e) => return Err(e),
+        };
+        notes.extend(planned.report.budget.iter().flat_map(|b| b.describe()).map(|n| format!("{name}: {n}")));
+        let wanted = method == config.method || drawn.is_none();
+        if wanted && let Some(path) = &args.svg {
+            let title = title(&args.model, &config, &planned.report);
+            let limit = config.memory_budget()?;
+            svg::draw(path, &title, &planned.method.programs(), &planned.report.memory, limit)?;
+            drawn = Some(path);
         }
         if config.precision != Precision::F32 {
-            let whole = training(&model, &inputs, name, &Config { method, ..single.clone() })?;
-            notes.extend(modes.last().map(|half| saved(half, &whole)));
+            let whole = training(&model, &inputs, name, &Config { method, ..single.clone() }, &speed)?;
+            notes.push(saved(&planned.report, &whole.report));
         }
+        modes.push(planned.report);
     }
+    if let Some(e) = refused.filter(|_| modes.len() == 1) {
+        return Err(e);
+    }
+    let size = |text: &Option<String>| {
+        text.as_deref()
+            .map(|t| crate::size::parse(t).map_err(|e| anyhow::anyhow!("--device-memory {e}")))
+            .transpose()
+    };
+    let device = size(&args.device_memory)?.or(config.memory_budget()?);
+    let asked = Asked { batches: &args.batches, presets: &args.presets, device, shape: &args.shape };
+    let own = Config { memory_budget: None, ..config.clone() };
+    let table = table::rows(&model, &own, &asked, &speed)?;
     let optimizer = format!("{:?}", config.optimizer).to_lowercase();
-    let report = Report { batch: config.batch, optimizer, precision: config.precision, modes, notes };
+    let report = Report { batch: config.batch, optimizer, precision: config.precision, modes, table, notes };
     match args.json {
         true => super::print_json(&report)?,
-        false => print(&report),
+        false => print(&report, device),
     }
     Ok(0)
 }
@@ -107,22 +162,65 @@ fn saved(half: &ModeReport, single: &ModeReport) -> String {
     )
 }
 
+fn title(model: &std::path::Path, config: &Config, mode: &ModeReport) -> String {
+    format!(
+        "{}, batch {}, {}, --train {}: {}",
+        model.file_name().unwrap_or_default().to_string_lossy(),
+        config.batch,
+        mode.mode,
+        config.train,
+        human_bytes(mode.peak_bytes)
+    )
+}
+
 fn training(
     model: &Arc<Model>,
     inputs: &[(String, Meta)],
     name: &str,
     config: &Config,
-) -> anyhow::Result<ModeReport> {
-    let mut session = Session::new(model.clone(), Options { threads: 1, ..config.session() })?;
+    speed: &Speed,
+) -> anyhow::Result<Planned> {
+    let bound = config.memory_budget()?;
+    // Scratch memory depends on the threads.
+    let threads = if bound.is_some() { config.threads } else { 1 };
+    let mut session = Session::new(model.clone(), Options { threads, dry: true, ..config.session() })?;
     let loss = config.loss()?;
-    let shapes = with_target(&session, inputs, &loss)?;
-    let ask = config.ask(&loss, &shapes);
+    let whole = with_target(&session, inputs, &loss)?;
+    let ask = config.ask(&loss, &whole);
     let chosen = crate::train::preset::choose(&mut session, &ask)?;
-    let recipe = Recipe { params: chosen.params, ..ask.recipe.clone() };
+    let mut recipe = Recipe { params: chosen.params, ..ask.recipe.clone() };
+    let (mut budget, mut shapes) = (None, whole.clone());
+    if let Some(bytes) = bound {
+        let job = Job {
+            session: &session,
+            recipe: &recipe,
+            method: &|| config.method(),
+            shapes: &shapes,
+            epochs: config.epochs,
+            samples: 0,
+            held: 0,
+            data: 0,
+            train: &config.train,
+        };
+        let fitted = job.fit(bytes)?;
+        session = session.dry(fitted.arena)?;
+        recipe.accumulate *= fitted.parts;
+        shapes = with_batch(&shapes, fitted.micro);
+        budget = Some(fitted);
+    }
     recipe.prepare(&mut session)?;
     let mut method = config.method()?;
     method.prepare(&mut session, &recipe, &shapes, config.epochs)?;
-    Ok(mode(name, &session, &method.programs()))
+    let parts = budget.as_ref().map_or(1, |b| b.parts);
+    let programs = method.programs();
+    let step_ms = programs.iter().map(|(what, p)| {
+        let times = if *what == "perturb" { config.icp_steps } else { 1 };
+        (parts * times) as f64 * speed.estimate(p)
+    });
+    let step_ms = step_ms.sum();
+    let report = ModeReport { step_ms, budget, ..mode(name, &session, &programs) };
+    drop(programs);
+    Ok(Planned { report, method })
 }
 
 fn mode(name: &str, session: &Session, programs: &[(&str, &crate::exec::Program)]) -> ModeReport {
@@ -131,6 +229,8 @@ fn mode(name: &str, session: &Session, programs: &[(&str, &crate::exec::Program)
         mode: name.into(),
         memory,
         peak_bytes: memory.total(),
+        step_ms: 0.0,
+        budget: None,
         programs: programs
             .iter()
             .map(|(what, p)| ProgramReport {
@@ -146,11 +246,14 @@ fn forward(
     model: &Arc<Model>,
     inputs: &[(String, Meta)],
     loss: &crate::train::loss::Loss,
+    speed: &Speed,
 ) -> anyhow::Result<ModeReport> {
-    let mut session = Session::new(model.clone(), Options { threads: 1, ..Options::default() })?;
+    let options = Options { threads: 1, dry: true, ..Options::default() };
+    let mut session = Session::new(model.clone(), options)?;
     let shapes = with_target(&session, inputs, loss)?;
     let evaluation = Evaluation::new(&mut session, loss, &shapes)?;
-    Ok(mode("forward", &session, &[("forward", &evaluation.program)]))
+    let step_ms = speed.estimate(&evaluation.program);
+    Ok(ModeReport { step_ms, ..mode("forward", &session, &[("forward", &evaluation.program)]) })
 }
 
 /// The shapes of a batch: as the file declares them, with `batch` first, and as `given` on the command line.
@@ -195,7 +298,7 @@ pub fn with_target(
     Ok(shapes)
 }
 
-fn print(r: &Report) {
+fn print(r: &Report, device: Option<usize>) {
     outln!("batch {}, {}, {}", r.batch, r.optimizer, r.precision);
     outln!(
         "{:12} {:>10} {:>10} {:>10} {:>10} {:>12} {:>10} {:>10}",
@@ -225,6 +328,7 @@ fn print(r: &Report) {
             outln!("  {:10} {:>10} arena, {} kernels", p.program, human_bytes(p.peak.arena), p.kernels);
         }
     }
+    table::print(&r.table, device);
     for note in &r.notes {
         outln!("{note}");
     }

@@ -514,11 +514,14 @@ impl Session {
         let Some((meta, location)) = program.plan.outputs.get(&v) else {
             return Err(Error::value(&program.graph.value(v).name, "was not asked for"));
         };
-        let bytes = match location {
-            Location::Arena(range) => &self.arena.bytes()[range.clone()],
-            Location::State(s) => self.store.view(*s).bytes,
-            Location::Constant(c) => program.constants[*c].bytes(),
-        };
+        let bytes =
+            match location {
+                Location::Arena(range) => self.arena.bytes().get(range.clone()).ok_or_else(|| {
+                    Error::value(&program.graph.value(v).name, "is read before the first run")
+                })?,
+                Location::State(s) => self.store.view(*s).bytes,
+                Location::Constant(c) => program.constants[*c].bytes(),
+            };
         Ok(View { dtype: meta.dtype, dims: &meta.dims, bytes })
     }
 

@@ -23,12 +23,17 @@ use crate::train::method::Method;
 use crate::train::select::Select;
 use crate::train::step::{self, Evaluation, Network, Norm, Recipe, Shapes};
 
-/// Bytes that a process takes beside what a session holds: threads, graphs and plans.
+/// Of [`process`]: threads and the model's graph.
 const PROCESS: usize = 3 << 20;
-/// The same for each kernel call of the plans.
+/// The same for each kernel call.
 const PER_KERNEL: usize = 2 << 10;
 /// Samples of a channel that the statistics of a part of a batch must at least be over.
 const LEAST_SAMPLES: usize = 16;
+
+/// Bytes that a process takes beside what a session holds, for plans of so many kernel calls in all.
+pub fn process(kernels: usize) -> usize {
+    PROCESS + PER_KERNEL * kernels
+}
 
 /// The shapes of `n` samples. An input that is fed whole with every batch keeps its own.
 pub fn with_batch(shapes: &Shapes, n: usize) -> Shapes {
@@ -61,6 +66,8 @@ pub struct Job<'a> {
     /// Of batches of the full size.
     pub shapes: &'a Shapes,
     pub epochs: usize,
+    /// Samples of an epoch, whose last batch may be a smaller one; 0: all batches are whole.
+    pub samples: usize,
     /// Samples that are evaluated before and after; 0: none.
     pub held: usize,
     /// Bytes of data.
@@ -130,6 +137,10 @@ impl Job<'_> {
         let shapes = with_batch(self.shapes, micro);
         let mut method = (self.method)()?;
         method.prepare(&mut session, &recipe, &shapes, self.epochs)?;
+        if !self.samples.is_multiple_of(micro) {
+            let last = with_batch(self.shapes, self.samples % micro);
+            method.prepare(&mut session, &recipe, &last, self.epochs)?;
+        }
         if recipe.accumulate > 1 {
             step::apply(&mut session, &recipe)?;
         }
@@ -152,7 +163,7 @@ impl Job<'_> {
             usage.arena = usage.arena.max(taken);
             beside = beside.max(bytes(&with_batch(self.shapes, n)));
         }
-        let process = PROCESS + PER_KERNEL * kernels;
+        let process = process(kernels);
         let changed = usage.weights + usage.statistics;
         Ok(Probe {
             usage,

@@ -252,6 +252,7 @@ pub fn finetune(
         method: &|| config.method(),
         shapes: &shapes,
         epochs: config.epochs,
+        samples: train.len(),
         held: held_indices.len(),
         data: data.bytes() + held.as_ref().map_or(0, Dataset::bytes),
         train: &config.train,

@@ -11,7 +11,7 @@ mod external;
 mod flat;
 mod head;
 mod integers;
-mod map;
+pub(crate) mod map;
 mod order;
 pub mod proto;
 mod roles;

@@ -16,18 +16,44 @@ pub struct Block {
     pub name: ValueId,
 }
 
+impl Block {
+    /// Steps that it lives for.
+    fn life(&self) -> usize {
+        (self.dies - self.born).saturating_add(1)
+    }
+}
+
 /// Gives every block an offset such that blocks alive at the same time do not overlap, and returns the
 /// size of the arena.
 ///
 /// Largest first, each at the lowest offset where it fits (Pisarchyk and Lee, *Efficient Memory Management
-/// for Deep Neural Net Inference*, 2020, greedy by size).
+/// for Deep Neural Net Inference*, 2020, greedy by size); or, where that is smaller, those first that take the most over
+/// time, or that live longest.
 pub fn assign(blocks: &mut [Block]) -> usize {
-    let mut by_size: Vec<usize> = (0..blocks.len()).collect();
-    by_size.sort_by_key(|&i| (std::cmp::Reverse(blocks[i].bytes), blocks[i].born, i));
+    type Key = fn(&Block) -> (usize, usize);
+    let keys: [Key; 3] =
+        [|b| (b.bytes, 0), |b| (b.bytes.saturating_mul(b.life()), 0), |b| (b.life(), b.bytes)];
+    let mut best: Option<(usize, Vec<usize>)> = None;
+    for key in keys {
+        let (total, offsets) = place(blocks, key);
+        if best.as_ref().is_none_or(|b| total < b.0) {
+            best = Some((total, offsets));
+        }
+    }
+    let (total, offsets) = best.unwrap_or_default();
+    blocks.iter_mut().zip(offsets).for_each(|(b, offset)| b.offset = offset);
+    total
+}
+
+/// The arena's size and the offsets, blocks being placed by falling `key`.
+fn place(blocks: &[Block], key: impl Fn(&Block) -> (usize, usize)) -> (usize, Vec<usize>) {
+    let mut order: Vec<usize> = (0..blocks.len()).collect();
+    order.sort_by_key(|&i| (std::cmp::Reverse(key(&blocks[i])), blocks[i].born, i));
+    let mut offsets = vec![0; blocks.len()];
     // Kept sorted by offset.
     let mut placed: Vec<usize> = Vec::with_capacity(blocks.len());
     let mut total = 0;
-    for i in by_size {
+    for i in order {
         let size = aligned(blocks[i].bytes);
         let mut offset = 0;
         for &j in &placed {
@@ -35,17 +61,17 @@ pub fn assign(blocks: &mut [Block]) -> usize {
             if other.born > blocks[i].dies || other.dies < blocks[i].born {
                 continue;
             }
-            if offset + size <= other.offset {
+            if offset + size <= offsets[j] {
                 break;
             }
-            offset = offset.max(other.offset + aligned(other.bytes));
+            offset = offset.max(offsets[j] + aligned(other.bytes));
         }
-        blocks[i].offset = offset;
+        offsets[i] = offset;
         total = total.max(offset + size);
-        let at = placed.partition_point(|&j| blocks[j].offset <= offset);
+        let at = placed.partition_point(|&j| offsets[j] <= offset);
         placed.insert(at, i);
     }
-    total
+    (total, offsets)
 }
 
 #[cfg(test)]

@@ -43,11 +43,14 @@ fn eager(graph: &Graph, order: &[NodeId]) -> Vec<NodeId> {
         let node = graph.node(*id);
         let small = leaves_little(graph, node);
         let mut place = if small { 0 } else { position };
-        for v in node.inputs.iter().flatten() {
+        for (i, v) in node.inputs.iter().enumerate() {
+            let Some(v) = v else { continue };
             place = place.max(match graph.value(*v).source {
                 Source::Node(n, _) => places[n.index()],
                 // An update waits for everybody else who reads the state.
-                Source::State(s) if small => read.get(&s).copied().unwrap_or(0),
+                Source::State(s) if small && node.op.updates().iter().any(|u| u.0 == i) => {
+                    read.get(&s).copied().unwrap_or(0)
+                }
                 _ => 0,
             });
         }

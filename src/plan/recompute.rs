@@ -17,7 +17,7 @@ use crate::graph::{Graph, Node, NodeId, Source, StateId, ValueId};
 use crate::ops::batch_norm::BatchNormalization;
 use crate::plan::arena::assign;
 use crate::plan::order::{check_updates, order};
-use crate::plan::{Home, Plan, Planner, Request, aligned, time};
+use crate::plan::{Home, Kind, Plan, Planner, Request, aligned, time};
 use crate::tensor::Meta;
 
 /// Multiply-adds that take about as long as it takes to read or write one byte.
@@ -114,16 +114,21 @@ fn fixed(graph: &Graph, request: &Request, order: &[NodeId]) -> Vec<bool> {
     }
 }
 
-/// The work of a node, in multiply-adds.
-pub fn work(graph: &Graph, node: &Node) -> f64 {
+/// Multiply-adds of a node, and bytes that it reads and writes.
+pub fn work(graph: &Graph, node: &Node) -> (f64, f64) {
     if node.op.is_view() {
-        return 0.0;
+        return (0.0, 0.0);
     }
     let meta = |v: &ValueId| graph.value(*v).meta.as_ref();
     let metas: Vec<Option<&Meta>> = node.inputs.iter().map(|v| v.as_ref().and_then(meta)).collect();
     let bytes: usize =
         node.inputs.iter().chain(&node.outputs).flatten().filter_map(meta).map(Meta::bytes).sum();
-    node.op.multiply_adds(&metas) as f64 + WORK_OF_BYTE * bytes as f64
+    (node.op.multiply_adds(&metas) as f64, bytes as f64)
+}
+
+fn cost(graph: &Graph, node: &Node) -> f64 {
+    let (work, bytes) = work(graph, node);
+    work + WORK_OF_BYTE * bytes
 }
 
 /// A value is dropped after an event, the running of one node of the original order and of what is computed again for
@@ -197,7 +202,7 @@ impl<'a> Search<'a> {
             let mut made = graph.node(*id).outputs.iter().flatten();
             made.next().is_some_and(|v| fixed[v.index()])
         };
-        let cost: Vec<f64> = graph.nodes.iter().map(|n| work(graph, n)).collect();
+        let cost: Vec<f64> = graph.nodes.iter().map(|n| cost(graph, n)).collect();
         let work = order.iter().map(|id| cost[id.index()]).sum();
         let order: Vec<NodeId> = order.into_iter().filter(|id| !made(id)).collect();
         let mut slim = graph.clone();
@@ -212,7 +217,19 @@ impl<'a> Search<'a> {
         let Some(mut built) = self.build(&self.graph, &cuts) else { return Ok(cuts) };
         let mut profile = self.profile(&built)?;
         let mut best = (profile.arena(), cuts.clone());
-        let mut target = limit;
+        let least = self.one_kernel(&built, &profile);
+        if limit > 0 && least > limit {
+            return Ok(cuts);
+        }
+        let mut target = limit.max(least);
+        if limit == 0 {
+            // Straight there, then step by step.
+            self.improve(&mut cuts, &mut built, &mut profile, target)?;
+            let arena = profile.arena();
+            if arena < best.0 {
+                best = (arena, cuts.clone());
+            }
+        }
         let mut attempts = 0;
         while best.0 > limit {
             let peak = profile.peak().1;
@@ -246,6 +263,31 @@ impl<'a> Search<'a> {
             self.prune(&mut cuts, limit)?;
         }
         Ok(cuts)
+    }
+
+    /// What the kernel call that takes the most takes: no plan needs less.
+    fn one_kernel(&self, built: &Built, profile: &Profile) -> usize {
+        let mut scratch = vec![0; built.order.len() + 1];
+        for b in profile.blocks.iter().filter(|b| b.kind == Kind::Scratch) {
+            scratch[b.born] += aligned(b.bytes);
+        }
+        let taken = built.order.iter().enumerate().map(|(position, id)| {
+            let node = built.graph.node(*id);
+            let mut blocks: Vec<usize> = Vec::new();
+            // A result that may come to lie where an operand does takes nothing of its own.
+            let apart = |o: &usize| node.op.in_place().iter().all(|p| p.1 != *o);
+            let results = node.outputs.iter().enumerate().filter(|(o, _)| apart(o)).map(|(_, v)| v);
+            for v in node.inputs.iter().chain(results).flatten() {
+                if let Some(Home::Block(b)) = profile.homes[v.index()] {
+                    blocks.push(b);
+                }
+            }
+            blocks.sort();
+            blocks.dedup();
+            let operands: usize = blocks.into_iter().map(|b| aligned(profile.blocks[b].bytes)).sum();
+            operands + scratch[time(position)]
+        });
+        taken.max().unwrap_or(0)
     }
 
     /// Drops values until everything fits the target; `false`: nothing more helps.
@@ -346,33 +388,69 @@ impl<'a> Search<'a> {
                 waiting.entry(b).or_default().push(v);
             }
         }
+        // What is there anyway when it is wanted again.
+        let at_hand: HashSet<ValueId> =
+            waiting.values().flatten().map(|v| built.origins[v.index()]).collect();
         let mut found = Vec::new();
-        for (b, values) in waiting {
-            let block = &profile.blocks[b];
-            if barred.contains(&b) || block.bytes < LEAST || block.dies < peak {
+        for (b, values) in &waiting {
+            let block = &profile.blocks[*b];
+            if barred.contains(b) || block.bytes < LEAST || block.dies < peak {
                 continue;
             }
-            let (mut list, mut cost, mut soonest, mut seen) = (Vec::new(), 0.0, usize::MAX, 0);
-            for v in &values {
-                let origin = built.origins[v.index()];
-                let Source::Node(n, o) = self.graph.value(origin).source else { break };
-                let last = built.touched.get(&origin).and_then(|t| t.iter().rev().find(|e| **e <= event));
-                let Some(last) = last.filter(|_| repeatable(self.graph.node(n), o)) else { break };
-                cost += if self.graph.node(n).op.is_view() { 0.0 } else { self.cost[n.index()] };
-                soonest = soonest.min(next[v.index()]);
-                seen = seen.max(made_at[v.index()]);
-                list.push((origin, *last));
-            }
-            if list.len() < values.len() || list.iter().all(|c| cuts.contains(c)) {
+            let soonest = values.iter().map(|v| next[v.index()]).min().unwrap_or(here);
+            let seen = values.iter().map(|v| made_at[v.index()]).max().unwrap_or(here);
+            let origins = values.iter().map(|v| built.origins[v.index()]).collect();
+            let Some((cuts_here, cost)) = self.dropping(origins, &at_hand, built, event) else { continue };
+            if cuts_here.iter().all(|c| cuts.contains(c)) {
                 continue;
             }
-            list.sort();
             let waits = (soonest - seen.min(here)) as f64;
-            found.push(Candidate { cuts: list, score: block.bytes as f64 * waits / cost.max(1.0) });
+            found.push(Candidate { cuts: cuts_here, score: block.bytes as f64 * waits / cost.max(1.0) });
         }
         // In an order that does not depend on the map's.
         found.sort_by(|a, b| a.cuts.cmp(&b.cuts));
         found
+    }
+
+    /// The cuts that drop original values at an event, and with them what they are computed of and nobody else waits for: it
+    /// is computed again too rather than kept for their sake. And what that costs; `None`: it cannot be.
+    fn dropping(
+        &self,
+        mut values: Vec<ValueId>,
+        at_hand: &HashSet<ValueId>,
+        built: &Built,
+        event: u32,
+    ) -> Option<(Vec<Cut>, f64)> {
+        let (mut list, mut cost, mut done) = (Vec::new(), 0.0, HashSet::new());
+        let wanted = values.len();
+        while let Some(v) = values.pop() {
+            if !done.insert(v) {
+                continue;
+            }
+            let last = built.touched.get(&v).and_then(|t| t.iter().rev().find(|e| **e <= event));
+            let source = match self.graph.value(v).source {
+                Source::Node(n, o) if repeatable(self.graph.node(n), o) => Some(n),
+                _ => None,
+            };
+            let (Some(last), Some(n)) = (last, source) else {
+                // What it is computed of has to wait then.
+                if list.len() < wanted {
+                    return None;
+                }
+                continue;
+            };
+            list.push((v, *last));
+            let node = self.graph.node(n);
+            cost += if node.op.is_view() { 0.0 } else { self.cost[n.index()] };
+            let inputs = node.op.again(node).map_or_else(|| node.inputs.clone(), |again| again.1);
+            values.extend(inputs.into_iter().flatten().filter(|u| {
+                let large = self.graph.value(*u).meta.as_ref().is_some_and(|m| m.bytes() >= LEAST);
+                let computed = matches!(self.graph.value(*u).source, Source::Node(..));
+                large && computed && !self.fixed[u.index()] && !at_hand.contains(u)
+            }));
+        }
+        list.sort();
+        Some((list, cost))
     }
 
     fn profile(&self, built: &Built) -> Result<Profile> {

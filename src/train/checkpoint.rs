@@ -98,9 +98,14 @@ impl Checkpoints {
         let name = format!("step-{}.safetensors", position.fitted.steps);
         let store = session.store();
         let tensors = kept(session).map(|id| (store.name(id).to_string(), Stored(store.view(id))));
-        let bytes = safetensors::serialize(tensors, None)
-            .map_err(|e| Error::file(self.folder.join(&name), format!("cannot be written: {e}")))?;
-        atomic::write_bytes(&self.folder.join(&name), &bytes)?;
+        let path = self.folder.join(&name);
+        // Tensor by tensor: never a second copy of all of them.
+        atomic::write_named(&path, |file| {
+            let permissions = file.as_file().metadata().map(|m| m.permissions());
+            safetensors::serialize_to_file(tensors, None, file.path())
+                .map_err(|e| Error::file(&path, format!("cannot be written: {e}")))?;
+            permissions.and_then(|p| fs::set_permissions(file.path(), p)).map_err(|e| Error::io(&path, e))
+        })?;
         let state = State {
             version: VERSION,
             fingerprint: self.fingerprint.clone(),
@@ -127,7 +132,7 @@ fn kept(session: &Session) -> impl Iterator<Item = StateId> + use<'_> {
 }
 
 fn restore(path: &Path, session: &mut Session) -> Result<()> {
-    let bytes = fs::read(path).map_err(|e| Error::io(path, e))?;
+    let bytes = crate::import::map::map(path)?;
     let damaged = |what: String| Error::file(path, what);
     let saved = SafeTensors::deserialize(&bytes).map_err(|e| damaged(format!("is damaged: {e}")))?;
     let ids: Vec<StateId> = kept(session).collect();

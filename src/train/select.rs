@@ -24,7 +24,7 @@ pub enum Select {
     Lora { rank: usize, layers: Vec<glob::Pattern> },
     /// Biases of the last layers and weights of some channels, by what they contribute within a budget.
     Sparse(Budget),
-    /// Any of several name patterns (`*`, `?`, `[…]`).
+    /// Any of several name patterns (`*`, `?`, `[…]`), but for those of patterns after a `!`; only such: all others.
     Globs(Vec<glob::Pattern>),
     /// All of these.
     Several(Vec<Select>),
@@ -94,7 +94,11 @@ impl Select {
                 return Ok(ids().filter(|w| chosen.contains(w)).collect());
             }
             Select::Globs(patterns) => {
-                for p in patterns {
+                let out = |p: &&glob::Pattern| p.as_str().starts_with('!');
+                let (out, patterns): (Vec<_>, Vec<_>) = patterns.iter().partition(out);
+                let out: Vec<glob::Pattern> =
+                    out.iter().filter_map(|p| glob::Pattern::new(&p.as_str()[1..]).ok()).collect();
+                for p in patterns.iter().copied().chain(&out) {
                     if !ids().any(|w| p.matches(&model.weight(w).name)) {
                         return Err(Error::Config(format!(
                             "no parameter's name matches '{p}'; `retune inspect` lists them"
@@ -103,9 +107,12 @@ impl Select {
                 }
                 let statistic =
                     |w: &WeightId| matches!(model.weight(*w).role, Role::RunningMean | Role::RunningVar);
-                ids()
-                    .filter(|w| patterns.iter().any(|p| p.matches(&model.weight(*w).name)) && !statistic(w))
-                    .collect()
+                let chosen = |w: &WeightId| match patterns.is_empty() {
+                    true => model.weight(*w).trainable,
+                    false => patterns.iter().any(|p| p.matches(&model.weight(*w).name)) && !statistic(w),
+                };
+                let left_out = |w: &WeightId| out.iter().any(|p| p.matches(&model.weight(*w).name));
+                ids().filter(|w| chosen(w) && !left_out(w)).collect()
             }
         };
         if chosen.is_empty() {
@@ -178,6 +185,10 @@ mod tests {
         assert_eq!(chosen("conv1.weight, fc.bias").unwrap(), ["conv1.weight", "fc.bias"]);
         // Statistics are not parameters.
         assert!(chosen("bn1.*").unwrap().iter().all(|n| !n.contains("running")));
+        let rest = chosen("!fc.weight,!conv1.*").unwrap();
+        assert!(rest.len() == 63 && !rest.contains(&"fc.weight".to_string()), "{rest:?}");
+        assert_eq!(chosen("fc.*,!*.bias").unwrap(), ["fc.weight"]);
+        assert!(chosen("!nothing").unwrap_err().to_string().contains("nothing"));
         assert!(chosen("nothing*").unwrap_err().to_string().contains("nothing*"));
         assert!(chosen("last:0").is_err());
         assert!(chosen("[").is_err());

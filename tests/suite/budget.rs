@@ -1,6 +1,6 @@
 //! `--memory-budget`: the same weights within less memory.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use retune::exec::{Options, Session};
@@ -11,7 +11,8 @@ use retune::train::loss::Loss;
 use retune::train::optimizer::Optimizer;
 use retune::train::step::{self, Norm, Recipe, Shapes, Supervised};
 
-use crate::common::shipped;
+use crate::common::{all, json, root, run, shipped, text};
+use crate::memory::peak;
 
 /// A step's arena, its loss, all states after three steps, and what is computed again, in an arena of at most `arena` bytes.
 fn steps(
@@ -81,4 +82,194 @@ fn less_memory_gives_the_same_bytes() {
             assert!(whole.2 == some.2, "{} in {share}", model.display());
         }
     }
+}
+
+/// A model that `benches/peers/models.py` makes, or `None` with a printed line.
+fn peer(name: &str) -> Option<PathBuf> {
+    let folder = std::env::var_os("RETUNE_PEERS").map_or_else(|| root().join("target/peers"), PathBuf::from);
+    let path = folder.join(format!("{name}.onnx"));
+    if !path.exists() {
+        println!(
+            "skipped: {} is not there (benches/peers/models.py, or RETUNE_PEERS=FOLDER)",
+            path.display()
+        );
+        return None;
+    }
+    Some(path)
+}
+
+/// What a process of the binary takes at its start.
+fn start() -> usize {
+    peak(&["bench", "--help"])
+}
+
+/// Runs training steps within shares of what the usual plan takes: what the process takes above its start stays below the
+/// budget. Prints what was chosen; a share that is refused must say what would do.
+fn keeps(model: &Path, batch: &str, options: &[&str], shares: &[f64], must: f64) {
+    let base = ["bench", text(model), "--batch", batch, "--threads", "2", "--runs", "2"];
+    let base = [&base[..], options].concat();
+    let usual = json(&[&base[..], &["--json"]].concat(), 0)["peak_bytes"].as_u64().unwrap() as f64;
+    let start = start();
+    for share in shares {
+        let budget = ((usual * share) as usize).to_string();
+        let args = [&base[..], &["--memory-budget", &budget]].concat();
+        let out = crate::common::retune().args(&args).arg("--json").output().unwrap();
+        let notes = String::from_utf8_lossy(&out.stderr);
+        if out.status.code() == Some(1) {
+            println!("{share}: {notes}");
+            assert!(notes.contains("at least") && *share < must, "{share}: {notes}");
+            continue;
+        }
+        assert!(out.status.success(), "{notes}");
+        let report: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        let above = peak(&args).saturating_sub(start);
+        println!(
+            "{} batch {batch} at {share}: {above} of {budget} bytes ({} planned), {:.1} ms, {}",
+            model.display(),
+            report["budget"]["bytes"],
+            report["median_ms"],
+            notes.trim()
+        );
+        assert!(above <= (usual * share) as usize, "{share}: {above} of {budget}");
+    }
+}
+
+#[test]
+fn a_process_stays_within_its_budget() {
+    if !Path::new("/proc/self/status").exists() {
+        println!("skipped: no /proc here");
+        return;
+    }
+    keeps(&shipped("models/resnet20.onnx"), "32", &[], &[1.0, 0.6, 0.4], 0.4);
+    keeps(&shipped("models/dsnet.onnx"), "32", &["--mode", "icp", "--icp-steps", "1"], &[0.7], 0.7);
+}
+
+#[test]
+fn larger_networks_stay_within_their_budgets() {
+    if !all() {
+        println!("skipped: long (./test.sh --all)");
+        return;
+    }
+    let shares = [1.0, 0.6, 0.4, 0.25];
+    for (name, batch, must) in [("resnet20", "128", 0.25), ("mobilenetv2", "8", 0.4), ("encoder", "8", 1.0)] {
+        if let Some(model) = peer(name) {
+            keeps(&model, batch, &[], &shares, must);
+        }
+    }
+    // All but the table of words, which alone is a third of what there is with its moments.
+    if let Some(model) = peer("encoder") {
+        keeps(&model, "8", &["--train", "!words.weight"], &shares, 0.6);
+    }
+    let Some(mobilenet) = peer("mobilenetv2") else { return };
+    for mode in ["train", "icp"] {
+        let args = ["bench", text(&mobilenet), "--batch", "1", "--train", "bias", "--mode", mode];
+        let args = [&args[..], &["--runs", "2", "--memory-budget", "32MiB"]].concat();
+        run(&args, 0);
+        let above = peak(&args).saturating_sub(start());
+        println!("mobilenetv2 batch 1, bias, {mode}: {above} bytes");
+        assert!(above <= 32 << 20, "{mode}: {above}");
+    }
+}
+
+#[test]
+fn finetuning_within_a_budget() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, data) = (shipped("models/resnet20.onnx"), shipped("models/fashion-images-idx3-ubyte.gz"));
+    let finetune = |name: &str, more: &[&str], code: i32| {
+        let output = dir.path().join(name);
+        let base = ["finetune", text(&model), "--data", text(&data), "--output", text(&output), "--json"];
+        let length =
+            ["--method", "supervised", "--no-guard", "--epochs", "1", "--batch", "64", "--holdout", "0.95"];
+        let out = run(&[&base[..], &length, more].concat(), code);
+        (out, output)
+    };
+    let (_, whole) = finetune("whole.onnx", &[], 0);
+    let (out, tight) = finetune("tight.onnx", &["--memory-budget", "64MiB"], 0);
+    let summary: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    let budget = &summary["budget"];
+    assert_eq!(
+        (budget["parts"].as_u64(), budget["ghost_norm"].as_bool()),
+        (Some(1), Some(false)),
+        "{budget}"
+    );
+    assert!(budget["again"]["kernels"].as_u64().unwrap() > 0, "{budget}");
+    assert!(
+        budget["bytes"].as_u64().unwrap() <= 64 << 20 && budget["unconstrained"].as_u64().unwrap() > 64 << 20
+    );
+    assert!(std::fs::read(whole).unwrap() == std::fs::read(tight).unwrap());
+
+    let (out, tighter) = finetune("parts.onnx", &["--memory-budget", "24MiB"], 0);
+    let summary: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(summary["budget"]["ghost_norm"], true, "{}", summary["budget"]);
+    assert!(String::from_utf8_lossy(&out.stderr).contains("ghost batch normalisation"));
+    assert!(tighter.exists());
+
+    let (out, refused) = finetune("refused.onnx", &["--memory-budget", "2MiB"], 1);
+    let why = String::from_utf8_lossy(&out.stderr);
+    assert!(why.contains("at least") && !refused.exists(), "{why}");
+    let least = why.split("at least ").nth(1).unwrap().split(';').next().unwrap().replace(' ', "");
+    let (_, least) = finetune("least.onnx", &["--memory-budget", &least], 0);
+    assert!(least.exists());
+}
+
+/// Two gigabytes of weights in a data file of their own: only the last layers learn, and what the process takes beside the
+/// mapping does not grow with the file.
+#[test]
+fn a_model_of_two_gigabytes_learns_in_a_fraction_of_it() {
+    if !all() {
+        println!("skipped: long (./test.sh --all)");
+        return;
+    }
+    let Some(python) = crate::real_models::python() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let made = std::process::Command::new(python)
+        .arg(root().join("tests/large_model.py"))
+        .args([dir.path().as_os_str(), "2048".as_ref()])
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let at = |name: &str| dir.path().join(name);
+    let (model, data, weights) = (at("large.onnx"), at("data.npz"), at("large.onnx.data"));
+    let size = std::fs::metadata(&weights).unwrap().len() as usize;
+    assert!(size >= 2 << 30, "{size}");
+    std::fs::create_dir(at("out")).unwrap();
+    let output = at("out").join("large.onnx");
+    let budget = (size * 15 / 100).to_string();
+    let args = ["finetune", text(&model), "--data", text(&data), "--output", text(&output), "--json"];
+    let options =
+        ["--method", "supervised", "--train", "last:3", "--epochs", "2", "--batch", "16", "--no-guard"];
+    let args = [&args[..], &options, &["--lr", "1e-3", "--memory-budget", &budget]].concat();
+    let above = peak(&args).saturating_sub(start());
+    println!(
+        "{size} bytes of weights: {above} bytes at the peak, {:.1}%",
+        above as f64 / size as f64 * 100.0
+    );
+    assert!(output.exists() && above <= size * 15 / 100, "{above}");
+    std::fs::remove_dir_all(at("out")).unwrap();
+    std::fs::create_dir(at("out")).unwrap();
+    // Under a limit on what a process may write to; a map of a file that is only read does not count.
+    let limited = std::process::Command::new("sh")
+        .args(["-c", "ulimit -d $1; shift; exec \"$@\"", "sh"])
+        .arg((size / 4 / 1024).to_string())
+        .arg(env!("CARGO_BIN_EXE_retune"))
+        .args(&args)
+        .output()
+        .unwrap();
+    assert!(limited.status.success(), "{}", String::from_utf8_lossy(&limited.stderr));
+    let summary: serde_json::Value = serde_json::from_slice(&limited.stdout).unwrap();
+    println!("loss {} -> {}", summary["before"]["loss"], summary["after"]["loss"]);
+    assert!(summary["after"]["loss"].as_f64() < summary["before"]["loss"].as_f64());
+    // Only the last layers' bytes differ.
+    let same = |n: usize| {
+        use std::io::Read;
+        let read = |path: PathBuf| {
+            let mut bytes = vec![0; n];
+            std::fs::File::open(path).unwrap().read_exact(&mut bytes).unwrap();
+            bytes
+        };
+        read(weights.clone()) == read(at("out").join("large.onnx.data"))
+    };
+    assert!(
+        same(1 << 28) && std::fs::metadata(at("out").join("large.onnx.data")).unwrap().len() as usize == size
+    );
 }

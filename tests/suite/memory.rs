@@ -13,7 +13,7 @@ fn rss_anon(pid: u32) -> Option<usize> {
 }
 
 /// Peak of anonymous memory of a run of the binary, sampled every millisecond.
-fn peak(args: &[&str]) -> usize {
+pub fn peak(args: &[&str]) -> usize {
     let mut child = retune()
         .args(args)
         .stdout(std::process::Stdio::null())
