@@ -97,8 +97,14 @@ fn main() -> Result<(), Failure> {
                     continue;
                 }
                 let config = config(&method, !stream.is_empty(), threads, seed)?;
-                let done =
-                    adapt(model.clone(), Input::Set(train.clone()), None, &config, &output, &mut |_| {})?;
+                let done = adapt(
+                    model.clone(),
+                    Input::Set(train.clone().without_target().0),
+                    None,
+                    &config,
+                    &output,
+                    &mut |_| {},
+                )?;
                 let adapted = Arc::new(retune::import::load(&output)?);
                 println!(
                     "{shift} seed {seed} {method}{} {:.4} ended={} resets={} steps={} seconds={:.0}",

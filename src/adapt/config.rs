@@ -176,6 +176,9 @@ impl Default for Config {
     }
 }
 
+/// The share of errors that a network expects of itself from which the rate is whole.
+const UNSURE: f64 = 0.2;
+
 fn config<T>(what: impl Into<String>) -> Result<T> {
     Err(Error::Config(what.into()))
 }
@@ -234,13 +237,17 @@ impl Config {
         Ok(())
     }
 
-    /// The learning rate, with the method's default.
-    pub fn rate(&self) -> f64 {
-        self.lr.unwrap_or(match self.method {
+    /// The learning rate: the one given, or the method's own, on samples that the network is sure of as given by
+    /// `confidence`, the mean probability of its predictions.
+    ///
+    /// Adam's steps are as long where gradients are next to nothing: where all weights move, the rate is the smaller the
+    /// less there is to correct.
+    pub fn rate(&self, confidence: f64) -> f64 {
+        let own = match self.method {
             MethodName::Tent | MethodName::Eata | MethodName::Sar => 1e-3,
-            // All weights move.
-            _ => 1e-4,
-        })
+            _ => 1e-4 * ((1.0 - confidence) / UNSURE).clamp(0.0, 1.0),
+        };
+        self.lr.unwrap_or(own)
     }
 
     /// Which parameters train, as `train::select` spells it.

@@ -116,6 +116,8 @@ pub struct Summary {
     pub output: PathBuf,
     pub method: MethodName,
     pub samples: usize,
+    /// The learning rate, before its schedule and resets; 0 when nothing was learned.
+    pub lr: f64,
     pub steps: usize,
     /// Updates whose loss or gradient was not finite.
     pub skipped_steps: usize,
@@ -241,6 +243,7 @@ pub fn adapt(
         output: output.to_path_buf(),
         method: config.method,
         samples: log.samples,
+        lr: log.lr,
         steps: log.steps,
         skipped_steps: log.skipped,
         passed_over: log.passed_over,

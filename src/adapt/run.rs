@@ -42,6 +42,8 @@ struct Reference {
 /// What an adaptation did.
 #[derive(Debug, Default)]
 pub(super) struct Log {
+    /// The learning rate, before its schedule and resets.
+    pub lr: f64,
     pub steps: usize,
     pub skipped: usize,
     /// Batches without a sample that was worth learning from.
@@ -321,14 +323,15 @@ impl<'a> Run<'a> {
         let n = data.len();
         let per_epoch = statistics::even(all, config.batch).count();
         let steps = per_epoch * config.epochs * config.steps;
-        let schedule = config.schedule();
+        let (schedule, rate) = (config.schedule(), config.rate(base.opinion.health().confidence));
+        self.log.lr = rate;
         let mut since = 0;
         for epoch in 0..config.epochs {
             let order = epoch_order(n, config.seed, epoch as u64, true);
             for picks in statistics::even(&order, config.batch) {
                 for _ in 0..config.steps {
                     let step = self.log.steps;
-                    let lr = config.rate() * schedule.factor(step, steps);
+                    let lr = rate * schedule.factor(step, steps);
                     let at =
                         At { epoch, epochs: config.epochs, step, steps, seed: seed_of(config.seed, step) };
                     let loss = self.learn(data, picks, lr, &at)?;
@@ -395,7 +398,7 @@ impl<'a> Run<'a> {
         let config = self.config;
         let mut memory = Memory::new(config.memory, config.seed);
         let mut recent: Vec<(usize, AllMoments)> = Vec::new();
-        let (mut base, mut since) = (None, 0);
+        let (mut base, mut since): (Option<Base>, usize) = (None, 0);
         while let Some(data) = stream.next()? {
             let (data, labels) = data.without_target();
             let all: Vec<usize> = (0..data.len()).collect();
@@ -423,15 +426,17 @@ impl<'a> Run<'a> {
                     recent.remove(0);
                 }
             }
-            let trusted = base.as_ref().is_some_and(|b| self.trusts(b));
-            if trusted && self.method.is_some() && !self.given_up() {
+            let trusted = base.as_ref().filter(|b| self.trusts(b)).map(|b| b.opinion.health().confidence);
+            if let Some(confidence) = trusted.filter(|_| self.method.is_some() && !self.given_up()) {
+                let rate = config.rate(confidence);
+                self.log.lr = rate;
                 for _ in 0..config.steps {
                     let step = self.log.steps;
                     let at =
                         At { epoch: 0, epochs: 1, step, steps: step + 1, seed: seed_of(config.seed, step) };
                     let picks = memory.draw(all.len().max(1), step as u64);
-                    let loss = self.learn(&memory, &picks, config.rate(), &at)?;
-                    self.report(loss, config.rate(), &at, picks.len(), observe);
+                    let loss = self.learn(&memory, &picks, rate, &at)?;
+                    self.report(loss, rate, &at, picks.len(), observe);
                 }
             }
             since += 1;

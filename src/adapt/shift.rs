@@ -2,6 +2,9 @@
 
 use super::scores::Opinion;
 
+/// Statistics of few samples are rough, and cost a little surety of their own.
+const TOLERANCE: f64 = 1.1;
+
 /// Why re-estimated statistics are not to be trusted, if they are not, from the predictions on the same samples with the
 /// file's statistics and with the new ones.
 ///
@@ -11,7 +14,7 @@ use super::scores::Opinion;
 pub fn labels(original: &Opinion, new: &Opinion) -> Option<String> {
     let (was, is) = (original.health().entropy, new.health().entropy);
     // Of two numbers that are not, neither is more.
-    (is.is_nan() || is > was).then(|| {
+    (is.is_nan() || is > was * TOLERANCE).then(|| {
         format!(
             "with statistics of these samples the network is less sure of them (mean entropy {was:.3}, then {is:.3}), as when \
              they are of few classes"

@@ -159,7 +159,8 @@ fn a_naive_run_that_collapses_ends_with_statistics_alone() {
     let args = ["adapt", text(&model), "--data", text(&data), "--output", text(&output), "--json"];
     let base = json(&[&args[..], &["--method", "stats"]].concat(), 0);
     let alone = std::fs::read(&output).unwrap();
-    let naive = ["--method", "tent", "--train", "all", "--lr", "0.1", "--epochs", "2", "--check-every", "2"];
+    let naive = ["--method", "tent", "--train", "all", "--lr", "1", "--schedule", "constant"];
+    let naive = [&naive[..], &["--epochs", "3", "--check-every", "2"]].concat();
     let summary = json(&[&args[..], &naive].concat(), 0);
     assert!(summary["resets"].as_u64().unwrap() > 0, "{summary}");
     assert_eq!(summary["ended"], "statistics");
