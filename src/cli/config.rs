@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde::Serialize;
 
+use crate::exec::{OptimizerState, Precision};
 use crate::finetune::Config;
 
 /// Every option is optional here: what is not given comes from the file, else from the defaults.
@@ -105,13 +106,13 @@ pub struct Overrides {
     threads: Option<usize>,
     /// What is kept for the gradient is in f32, bf16 or f16 [default: f32]
     #[arg(long)]
-    precision: Option<String>,
+    precision: Option<Precision>,
     /// Keep the trained weights in that half precision too, without an f32 copy; updates are rounded at random
     #[arg(long, num_args = 0, default_missing_value = "true")]
     master_free: Option<bool>,
     /// What the optimizer's moments are kept in: f32, bf16 or 8bit [default: f32]
     #[arg(long)]
-    optimizer_state: Option<String>,
+    optimizer_state: Option<OptimizerState>,
     /// What the run may hold at most, as 64MiB: values are computed again rather than kept, batches are cut into parts
     #[arg(long, value_name = "SIZE")]
     memory_budget: Option<String>,

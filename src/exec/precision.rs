@@ -66,3 +66,16 @@ pub enum OptimizerState {
     #[serde(rename = "8bit")]
     EightBit,
 }
+
+impl FromStr for OptimizerState {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "f32" => Ok(OptimizerState::F32),
+            "bf16" => Ok(OptimizerState::Bf16),
+            "8bit" => Ok(OptimizerState::EightBit),
+            other => Err(Error::Config(format!("--optimizer-state {other}: takes f32, bf16 or 8bit"))),
+        }
+    }
+}

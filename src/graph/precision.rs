@@ -214,7 +214,13 @@ impl<'g> Pass<'g> {
         times == 1 && node.op.in_place().iter().any(|p| p.0 == u.input)
     }
 
-    /// Has readers read widened copies of `half`.
+    /// Does the reader widen by itself?
+    fn reads_half(&self, u: &Use, half: ValueId) -> bool {
+        let bf16 = self.graph.value(half).meta.as_ref().is_some_and(|m| m.dtype == DType::BF16);
+        bf16 && self.graph.node(u.node).op.reads_bf16() >> u.input & 1 == 1
+    }
+
+    /// Has readers read `half`, or widened copies of it.
     fn widen(&mut self, half: ValueId, uses: &[Use]) -> Result<()> {
         let mut copies: SmallVec<[(Dims, ValueId); 2]> = SmallVec::new();
         let mut last = 0;
@@ -224,6 +230,18 @@ impl<'g> Pass<'g> {
             }
             last = u.at;
             let dims = self.dims(u.value);
+            if self.reads_half(u, half) {
+                let copy = match self.dims(half) == dims {
+                    true => half,
+                    false => {
+                        let (view, node) = self.converted(u.value, "half", half, ReshapeTo { dims })?;
+                        self.before[u.node.index()].push(node);
+                        view
+                    }
+                };
+                self.graph.nodes[u.node.index()].inputs[u.input] = Some(copy);
+                continue;
+            }
             let copy = match (copies.iter().find(|c| c.0 == dims), copies.first().cloned()) {
                 (Some((_, copy)), _) => *copy,
                 (None, first) => {

@@ -52,7 +52,7 @@ impl Half {
     #[inline(always)]
     pub fn widen(self, x: &[u16], y: &mut [f32]) {
         match self {
-            Half::Bf16 => x.iter().zip(y).for_each(|(x, y)| *y = f32::from_bits(u32::from(*x) << 16)),
+            Half::Bf16 => x.iter().zip(y).for_each(|(x, y)| *y = wide_bf16(*x)),
             Half::F16 => {
                 let x: &[f16] = bytemuck::cast_slice(x);
                 x.convert_to_f32_slice(y);
@@ -86,6 +86,12 @@ impl Half {
 #[inline(always)]
 fn bits(y: &mut [u16]) -> &mut [f16] {
     bytemuck::cast_slice_mut(y)
+}
+
+/// The number that bits of bfloat16 are.
+#[inline(always)]
+pub fn wide_bf16(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
 }
 
 #[inline(always)]

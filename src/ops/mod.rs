@@ -156,6 +156,11 @@ pub trait Op: Any + Debug + Send + Sync {
         false
     }
 
+    /// Inputs, a bit each, that may come in bfloat16 although `infer` says f32: they are widened as they are read.
+    fn reads_bf16(&self) -> u32 {
+        0
+    }
+
     /// Bytes of scratch memory that `forward` needs.
     fn scratch(&self, _inputs: &[Option<&Meta>]) -> usize {
         0

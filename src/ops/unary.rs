@@ -6,12 +6,14 @@ use std::sync::Arc;
 use crate::error::OpError;
 use crate::graph::GradBuilder;
 use crate::kernels::elementwise::{apply1, apply2, same};
+use crate::kernels::half::wide_bf16;
 use crate::kernels::integer::Integer;
 use crate::kernels::isa::Wide;
 use crate::kernels::math::Math;
 use crate::ops::binary::slice;
+use crate::ops::half::half_bits;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
-use crate::tensor::{Meta, View, ViewMut};
+use crate::tensor::{DType, Meta, View, ViewMut};
 use crate::{float_dispatch, int_dispatch};
 
 /// What its vector-Jacobian product needs beside dY.
@@ -128,6 +130,19 @@ impl<K: Kind> Op for UnaryGrad<K> {
         if v.is_none() && dy.is_none() {
             return Err(OpError::Shape("both operands are missing".into()));
         }
+        if let Some(v) = v.filter(|v| v.dtype == DType::BF16) {
+            let y = y.get::<f32>()?;
+            let walk = same(y.len());
+            apply2(
+                y,
+                Some(half_bits(v)?),
+                slice::<f32>(dy)?,
+                &walk,
+                #[inline(always)]
+                |v: u16, dy: f32| k.vjp(wide_bf16(v), dy),
+            );
+            return Ok(());
+        }
         float_dispatch!(y.dtype, T => {
             let y = y.get::<T>()?;
             let walk = same(y.len());
@@ -142,6 +157,10 @@ impl<K: Kind> Op for UnaryGrad<K> {
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
         Err(OpError::NotDifferentiable(format!("second derivatives ({})", K::NAME)))
+    }
+
+    fn reads_bf16(&self) -> u32 {
+        1
     }
 
     fn in_place(&self) -> &[(usize, usize)] {

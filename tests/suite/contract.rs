@@ -144,7 +144,9 @@ fn bad_input_is_refused_with_a_message() {
     let base = ["finetune", text(&model), "--data", text(&data), "--output", text(&output)];
     message(&[&base[..], &["--train", "nothing*"]].concat(), 1, "nothing");
     message(&[&base[..], &["--lr=-1"]].concat(), 1, "--lr");
-    message(&[&base[..], &["--precision", "bf16"]].concat(), 1, "--precision");
+    message(&[&base[..], &["--precision", "f8"]].concat(), 2, "--precision");
+    message(&[&base[..], &["--optimizer-state", "f16"]].concat(), 2, "--optimizer-state");
+    message(&[&base[..], &["--master-free"]].concat(), 1, "--master-free");
     assert!(!output.exists());
 }
 

@@ -2,7 +2,10 @@ use std::collections::HashMap;
 
 use super::*;
 use crate::exec::reference::interpret;
+use crate::exec::{Options, Precision, Session};
 use crate::graph::StateId;
+use crate::import::make::{import, model, node};
+use crate::import::proto::TensorProto;
 use crate::ops::binary::Binary;
 use crate::ops::unary::{Sin, Unary};
 use crate::ops::update::Sgd;
@@ -111,4 +114,40 @@ fn a_parameter_in_half_is_widened_where_it_is_read_and_updated_as_it_is() {
     let param = update.inputs[0].unwrap();
     assert_eq!(graph.value(param).meta.as_ref().unwrap().dtype, DType::BF16);
     crate::plan::plan(&graph, &request).unwrap();
+}
+
+#[test]
+fn frozen_weights_of_the_files_half_type_are_read_where_they_lie() {
+    let values = (0..3 * 2048).map(|i| half::f16::from_f32((i as f32 * 0.37).sin()));
+    let raw: Vec<u8> = values.flat_map(|v| v.to_le_bytes()).collect();
+    let mut mapped = 0;
+    // Of names of one and two letters, one puts the values at an even place.
+    for name in ["w", "ww"] {
+        let w = TensorProto {
+            name: name.into(),
+            dims: vec![3, 2048],
+            data_type: DType::F16.to_onnx(),
+            raw_data: Some(raw.clone().into()),
+            ..Default::default()
+        };
+        let nodes = vec![node("MatMul", &["x", name], &["h"]), node("Relu", &["h"], &["y"])];
+        let m = Arc::new(import(&model(nodes, vec![w], "y")).unwrap());
+        let x = Tensor::from_slice(&[2, 3], &[0.3f32, -1.0, 0.7, 2.0, 0.1, -0.4]).unwrap();
+        let run = |precision| {
+            let options = Options { threads: 1, precision, ..Options::default() };
+            let mut session = Session::new(m.clone(), options).unwrap();
+            let y = session.forward(&[("x".into(), x.clone())]).unwrap().remove(0).1;
+            (y, session.usage().frozen)
+        };
+        let (single, half) = (run(Precision::F32), run(Precision::F16));
+        assert_eq!(single.0.bytes(), half.0.bytes());
+        assert_eq!(single.1, 4 * 3 * 2048);
+        if m.weights[0].view_stored(&m.files).is_some() {
+            assert_eq!(half.1, 0);
+            mapped += 1;
+        }
+        // Of another type it is of no use.
+        assert_eq!(run(Precision::Bf16).1, single.1);
+    }
+    assert!(mapped > 0);
 }

@@ -97,7 +97,7 @@ fn what_is_kept_narrow_follows_what_is_wide() {
     for op in all() {
         for (of_param, of_states, most) in [
             (DType::F32, DType::BF16, 0.03),
-            (DType::F32, DType::U8, 0.1),
+            (DType::F32, DType::U8, 0.15),
             (DType::BF16, DType::F32, 0.2),
             (DType::F16, DType::U8, 0.2),
         ] {
@@ -111,15 +111,12 @@ fn what_is_kept_narrow_follows_what_is_wide() {
                 step(op.as_ref(), &mut wide, &grad, (0.01, f64::from(t)), None);
                 step(op.as_ref(), &mut kept, &grad, (0.01, f64::from(t)), None);
             }
+            let last = [wide[0].to_f64(), kept[0].to_f64()];
             let (mut off, mut all) = (0.0, 0.0);
             for i in 0..n {
-                let [a, b] = [wide[0].to_f64(), kept[0].to_f64()].map(|w| w[i]);
-                let (moved, other) = (a - first[0][i], b - first[1][i]);
-                off += (moved - other).powi(2);
-                all += moved.powi(2);
-                if i > 2000 {
-                    break;
-                }
+                let moved = [0, 1].map(|k| last[k][i] - first[k][i]);
+                off += (moved[0] - moved[1]).powi(2);
+                all += moved[0].powi(2);
             }
             let e = (off / all).sqrt();
             assert!(e <= most, "{op:?}, {of_param} and {of_states}: moved otherwise by {e:.3}");
