@@ -21,6 +21,8 @@ pub mod inspect;
 pub mod kernels;
 pub mod ops;
 pub mod plan;
+#[cfg(feature = "cli")]
+pub mod study;
 pub mod tensor;
 pub mod train;
 

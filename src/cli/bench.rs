@@ -8,7 +8,6 @@ use rand::{RngExt, SeedableRng};
 use serde::Serialize;
 
 use crate::exec::{Options, Program, Session, Usage};
-use crate::finetune::Config;
 use crate::graph::WeightId;
 use crate::kernels::peak;
 use crate::tensor::{DType, Tensor};
@@ -32,9 +31,8 @@ pub struct Args {
     /// Only f32 so far
     #[arg(long, default_value = "f32")]
     precision: String,
-    /// Perturbation steps of the icp mode
-    #[arg(long, default_value_t = 5)]
-    icp_steps: usize,
+    #[command(flatten)]
+    icp: super::icp_flags::IcpFlags,
     /// Timed runs, after two that are not
     #[arg(long, default_value_t = 20)]
     runs: usize,
@@ -128,7 +126,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
                 .filter(|i| model.weights[*i].trainable && reached[*i])
                 .map(|i| WeightId(i as u32))
                 .collect();
-            let config = Config { icp_steps: args.icp_steps, ..Config::default() };
+            let config = args.icp.config()?;
             let recipe = Recipe {
                 loss,
                 optimizer: config.optimizer(),
@@ -142,6 +140,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
                 ModeName::Icp => Box::new(config.icp()?),
                 _ => Box::new(Plain::default()),
             };
+            method.begin(batch.len());
             method.prepare(&mut session, &recipe, &shapes, 2)?;
             session.set_profiling(args.profile);
             let at = At { epoch: 1, epochs: 2, step: 1, steps: 2, seed: 0 };
@@ -151,7 +150,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
                 method.learn(&mut session, &recipe, &batch, &at)?;
                 Ok(())
             })?;
-            let times = |name: &str| if name == "perturb" { args.icp_steps } else { 1 };
+            let times = |name: &str| if name == "perturb" { config.icp_steps } else { 1 };
             work = method.programs().iter().map(|(name, p)| times(name) * multiply_adds(p)).sum();
             for (name, program) in method.programs() {
                 gather(&session, name, program, &mut profile);

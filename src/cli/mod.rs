@@ -11,11 +11,14 @@ mod eval;
 mod finetune;
 mod grad;
 mod html;
+mod icp_flags;
 mod inspect;
 mod page;
+mod perturb;
 mod plan;
 mod progress;
 mod run;
+mod study;
 mod test;
 
 use std::process::ExitCode;
@@ -45,6 +48,10 @@ enum Command {
     Eval(eval::Args),
     /// Finetune a model on data and write it back
     Finetune(finetune::Args),
+    /// What ICP does to inputs: a picture, arrays, losses along the way
+    Perturb(perturb::Args),
+    /// A grid of finetunes from one file, with tables of paired differences
+    Study(study::Args),
     /// Run ONNX backend test cases
     Test(test::Args),
     /// Time a forward pass or a training step
@@ -69,6 +76,8 @@ pub fn main() -> ExitCode {
         Command::Grad(a) => grad::main(a),
         Command::Eval(a) => eval::main(a),
         Command::Finetune(a) => finetune::main(a),
+        Command::Perturb(a) => perturb::main(a),
+        Command::Study(a) => study::main(a),
         Command::Test(a) => test::main(a),
         Command::Bench(a) => bench::main(a, start),
         Command::Demo(a) => demo::main(a),

@@ -13,7 +13,6 @@ use crate::import::Model;
 use crate::plan::Peak;
 use crate::tensor::Meta;
 use crate::train::loss::default_target;
-use crate::train::method::{Method, Plain};
 use crate::train::select::Select;
 use crate::train::step::{Evaluation, Network, Recipe, Shapes};
 
@@ -68,11 +67,16 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
     let mut modes = vec![forward(&model, &inputs, &config.loss()?)?];
     let mut notes = Vec::new();
     for (name, method) in [("supervised", MethodName::Supervised), ("icp", MethodName::Icp)] {
-        if method == MethodName::Icp && !inputs.iter().any(|(_, meta)| meta.dtype.is_float()) {
-            notes.push(format!("icp: {NO_FLOATS}"));
-            continue;
+        let config = crate::finetune::Config { method, ..config.clone() };
+        match training(&model, &inputs, name, &config) {
+            Err(e) if e.to_string() == NO_FLOATS => notes.push(format!("{name}: {e}")),
+            done => modes.push(done?),
         }
-        modes.push(training(&model, &inputs, name, &crate::finetune::Config { method, ..config.clone() })?);
+    }
+    let kept = modes.iter().map(|m| m.memory.samples).max().unwrap_or(0);
+    if kept > 0 {
+        let each = human_bytes(kept / config.batch);
+        notes.push(format!("icp: --icp-reuse keeps {each} a training sample, here of {}", config.batch));
     }
     let optimizer = format!("{:?}", config.optimizer).to_lowercase();
     let report = Report { batch: config.batch, optimizer, modes, notes };
@@ -104,10 +108,8 @@ fn training(
         accumulate: config.accumulate,
     };
     recipe.prepare(&mut session)?;
-    let mut method: Box<dyn Method> = match config.method {
-        MethodName::Supervised => Box::new(Plain::default()),
-        MethodName::Icp => Box::new(config.icp()?),
-    };
+    let mut method = config.training_method(false)?;
+    method.begin(config.batch);
     method.prepare(&mut session, &recipe, &shapes, config.epochs)?;
     Ok(mode(name, &session, &method.programs()))
 }

@@ -2,6 +2,7 @@
 
 mod config;
 mod inputs;
+mod methods;
 mod norms;
 mod require;
 
@@ -22,13 +23,13 @@ use crate::train::data::{Dataset, InputSpec, split};
 use crate::train::fit::{CheckpointOptions, Evaluated, Fitted, Progress, Run, evaluate, fit};
 use crate::train::guard::{self, Verdict};
 use crate::train::loss::{Loss, class_axis};
-use crate::train::method::{Method, Plain};
 use crate::train::metrics::Metrics;
 use crate::train::select::Select;
 use crate::train::step::{Recipe, Shapes};
 
 pub use config::{
-    ClassWeights, Config, HeadSize, MethodName, NumberOr, OptimizerName, ScheduleName, parse_loss,
+    ClassWeights, Config, HeadSize, MethodName, NumberOr, OptimizerName, PerturberName, ScheduleName,
+    parse_loss,
 };
 pub use inputs::set_inputs;
 pub use require::Require;
@@ -213,17 +214,24 @@ pub fn finetune(
     let options = Options { threads: config.threads, seed: config.seed, ..Options::default() };
     let session_options = options.clone();
     let mut session = Session::new(model, options)?;
+    let (data, unlabelled) = data.withheld()?;
     let data = check_target(&session, &loss, data)?;
     let held = held.map(|h| check_target(&session, &loss, h)).transpose()?;
     let mut notes: Vec<String> = data.notes().to_vec();
     notes.extend(headed);
 
+    let labelled = without(data.len(), &unlabelled);
+    if !unlabelled.is_empty() {
+        notes.push(format!("{} samples have no label", unlabelled.len()));
+    }
     let (train, held_indices) = match (&held, config.holdout_fraction()?) {
-        (Some(h), _) => ((0..data.len()).collect(), (0..h.len()).collect()),
-        (None, Some(0.0)) => ((0..data.len()).collect(), Vec::new()),
+        (Some(h), _) => (labelled, (0..h.len()).collect()),
+        (None, Some(0.0)) => (labelled, Vec::new()),
         (None, Some(fraction)) => {
-            let s = split(data.len(), fraction, config.seed, data.labels())?;
-            (s.train, s.held)
+            let labels = data.labels().map(|l| labelled.iter().map(|i| l[*i]).collect::<Vec<i64>>());
+            let s = split(labelled.len(), fraction, config.seed, labels.as_deref())?;
+            let of = |places: &[usize]| places.iter().map(|p| labelled[*p]).collect::<Vec<usize>>();
+            (of(&s.train), of(&s.held))
         }
         (None, None) => return Err(Error::Config("held-out data were named and not opened".into())),
     };
@@ -254,7 +262,8 @@ pub fn finetune(
         return Err(Error::Config("--require needs held-out data: --holdout must not be 0".into()));
     }
 
-    let shapes = shapes_of(&data, config.batch.min(train.len()))?;
+    let beside = if unlabelled.is_empty() { 1 } else { 2 };
+    let shapes = Shapes::of(&data.new_batch(beside * config.batch.min(train.len())))?;
     let params = choose(&session, &config.train, &loss, &shapes, &mut notes)?;
     let recipe = Recipe {
         loss: loss.clone(),
@@ -272,14 +281,8 @@ pub fn finetune(
     };
     let before = measure(&mut session)?;
     recipe.prepare(&mut session)?;
-    let mut method: Box<dyn Method> = match config.method {
-        MethodName::Supervised => Box::new(Plain::default()),
-        MethodName::Icp => Box::new(config.icp()?),
-    };
-    let taps = match config.method {
-        MethodName::Supervised => Vec::new(),
-        MethodName::Icp => config.icp()?.tap_names(&session, &shapes)?,
-    };
+    let mut method = config.training_method(!unlabelled.is_empty())?;
+    let taps = method.tap_names(&session, &shapes)?;
     let checkpoint = match &config.checkpoint {
         Some(folder) => Some(CheckpointOptions {
             folder: folder.clone(),
@@ -297,6 +300,7 @@ pub fn finetune(
         shuffle: config.shuffle,
         seed: config.seed,
         checkpoint,
+        companions: unlabelled,
     };
     let fitted: Fitted = fit(&mut session, &recipe, method.as_mut(), &data, &train, &run, observe)?;
     if fitted.skipped_steps > 0 {
@@ -341,6 +345,11 @@ pub fn finetune(
     Ok(Finished { summary, before, after, class_names: data.class_names().to_vec(), session, recipe })
 }
 
+/// `0..n` without those of `some`, which are in order.
+fn without(n: usize, some: &[usize]) -> Vec<usize> {
+    (0..n).filter(|i| some.binary_search(i).is_err()).collect()
+}
+
 /// The model with the new head that was asked for, and a note of it.
 fn with_head(model: &Arc<Model>, data: &Dataset, config: &Config) -> Result<(Arc<Model>, Option<String>)> {
     let Some(size) = &config.head else { return Ok((model.clone(), None)) };
@@ -373,6 +382,7 @@ fn fingerprint(model: &Model, data: &Dataset, config: &Config) -> Result<String>
         require: None,
         guard: true,
         rename_data: false,
+        unlabelled: None,
         ..config.clone()
     };
     let text = serde_json::to_string(&decisive).map_err(|e| Error::Config(e.to_string()))?;

@@ -186,8 +186,20 @@ pub fn param_values(session: &Session, params: &[WeightId]) -> Vec<ValueId> {
 /// Appends gradients of `loss` and, from them, the updates (or, when accumulating, the sums that
 /// [`apply`] will read).
 pub fn update(session: &mut Session, graph: &mut Graph, recipe: &Recipe, loss: ValueId) -> Result<Updates> {
+    update_and(session, graph, recipe, loss, &[]).map(|u| u.0)
+}
+
+/// The same with, from the same backward pass, the gradients of other values (`None`: the loss does not depend on it).
+pub fn update_and(
+    session: &mut Session,
+    graph: &mut Graph,
+    recipe: &Recipe,
+    loss: ValueId,
+    others: &[ValueId],
+) -> Result<(Updates, Vec<Option<ValueId>>)> {
     let params = param_values(session, &recipe.params);
-    let grads = graph::grad(graph, loss, &params)?;
+    let all: Vec<ValueId> = params.iter().chain(others).copied().collect();
+    let grads = graph::grad(graph, loss, &all)?;
     let missing: Vec<&str> =
         params.iter().filter(|v| !grads.contains_key(v)).map(|v| graph.value(*v).name.as_str()).collect();
     if !missing.is_empty() {
@@ -196,6 +208,7 @@ pub fn update(session: &mut Session, graph: &mut Graph, recipe: &Recipe, loss: V
             missing.join(", ")
         )));
     }
+    let of_others = others.iter().map(|v| grads.get(v).copied()).collect();
     let grads: Vec<(ValueId, ValueId)> = params.iter().map(|v| (*v, grads[v])).collect();
     let mut updates = Updates::default();
     for (_, g) in &grads {
@@ -205,7 +218,7 @@ pub fn update(session: &mut Session, graph: &mut Graph, recipe: &Recipe, loss: V
         0 | 1 => emit_updates(session, graph, recipe, loss, &grads, &mut updates)?,
         _ => emit_accumulation(session, graph, loss, &grads, &mut updates)?,
     }
-    Ok(updates)
+    Ok((updates, of_others))
 }
 
 fn emit_updates(
@@ -222,8 +235,7 @@ fn emit_updates(
     }
     let clip = emit(graph, "norm", ClipScale { max_norm: recipe.clip }, &[Some(loss), sum], 2)?;
     (updates.scale, updates.norm) = (Some(clip[0]), Some(clip[1]));
-    let hyper = hyper_state(session, HYPER);
-    let step = Step { hyper: graph.add_state(HYPER, hyper, hyper_meta()), scale: updates.scale };
+    let step = shared_step(session, graph, updates);
     for (param, g) in grads {
         let name = graph.value(*param).name.clone();
         let meta = graph.meta(*param)?.clone();
@@ -231,6 +243,12 @@ fn emit_updates(
         updates.effects.push(at_loss(recipe.optimizer.emit(graph, *param, *g, step, &states))?);
     }
     Ok(())
+}
+
+/// What updates of further tensors share with the parameters' in `updates`: learning rate, step number, factor.
+pub fn shared_step(session: &mut Session, graph: &mut Graph, updates: &Updates) -> Step {
+    let hyper = hyper_state(session, HYPER);
+    Step { hyper: graph.add_state(HYPER, hyper, hyper_meta()), scale: updates.scale }
 }
 
 fn emit(
