@@ -24,6 +24,8 @@ pub mod kernels;
 pub mod ops;
 pub mod plan;
 mod size;
+#[cfg(feature = "cli")]
+pub mod study;
 pub mod tensor;
 pub mod train;
 

@@ -42,9 +42,8 @@ pub struct Args {
     /// What a step may hold at most, as 64MiB
     #[arg(long, value_name = "SIZE")]
     memory_budget: Option<String>,
-    /// Perturbation steps of the icp mode
-    #[arg(long, default_value_t = 5)]
-    icp_steps: usize,
+    #[command(flatten)]
+    icp: super::icp_flags::IcpFlags,
     /// Timed runs, after two that are not
     #[arg(long, default_value_t = 20)]
     runs: usize,
@@ -121,11 +120,10 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
         threads: args.threads,
         precision: args.precision,
         master_free: args.master_free,
-        icp_steps: args.icp_steps,
         method: if matches!(args.mode, ModeName::Icp) { MethodName::Icp } else { MethodName::Supervised },
         train: args.train.clone(),
         memory_budget: args.memory_budget.clone(),
-        ..Config::default()
+        ..args.icp.config()?
     };
     config.check()?;
     let options = config.session();
@@ -159,7 +157,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
                 let job = Job {
                     session: &session,
                     recipe: &recipe,
-                    method: &|| config.method(),
+                    method: &|| config.training_method(false),
                     shapes: &shapes,
                     epochs: 2,
                     samples: 0,
@@ -177,7 +175,8 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
             let shapes = with_batch(&shapes, args.batch / parts);
             let batch = synthetic(&shapes)?;
             recipe.prepare(&mut session)?;
-            let mut method = config.method()?;
+            let mut method = config.training_method(false)?;
+            method.begin(args.batch);
             method.prepare(&mut session, &recipe, &shapes, 2)?;
             let apply = if parts > 1 { Some(step::apply(&mut session, &recipe)?) } else { None };
             session.set_profiling(args.profile);
@@ -194,7 +193,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
                 }
                 Ok(())
             })?;
-            let times = |name: &str| parts * if name == "perturb" { args.icp_steps } else { 1 };
+            let times = |name: &str| parts * if name == "perturb" { config.icp_steps } else { 1 };
             work = method.programs().iter().map(|(name, p)| times(name) * multiply_adds(p)).sum();
             for (name, program) in method.programs() {
                 gather(&session, name, program, &mut profile);

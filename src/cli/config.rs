@@ -8,11 +8,13 @@ use serde::Serialize;
 use crate::exec::{OptimizerState, Precision};
 use crate::finetune::Config;
 
+use super::icp_flags::IcpFlags;
+
 /// Every option is optional here: what is not given comes from the file, else from the defaults.
 #[derive(clap::Args, Debug, Clone, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Overrides {
-    /// supervised or icp [default: icp]
+    /// supervised, icp or byot (auxiliary heads) [default: icp]
     #[arg(long)]
     method: Option<String>,
     /// An input that is the same for every sample: a number, numbers joined by commas, or an .npz
@@ -93,6 +95,9 @@ pub struct Overrides {
     /// Decide by cross-validation over K folds instead, and train on all samples in the end: K + 1 runs [default: 0, off]
     #[arg(long, value_name = "K")]
     folds: Option<usize>,
+    /// Data whose samples, without their labels, take part in ICP's feature term beside the labelled ones
+    #[arg(long, value_name = "DATA")]
+    unlabelled: Option<PathBuf>,
     /// Keep the new network even if it is not better
     #[arg(skip)]
     guard: Option<bool>,
@@ -125,27 +130,9 @@ pub struct Overrides {
     /// Continue from the checkpoint folder, if it holds anything
     #[arg(long, num_args = 0, default_missing_value = "true")]
     resume: Option<bool>,
-    /// adam, sgd or ademamix [default: adam]
-    #[arg(long)]
-    icp_perturber: Option<String>,
-    /// Perturbation steps K [default: 5]
-    #[arg(long)]
-    icp_steps: Option<usize>,
-    /// Size of a perturbation step [default: 0.002]
-    #[arg(long)]
-    icp_epsilon: Option<f64>,
-    /// Share of the epochs that train plainly first [default: 0]
-    #[arg(long)]
-    icp_warmup: Option<f64>,
-    /// schedule, per-step, or a number [default: schedule]
-    #[arg(long)]
-    icp_alpha: Option<String>,
-    /// cosine, inverse-cosine or uniform [default: cosine]
-    #[arg(long)]
-    icp_weights: Option<String>,
-    /// auto, or names of values to compare features at [default: auto]
-    #[arg(long, value_name = "auto|NAME,…")]
-    icp_taps: Option<String>,
+    #[command(flatten)]
+    #[serde(skip)]
+    icp: IcpFlags,
     /// Condition on the result, such as "accuracy>=0.9", "gain.low>0" or "recall.3>=0.8"; exit code 3 when it does not hold
     #[arg(long, value_name = "EXPR")]
     require: Option<String>,
@@ -191,6 +178,12 @@ pub fn resolve(overrides: &Overrides, switches: &Switches) -> anyhow::Result<Con
     overrides.shuffle = switches.no_shuffle.then_some(false);
     let flags = toml::Table::try_from(&overrides).context("options")?;
     table.extend(flags);
+    table.extend(overrides.icp.table()?);
+    from_table(table)
+}
+
+/// The options that a table of the file's keys says, over the defaults.
+pub fn from_table(table: toml::Table) -> anyhow::Result<Config> {
     let config: Config =
         table.try_into().map_err(|e: toml::de::Error| anyhow::anyhow!("options: {}", e.message()))?;
     config.check()?;

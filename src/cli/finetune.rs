@@ -28,6 +28,9 @@ pub struct Args {
     json: bool,
 }
 
+/// Samples whose perturbation the report follows.
+const SHOWN: usize = 64;
+
 pub fn main(args: &Args) -> anyhow::Result<u8> {
     let mut config = resolve(&args.overrides, &args.switches)?;
     config.images = args.images.over(config.images.clone());
@@ -37,6 +40,10 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
         model.require_trainable()?;
     }
     let data = super::data::bound(&model, &args.data, &config.images)?;
+    let data = match &config.unlabelled {
+        Some(path) => data.with_unlabelled(&super::data::bound(&model, path, &config.images)?)?,
+        None => data,
+    };
     let held = match (config.holdout_fraction()?, &config.holdout) {
         (None, NumberOr::Word(path)) => Some(super::data::bound(&model, path.as_ref(), &config.images)?),
         _ => None,
@@ -45,6 +52,7 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
         anyhow::bail!("--output or --delta says where the result goes");
     };
     let mut reporter = Reporter::new();
+    let shown = config.report.is_some().then(|| super::perturb::first_labelled(&data, SHOWN)).transpose()?;
     let started = std::time::Instant::now();
     let done = finetune(model, data, held, &config, output, &mut |p| reporter.step(p));
     if let Some(path) = &config.junit {
@@ -54,9 +62,10 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
         };
         junit::write(path, "retune finetune", started.elapsed().as_secs_f64(), &cases)?;
     }
-    let done = done?;
-    if let Some(path) = &config.report {
-        super::page::finetuned(path, &args.model, &done)?;
+    let mut done = done?;
+    if let (Some(path), Some(shown)) = (&config.report, &shown) {
+        let falls = super::perturb::falls(&mut done, &config, shown)?;
+        super::page::finetuned(path, &args.model, &done, falls.as_deref())?;
         eprintln!("report: {}", path.display());
     }
     report(&done.summary);

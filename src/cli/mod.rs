@@ -13,13 +13,16 @@ mod eval;
 mod finetune;
 mod grad;
 mod html;
+mod icp_flags;
 mod inspect;
 mod junit;
 mod page;
+mod perturb;
 mod plan;
 mod progress;
 mod run;
 mod stdin;
+mod study;
 mod test;
 
 use std::process::ExitCode;
@@ -55,6 +58,10 @@ enum Command {
     Apply(delta::ApplyArgs),
     /// Adapt a model to data without labels and write it back
     Adapt(adapt::Args),
+    /// What ICP does to inputs: a picture, arrays, losses along the way
+    Perturb(perturb::Args),
+    /// A grid of finetunes from one file, with tables of paired differences
+    Study(study::Args),
     /// Run ONNX backend test cases
     Test(test::Args),
     /// Time a forward pass or a training step
@@ -82,6 +89,8 @@ pub fn main() -> ExitCode {
         Command::Delta(a) => delta::main(a),
         Command::Apply(a) => delta::main_apply(a),
         Command::Adapt(a) => adapt::main(a),
+        Command::Perturb(a) => perturb::main(a),
+        Command::Study(a) => study::main(a),
         Command::Test(a) => test::main(a),
         Command::Bench(a) => bench::main(a, start),
         Command::Demo(a) => demo::main(a),

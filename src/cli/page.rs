@@ -17,8 +17,8 @@ pub struct Strip {
     pub images: Tensor,
 }
 
-/// Writes the report of `retune finetune --report`.
-pub fn finetuned(path: &Path, model: &Path, done: &Finished) -> Result<()> {
+/// Writes the report of `retune finetune --report`; `falls`: the loss along ICP's steps, with the new weights.
+pub fn finetuned(path: &Path, model: &Path, done: &Finished, falls: Option<&[f64]>) -> Result<()> {
     let s = &done.summary;
     let lead = match (s.kept, &s.before, &s.after) {
         (true, Some(b), Some(a)) => format!(
@@ -40,6 +40,7 @@ pub fn finetuned(path: &Path, model: &Path, done: &Finished) -> Result<()> {
     let rows = [("before", &done.before), ("after", &done.after)];
     let mut sections = vec![bars(&rows), metrics(&rows)];
     sections.extend(curves(&s.curve.epochs));
+    sections.extend(falls.map(perturbation));
     sections.push(confusions(&[("before", &done.before), ("after", &done.after)], &done.class_names));
     write(path, &Page { title: "retune: finetune report".into(), lead, facts: facts(s), sections })
 }
@@ -166,6 +167,18 @@ fn curves(epochs: &[Epoch]) -> Vec<Section> {
         sections.push(chart("Accuracy while training", "accuracy", vec![accuracy]));
     }
     sections
+}
+
+/// How the loss falls while the input is perturbed.
+fn perturbation(losses: &[f64]) -> Section {
+    let points = losses.iter().enumerate().map(|(k, loss)| (k as f64, *loss)).collect();
+    Section::Chart {
+        title: "Loss along the perturbation".into(),
+        x_label: "perturbation step".into(),
+        y_label: "task loss".into(),
+        series: vec![Series { name: "first training samples, new weights".into(), points }],
+        note: None,
+    }
 }
 
 /// Classes without a name are called by their number.

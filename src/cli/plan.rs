@@ -99,13 +99,13 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
     let mut modes = vec![forward(&model, &inputs, &config.loss()?, &speed)?];
     let (mut notes, mut drawn, mut refused) = (Vec::new(), None, None);
     for (name, method) in [("supervised", MethodName::Supervised), ("icp", MethodName::Icp)] {
-        if method == MethodName::Icp && !inputs.iter().any(|(_, meta)| meta.dtype.is_float()) {
-            notes.push(format!("icp: {NO_FLOATS}"));
-            continue;
-        }
         let own = Config { method, ..config.clone() };
         let planned = match training(&model, &inputs, name, &own, &speed) {
             Ok(planned) => planned,
+            Err(e) if e.to_string() == NO_FLOATS => {
+                notes.push(format!("{name}: {e}"));
+                continue;
+            }
             // A budget that one method keeps to may be too small for the other.
             Err(e) if config.memory_budget.is_some() || config.train.contains("sparse:") => {
                 notes.push(format!("{name}: {e}"));
@@ -127,6 +127,11 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
             notes.push(saved(&planned.report, &whole.report));
         }
         modes.push(planned.report);
+    }
+    let kept = modes.iter().map(|m| m.memory.samples).max().unwrap_or(0);
+    if kept > 0 {
+        let each = human_bytes(kept / config.batch);
+        notes.push(format!("icp: --icp-reuse keeps {each} a training sample, here of {}", config.batch));
     }
     if let Some(e) = refused.filter(|_| modes.len() == 1) {
         return Err(e);
@@ -194,7 +199,7 @@ fn training(
         let job = Job {
             session: &session,
             recipe: &recipe,
-            method: &|| config.method(),
+            method: &|| config.training_method(false),
             shapes: &shapes,
             epochs: config.epochs,
             samples: 0,
@@ -209,7 +214,8 @@ fn training(
         budget = Some(fitted);
     }
     recipe.prepare(&mut session)?;
-    let mut method = config.method()?;
+    let mut method = config.training_method(false)?;
+    method.begin(config.batch);
     method.prepare(&mut session, &recipe, &shapes, config.epochs)?;
     let parts = budget.as_ref().map_or(1, |b| b.parts);
     let programs = method.programs();

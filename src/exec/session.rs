@@ -106,6 +106,8 @@ pub struct Usage {
     pub optimizer: usize,
     pub gradients: usize,
     pub step: usize,
+    /// Kept per training sample.
+    pub samples: usize,
     pub arena: usize,
     /// Frozen weights copied to the heap because they are unaligned, of another type, or folded.
     pub frozen: usize,
@@ -118,6 +120,7 @@ impl Usage {
             + self.optimizer
             + self.gradients
             + self.step
+            + self.samples
             + self.arena
             + self.frozen
     }
@@ -618,6 +621,7 @@ impl Session {
             optimizer: self.store.bytes_for(Purpose::Optimizer),
             gradients: self.store.bytes_for(Purpose::Gradient),
             step: self.store.bytes_for(Purpose::Step),
+            samples: self.store.bytes_for(Purpose::Sample),
             arena: self.arena_bytes.next_multiple_of(ALIGN),
             frozen: self
                 .frozen

@@ -18,6 +18,8 @@ pub enum Purpose {
     Optimizer,
     /// Gradients that outlive a run, to be accumulated.
     Gradient,
+    /// Kept of every training sample from one epoch to the next.
+    Sample,
     /// Lives for one step: perturbed inputs and their moments, teacher's features, step hyperparameters.
     Step,
 }
@@ -101,6 +103,18 @@ impl Store {
         if !self.dry {
             self.view_mut(id).bytes.copy_from_slice(bytes);
         }
+    }
+
+    /// Copies `range` of one state's bytes to where another's begin at `at`.
+    pub fn copy_bytes(&mut self, from: StateId, range: std::ops::Range<usize>, to: StateId, at: usize) {
+        let source = self.take(from);
+        self.view_mut(to).bytes[at..at + range.len()].copy_from_slice(&source.bytes()[range]);
+        self.put(from, source);
+    }
+
+    /// Copies a state into another of the same shape.
+    pub fn copy(&mut self, from: StateId, to: StateId) {
+        self.copy_bytes(from, 0..self.meta(from).bytes(), to, 0);
     }
 
     pub fn zero(&mut self, id: StateId) {

@@ -136,6 +136,7 @@ impl Job<'_> {
         recipe.prepare(&mut session)?;
         let shapes = with_batch(self.shapes, micro);
         let mut method = (self.method)()?;
+        method.begin(self.samples + self.held);
         method.prepare(&mut session, &recipe, &shapes, self.epochs)?;
         if !self.samples.is_multiple_of(micro) {
             let last = with_batch(self.shapes, self.samples % micro);

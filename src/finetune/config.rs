@@ -7,10 +7,9 @@ use serde::{Deserialize, Serialize};
 use crate::delta::DeltaType;
 use crate::error::{Error, Result};
 use crate::exec::{OptimizerState, Options, Precision};
-use crate::icp::{Alpha, Icp, Settings, Taps, Weights};
+use crate::icp::{Direction, Features, Reuse, Unit, Weights};
 use crate::train::data::ImageOptions;
 use crate::train::loss::Loss;
-use crate::train::method::{Method, Plain};
 use crate::train::optimizer::Optimizer;
 use crate::train::preset::Ask;
 use crate::train::schedule::{Schedule, Shape};
@@ -23,6 +22,8 @@ use crate::train::step::{Norm, Recipe, Shapes};
 pub enum MethodName {
     Supervised,
     Icp,
+    /// Auxiliary heads: the rival of ICP.
+    Byot,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +33,17 @@ pub enum OptimizerName {
     Adam,
     Adamw,
     Ademamix,
+}
+
+/// How ICP steps along the input's gradient.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PerturberName {
+    Sgd,
+    Adam,
+    Ademamix,
+    /// By ε along the gradient's sign.
+    Sign,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -167,6 +179,8 @@ pub struct Config {
     pub holdout: NumberOr,
     /// Instead of a held-out slice: cross-validation over so many folds decides, and all samples train; 0: off.
     pub folds: usize,
+    /// Data whose samples, without their labels, take part in ICP's feature term.
+    pub unlabelled: Option<PathBuf>,
     pub guard: bool,
     pub shuffle: bool,
     pub seed: u64,
@@ -180,16 +194,35 @@ pub struct Config {
     pub checkpoint: Option<PathBuf>,
     pub checkpoint_every: usize,
     pub resume: bool,
-    pub icp_perturber: OptimizerName,
+    pub icp_perturber: PerturberName,
+    pub icp_direction: Direction,
     pub icp_steps: usize,
     pub icp_epsilon: f64,
+    pub icp_unit: Unit,
+    /// `none`, `linf:RADIUS` or `l2:RADIUS`.
+    pub icp_ball: String,
+    /// `none` or `LOW:HIGH`.
+    pub icp_range: String,
+    /// `all`, `wrong`, or `uncertain:P`.
+    pub icp_which: String,
+    pub icp_reuse: Reuse,
+    /// `auto`, `first`, or value names joined by commas.
+    pub icp_at: String,
     /// Share of the epochs that train plainly first.
     pub icp_warmup: f64,
     /// `schedule`, `per-step`, or a number.
     pub icp_alpha: NumberOr,
+    /// Below which the schedule of α does not fall.
+    pub icp_alpha_floor: f64,
+    pub icp_features: Features,
     pub icp_weights: Weights,
-    /// `auto`, or value names joined by commas.
+    /// `auto`, `first:N`, `last:N`, or value names joined by commas.
     pub icp_taps: String,
+    /// Decay of the teacher's averaged weights; 0: the teacher is the network itself.
+    pub icp_ema: f64,
+    /// Part of the output's own distribution in what auxiliary heads learn (`method = "byot"`).
+    pub byot_alpha: f64,
+    pub byot_temperature: f64,
     /// Conditions on the result, such as `accuracy>=0.9`.
     pub require: Option<String>,
     /// Where to write the report page.
@@ -233,6 +266,7 @@ impl Default for Config {
             reinsert_norms: false,
             holdout: NumberOr::Number(0.2),
             folds: 0,
+            unlabelled: None,
             guard: true,
             shuffle: true,
             seed: 0,
@@ -244,13 +278,25 @@ impl Default for Config {
             checkpoint: None,
             checkpoint_every: 20,
             resume: false,
-            icp_perturber: OptimizerName::Adam,
+            icp_perturber: PerturberName::Adam,
+            icp_direction: Direction::Constructive,
             icp_steps: 5,
             icp_epsilon: 0.002,
+            icp_unit: Unit::Input,
+            icp_ball: "none".into(),
+            icp_range: "none".into(),
+            icp_which: "all".into(),
+            icp_reuse: Reuse::Fresh,
+            icp_at: "auto".into(),
             icp_warmup: 0.0,
             icp_alpha: NumberOr::Word("schedule".into()),
+            icp_alpha_floor: 0.0,
+            icp_features: Features::Mse,
             icp_weights: Weights::Cosine,
             icp_taps: "auto".into(),
+            icp_ema: 0.0,
+            byot_alpha: 0.3,
+            byot_temperature: 3.0,
             require: None,
             report: None,
             junit: None,
@@ -262,7 +308,7 @@ impl Default for Config {
     }
 }
 
-fn config<T>(what: impl Into<String>) -> Result<T> {
+pub(super) fn config<T>(what: impl Into<String>) -> Result<T> {
     Err(Error::Config(what.into()))
 }
 
@@ -282,9 +328,6 @@ impl Config {
         ];
         if let Some((name, x)) = numbers.iter().find(|p| !p.1.is_finite() || p.1 < 0.0) {
             return config(format!("--{name} {x}: must be a number from 0"));
-        }
-        if !(0.0..=1.0).contains(&self.icp_warmup) {
-            return config(format!("--icp-warmup {}: is a share of the epochs, 0 to 1", self.icp_warmup));
         }
         if !(0.0..1.0).contains(&self.label_smoothing) {
             return config(format!("--label-smoothing {}: must be from 0 to below 1", self.label_smoothing));
@@ -324,7 +367,7 @@ impl Config {
         if self.folds > 0 && self.holdout_fraction()?.is_none() {
             return config("--folds holds out each sample once: it takes no --holdout DATA");
         }
-        self.alpha()?;
+        self.check_methods()?;
         self.holdout_fraction()?;
         Ok(())
     }
@@ -382,40 +425,9 @@ impl Config {
     pub fn clip_norm(&self) -> Option<f64> {
         let default = match self.method {
             MethodName::Icp => 5.0,
-            MethodName::Supervised => 0.0,
+            MethodName::Supervised | MethodName::Byot => 0.0,
         };
         Some(self.clip.unwrap_or(default)).filter(|c| *c > 0.0)
-    }
-
-    fn alpha(&self) -> Result<Alpha> {
-        let number = match &self.icp_alpha {
-            NumberOr::Number(x) => Some(*x),
-            NumberOr::Word(w) => w.parse().ok(),
-        };
-        match (&self.icp_alpha, number) {
-            (_, Some(a)) if (0.0..=1.0).contains(&a) => Ok(Alpha::Fixed(a)),
-            (NumberOr::Word(w), None) if w == "schedule" => Ok(Alpha::Schedule),
-            (NumberOr::Word(w), None) if w == "per-step" => Ok(Alpha::PerStep),
-            _ => config("--icp-alpha takes `schedule`, `per-step` or a number from 0 to 1"),
-        }
-    }
-
-    /// ICP with these options.
-    pub fn icp(&self) -> Result<Icp> {
-        let names = || self.icp_taps.split(',').map(|n| n.trim().to_string()).collect();
-        Ok(Icp::new(Settings {
-            // The perturber is plain: momentum and weight decay are the weights' optimizer's.
-            perturber: match self.icp_perturber {
-                OptimizerName::Sgd => Optimizer::sgd(),
-                other => self.optimizer_named(other, 0.0),
-            },
-            steps: self.icp_steps,
-            epsilon: self.icp_epsilon,
-            warmup: self.icp_warmup,
-            alpha: self.alpha()?,
-            weights: self.icp_weights,
-            taps: if self.icp_taps == "auto" { Taps::Auto } else { Taps::Names(names()) },
-        }))
     }
 
     /// How a session of this run computes.
@@ -447,18 +459,10 @@ impl Config {
             loss,
             shapes,
             recipe,
-            method: Box::new(|| self.method()),
+            method: Box::new(|| self.training_method(false)),
             epochs: self.epochs,
             batches: Vec::new(),
         }
-    }
-
-    /// The way to learn, with these options.
-    pub fn method(&self) -> Result<Box<dyn Method>> {
-        Ok(match self.method {
-            MethodName::Supervised => Box::new(Plain::default()),
-            MethodName::Icp => Box::new(self.icp()?),
-        })
     }
 
     /// The loss; an ONNX graph is loaded.

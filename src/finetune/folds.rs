@@ -42,7 +42,7 @@ pub(super) fn cross_validate(
             .as_ref()
             .map(|c| CheckpointOptions { folder: c.folder.join(format!("fold-{}", k + 1)), ..c.clone() });
         let run = Run { checkpoint, ..job.run.clone() };
-        let mut method = job.config.method()?;
+        let mut method = job.config.training_method(false)?;
         fit(&mut session, job.recipe, method.as_mut(), job.data, &split.train, &run, observe)?;
         after.pool(&measured(&mut session, job.loss, job.data, &split.held, job.evaluated)?);
     }

@@ -4,6 +4,7 @@ pub mod budget;
 mod config;
 mod folds;
 mod inputs;
+mod methods;
 mod norms;
 mod require;
 mod write;
@@ -31,7 +32,8 @@ use crate::train::preset;
 use crate::train::step::{Recipe, Shapes};
 
 pub use config::{
-    ClassWeights, Config, HeadSize, MethodName, NumberOr, OptimizerName, ScheduleName, parse_loss,
+    ClassWeights, Config, HeadSize, MethodName, NumberOr, OptimizerName, PerturberName, ScheduleName,
+    parse_loss,
 };
 pub use inputs::set_inputs;
 pub use require::{Judged, Require, unmet};
@@ -193,18 +195,25 @@ pub fn finetune(
     let options = config.session();
     let session_options = options.clone();
     let mut session = Session::new(model, options)?;
+    let (data, unlabelled) = data.withheld()?;
     let data = check_target(&session, &loss, data)?;
     let held = held.map(|h| check_target(&session, &loss, h)).transpose()?;
     let mut notes: Vec<String> = data.notes().to_vec();
     notes.extend(headed);
 
+    let labelled = without(data.len(), &unlabelled);
+    if !unlabelled.is_empty() {
+        notes.push(format!("{} samples have no label", unlabelled.len()));
+    }
     let (train, held_indices) = match (&held, config.holdout_fraction()?) {
-        _ if config.folds > 0 => ((0..data.len()).collect(), Vec::new()),
-        (Some(h), _) => ((0..data.len()).collect(), (0..h.len()).collect()),
-        (None, Some(0.0)) => ((0..data.len()).collect(), Vec::new()),
+        _ if config.folds > 0 => (labelled, Vec::new()),
+        (Some(h), _) => (labelled, (0..h.len()).collect()),
+        (None, Some(0.0)) => (labelled, Vec::new()),
         (None, Some(fraction)) => {
-            let s = split(data.len(), fraction, config.seed, data.labels())?;
-            (s.train, s.held)
+            let labels = data.labels().map(|l| labelled.iter().map(|i| l[*i]).collect::<Vec<i64>>());
+            let s = split(labelled.len(), fraction, config.seed, labels.as_deref())?;
+            let of = |places: &[usize]| places.iter().map(|p| labelled[*p]).collect::<Vec<usize>>();
+            (of(&s.train), of(&s.held))
         }
         (None, None) => return Err(Error::Config("held-out data were named and not opened".into())),
     };
@@ -238,7 +247,13 @@ pub fn finetune(
         return Err(Error::Config("--require needs held-out data: --holdout must not be 0".into()));
     }
 
-    let shapes = shapes_of(&data, config.batch.min(train.len()))?;
+    let beside = if unlabelled.is_empty() { 1 } else { 2 };
+    if beside > 1 && (config.folds > 0 || config.memory_budget.is_some()) {
+        return Err(Error::Config(
+            "samples without a label do not go with --folds or --memory-budget".into(),
+        ));
+    }
+    let shapes = Shapes::of(&data.new_batch(beside * config.batch.min(train.len())))?;
     let mut ask = config.ask(&loss, &shapes);
     if config.train.contains("sparse:") {
         ask.batches = some_batches(&data, &train, config)?;
@@ -249,7 +264,7 @@ pub fn finetune(
     let job = budget::Job {
         session: &session,
         recipe: &recipe,
-        method: &|| config.method(),
+        method: &|| config.training_method(false),
         shapes: &shapes,
         epochs: config.epochs,
         samples: train.len(),
@@ -273,6 +288,7 @@ pub fn finetune(
         }
     };
     let mut before = measure(&mut session)?;
+    let mut method = config.training_method(!unlabelled.is_empty())?;
     let checkpoint = match &config.checkpoint {
         Some(folder) => Some(CheckpointOptions {
             folder: folder.clone(),
@@ -290,6 +306,7 @@ pub fn finetune(
         shuffle: config.shuffle,
         seed: config.seed,
         checkpoint,
+        companions: unlabelled,
     };
     let crossed = match config.folds {
         0 => None,
@@ -312,11 +329,7 @@ pub fn finetune(
         }
     };
     recipe.prepare(&mut session)?;
-    let mut method = config.method()?;
-    let taps = match config.method {
-        MethodName::Supervised => Vec::new(),
-        MethodName::Icp => config.icp()?.tap_names(&session, &shapes)?,
-    };
+    let taps = method.tap_names(&session, &shapes)?;
     let fitted: Fitted = fit(&mut session, &recipe, method.as_mut(), &data, &train, &run, observe)?;
     if fitted.skipped_steps > 0 {
         notes.push(format!("{} step(s) were skipped: loss or gradient not finite", fitted.skipped_steps));
@@ -403,6 +416,11 @@ fn some_batches(data: &Dataset, train: &[usize], config: &Config) -> Result<Vec<
     batches.collect()
 }
 
+/// `0..n` without those of `some`, which are in order.
+fn without(n: usize, some: &[usize]) -> Vec<usize> {
+    (0..n).filter(|i| some.binary_search(i).is_err()).collect()
+}
+
 /// The model with the new head that was asked for, and a note of it.
 fn with_head(model: &Arc<Model>, data: &Dataset, config: &Config) -> Result<(Arc<Model>, Option<String>)> {
     let Some(size) = &config.head else { return Ok((model.clone(), None)) };
@@ -438,6 +456,7 @@ fn fingerprint(model: &Model, data: &Dataset, config: &Config) -> Result<String>
         rename_data: false,
         delta: None,
         delta_type: DeltaType::Full,
+        unlabelled: None,
         ..config.clone()
     };
     let text = serde_json::to_string(&decisive).map_err(|e| Error::Config(e.to_string()))?;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::error::{Blocker, Error, OpError, Result};
 use crate::graph::{Graph, NodeId, ValueId, op_type};
 use crate::ops::binary::Add;
+use crate::ops::distill::Detach;
 use crate::ops::reduce::{ExpandTo, SumTo};
 use crate::ops::{Grads, Op};
 use crate::tensor::{DType, Dims, Meta, Tensor};
@@ -135,8 +136,8 @@ impl GradBuilder<'_> {
 
 /// Appends to `graph` the gradient of the scalar `loss` with respect to each value of `wrt`.
 ///
-/// Shapes must have been inferred. A value of `wrt` that the loss does not depend on has no entry in the
-/// result. Every node that would have to be differentiated and cannot is reported in one error.
+/// Shapes must have been inferred. A value of `wrt` that the loss does not depend on (or only through what is
+/// detached) has no entry in the result. Every node that would have to be differentiated and cannot is reported in one error.
 pub fn grad(graph: &mut Graph, loss: ValueId, wrt: &[ValueId]) -> Result<Gradients> {
     let meta = graph.meta(loss)?.clone();
     if meta.len() != 1 || !meta.dtype.is_float() {
@@ -152,7 +153,7 @@ pub fn grad(graph: &mut Graph, loss: ValueId, wrt: &[ValueId]) -> Result<Gradien
     for v in wrt {
         depends[v.index()] = true;
     }
-    for node in &graph.nodes {
+    for node in graph.nodes.iter().filter(|n| n.op.as_a::<Detach>().is_none()) {
         if node.inputs.iter().flatten().any(|v| depends[v.index()]) {
             for v in node.outputs.iter().flatten() {
                 depends[v.index()] = true;

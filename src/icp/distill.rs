@@ -1,146 +1,61 @@
 //! The ICP step: perturb, teach, learn.
 
 use std::collections::HashMap;
-use std::f64::consts::PI;
-use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-
-use crate::error::{Error, OpError, Result};
-use crate::exec::{Program, Purpose, Session};
+use crate::error::{Error, Result};
+use crate::exec::Session;
 use crate::graph::{self, Graph, StateId, ValueId};
-use crate::icp::taps::{Taps, find};
+use crate::icp::average::Averages;
+use crate::icp::features::{distance, emit, scalar};
+use crate::icp::perturb::{Fed, Perturb, batch_of, network, step_state, student_gradients};
+use crate::icp::place::above;
+use crate::icp::settings::{Reuse, Settings};
+use crate::icp::taps::find;
+use crate::ops::Mode;
 use crate::ops::binary::Binary;
-use crate::ops::loss::Mse;
-use crate::ops::{Mode, Op};
 use crate::plan::Request;
 use crate::tensor::{Meta, Tensor};
 use crate::train::data::Batch;
-use crate::train::loss_scale;
 use crate::train::method::{At, Learned, Method, Programs};
-use crate::train::optimizer::{Optimizer, Step};
-use crate::train::step::{
-    Attached, Network, Recipe, Shapes, Supervised, Updates, feeds, hyper_state, set_hyper, update,
-};
-
-/// Why a network of token indices is refused.
-pub const NO_FLOATS: &str =
-    "ICP perturbs floating-point inputs and the model has none: finetune it with --method supervised";
-
-/// The weight α of the task loss; the feature loss has 1 − α.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Alpha {
-    /// `cos(π·(e−W) / (2·(E−W)))` at epoch e of E after W warm-up epochs.
-    Schedule,
-    /// The same over steps instead of epochs.
-    PerStep,
-    Fixed(f64),
-}
-
-/// How layers weigh in the feature loss, from the first tap to the last.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Weights {
-    Uniform,
-    /// `cos(i/(L−1)·π/4)`: 1 at the first tap, √½ at the last.
-    Cosine,
-    /// The same in inverse order.
-    InverseCosine,
-}
-
-impl Weights {
-    /// The weights of `n` taps.
-    pub fn of(self, n: usize) -> Vec<f64> {
-        let cosine = |i: usize| if n < 2 { 1.0 } else { (i as f64 / (n - 1) as f64 * PI / 4.0).cos() };
-        match self {
-            Weights::Uniform => vec![1.0; n],
-            Weights::Cosine => (0..n).map(cosine).collect(),
-            Weights::InverseCosine => (0..n).rev().map(cosine).collect(),
-        }
-    }
-}
-
-/// The method's options.
-#[derive(Debug, Clone)]
-pub struct Settings {
-    pub perturber: Optimizer,
-    /// K: perturbation steps.
-    pub steps: usize,
-    /// ε: step size of the perturber, in units of the input.
-    pub epsilon: f64,
-    /// Share of the epochs that train plainly first.
-    pub warmup: f64,
-    pub alpha: Alpha,
-    pub weights: Weights,
-    pub taps: Taps,
-}
-
-impl Default for Settings {
-    /// Adam, K = 5, ε = 0.002, no warm-up, α by epochs, cosine weights, the network's stages.
-    fn default() -> Self {
-        Settings {
-            perturber: Optimizer::adam(0.0, false),
-            steps: 5,
-            epsilon: 0.002,
-            warmup: 0.0,
-            alpha: Alpha::Schedule,
-            weights: Weights::Cosine,
-            taps: Taps::Auto,
-        }
-    }
-}
+use crate::train::step::{Attached, Network, Recipe, Shapes, Supervised, Updates, update_and};
 
 /// ICP as a training method.
 #[derive(Default)]
 pub struct Icp {
     settings: Settings,
+    /// Samples of the training data.
+    samples: usize,
     plans: Vec<(Shapes, Plans)>,
     plain: Vec<(Shapes, Supervised)>,
+    averages: Option<Averages>,
 }
 
 /// What became of a batch's inputs.
 #[derive(Debug, Clone)]
 pub struct Perturbed {
-    /// After K steps, by name.
+    /// After K steps, by name: of what is perturbed, the inputs or values within the network.
     pub inputs: Vec<(String, Tensor)>,
-    /// The task loss before each of the K steps.
+    /// The task loss before each of the K steps, where a step computes it.
     pub losses: Vec<f64>,
+    /// The same values before each step and after the last, K + 1 times.
+    pub path: Vec<Vec<(String, Tensor)>>,
 }
 
-/// The three plans for batches of one shape.
+/// The plans for batches of one shape; without a feature term the student's alone.
 struct Plans {
-    perturb: Perturb,
-    teacher: Program,
+    teaching: Option<(Perturb, Fed)>,
     student: Student,
 }
 
-struct Perturb {
-    program: Program,
-    target: ValueId,
-    loss: ValueId,
-    /// Perturbed inputs by name, and the perturber's own memory.
-    inputs: Vec<(String, StateId)>,
-    moments: Vec<StateId>,
-    /// Integer inputs, which are fed as they are.
-    fed: Vec<(usize, ValueId)>,
-}
-
 struct Student {
-    program: Program,
-    inputs: Vec<ValueId>,
+    fed: Fed,
     attached: Attached,
     total: ValueId,
-    features: ValueId,
+    features: Option<ValueId>,
     updates: Updates,
 }
 
-const HYPER: &str = "icp.hyper";
 const ALPHA: &str = "icp.alpha";
-
-fn at_icp<T>(r: std::result::Result<T, OpError>) -> Result<T> {
-    r.map_err(|source| Error::Op { node: "ICP".into(), source })
-}
 
 impl Icp {
     pub fn new(settings: Settings) -> Self {
@@ -153,204 +68,149 @@ impl Icp {
 
     /// Warm-up epochs W of `epochs`.
     pub fn warmup_epochs(&self, epochs: usize) -> usize {
-        (self.settings.warmup * epochs as f64).floor() as usize
+        self.settings.warmup_epochs(epochs)
     }
 
     /// α at a point of the run; `None` while warming up.
     pub fn alpha_at(&self, at: &At) -> Option<f64> {
-        let warm = self.warmup_epochs(at.epochs);
-        if at.epoch < warm {
-            return None;
-        }
-        let curve = |done: f64, of: f64| (PI * done / (2.0 * of.max(1.0))).cos();
-        Some(match self.settings.alpha {
-            Alpha::Fixed(a) => a,
-            Alpha::Schedule => curve((at.epoch - warm) as f64, (at.epochs - warm) as f64),
-            Alpha::PerStep => {
-                let first = at.steps * warm / at.epochs.max(1);
-                curve((at.step - first) as f64, (at.steps - first) as f64)
-            }
-        })
+        self.settings.alpha_at(at)
     }
 
     fn plans(&mut self, session: &mut Session, recipe: &Recipe, shapes: &Shapes) -> Result<usize> {
         if let Some(i) = self.plans.iter().position(|p| p.0 == *shapes) {
             return Ok(i);
         }
-        let perturb = self.perturb(session, recipe, shapes)?;
-        let taught: HashMap<String, StateId> = perturb.inputs.iter().cloned().collect();
-        let mode = recipe.mode();
-        let mut net = Network::new(session, mode, shapes, &taught)?;
-        let (logits, _) = graph::logits(&net.graph, first_output(&net.graph)?);
-        let taps = find(&net.graph, &self.settings.taps, logits)?;
+        let settings = &self.settings;
+        if !settings.teaches() {
+            let student = self.student(session, recipe, shapes, &[], None, &HashMap::new())?;
+            self.plans.push((shapes.clone(), Plans { teaching: None, student }));
+            return Ok(self.plans.len() - 1);
+        }
+        if let (Some(decay), None) = (settings.ema, &self.averages) {
+            self.averages = Some(Averages::new(session, &recipe.params, decay)?);
+        }
+        let settings = &self.settings;
+        let perturb = Perturb::new(session, recipe, shapes, settings, self.samples)?;
+        let taps = self.taps(session, recipe.mode(), shapes)?;
+        let mut net = network(session, recipe.mode(), shapes, &perturb.moved)?;
+        if let Some(averages) = &self.averages {
+            averages.put_into(session, &mut net.graph);
+        }
+        // Layers below what is perturbed are the student's to run; an average's statistics are not the network's.
+        let from: Vec<ValueId> = perturb.moved.iter().map(|m| m.spot.value).collect();
+        let depends = above(&net.graph, &from);
+        if let Some(v) = taps.iter().find(|v| !depends[v.index()] || from.contains(v)) {
+            let what = "this tap does not lie behind what is perturbed: name deeper ones with --icp-taps";
+            return Err(Error::value(&net.graph.value(*v).name, what));
+        }
+        net.statistics.retain(|v| settings.ema.is_none() && depends[v.index()]);
         net.fuse(&taps, false)?;
         let mut pins = HashMap::new();
         for v in &taps {
             let meta = net.graph.meta(*v)?.clone();
             let name = format!("icp.teacher.{}.{}", net.graph.value(*v).name, batch_of(shapes));
-            let store = session.store_mut();
-            let state = store.find(&name).unwrap_or_else(|| store.add(name, meta, Purpose::Step));
-            pins.insert(*v, state);
+            pins.insert(*v, step_state(session, name, &meta));
         }
-        let request = Request { effects: net.statistics.clone(), pins: pins.clone(), ..Request::default() };
-        let teacher = session.compile(net.graph, request)?;
-        let student = self.student(session, recipe, shapes, &taps, &pins)?;
-        self.plans.push((shapes.clone(), Plans { perturb, teacher, student }));
+        let request = Request { effects: net.statistics, pins: pins.clone(), ..Request::default() };
+        let program = session.compile(net.graph, request)?;
+        let teacher = Fed { program, inputs: net.inputs, attached: None };
+        let student = self.student(session, recipe, shapes, &taps, Some(&perturb), &pins)?;
+        self.plans.push((shapes.clone(), Plans { teaching: Some((perturb, teacher)), student }));
         Ok(self.plans.len() - 1)
     }
 
-    /// One perturbation step: x ← x − step(∂ℓ/∂x), in evaluation mode, for every floating-point input.
-    fn perturb(&self, session: &mut Session, recipe: &Recipe, shapes: &Shapes) -> Result<Perturb> {
-        let mut inputs = Vec::new();
-        for (name, meta) in shapes.inputs.iter().filter(|i| i.1.dtype.is_float()) {
-            let full = format!("icp.x.{name}.{}", batch_of(shapes));
-            let store = session.store_mut();
-            let state = store.find(&full).unwrap_or_else(|| store.add(full, meta.clone(), Purpose::Step));
-            inputs.push((name.clone(), state));
-        }
-        if inputs.is_empty() {
-            return Err(Error::Config(NO_FLOATS.into()));
-        }
-        let states: HashMap<String, StateId> = inputs.iter().cloned().collect();
-        let mut net = Network::new(session, Mode::EVAL, shapes, &states)?;
-        net.fuse(&[], false)?;
-        let attached = recipe.loss.attach(&mut net.graph, shapes.target.clone())?;
-        let perturbed: Vec<ValueId> = net
-            .inputs
-            .iter()
-            .zip(&shapes.inputs)
-            .filter(|(_, (name, _))| states.contains_key(name))
-            .map(|(v, _)| *v)
-            .collect();
-        let scaled = loss_scale::scaled(session, &mut net.graph, attached.loss)?;
-        let grads = graph::grad(&mut net.graph, scaled, &perturbed)?;
-        let taken: Vec<ValueId> = perturbed.iter().filter_map(|v| grads.get(v).copied()).collect();
-        let scale = loss_scale::undone(session, &mut net.graph, attached.loss, &taken)?;
-        let hyper = hyper_state(session, HYPER);
-        let hyper = net.graph.add_state(HYPER, hyper, crate::train::optimizer::hyper_meta());
-        let (mut effects, mut moments) = (Vec::new(), Vec::new());
-        for (v, (name, _)) in perturbed.iter().zip(&inputs) {
-            let Some(g) = grads.get(v) else {
-                return Err(Error::value(name, "the loss does not depend on this input"));
-            };
-            let meta = net.graph.meta(*v)?.clone();
-            let full = format!("icp.x.{name}.{}", batch_of(shapes));
-            let own = self.settings.perturber.states_for(session.store_mut(), &full, &meta, Purpose::Step);
-            let step = Step { hyper, scale };
-            effects.push(at_icp(self.settings.perturber.emit(&mut net.graph, *v, *g, step, &own))?);
-            moments.extend(own);
-        }
-        let fed = net.inputs.iter().copied().enumerate();
-        let fed = fed.filter(|(i, _)| !shapes.inputs[*i].1.dtype.is_float()).collect();
-        let (target, loss) = (attached.target, attached.loss);
-        let request = Request { outputs: vec![loss], effects, ..Request::default() };
-        let program = session.compile(net.graph, request)?;
-        Ok(Perturb { program, target, loss, inputs, moments, fed })
+    fn taps(&self, session: &Session, mode: Mode, shapes: &Shapes) -> Result<Vec<ValueId>> {
+        let net = Network::new(session, mode, shapes, &HashMap::new())?;
+        let (logits, _) = graph::logits(&net.graph, first_output(&net.graph)?);
+        find(&net.graph, &self.settings.taps, logits)
     }
 
-    /// `L = α·L_task + (1−α)·Σ wᵢ·MSE(Fᵢ, F'ᵢ)` and the updates from its gradient.
+    /// `L = α·L_task + (1−α)·Σ wᵢ·D(Fᵢ, F'ᵢ)`, or without features `L = α·L_task`, and the updates from its gradient.
     fn student(
         &self,
         session: &mut Session,
         recipe: &Recipe,
         shapes: &Shapes,
         taps: &[ValueId],
+        perturb: Option<&Perturb>,
         pins: &HashMap<ValueId, StateId>,
     ) -> Result<Student> {
+        let settings = &self.settings;
         let mut net = Network::new(session, recipe.mode(), shapes, &HashMap::new())?;
-        net.fuse(taps, true)?;
+        let moved = perturb.map_or(&[][..], |p| &p.moved);
+        let free = settings.perturbs() && settings.reuse == Reuse::Free;
+        let wanted: Vec<ValueId> = moved.iter().filter(|_| free).map(|m| m.spot.value).collect();
+        let hidden = moved.iter().filter(|m| free && m.spot.input.is_none()).map(|m| m.spot.value);
+        let whole: Vec<ValueId> = taps.iter().copied().chain(hidden).collect();
+        net.fuse(&whole, true)?;
         let g = &mut net.graph;
         let attached = recipe.loss.attach(g, shapes.target.clone())?;
         let dtype = g.meta(attached.loss)?.dtype;
         let mut features = None;
-        for (v, w) in taps.iter().zip(self.settings.weights.of(taps.len())) {
+        for (v, w) in taps.iter().zip(settings.weights.of(taps.len())) {
             let teacher = session.store().name(pins[v]).to_string();
             let meta = g.meta(*v)?.clone();
             let teacher = g.add_state(teacher, pins[v], meta);
-            let mse = emit(g, Mse, &[*v, teacher])?;
-            let w = g.add_constant("icp.weight", Tensor::scalar(w).cast(dtype));
-            let weighted = emit(g, Binary::Mul, &[mse, w])?;
+            let d = distance(g, settings.features, *v, teacher)?;
+            let w = scalar(g, w, dtype);
+            let weighted = emit(g, Binary::Mul, &[d, w])?;
             features = Some(match features {
                 Some(sum) => emit(g, Binary::Add, &[sum, weighted])?,
                 None => weighted,
             });
         }
-        let Some(features) = features else {
+        if settings.teaches() && features.is_none() {
             return Err(Error::Config("ICP needs at least one tap".into()));
-        };
-        let store = session.store_mut();
+        }
         let meta = Meta::new(dtype, &[]);
-        let state = store.find(ALPHA).unwrap_or_else(|| store.add(ALPHA, meta.clone(), Purpose::Step));
-        let alpha = g.add_state(ALPHA, state, meta);
-        let one = g.add_constant("one", Tensor::scalar(1.0).cast(dtype));
-        let rest = emit(g, Binary::Sub, &[one, alpha])?;
-        let task = emit(g, Binary::Mul, &[attached.loss, alpha])?;
-        let taught = emit(g, Binary::Mul, &[features, rest])?;
-        let total = emit(g, Binary::Add, &[task, taught])?;
-        let mut updates = update(session, g, recipe, total)?;
-        let outputs = [
-            Some(attached.loss),
-            Some(attached.logits),
-            Some(total),
-            Some(features),
-            updates.scale,
-            updates.norm,
-        ];
+        let alpha = step_state(session, ALPHA.into(), &meta);
+        let alpha = g.add_state(ALPHA, alpha, meta);
+        let mut total = emit(g, Binary::Mul, &[attached.loss, alpha])?;
+        if let Some(features) = features {
+            let one = scalar(g, 1.0, dtype);
+            let rest = emit(g, Binary::Sub, &[one, alpha])?;
+            let taught = emit(g, Binary::Mul, &[features, rest])?;
+            total = emit(g, Binary::Add, &[total, taught])?;
+        }
+        let (mut updates, grads) = update_and(session, g, recipe, total, &wanted)?;
+        let mut outputs: Vec<ValueId> =
+            [Some(attached.loss), Some(attached.logits), Some(total), features, updates.scale, updates.norm]
+                .into_iter()
+                .flatten()
+                .collect();
+        let kept = match free {
+            true => student_gradients(g, settings, &attached, moved, &grads)?,
+            false => Vec::new(),
+        };
+        // Asked for, they keep their order of axes: they are cut into rows as they are.
+        outputs.extend(kept.iter().map(|k| k.0));
         let request = Request {
-            outputs: outputs.into_iter().flatten().collect(),
+            outputs,
             effects: std::mem::take(&mut updates.effects).into_iter().chain(net.statistics).collect(),
             kinds: std::mem::take(&mut updates.kinds),
+            pins: kept.into_iter().collect(),
             ..Request::default()
         };
         let program = session.compile(net.graph, request)?;
-        Ok(Student { program, inputs: net.inputs, attached, total, features, updates })
+        let fed = Fed { program, inputs: net.inputs, attached: Some(attached.clone()) };
+        Ok(Student { fed, attached, total, features, updates })
     }
 
-    /// Perturbs a batch K times; the result is in the states of `Perturb::inputs`. Returns the loss before
-    /// each step.
-    fn run_perturbation(
-        &self,
-        session: &mut Session,
-        p: &Perturb,
-        batch: &Batch,
-        seed: u64,
-    ) -> Result<Vec<f64>> {
-        for (name, state) in &p.inputs {
-            let Some((_, t)) = batch.inputs.iter().find(|i| i.0 == *name) else {
-                return Err(Error::value(name, "this input is not fed"));
-            };
-            session.store_mut().set(*state, t.bytes());
-        }
-        for m in &p.moments {
-            session.store_mut().zero(*m);
-        }
-        let hyper = hyper_state(session, HYPER);
-        let mut losses = Vec::with_capacity(self.settings.steps);
-        for k in 0..self.settings.steps {
-            set_hyper(session, hyper, self.settings.epsilon, k + 1);
-            let mut fed = feeds(&[], p.target, batch)?;
-            fed.extend(p.fed.iter().map(|(i, v)| (*v, batch.inputs[*i].1.view())));
-            session.run(&p.program, &fed, seed ^ (k as u64) << 48)?;
-            losses.push(session.scalar(&p.program, p.loss)?);
-        }
-        Ok(losses)
-    }
-
-    /// Perturbs a batch without any training.
+    /// Perturbs a batch without any training. What only training brings about is left out: nothing is kept from before.
     pub fn perturbed(&mut self, session: &mut Session, recipe: &Recipe, batch: &Batch) -> Result<Perturbed> {
         let shapes = Shapes::of(batch)?;
-        let p = self.perturb(session, recipe, &shapes)?;
-        let losses = self.run_perturbation(session, &p, batch, 0)?;
-        let x = p.inputs.iter().map(|(name, s)| (name.clone(), session.store().tensor(*s))).collect();
-        Ok(Perturbed { inputs: x, losses })
-    }
-
-    /// Names of the values that features are compared at, for batches of the given shapes.
-    pub fn tap_names(&self, session: &Session, shapes: &Shapes) -> Result<Vec<String>> {
-        let net = Network::new(session, Mode::EVAL, shapes, &HashMap::new())?;
-        let (logits, _) = graph::logits(&net.graph, first_output(&net.graph)?);
-        let taps = find(&net.graph, &self.settings.taps, logits)?;
-        Ok(taps.iter().map(|v| net.graph.value(*v).name.clone()).collect())
+        let settings = Settings { reuse: Reuse::Fresh, ..self.settings.clone() };
+        if !settings.perturbs() {
+            return Err(Error::Config(
+                "nothing is perturbed with --icp-features none or --icp-direction none".into(),
+            ));
+        }
+        let p = Perturb::new(session, recipe, &shapes, &settings, 0)?;
+        let mut path: Vec<Vec<(String, Tensor)>> = Vec::new();
+        let losses = p.run(session, &settings, batch, 0, &mut |session, moved| {
+            path.push(moved.iter().map(|m| (m.spot.name.clone(), session.store().tensor(m.x))).collect());
+        })?;
+        Ok(Perturbed { inputs: path.last().cloned().unwrap_or_default(), losses, path })
     }
 }
 
@@ -358,19 +218,11 @@ fn first_output(graph: &Graph) -> Result<ValueId> {
     graph.outputs.first().copied().ok_or_else(|| Error::Config("the model has no output".into()))
 }
 
-fn emit(graph: &mut Graph, op: impl Op + 'static, inputs: &[ValueId]) -> Result<ValueId> {
-    let inputs: Vec<Option<ValueId>> = inputs.iter().map(|v| Some(*v)).collect();
-    Ok(at_icp(graph.emit("icp", Arc::new(op), &inputs, 1))?[0])
-}
-
-/// Tells states of different batch shapes apart.
-fn batch_of(shapes: &Shapes) -> String {
-    let dims =
-        shapes.inputs.iter().map(|(_, m)| m.dims.iter().map(|d| d.to_string()).collect::<Vec<_>>().join("x"));
-    dims.collect::<Vec<_>>().join("+")
-}
-
 impl Method for Icp {
+    fn begin(&mut self, samples: usize) {
+        self.samples = samples;
+    }
+
     fn prepare(
         &mut self,
         session: &mut Session,
@@ -390,72 +242,57 @@ impl Method for Icp {
 
     fn learn(&mut self, session: &mut Session, recipe: &Recipe, batch: &Batch, at: &At) -> Result<Learned> {
         let shapes = Shapes::of(batch)?;
+        if let Some(averages) = &mut self.averages {
+            averages.follow(session, at.step)?;
+        }
         let Some(alpha) = self.alpha_at(at) else {
             let i = Supervised::cached(&mut self.plain, session, recipe, &shapes)?;
             return self.plain[i].1.learn(session, batch, at);
         };
         let i = self.plans(session, recipe, &shapes)?;
-        let plans = &self.plans[i].1;
-        self.run_perturbation(session, &plans.perturb, batch, at.seed ^ 0x1)?;
-        let fed: Vec<_> = plans.perturb.fed.iter().map(|(i, v)| (*v, batch.inputs[*i].1.view())).collect();
-        session.run(&plans.teacher, &fed, at.seed ^ 0x2)?;
-        let student = &plans.student;
+        let Plans { teaching, student } = &self.plans[i].1;
+        if let Some((perturb, teacher)) = teaching {
+            perturb.run(session, &self.settings, batch, at.seed ^ 0x1, &mut |_, _| {})?;
+            teacher.run(session, batch, at.seed ^ 0x2)?;
+        }
         let state = session.store().find(ALPHA).ok_or_else(|| Error::value(ALPHA, "has no memory"))?;
         let alpha = Tensor::scalar(alpha).cast(session.store().meta(state).dtype);
         session.store_mut().set(state, alpha.bytes());
-        session.run(
-            &student.program,
-            &feeds(&student.inputs, student.attached.target, batch)?,
-            at.seed ^ 0x3,
-        )?;
-        let read = |v: Option<ValueId>| v.map(|v| session.scalar(&student.program, v)).transpose();
-        Ok(Learned {
-            loss: session.scalar(&student.program, student.total)?,
-            task: session.scalar(&student.program, student.attached.loss)?,
-            features: Some(session.scalar(&student.program, student.features)?),
-            logits: session.output(&student.program, student.attached.logits)?.to_tensor(),
+        student.fed.run(session, batch, at.seed ^ 0x3)?;
+        let program = &student.fed.program;
+        let read = |v: Option<ValueId>| v.map(|v| session.scalar(program, v)).transpose();
+        let learned = Learned {
+            loss: session.scalar(program, student.total)?,
+            task: session.scalar(program, student.attached.loss)?,
+            features: read(student.features)?,
+            logits: session.output(program, student.attached.logits)?.to_tensor(),
             scale: read(student.updates.scale)?,
             norm: read(student.updates.norm)?,
-        })
+        };
+        if let (Some((perturb, _)), Reuse::Free) = (teaching, self.settings.reuse) {
+            perturb.keep_gradients(session, batch)?;
+        }
+        Ok(learned)
     }
 
     fn programs(&self) -> Programs<'_> {
         let mut all: Programs = self.plain.iter().map(|p| ("plain", &p.1.program)).collect();
         for (_, p) in &self.plans {
-            all.push(("perturb", &p.perturb.program));
-            all.push(("teacher", &p.teacher));
-            all.push(("student", &p.student.program));
+            if let Some((perturb, teacher)) = &p.teaching {
+                all.extend(perturb.programs());
+                all.push(("teacher", &teacher.program));
+            }
+            all.push(("student", &p.student.fed.program));
         }
+        all.extend(self.averages.iter().map(|a| ("average", a.program())));
         all
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn at(epoch: usize, epochs: usize) -> At {
-        At { epoch, epochs, step: epoch * 10, steps: epochs * 10, seed: 0 }
-    }
-
-    #[test]
-    fn alpha_falls_from_one_after_the_warm_up() {
-        let icp = Icp::new(Settings { warmup: 0.25, ..Settings::default() });
-        assert_eq!(icp.alpha_at(&at(0, 8)), None);
-        assert_eq!(icp.alpha_at(&at(1, 8)), None);
-        assert_eq!(icp.alpha_at(&at(2, 8)), Some(1.0));
-        let half = icp.alpha_at(&at(5, 8)).unwrap();
-        assert!((half - (PI / 4.0).cos()).abs() < 1e-12);
-        let fixed = Icp::new(Settings { alpha: Alpha::Fixed(0.3), ..Settings::default() });
-        assert_eq!(fixed.alpha_at(&at(0, 8)), Some(0.3));
-    }
-
-    #[test]
-    fn cosine_weights_fall_to_root_half() {
-        let w = Weights::Cosine.of(4);
-        assert_eq!(w[0], 1.0);
-        assert!((w[3] - 0.5f64.sqrt()).abs() < 1e-12);
-        assert_eq!(Weights::Cosine.of(1), [1.0]);
-        assert_eq!(Weights::InverseCosine.of(2)[1], 1.0);
+    fn tap_names(&self, session: &Session, shapes: &Shapes) -> Result<Vec<String>> {
+        if !self.settings.teaches() {
+            return Ok(Vec::new());
+        }
+        let taps = self.taps(session, Mode::EVAL, shapes)?;
+        Ok(taps.iter().map(|v| session.model().graph.value(*v).name.clone()).collect())
     }
 }

@@ -2,11 +2,27 @@
 //! and learns from the features that those inputs give.
 //!
 //! Dave et al., *Self Distillation via Iterative Constructive Perturbations*, arXiv 2505.14751 (2025).
-//! One step is three plans over one graph: `perturb` (the gradient of the input only, evaluation mode, run K
+//! One step is three plans over one graph: `perturb` (the gradient of what is perturbed only, evaluation mode, run K
 //! times), `teacher` (forward up to the taps), `student` (loss, gradients, updates).
+//!
+//! [`Settings`] has the paper's form as its default, and beside it: other directions and none (the controls), other
+//! distances of features, bounds, cheaper ways to a perturbation ([`Reuse`], [`Place`]), a teacher of averaged weights.
 
+mod average;
+mod byot;
 mod distill;
+mod features;
+mod kept;
+mod perturb;
+mod place;
+mod settings;
 mod taps;
+mod trace;
 
-pub use distill::{Alpha, Icp, NO_FLOATS, Perturbed, Settings, Weights};
+pub use crate::ops::distill::Ball;
+pub use byot::{Byot, ByotSettings};
+pub use distill::{Icp, Perturbed};
+pub use place::{NO_FLOATS, Place};
+pub use settings::{Alpha, Direction, Features, Reuse, Settings, Unit, Weights, Which};
 pub use taps::{Taps, find};
+pub use trace::{Trace, trace};

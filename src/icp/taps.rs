@@ -8,6 +8,9 @@ use crate::graph::{Graph, Source, ValueId};
 pub enum Taps {
     /// The outputs of the network's stages.
     Auto,
+    /// The first (shallowest) so many of them, or the last (deepest).
+    First(usize),
+    Last(usize),
     /// ONNX value names, from shallow to deep.
     Names(Vec<String>),
 }
@@ -32,6 +35,11 @@ pub fn find(graph: &Graph, taps: &Taps, logits: ValueId) -> Result<Vec<ValueId>>
                 }
             })
             .collect(),
+        Taps::First(n) => Ok(find(graph, &Taps::Auto, logits)?.into_iter().take(*n).collect()),
+        Taps::Last(n) => {
+            let all = find(graph, &Taps::Auto, logits)?;
+            Ok(all[all.len().saturating_sub(*n)..].to_vec())
+        }
         Taps::Auto => {
             let path = Path::new(graph, logits)?;
             for candidates in [path.stages(true), path.blocks(), path.stages(false), path.layers()] {
@@ -47,17 +55,17 @@ pub fn find(graph: &Graph, taps: &Taps, logits: ValueId) -> Result<Vec<ValueId>>
 }
 
 /// The values between the inputs and the logits, in the order they are computed.
-struct Path<'a> {
+pub(super) struct Path<'a> {
     graph: &'a Graph,
-    values: Vec<ValueId>,
+    pub values: Vec<ValueId>,
     /// Whether everything flows through the value.
-    cut: Vec<bool>,
+    pub cut: Vec<bool>,
     /// Per value of the graph: does it depend on an input?
     depends: Vec<bool>,
 }
 
 impl<'a> Path<'a> {
-    fn new(graph: &'a Graph, logits: ValueId) -> Result<Self> {
+    pub fn new(graph: &'a Graph, logits: ValueId) -> Result<Self> {
         let mut needed = vec![false; graph.values.len()];
         let mut stack = vec![logits];
         while let Some(v) = stack.pop() {
@@ -131,7 +139,7 @@ impl<'a> Path<'a> {
     }
 
     /// Is a rank-3 value's last dimension a length that a convolution or pooling runs over?
-    fn convolutional(&self, v: ValueId) -> bool {
+    pub fn convolutional(&self, v: ValueId) -> bool {
         let spatial = |op: &str| op.contains("Conv") || op.contains("Pool") || op == "BatchNormalization";
         let mut v = v;
         for _ in 0..4 {

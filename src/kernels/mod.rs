@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod conv;
+pub mod distill;
 pub mod elementwise;
 pub mod gemm;
 pub mod half;

@@ -29,6 +29,7 @@ pub mod contrib;
 pub mod control;
 pub mod conv;
 pub mod det;
+pub mod distill;
 pub mod dropout;
 pub mod einsum;
 pub mod expand;

@@ -127,7 +127,8 @@ impl Checkpoints {
 fn kept(session: &Session) -> impl Iterator<Item = StateId> + use<'_> {
     let store = session.store();
     store.ids().filter(|id| {
-        matches!(store.purpose(*id), Purpose::Parameter | Purpose::Statistic | Purpose::Optimizer)
+        use Purpose::{Optimizer, Parameter, Sample, Statistic};
+        matches!(store.purpose(*id), Parameter | Statistic | Optimizer | Sample)
     })
 }
 

@@ -29,6 +29,8 @@ pub struct Run {
     pub shuffle: bool,
     pub seed: u64,
     pub checkpoint: Option<CheckpointOptions>,
+    /// Samples without a label: a batch takes as many of them as of the labelled ones, in an order of their own.
+    pub companions: Vec<usize>,
 }
 
 #[derive(Debug, Clone)]
@@ -126,10 +128,12 @@ pub fn fit(
     let per_epoch = indices.len().div_ceil(per_step);
     let steps = per_epoch * run.epochs;
     let mut batch = data.new_batch(micro);
+    method.begin(data.len());
+    let mut companions =
+        Companions { all: &run.companions, seed: run.seed, shuffle: run.shuffle, order: None };
     // Everything is compiled before the first step, so that memory is known and errors come early.
     for n in batch_sizes(indices.len(), micro) {
-        let mut sample = data.new_batch(n);
-        data.batch(&indices[..n], None, &mut sample)?;
+        let sample = data.new_batch(n + companions.beside(n));
         method.prepare(session, recipe, &Shapes::of(&sample)?, run.epochs)?;
     }
     let apply = if parts > 1 { Some(step::apply(session, recipe)?) } else { None };
@@ -153,12 +157,14 @@ pub fn fit(
         step::set_step(session, lr, at_step + 1 - position.fitted.skipped_steps);
         let mut outcome = Outcome::default();
         for (part, picks) in chosen.chunks(micro).enumerate() {
-            let picks: Vec<usize> = picks.iter().map(|i| indices[*i]).collect();
+            let labelled = picks.len();
+            let mut picks: Vec<usize> = picks.iter().map(|i| indices[*i]).collect();
+            companions.join(&mut picks, at_step * per_step + part * micro);
             if batch.len() != picks.len() {
                 batch = data.new_batch(picks.len());
             }
             data.batch(&picks, Some(Augment { seed: run.seed, epoch: epoch as u64 }), &mut batch)?;
-            step::set_share(session, picks.len() as f64 / chosen.len() as f64, part == 0);
+            step::set_share(session, labelled as f64 / chosen.len() as f64, part == 0);
             let at = At {
                 epoch,
                 epochs: run.epochs,
@@ -167,7 +173,7 @@ pub fn fit(
                 seed: seed_of(run.seed, at_step, part),
             };
             let learned = method.learn(session, recipe, &batch, &at)?;
-            outcome.add(&learned, picks.len(), chosen.len());
+            outcome.add(&learned, labelled, chosen.len());
             position.running.add(&learned, &batch, &recipe.loss);
         }
         samples += chosen.len();
@@ -201,6 +207,36 @@ pub fn fit(
         }
     }
     Ok(position.fitted)
+}
+
+/// The unlabelled samples beside the labelled ones of a step: a function of its place in the run alone.
+struct Companions<'a> {
+    all: &'a [usize],
+    seed: u64,
+    shuffle: bool,
+    /// The order in which a pass over them goes, and which pass.
+    order: Option<(usize, Vec<usize>)>,
+}
+
+impl Companions<'_> {
+    /// How many join `n` labelled samples.
+    fn beside(&self, n: usize) -> usize {
+        if self.all.is_empty() { 0 } else { n }
+    }
+
+    /// Appends as many as `picks` holds; `from` counts the labelled samples before it.
+    fn join(&mut self, picks: &mut Vec<usize>, from: usize) {
+        let n = self.all.len();
+        for k in from..from + self.beside(picks.len()) {
+            let pass = k / n;
+            if self.order.as_ref().is_none_or(|o| o.0 != pass) {
+                // Of another seed than the labelled samples' order.
+                let seed = self.seed ^ 0x756e_6c61_6265_6c6c;
+                self.order = Some((pass, epoch_order(n, seed, pass as u64, self.shuffle)));
+            }
+            picks.extend(self.order.as_ref().map(|(_, order)| self.all[order[k % n]]));
+        }
+    }
 }
 
 /// The sizes of batches that an epoch of `n` samples has.

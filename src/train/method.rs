@@ -37,6 +37,9 @@ pub type Programs<'a> = Vec<(&'static str, &'a Program)>;
 
 /// A way to learn from batches. Programs are compiled per batch shape and kept.
 pub trait Method {
+    /// Says how many samples the training data have, before anything is prepared.
+    fn begin(&mut self, _samples: usize) {}
+
     /// Compiles everything that a run of `epochs` will need for batches of these shapes.
     fn prepare(
         &mut self,
@@ -50,6 +53,11 @@ pub trait Method {
     fn learn(&mut self, session: &mut Session, recipe: &Recipe, batch: &Batch, at: &At) -> Result<Learned>;
 
     fn programs(&self) -> Programs<'_>;
+
+    /// Names of the values that the method looks at within the network.
+    fn tap_names(&self, _session: &Session, _shapes: &Shapes) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
 }
 
 /// Training on the task loss alone.

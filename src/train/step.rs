@@ -189,10 +189,22 @@ pub fn param_values(session: &Session, params: &[WeightId]) -> Vec<ValueId> {
 /// Appends gradients of `loss` and, from them, the updates (or, when accumulating, the sums that
 /// [`apply`] will read).
 pub fn update(session: &mut Session, graph: &mut Graph, recipe: &Recipe, loss: ValueId) -> Result<Updates> {
+    update_and(session, graph, recipe, loss, &[]).map(|u| u.0)
+}
+
+/// The same with, from the same backward pass, the gradients of other values (`None`: the loss does not depend on it).
+pub fn update_and(
+    session: &mut Session,
+    graph: &mut Graph,
+    recipe: &Recipe,
+    loss: ValueId,
+    others: &[ValueId],
+) -> Result<(Updates, Vec<Option<ValueId>>)> {
     let params = param_values(session, &recipe.params);
+    let all: Vec<ValueId> = params.iter().chain(others).copied().collect();
     let forward = graph.nodes.len();
     let scaled = loss_scale::scaled(session, graph, loss)?;
-    let grads = graph::grad(graph, scaled, &params)?;
+    let grads = graph::grad(graph, scaled, &all)?;
     graph::narrow(graph, forward)?;
     let missing: Vec<&str> =
         params.iter().filter(|v| !grads.contains_key(v)).map(|v| graph.value(*v).name.as_str()).collect();
@@ -202,6 +214,7 @@ pub fn update(session: &mut Session, graph: &mut Graph, recipe: &Recipe, loss: V
             missing.join(", ")
         )));
     }
+    let of_others = others.iter().map(|v| grads.get(v).copied()).collect();
     let grads: Vec<(ValueId, ValueId)> = params.iter().map(|v| (*v, grads[v])).collect();
     let mut updates = Updates::default();
     for (_, g) in &grads {
@@ -211,7 +224,7 @@ pub fn update(session: &mut Session, graph: &mut Graph, recipe: &Recipe, loss: V
         0 | 1 => emit_updates(session, graph, recipe, loss, &grads, &mut updates)?,
         _ => emit_accumulation(session, graph, loss, &grads, &mut updates)?,
     }
-    Ok(updates)
+    Ok((updates, of_others))
 }
 
 fn emit_updates(
@@ -230,8 +243,7 @@ fn emit_updates(
     inputs.extend(loss_scale::of(session, graph).map(Some));
     let clip = emit(graph, "norm", ClipScale { max_norm: recipe.clip }, &inputs, 2)?;
     (updates.scale, updates.norm) = (Some(clip[0]), Some(clip[1]));
-    let hyper = hyper_state(session, HYPER);
-    let step = Step { hyper: graph.add_state(HYPER, hyper, hyper_meta()), scale: updates.scale };
+    let step = shared_step(session, graph, updates);
     for (param, g) in grads {
         let name = graph.value(*param).name.clone();
         let meta = graph.meta(*param)?.clone();
@@ -242,6 +254,12 @@ fn emit_updates(
     }
     updates.effects.extend(loss_scale::next(session, graph, clip[0])?);
     Ok(())
+}
+
+/// What updates of further tensors share with the parameters' in `updates`: learning rate, step number, factor.
+pub fn shared_step(session: &mut Session, graph: &mut Graph, updates: &Updates) -> Step {
+    let hyper = hyper_state(session, HYPER);
+    Step { hyper: graph.add_state(HYPER, hyper, hyper_meta()), scale: updates.scale }
 }
 
 fn emit(

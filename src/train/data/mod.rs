@@ -12,6 +12,7 @@ mod bind;
 mod convert;
 pub mod degrade;
 mod folds;
+mod labels;
 mod memory;
 pub mod split;
 pub mod transform;
@@ -29,6 +30,7 @@ mod open;
 
 pub use degrade::{SHIFTS, Worn, degrade};
 pub use folds::folds;
+pub use labels::UNLABELLED;
 pub use memory::{Memory, Samples};
 #[cfg(feature = "cli")]
 pub use npz::{npy_bytes, read_npy, read_npz, write_npz};
@@ -38,7 +40,6 @@ pub use split::{Split, epoch_order, split};
 pub use transform::{Augmentation, Channels, ImageOptions, Layout};
 
 use crate::error::{Error, OpError, Result};
-use crate::ops::loss::IGNORED;
 use crate::tensor::{DType, Dims, Tensor};
 use transform::Planes;
 
@@ -72,10 +73,17 @@ pub struct Batch {
     pub inputs: Vec<(String, Tensor)>,
     /// int64 class labels (`[N]`, or `[N, …]` for dense labels) or float32 `[N, …]`; `None` for unlabelled data.
     pub target: Option<Tensor>,
+    /// Which samples of the data these are.
+    samples: Vec<usize>,
     len: usize,
 }
 
 impl Batch {
+    /// The samples' places in the data that they were taken from.
+    pub fn samples(&self) -> &[usize] {
+        &self.samples
+    }
+
     /// Number of samples.
     pub fn len(&self) -> usize {
         self.len
@@ -123,6 +131,8 @@ pub struct Dataset {
     target: Option<Tensor>,
     class_names: Vec<String>,
     notes: Vec<String>,
+    /// Samples may be labelled `IGNORED`: see [`Dataset::withheld`].
+    partly_labelled: bool,
     len: usize,
 }
 
@@ -166,7 +176,14 @@ impl Dataset {
             })
             .collect();
         let target = target.map(normal_target).transpose()?;
-        Ok(Dataset { columns, target, class_names: Vec::new(), notes: Vec::new(), len })
+        Ok(Dataset {
+            columns,
+            target,
+            class_names: Vec::new(),
+            notes: Vec::new(),
+            partly_labelled: false,
+            len,
+        })
     }
 
     /// As [`Dataset::from_arrays`] for a model with these inputs: an array of exactly the shape that its input declares,
@@ -238,7 +255,14 @@ impl Dataset {
             whole: false,
         };
         let target = labels.map(|l| Tensor::ints(&l));
-        Ok(Dataset { columns: vec![column], target, class_names: Vec::new(), notes: Vec::new(), len })
+        Ok(Dataset {
+            columns: vec![column],
+            target,
+            class_names: Vec::new(),
+            notes: Vec::new(),
+            partly_labelled: false,
+            len,
+        })
     }
 
     /// Number of samples, at least 1.
@@ -309,55 +333,6 @@ impl Dataset {
         let labels = self.target.as_ref()?.get::<i64>().ok()?;
         let largest = labels.iter().copied().max()?;
         Some(self.class_names.len().max(usize::try_from(largest).map_or(0, |l| l + 1)))
-    }
-
-    /// Fails at the first sample whose label is not one of `0..classes` (nor [`IGNORED`], where a sample has several), or when a named class has no output.
-    pub fn check_labels(&self, classes: usize) -> Result<()> {
-        if self.class_names.len() > classes {
-            return Err(Error::Data(format!(
-                "{} classes in the data ({}), but the model has {classes} outputs",
-                self.class_names.len(),
-                convert::listed(self.class_names.iter().map(String::as_str), 12),
-            )));
-        }
-        let Some(labels) = self.target.as_ref().and_then(|t| t.get::<i64>().ok()) else { return Ok(()) };
-        // In sequences and images, what is labelled so does not count.
-        let ignored = |l: i64| labels.len() > self.len && l == IGNORED;
-        match labels.iter().position(|&l| !ignored(l) && usize::try_from(l).map_or(true, |l| l >= classes)) {
-            None => Ok(()),
-            Some(i) => Err(Error::Data(format!(
-                "sample {}: label {} where the model has {classes} outputs (labels are 0 to {})",
-                i / (labels.len() / self.len).max(1),
-                labels[i],
-                classes.saturating_sub(1)
-            ))),
-        }
-    }
-
-    /// Fails when the target holds probabilities [N, C] that are none: of another number of classes, below 0, or with a
-    /// sum other than 1 (within 1e-3). Other targets pass.
-    pub fn check_probabilities(&self, classes: usize) -> Result<()> {
-        let Some(t) = self.target.as_ref().filter(|t| t.dtype().is_float()) else { return Ok(()) };
-        if t.dims().len() != 2 {
-            return Ok(());
-        }
-        if t.dims()[1] != classes {
-            return Err(Error::Data(format!(
-                "the target has rows of {} probabilities, the model {classes} outputs",
-                t.dims()[1]
-            )));
-        }
-        let rows = t.get::<f32>().map_err(internal)?.chunks_exact(classes.max(1));
-        for (i, row) in rows.enumerate() {
-            let sum: f64 = row.iter().map(|p| f64::from(*p)).sum();
-            if row.iter().any(|p| *p < 0.0) || (sum - 1.0).abs() > 1e-3 {
-                return Err(Error::Data(format!(
-                    "sample {i}: its target is no distribution over classes (sum {sum}); cross-entropy takes class \
-                     indices or probabilities"
-                )));
-            }
-        }
-        Ok(())
     }
 
     /// The same data with its target as float32, one row of `dims` per sample: for losses that compare numbers
@@ -436,6 +411,7 @@ impl Dataset {
             target: self.target.as_ref().map(|t| rows(t, indices)),
             class_names: self.class_names.clone(),
             notes: self.notes.clone(),
+            partly_labelled: self.partly_labelled,
             len: indices.len(),
         })
     }
@@ -457,6 +433,7 @@ impl Dataset {
                 })
                 .collect(),
             target: self.target.as_ref().map(|t| sized(t.dtype(), &t.dims()[1..])),
+            samples: vec![0; n],
             len: n,
         }
     }
@@ -471,6 +448,7 @@ impl Dataset {
         if !self.fits(out, indices.len()) {
             *out = self.new_batch(indices.len());
         }
+        out.samples.copy_from_slice(indices);
         for (c, (_, t)) in self.columns.iter().zip(&mut out.inputs) {
             let n = c.sample_len();
             if n == 0 {

@@ -21,6 +21,7 @@ pub(super) enum Purpose {
     Noise = 4,
     Memory = 5,
     Folds = 6,
+    Labels = 7,
 }
 
 /// The generator for one purpose under `seed`, at `(a, b)` (epoch, sample).
@@ -130,6 +131,42 @@ pub fn epoch_order(n: usize, seed: u64, epoch: u64, shuffled: bool) -> Vec<usize
     order
 }
 
+/// `n` of the samples in `pool`, chosen by `seed`, of each class as many as its share of the pool when `labels` (of the
+/// pool's samples) are given; and the others. Both in the pool's order.
+///
+/// Fails when the pool has fewer than `n`.
+pub fn chosen(
+    pool: &[usize],
+    n: usize,
+    seed: u64,
+    labels: Option<&[i64]>,
+) -> Result<(Vec<usize>, Vec<usize>)> {
+    match n {
+        n if n > pool.len() => Err(Error::Data(format!("{n} samples are wanted of {}", pool.len()))),
+        0 => Ok((Vec::new(), pool.to_vec())),
+        n if n == pool.len() => Ok((pool.to_vec(), Vec::new())),
+        n => {
+            let parts = split(pool.len(), n as f64 / pool.len() as f64, seed, labels)?;
+            let of = |places: &[usize]| places.iter().map(|p| pool[*p]).collect();
+            Ok((of(&parts.held), of(&parts.train)))
+        }
+    }
+}
+
+/// Replaces a share of the labels, rounded, chosen by `seed`, each by another of the `classes`, all of them equally likely.
+pub fn relabelled(labels: &mut [i64], share: f64, classes: usize, seed: u64) {
+    if classes < 2 {
+        return;
+    }
+    let mut rng = rng(Purpose::Labels, seed, 0, 0);
+    let mut order: Vec<usize> = (0..labels.len()).collect();
+    shuffle(&mut rng, &mut order);
+    for i in order.into_iter().take((labels.len() as f64 * share).round() as usize) {
+        let other = below(&mut rng, classes as u64 - 1) as i64;
+        labels[i] = if other >= labels[i] { other + 1 } else { other };
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -187,6 +224,27 @@ mod tests {
         let s = split(100, 0.2, 7, Some(&labels)).unwrap();
         assert_eq!(s.held.len(), 20);
         assert!(s.held.windows(2).all(|w| labels[w[0]] != labels[w[1]]) && s.held.iter().any(|&i| i > 60));
+    }
+
+    #[test]
+    fn samples_are_chosen_and_labels_replaced_by_seed() {
+        let labels: Vec<i64> = (0..100).map(|i| i % 4).collect();
+        let pool: Vec<usize> = (1000..1100).collect();
+        let (some, others) = chosen(&pool, 20, 3, Some(&labels)).unwrap();
+        let mut all = [some.clone(), others].concat();
+        all.sort_unstable();
+        assert_eq!(all, pool);
+        assert!((0..4).all(|c| some.iter().filter(|i| **i % 4 == c).count() == 5));
+        assert_ne!(chosen(&pool, 20, 4, Some(&labels)).unwrap().0, some);
+        assert_eq!(chosen(&pool, 100, 0, None).unwrap().0, pool);
+        assert!(chosen(&pool, 101, 0, None).is_err());
+        let mut noisy = labels.clone();
+        relabelled(&mut noisy, 0.3, 4, 5);
+        let changed = noisy.iter().zip(&labels).filter(|(a, b)| a != b).count();
+        assert!(changed == 30 && noisy.iter().all(|l| (0..4).contains(l)), "{changed}");
+        let mut again = labels.clone();
+        relabelled(&mut again, 0.3, 4, 5);
+        assert_eq!(noisy, again);
     }
 
     #[test]
