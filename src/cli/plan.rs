@@ -70,10 +70,12 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
             continue;
         }
         let own = crate::finetune::Config { method, ..config.clone() };
-        match training(&model, &inputs, name, &own) {
+        match training(&model, &inputs, name, &own, &mut notes) {
             Ok(mode) => modes.push(mode),
             // A budget that one method keeps may be too small for the other.
-            Err(e) if method != config.method && config.train.contains("sparse:") => notes.push(format!("{name}: {e}")),
+            Err(e) if method != config.method && config.train.contains("sparse:") => {
+                notes.push(format!("{name}: {e}"))
+            }
             Err(e) => return Err(e),
         }
     }
@@ -91,12 +93,14 @@ fn training(
     inputs: &[(String, Meta)],
     name: &str,
     config: &crate::finetune::Config,
+    notes: &mut Vec<String>,
 ) -> anyhow::Result<ModeReport> {
     let mut session = Session::new(model.clone(), Options { threads: 1, ..Options::default() })?;
     let loss = config.loss()?;
     let shapes = with_target(&session, inputs, &loss)?;
     let ask = config.ask(&loss, &shapes);
     let chosen = crate::train::preset::choose(&mut session, &ask)?;
+    notes.extend(chosen.notes.iter().map(|note| format!("{name}: {note}")));
     let recipe = Recipe { params: chosen.params, ..ask.recipe.clone() };
     recipe.prepare(&mut session)?;
     let mut method = config.method()?;

@@ -62,8 +62,18 @@ fn presets_learn_blurred_lines() {
     let at = |name: &str| dir.path().join(name);
     let (new, train, test) = (at("new.onnx"), at("train.npz"), at("test.npz"));
     let tuned = |preset: &str, lr: &str| {
-        let base = ["finetune", text(&model), "--data", text(&train), "--output", text(&new), "--method", "supervised"];
-        let options = ["--epochs", "15", "--holdout", "0", "--no-guard", "--json", "--train", preset, "--lr", lr];
+        let base = [
+            "finetune",
+            text(&model),
+            "--data",
+            text(&train),
+            "--output",
+            text(&new),
+            "--method",
+            "supervised",
+        ];
+        let options =
+            ["--epochs", "15", "--holdout", "0", "--no-guard", "--json", "--train", preset, "--lr", lr];
         let s = json(&[&base[..], &options].concat(), 0);
         Tuned::of(&s, accuracy(&new, &test))
     };
@@ -78,11 +88,16 @@ fn presets_learn_blurred_lines() {
 #[test]
 fn presets_learn_topics() {
     let (true, Some(model), Some(python)) = (all(), fetched("minilm/model.onnx"), python()) else { return };
-    let (Some(tokenizer), Some(fortunes)) = (fetched("minilm/tokenizer.json"), fetched("fortunes")) else { return };
+    let (Some(tokenizer), Some(fortunes)) = (fetched("minilm/tokenizer.json"), fetched("fortunes")) else {
+        return;
+    };
     let dir = tempfile::tempdir().unwrap();
     let script = |more: &[&str]| {
         let mut command = Command::new(&python);
-        command.arg(root().join("tests/fortune_topics.py")).arg(dir.path()).args(["--tokenizer", text(&tokenizer)]);
+        command
+            .arg(root().join("tests/fortune_topics.py"))
+            .arg(dir.path())
+            .args(["--tokenizer", text(&tokenizer)]);
         let out = command.args(["--fortunes", text(&fortunes)]).args(more).output().unwrap();
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         let said = String::from_utf8(out.stdout).unwrap();
@@ -93,7 +108,16 @@ fn presets_learn_topics() {
     let at = |name: &str| dir.path().join(name);
     let (train, test, new) = (at("train.npz"), at("test.npz"), at("new.onnx"));
     let tuned = |preset: &str, lr: &str| {
-        let base = ["finetune", text(&model), "--data", text(&train), "--holdout", text(&test), "--output", text(&new)];
+        let base = [
+            "finetune",
+            text(&model),
+            "--data",
+            text(&train),
+            "--holdout",
+            text(&test),
+            "--output",
+            text(&new),
+        ];
         let options = ["--head", "8", "--at", "461", "--method", "supervised", "--epochs", "4", "--json"];
         let s = json(&[&base[..], &options, &["--train", preset, "--lr", lr]].concat(), 0);
         Tuned::of(&s, script(&["--measure", text(&new)]).unwrap())
