@@ -148,7 +148,7 @@ pub struct Overrides {
     /// Write what changed, for `retune apply`: beside --output, or without it alone
     #[arg(long, value_name = "OUT.safetensors")]
     delta: Option<PathBuf>,
-    /// full or sparse (exact), f16 or bf16 (differences, to 2⁻¹¹ or 2⁻⁹ of themselves) [default: full]
+    /// full or sparse (exact), f16 or bf16 (differences, to 2⁻¹¹ or 2⁻⁸ of themselves) [default: full]
     #[arg(long)]
     delta_type: Option<String>,
 }

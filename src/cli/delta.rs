@@ -18,7 +18,7 @@ pub struct Args {
     /// The delta to write
     #[arg(short, long, value_name = "OUT.safetensors")]
     output: PathBuf,
-    /// full or sparse (exact), f16 or bf16 (differences, to 2⁻¹¹ or 2⁻⁹ of themselves)
+    /// full or sparse (exact), f16 or bf16 (differences, to 2⁻¹¹ or 2⁻⁸ of themselves)
     #[arg(long, default_value = "full")]
     delta_type: DeltaType,
     #[arg(long)]

@@ -75,6 +75,8 @@ struct ModeReport {
 struct Planned {
     report: ModeReport,
     method: Box<dyn Method>,
+    /// Of what was chosen.
+    notes: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -114,6 +116,7 @@ pub fn main(args: &Args) -> anyhow::Result<u8> {
             }
             Err(e) => return Err(e),
         };
+        notes.extend(planned.notes.iter().map(|n| format!("{name}: {n}")));
         notes.extend(planned.report.budget.iter().flat_map(|b| b.describe()).map(|n| format!("{name}: {n}")));
         let wanted = method == config.method || drawn.is_none();
         if wanted && let Some(path) = &args.svg {
@@ -226,7 +229,7 @@ fn training(
     let step_ms = step_ms.sum();
     let report = ModeReport { step_ms, budget, ..mode(name, &session, &programs) };
     drop(programs);
-    Ok(Planned { report, method })
+    Ok(Planned { report, method, notes: chosen.notes })
 }
 
 fn mode(name: &str, session: &Session, programs: &[(&str, &crate::exec::Program)]) -> ModeReport {

@@ -32,7 +32,7 @@ pub enum DeltaType {
     /// Differences in float16: each is off by at most 2⁻¹¹ of itself (2⁻²⁵ below 6.1e-5). Tensors that the file stores in
     /// two bytes or as integers are stored exactly.
     F16,
-    /// Differences in bfloat16: each is off by at most 2⁻⁹ of itself. Others as with `F16`.
+    /// Differences in bfloat16: each is off by at most 2⁻⁸ of itself. Others as with `F16`.
     Bf16,
     /// Places and new values of the elements that changed, exactly; the whole tensor where that is smaller.
     Sparse,

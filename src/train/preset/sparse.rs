@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use crate::error::{Error, Result};
-use crate::exec::{Part, Session};
+use crate::exec::{Options, Part, Session};
 use crate::graph::{Graph, Node, Source, ValueId, WeightId, grad};
 use crate::import::{Model, Role};
 use crate::ops::conv::Conv;
@@ -199,8 +199,9 @@ pub(super) fn add(
 }
 
 impl Search<'_> {
+    /// A session to plan in: for one thread, so that what is chosen does not depend on their number.
     fn scratch(&self) -> Result<Session> {
-        Session::new(self.session.model().clone(), self.session.options().clone())
+        Session::new(self.session.model().clone(), Options { threads: 1, ..self.session.options().clone() })
     }
 
     fn forward(&self) -> Result<Taken> {
@@ -298,7 +299,7 @@ impl Search<'_> {
         chunk: &[(WeightId, Option<usize>)],
         values: &mut HashMap<WeightId, Vec<f64>>,
     ) -> Result<()> {
-        let mut session = self.scratch()?;
+        let mut session = Session::new(self.session.model().clone(), self.session.options().clone())?;
         let params: Vec<WeightId> = chunk.iter().map(|c| c.0).collect();
         for w in &params {
             session.make_mutable(*w)?;
