@@ -53,7 +53,7 @@ impl Map {
             let fractions = 1usize << (bits - 1 - zeros);
             for k in 0..fractions {
                 let fraction = 0.1 + 0.9 * (k as f64 + 0.5) / fractions as f64;
-                values.push(fraction * 10f64.powi(-(zeros as i32)));
+                values.push(fraction * 10f64.powi(-zeros));
             }
         }
         if let Some(last) = values.last_mut() {
