@@ -23,9 +23,11 @@ use crate::train::select::Select;
 use crate::train::step::{self, Evaluation, Network, Norm, Recipe, Shapes};
 
 /// Of [`process`]: threads and the model's graph.
-const PROCESS: usize = 3 << 20;
+const PROCESS: usize = 2 << 20;
 /// The same for each kernel call.
-const PER_KERNEL: usize = 2 << 10;
+const PER_KERNEL: usize = 10 << 10;
+/// Threads that every plan has room for.
+const THREADS: usize = 4;
 /// Samples of a channel that the statistics of a part of a batch must at least be over.
 const LEAST_SAMPLES: usize = 16;
 
@@ -158,11 +160,21 @@ impl Job<'_> {
         batch_of(self.shapes)
     }
 
+    /// Of sessions that only plan. Kernels take scratch memory for each thread: planned for [`THREADS`] at least, so that what
+    /// is decided, and with it the result, is the same on fewer.
+    fn dry(&self) -> Options {
+        let threads = match self.options.threads {
+            0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
+            n => n,
+        };
+        Options { dry: true, threads: threads.max(THREADS), ..self.options.clone() }
+    }
+
     /// Plans a run in parts of `micro` samples, in `arena` bytes.
     fn probe(&self, recipe: &Recipe, micro: usize, arena: Option<usize>) -> Result<Probe> {
         let parts = self.batch() / micro.max(1);
         let recipe = Recipe { accumulate: recipe.accumulate * parts.max(1), ..recipe.clone() };
-        let options = Options { dry: true, arena, ..self.options.clone() };
+        let options = Options { arena, ..self.dry() };
         let mut session = Session::new(self.model.clone(), options)?;
         recipe.prepare(&mut session)?;
         let shapes = with_batch(self.shapes, micro);
@@ -207,7 +219,7 @@ impl Job<'_> {
 
     /// The largest evaluation batch whose plan takes no more than `limit` bytes of arena, or one sample; and what it takes.
     fn evaluation(&self, recipe: &Recipe, arena: Option<usize>, limit: usize) -> Result<(usize, usize)> {
-        let options = Options { dry: true, arena: arena.map(|_| limit), ..self.options.clone() };
+        let options = Options { arena: arena.map(|_| limit), ..self.dry() };
         let mut session = Session::new(self.model.clone(), options)?;
         recipe.prepare(&mut session)?;
         let loss = recipe.loss.unweighted();
@@ -244,7 +256,7 @@ impl Job<'_> {
 
     /// Of the normalisations by batch: the fewest places a sample that one takes its statistics over.
     fn least_places(&self) -> Result<usize> {
-        let session = Session::new(self.model.clone(), Options { dry: true, ..self.options.clone() })?;
+        let session = Session::new(self.model.clone(), self.dry())?;
         let net = Network::new(
             &session,
             crate::ops::Mode::TRAIN,
@@ -374,7 +386,7 @@ impl Job<'_> {
     /// The parameters that `select` chooses of those that the loss depends on.
     fn select(&self, select: &str) -> Option<Recipe> {
         let select: Select = select.parse().ok()?;
-        let session = Session::new(self.model.clone(), Options { dry: true, ..self.options.clone() }).ok()?;
+        let session = Session::new(self.model.clone(), self.dry()).ok()?;
         let reached = step::reached(&session, &self.recipe.loss, self.shapes).ok()?;
         let mut params = select.resolve(self.model).ok()?;
         params.retain(|w| reached[w.index()]);
