@@ -306,13 +306,19 @@ fn synthetic(shapes: &Shapes) -> anyhow::Result<Batch> {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(0);
     let mut arrays = Vec::new();
     for (name, meta) in &shapes.inputs {
-        let data: Vec<f64> = (0..meta.len())
-            .map(|_| match meta.dtype.is_float() {
-                true => rng.random_range(-1.7..1.7),
-                false => f64::from(rng.random_range(0u8..2)),
-            })
-            .collect();
-        arrays.push((name.clone(), Tensor::from_slice(&meta.dims, &data)?.cast(meta.dtype)));
+        let mut draw = || match meta.dtype.is_float() {
+            true => rng.random_range(-1.7..1.7),
+            false => f64::from(rng.random_range(0u8..2)),
+        };
+        let mut t = Tensor::zeros(meta.dtype, &meta.dims);
+        match meta.dtype {
+            DType::F32 => t.get_mut::<f32>()?.iter_mut().for_each(|x| *x = draw() as f32),
+            _ => {
+                let data: Vec<f64> = (0..meta.len()).map(|_| draw()).collect();
+                t = Tensor::from_slice(&meta.dims, &data)?.cast(meta.dtype);
+            }
+        }
+        arrays.push((name.clone(), t));
     }
     let target = match shapes.target.dtype {
         DType::I64 => {

@@ -268,15 +268,16 @@ impl Session {
 
     /// A session like this one, with the same parts, for plans alone: it takes no memory and nothing can be run.
     pub fn dry(&self, arena: Option<usize>) -> Result<Session> {
-        self.again(Options { dry: true, arena, ..self.options.clone() })
+        self.alike(Options { dry: true, arena, ..self.options.clone() })
     }
 
     /// A session like this one, with the same parts, and the weights of the file.
     pub fn another(&self) -> Result<Session> {
-        self.again(self.options.clone())
+        self.alike(self.options.clone())
     }
 
-    fn again(&self, options: Options) -> Result<Session> {
+    /// A session of the same model and parts, with other options.
+    pub fn alike(&self, options: Options) -> Result<Session> {
         let mut session = Session::new(self.model.clone(), options)?;
         for p in &self.parts {
             session.make_part(p.weight, &p.part, p.seed)?;

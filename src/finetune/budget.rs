@@ -12,7 +12,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::exec::{Session, Usage};
+use crate::exec::{Options, Session, Usage};
 use crate::graph::WeightId;
 use crate::import::{Model, Role};
 use crate::ops::batch_norm::BatchNormalization;
@@ -24,9 +24,11 @@ use crate::train::select::Select;
 use crate::train::step::{self, Evaluation, Network, Norm, Recipe, Shapes};
 
 /// Of [`process`]: threads and the model's graph.
-const PROCESS: usize = 3 << 20;
+const PROCESS: usize = 2 << 20;
 /// The same for each kernel call.
-const PER_KERNEL: usize = 2 << 10;
+const PER_KERNEL: usize = 10 << 10;
+/// Threads that every plan has room for.
+const THREADS: usize = 4;
 /// Samples of a channel that the statistics of a part of a batch must at least be over.
 const LEAST_SAMPLES: usize = 16;
 
@@ -128,11 +130,18 @@ impl Job<'_> {
         batch_of(self.shapes)
     }
 
+    /// Of sessions that only plan. Kernels take scratch memory for each thread: planned for [`THREADS`] at least, so that what
+    /// is decided, and with it the result, is the same on fewer.
+    fn dry(&self, arena: Option<usize>) -> Result<Session> {
+        let threads = self.session.threads().max(THREADS);
+        self.session.alike(Options { dry: true, arena, threads, ..self.session.options().clone() })
+    }
+
     /// Plans a run in parts of `micro` samples, in `arena` bytes.
     fn probe(&self, recipe: &Recipe, micro: usize, arena: Option<usize>) -> Result<Probe> {
         let parts = self.batch() / micro.max(1);
         let recipe = Recipe { accumulate: recipe.accumulate * parts.max(1), ..recipe.clone() };
-        let mut session = self.session.dry(arena)?;
+        let mut session = self.dry(arena)?;
         recipe.prepare(&mut session)?;
         let shapes = with_batch(self.shapes, micro);
         let mut method = (self.method)()?;
@@ -177,7 +186,7 @@ impl Job<'_> {
 
     /// The largest evaluation batch whose plan takes no more than `limit` bytes of arena, or one sample; and what it takes.
     fn evaluation(&self, recipe: &Recipe, arena: Option<usize>, limit: usize) -> Result<(usize, usize)> {
-        let mut session = self.session.dry(arena.map(|_| limit))?;
+        let mut session = self.dry(arena.map(|_| limit))?;
         recipe.prepare(&mut session)?;
         let loss = recipe.loss.unweighted();
         let mut n = super::EVAL_BATCH.min(self.held);
@@ -213,7 +222,7 @@ impl Job<'_> {
 
     /// Of the normalisations by batch: the fewest places a sample that one takes its statistics over.
     fn least_places(&self) -> Result<usize> {
-        let session = self.session.dry(None)?;
+        let session = self.dry(None)?;
         let net = Network::new(
             &session,
             crate::ops::Mode::TRAIN,
@@ -346,7 +355,7 @@ impl Job<'_> {
     /// The parameters that `select` chooses of those that the loss depends on.
     fn select(&self, select: &str) -> Option<Recipe> {
         let select: Select = select.parse().ok()?;
-        let session = self.session.dry(None).ok()?;
+        let session = self.dry(None).ok()?;
         let reached = step::reached(&session, &self.recipe.loss, self.shapes).ok()?;
         let mut params = select.resolve(self.model()).ok()?;
         params.retain(|w| reached[w.index()]);

@@ -10,15 +10,20 @@
 //! 2016; the measure by which candidates are sorted, size and time to the next reader against the cost, of Kirisame et
 //! al., *Dynamic Tensor Rematerialization*, 2021, here of a schedule that is known in advance.
 
+mod schedule;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{HashMap, HashSet};
 
 use crate::error::{Error, Result};
-use crate::graph::{Graph, Node, NodeId, Source, StateId, ValueId};
+use crate::graph::{Graph, Node, NodeId, Source, ValueId};
 use crate::ops::batch_norm::BatchNormalization;
 use crate::plan::arena::assign;
 use crate::plan::order::{check_updates, order};
 use crate::plan::{Home, Kind, Plan, Planner, Request, aligned, time};
 use crate::tensor::Meta;
+use schedule::Built;
 
 /// Multiply-adds that take about as long as it takes to read or write one byte.
 const WORK_OF_BYTE: f64 = 4.0;
@@ -150,21 +155,6 @@ struct Search<'a> {
     work: f64,
 }
 
-/// A schedule.
-struct Built {
-    graph: Graph,
-    order: Vec<NodeId>,
-    /// Per place in the order.
-    events: Vec<u32>,
-    /// Per value: what it is a copy of, or itself.
-    origins: Vec<ValueId>,
-    /// Per original value: the events that compute or read it.
-    touched: HashMap<ValueId, Vec<u32>>,
-    copies: usize,
-    /// Work of the copies.
-    extra: f64,
-}
-
 /// The arena over time.
 struct Profile {
     live: Vec<usize>,
@@ -217,6 +207,9 @@ impl<'a> Search<'a> {
         let Some(mut built) = self.build(&self.graph, &cuts) else { return Ok(cuts) };
         let mut profile = self.profile(&built)?;
         let mut best = (profile.arena(), cuts.clone());
+        if self.request.no_reuse {
+            return Ok(cuts);
+        }
         let least = self.one_kernel(&built, &profile);
         if limit > 0 && least > limit {
             return Ok(cuts);
@@ -469,149 +462,5 @@ impl<'a> Search<'a> {
             now as usize
         });
         Ok(Profile { live: live.collect(), blocks: planner.blocks, homes: planner.homes })
-    }
-
-    /// The schedule for some cuts; `None`: a state would be read after its update. `base` is the search's graph, or the
-    /// one that it is of.
-    fn build(&self, base: &Graph, cuts: &Cuts) -> Option<Built> {
-        let values = base.values.len();
-        let mut w = Writer {
-            search: self,
-            built: Built {
-                graph: base.clone(),
-                order: Vec::with_capacity(self.order.len()),
-                events: Vec::with_capacity(self.order.len()),
-                origins: (0..values as u32).map(ValueId).collect(),
-                touched: HashMap::new(),
-                copies: 0,
-                extra: 0.0,
-            },
-            present: (0..values as u32).map(|v| Some(ValueId(v))).collect(),
-            updated: HashSet::new(),
-            event: 0,
-            recent: Vec::new(),
-        };
-        for (v, _) in self.fixed.iter().enumerate().filter(|f| *f.1) {
-            w.present[v] = None;
-        }
-        for (event, id) in self.order.iter().enumerate() {
-            w.event = event as u32;
-            w.run(*id)?;
-            for v in std::mem::take(&mut w.recent) {
-                if self.fixed[v.index()] || cuts.contains(&(v, w.event)) {
-                    w.present[v.index()] = None;
-                }
-            }
-        }
-        Some(w.built)
-    }
-}
-
-/// Writes a schedule down, event by event.
-struct Writer<'a, 'b> {
-    search: &'a Search<'b>,
-    built: Built,
-    /// Per original value: what holds it now; `None`: it was dropped.
-    present: Vec<Option<ValueId>>,
-    updated: HashSet<StateId>,
-    event: u32,
-    /// The original values that the present event has computed or read.
-    recent: Vec<ValueId>,
-}
-
-impl Writer<'_, '_> {
-    fn computed(&self, v: ValueId) -> bool {
-        matches!(self.search.graph.value(v).source, Source::Node(..))
-    }
-
-    fn touch(&mut self, v: ValueId) {
-        let events = self.built.touched.entry(v).or_default();
-        if events.last() != Some(&self.event) {
-            events.push(self.event);
-            self.recent.push(v);
-        }
-    }
-
-    /// Runs an original node.
-    fn run(&mut self, id: NodeId) -> Option<()> {
-        let node = self.search.graph.node(id);
-        for (slot, v) in node.inputs.iter().enumerate() {
-            let Some(v) = v.filter(|v| self.computed(*v)) else { continue };
-            let held = self.hold(v)?;
-            self.built.graph.nodes[id.index()].inputs[slot] = Some(held);
-        }
-        for v in node.outputs.iter().flatten() {
-            self.touch(*v);
-        }
-        for &(input, output) in node.op.updates() {
-            let state = node.inputs.get(input).copied().flatten().map(|v| &self.search.graph.value(v).source);
-            if let (Some(Source::State(s)), Some(Some(_))) = (state, node.outputs.get(output)) {
-                self.updated.insert(*s);
-            }
-        }
-        self.push(id);
-        Some(())
-    }
-
-    fn push(&mut self, id: NodeId) {
-        self.built.order.push(id);
-        self.built.events.push(self.event);
-    }
-
-    /// What holds an original value, computed again if it was dropped.
-    fn hold(&mut self, v: ValueId) -> Option<ValueId> {
-        if self.present[v.index()].is_none() {
-            self.repeat(v)?;
-        }
-        self.touch(v);
-        self.present[v.index()]
-    }
-
-    fn repeat(&mut self, v: ValueId) -> Option<()> {
-        let search = self.search;
-        let Source::Node(id, _) = search.graph.value(v).source else { return None };
-        let node = search.graph.node(id);
-        let (op, inputs) = node.op.again(node).unwrap_or_else(|| (node.op.clone(), node.inputs.clone()));
-        let mut mine = Vec::with_capacity(inputs.len());
-        for v in inputs {
-            mine.push(match v {
-                Some(v) if self.computed(v) => Some(self.hold(v)?),
-                Some(v) => {
-                    if let Source::State(s) = search.graph.value(v).source
-                        && self.updated.contains(&s)
-                    {
-                        return None;
-                    }
-                    Some(v)
-                }
-                None => None,
-            });
-        }
-        let again = NodeId(self.built.graph.nodes.len() as u32);
-        let own = node.op.again(node).is_some();
-        let mut outputs = Vec::with_capacity(node.outputs.len());
-        for (o, old) in node.outputs.iter().enumerate() {
-            let Some(old) = old.filter(|_| o == 0 || !own) else { continue };
-            let value = self.built.graph.value(old);
-            let (name, meta) = (value.name.clone(), value.meta.clone());
-            let new = self.built.graph.add_value(name, Source::Node(again, o));
-            self.built.graph.value_mut(new).meta = meta;
-            self.built.origins.push(old);
-            outputs.resize(o, None);
-            outputs.push(Some(new));
-            if self.present[old.index()].is_none() {
-                self.present[old.index()] = Some(new);
-                self.touch(old);
-            }
-        }
-        let name = self.built.graph.node(id).name.clone();
-        self.built.graph.nodes.push(Node { name, op, inputs: mine, outputs });
-        self.built.graph.again.insert(again, id);
-        if !node.op.is_view() && !search.fixed[v.index()] {
-            self.built.copies += 1;
-            self.built.extra += search.cost[id.index()];
-        }
-        self.push(again);
-        Some(())
     }
 }

@@ -1,0 +1,92 @@
+use std::sync::Arc;
+
+use crate::exec::{Options, Session};
+use crate::graph::WeightId;
+use crate::import::make::{floats, import, model, node, ramp};
+use crate::tensor::{DType, Meta, Tensor};
+use crate::train::loss::Loss;
+use crate::train::optimizer::Optimizer;
+use crate::train::step::{Norm, Recipe, Shapes, Supervised, set_step};
+
+/// Layers with dropout and what else draws random numbers: the same ones the second time.
+#[test]
+fn what_is_computed_again_draws_the_same_numbers() {
+    let (mut nodes, mut weights, mut x) = (Vec::new(), Vec::new(), "x".to_string());
+    for i in 0..5 {
+        let [w, h, d, n, a, y] = ["w", "h", "d", "n", "a", "y"].map(|s| format!("{s}{i}"));
+        let y = if i == 4 { "y".to_string() } else { y };
+        let values: Vec<f32> = (0..64 * 64).map(|k| ((k * (i + 3)) as f32 * 0.7).sin() * 0.2).collect();
+        weights.push(floats(&w, &[64, 64], &values));
+        nodes.push(node("MatMul", &[&x, &w], &[&h]));
+        nodes.push(node("Dropout", &[&h], &[&d]));
+        nodes.push(node("RandomNormalLike", &[&d], &[&n]));
+        nodes.push(node("Mul", &[&d, &n], &[&a]));
+        nodes.push(node("Tanh", &[&a], &[&y]));
+        x = y;
+    }
+    let m = Arc::new(import(&model(nodes, weights, "y")).unwrap());
+    let meta = Meta::new(DType::F32, &[32, 64]);
+    let shapes = Shapes { inputs: vec![("x".into(), meta.clone())], target: meta.clone() };
+    let run = |arena: Option<usize>| {
+        let options = Options { threads: 1, arena, ..Options::default() };
+        let mut session = Session::new(m.clone(), options).unwrap();
+        let recipe = Recipe {
+            loss: Loss::Mse,
+            optimizer: Optimizer::adam(0.0, true),
+            clip: None,
+            params: (0..m.weights.len() as u32).map(WeightId).collect(),
+            norm: Norm::Batch,
+            accumulate: 1,
+        };
+        recipe.prepare(&mut session).unwrap();
+        let step = Supervised::new(&mut session, &recipe, &shapes).unwrap();
+        let x: Vec<f32> = (0..meta.len()).map(|i| (i as f32 * 0.37).sin()).collect();
+        let x = Tensor::from_slice(&meta.dims, &x).unwrap();
+        for t in 0..3 {
+            set_step(&mut session, 1e-2, t + 1);
+            let fed = [(step.inputs[0], x.view()), (step.attached.target, x.view())];
+            session.run(&step.program, &fed, t as u64).unwrap();
+        }
+        let bytes: Vec<Vec<u8>> = session.changes().iter().map(|c| c.1.bytes().to_vec()).collect();
+        (bytes, step.program.plan)
+    };
+    let (usual, plan) = run(None);
+    let (small, within) = run(Some(0));
+    assert!(within.arena_bytes < plan.arena_bytes, "{} and {}", within.arena_bytes, plan.arena_bytes);
+    let again = |name: &str| within.steps.iter().any(|s| s.op.name() == name && s.draws_as != s.node);
+    assert!(within.again.kernels > 0 && again("Dropout"), "{:?}", within.again);
+    assert!(usual == small);
+    assert!(usual.iter().flatten().any(|b| *b != 0));
+}
+
+/// Gradients are followed one by one, not all at the end.
+#[test]
+fn gradients_die_early() {
+    let gradients = |arena: Option<usize>| {
+        let (mut nodes, mut weights, mut x) = (Vec::new(), Vec::new(), "x".to_string());
+        for i in 0..6 {
+            let [w, y] = ["w", "y"].map(|s| format!("{s}{i}"));
+            let y = if i == 5 { "y".to_string() } else { y };
+            weights.push(ramp(&w, &[128, 128]));
+            nodes.push(node("MatMul", &[&x, &w], &[&y]));
+            x = y;
+        }
+        let m = Arc::new(import(&model(nodes, weights, "y")).unwrap());
+        let meta = Meta::new(DType::F32, &[2, 128]);
+        let shapes = Shapes { inputs: vec![("x".into(), meta.clone())], target: meta };
+        let options = Options { threads: 1, arena, dry: true, ..Options::default() };
+        let mut session = Session::new(m.clone(), options).unwrap();
+        let recipe = Recipe {
+            loss: Loss::Mse,
+            optimizer: Optimizer::adam(0.0, true),
+            clip: None,
+            params: (0..m.weights.len() as u32).map(WeightId).collect(),
+            norm: Norm::Batch,
+            accumulate: 1,
+        };
+        recipe.prepare(&mut session).unwrap();
+        Supervised::new(&mut session, &recipe, &shapes).unwrap().program.plan.arena_bytes / (128 * 128 * 4)
+    };
+    assert!(gradients(None) >= 6);
+    assert!(gradients(Some(usize::MAX)) <= 3);
+}
