@@ -47,7 +47,7 @@ fn what_is_computed_again_draws_the_same_numbers() {
             let fed = [(step.inputs[0], x.view()), (step.attached.target, x.view())];
             session.run(&step.program, &fed, t as u64).unwrap();
         }
-        let bytes: Vec<Vec<u8>> = session.changes().iter().map(|c| c.1.bytes().to_vec()).collect();
+        let bytes: Vec<Vec<u8>> = session.changes().unwrap().iter().map(|c| c.1.bytes().to_vec()).collect();
         (bytes, step.program.plan)
     };
     let (usual, plan) = run(None);
