@@ -185,7 +185,9 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
             step::set_step(&mut session, 1e-9, 1);
             runs.time(|| {
                 for part in 0..parts {
-                    step::set_share(&mut session, 1.0 / parts as f64, part == 0);
+                    if parts > 1 {
+                        step::set_share(&mut session, 1.0 / parts as f64, part == 0);
+                    }
                     method.learn(&mut session, &recipe, &batch, &at)?;
                 }
                 if let Some(apply) = &apply {
