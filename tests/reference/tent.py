@@ -15,7 +15,6 @@ from common import FIXTURES, runs, save, sha256, stored, worst, worst_errors
 from grads import CLEAR
 from nets import RESNET20, check_twin, twin, worn_fashion
 
-LR = 1e-3
 
 
 def objective(logits, diversity):
@@ -25,7 +24,7 @@ def objective(logits, diversity):
 
 
 def step(net, x, diversity, convert):
-    """The loss before the step, the gradient, and the movement of each trained tensor."""
+    """The loss, and its gradient: what a step of plain descent moves the trained tensors by."""
     net = convert(copy.deepcopy(net)).train()
     trained = {}
     for name, module in net.named_modules():
@@ -39,13 +38,9 @@ def step(net, x, diversity, convert):
     net.requires_grad_(False)
     for p in trained.values():
         p.requires_grad_(True)
-    before = {name: p.detach().clone() for name, p in trained.items()}
     loss = objective(net(convert(torch.from_numpy(x))), diversity)
     loss.backward()
-    gradients = {name: p.grad.clone() for name, p in trained.items()}
-    torch.optim.SGD(trained.values(), lr=LR).step()
-    delta = {name: p.detach() - before[name] for name, p in trained.items()}
-    return {"loss": loss.detach(), "grad": gradients, "delta": delta}
+    return {"loss": loss.detach(), "grad": {name: p.grad for name, p in trained.items()}}
 
 
 def clear_batch(net, images, size):
@@ -67,7 +62,7 @@ if __name__ == "__main__":
     net = twin("resnet20", path)
     x, found = clear_batch(net, worn_fashion()[0], 8)
     check_twin(net, path, x)
-    out = {"x": x, "lr": LR, "model_sha256": sha256(path)}
+    out = {"x": x, "model_sha256": sha256(path)}
     for name, (singles, double) in zip(("tent", "infomax"), found, strict=True):
         out[f"{name}.loss"] = double["loss"]
         part = stored("grad", [s["grad"] for s in singles], double["grad"])

@@ -44,8 +44,8 @@ fn one_step(kind: &str, loss: Loss) {
     let mut batch = data.new_batch(n);
     data.batch(&(0..n).collect::<Vec<_>>(), None, &mut batch).unwrap();
     weigh(&mut batch, DType::F32, |_| 1.0 / n as f64).unwrap();
-    let lr = f.get("lr").to_f64()[0];
-    set_step(&mut session, lr, 1);
+    // A step of plain descent at rate 1 moves the weights by the gradient.
+    set_step(&mut session, 1.0, 1);
     let at = At { epoch: 0, epochs: 1, step: 0, steps: 1, seed: 0 };
     let learned = Plain::default().learn(&mut session, &recipe, &batch, &at).unwrap();
     let truth = f.get(&format!("{kind}.loss")).to_f64()[0];
@@ -60,15 +60,13 @@ fn one_step(kind: &str, loss: Loss) {
     for (w, before) in params.iter().zip(&before) {
         let weight = model.weight(*w);
         let after = session.weight(*w).unwrap().to_f64();
-        // What a step moves is the gradient times the rate.
-        let gradient: Vec<f64> = before.to_f64().iter().zip(&after).map(|(b, a)| (b - a) / lr).collect();
-        let gradient = Tensor::from_slice(before.dims(), &gradient).unwrap();
-        let e = error(&part, "grad", &weight.name, &gradient);
-        worst = worst.max(e * part.get(&format!("scale.{}", weight.name)).to_f64()[0] * lr);
-        assert!(e <= 5e-3, "{kind}: {}: {e:.1e}", weight.name);
+        let moved: Vec<f64> = before.to_f64().iter().zip(&after).map(|(b, a)| b - a).collect();
+        let moved = Tensor::from_slice(before.dims(), &moved).unwrap();
+        let e = error(&part, "grad", &weight.name, &moved);
+        assert!(e <= 1e-4, "{kind}: {}: {e:.1e}", weight.name);
+        worst = worst.max(e);
     }
-    println!("{kind}: weights after the step differ from PyTorch's by at most {worst:.1e}");
-    assert!(worst <= 1e-6, "{kind}: {worst:.1e}");
+    println!("{kind}: largest error {worst:.1e}");
 }
 
 #[test]
