@@ -378,10 +378,14 @@ impl Session {
             super::frozen::load_where_read(&self.model, &mut graph, &half)?;
         }
         // On the session's threads: scratch memory depends on their number.
-        let plan = self.pool.install(|| match self.options.arena {
-            None => plan::plan(&graph, &request),
-            Some(limit) => plan::plan_within(&mut graph, &request, limit),
-        })?;
+        let plan = match self.options.arena {
+            None => self.pool.install(|| plan::plan(&graph, &request))?,
+            // The search is on this one: what a thread has freed, the system does not get back.
+            Some(limit) => {
+                let scratch = self.pool.install(|| plan::scratch(&graph));
+                plan::plan_within(&mut graph, &request, limit, &scratch)?
+            }
+        };
         let mut constants = Vec::with_capacity(plan.constants.len());
         for c in &plan.constants {
             constants.push(match c {

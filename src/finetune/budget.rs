@@ -24,9 +24,11 @@ use crate::train::select::Select;
 use crate::train::step::{self, Evaluation, Network, Norm, Recipe, Shapes};
 
 /// Of [`process`]: threads and the model's graph.
-const PROCESS: usize = 2 << 20;
+const PROCESS: usize = 4 << 20;
 /// The same for each kernel call.
-const PER_KERNEL: usize = 10 << 10;
+const PER_KERNEL: usize = 12 << 10;
+/// Kernel calls that computing again adds, about.
+const MORE_KERNELS: usize = 24;
 /// Threads that every plan has room for.
 const THREADS: usize = 4;
 /// Samples of a channel that the statistics of a part of a batch must at least be over.
@@ -283,9 +285,9 @@ impl Job<'_> {
         else {
             return Ok(None);
         };
-        let mut arena = arena;
         // More kernel calls take a little memory too.
-        for _ in 0..3 {
+        let mut arena = arena.saturating_sub(MORE_KERNELS * PER_KERNEL).max(1);
+        for _ in 0..4 {
             let tight = self.probe(recipe, micro, Some(arena))?;
             if tight.total() <= budget {
                 return Ok(Some((arena, tight)));
@@ -293,7 +295,8 @@ impl Job<'_> {
             if tight.usage.arena > arena {
                 return Ok(None);
             }
-            let Some(less) = arena.checked_sub(tight.total() - budget).filter(|a| *a > 0) else { break };
+            let excess = tight.total() - budget + MORE_KERNELS * PER_KERNEL / 2;
+            let Some(less) = arena.checked_sub(excess).filter(|a| *a > 0) else { break };
             arena = less;
         }
         Ok(None)

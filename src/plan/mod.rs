@@ -12,7 +12,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use crate::error::{Error, OpError, Result};
-use crate::graph::{Graph, NodeId, Source, StateId, ValueId, WeightId};
+use crate::graph::{Graph, Node, NodeId, Source, StateId, ValueId, WeightId};
 use crate::ops::Op;
 use crate::tensor::{ALIGN, DType, Dims, Meta};
 
@@ -145,6 +145,19 @@ struct Planner<'a> {
     last_use: Vec<usize>,
     /// Per step: the input handed over in an output's buffer.
     hidden: Vec<SmallVec<[usize; 2]>>,
+    /// Per node, bytes of scratch memory, where they are known already: those of what is computed again are the first time's.
+    scratch: Option<&'a [usize]>,
+}
+
+/// Bytes of scratch memory of each node.
+pub fn scratch(graph: &Graph) -> Vec<usize> {
+    graph.nodes.iter().map(|n| scratch_of(graph, n)).collect()
+}
+
+fn scratch_of(graph: &Graph, node: &Node) -> usize {
+    let metas: Vec<Option<&Meta>> =
+        node.inputs.iter().map(|v| v.and_then(|v| graph.value(v).meta.as_ref())).collect();
+    if node.op.is_view() { 0 } else { node.op.scratch(&metas) }
 }
 
 /// Step 0 is the feeding of inputs; node `i` of the order runs at `i + 1`.
@@ -164,6 +177,7 @@ impl<'a> Planner<'a> {
             constant_of: HashMap::new(),
             last_use: vec![0; graph.values.len()],
             hidden: vec![SmallVec::new(); order.len()],
+            scratch: None,
         };
         planner.find_last_uses();
         for v in &graph.inputs {
@@ -309,9 +323,10 @@ impl<'a> Planner<'a> {
         let mut scratch = vec![None; self.order.len()];
         for (position, id) in self.order.iter().enumerate() {
             let node = self.graph.node(*id);
-            let metas: Vec<Option<&Meta>> =
-                node.inputs.iter().map(|v| v.and_then(|v| self.graph.value(v).meta.as_ref())).collect();
-            let bytes = if node.op.is_view() { 0 } else { node.op.scratch(&metas) };
+            let bytes = match self.scratch {
+                Some(known) => known[self.graph.again.get(id).unwrap_or(id).index()],
+                None => scratch_of(self.graph, node),
+            };
             if bytes > 0 {
                 let name = node.outputs.iter().flatten().next().copied().unwrap_or(ValueId(0));
                 let at = time(position);

@@ -51,15 +51,19 @@ pub struct Again {
 /// than kept. If that cannot be, in the smallest one that was found (so with a limit of 0).
 ///
 /// What follows from frozen weights alone is computed anew wherever it is read.
-pub fn plan_within(graph: &mut Graph, request: &Request, limit: usize) -> Result<Plan> {
+///
+/// `scratch`: bytes for each node, see [`super::scratch`].
+pub fn plan_within(graph: &mut Graph, request: &Request, limit: usize, scratch: &[usize]) -> Result<Plan> {
     keep_statistics(graph, request)?;
-    let search = Search::new(graph, request)?;
+    let search = Search::new(graph, request, scratch)?;
     let cuts = search.run(limit)?;
     let built = search
         .build(graph, &cuts)
         .ok_or_else(|| Error::Config("a plan within the memory asked for cannot be made".into()))?;
     check_updates(&built.graph, &built.order)?;
-    let mut plan = Planner::new(&built.graph, request, &built.order)?.finish()?;
+    let mut planner = Planner::new(&built.graph, request, &built.order)?;
+    planner.scratch = Some(scratch);
+    let mut plan = planner.finish()?;
     plan.again = Again { kernels: built.copies, work: built.extra / search.work.max(1.0) };
     *graph = built.graph;
     Ok(plan)
@@ -153,6 +157,7 @@ struct Search<'a> {
     fixed: Vec<bool>,
     /// Of the whole order.
     work: f64,
+    scratch: &'a [usize],
 }
 
 /// The arena over time.
@@ -185,7 +190,7 @@ struct Candidate {
 }
 
 impl<'a> Search<'a> {
-    fn new(graph: &mut Graph, request: &'a Request) -> Result<Self> {
+    fn new(graph: &mut Graph, request: &'a Request, scratch: &'a [usize]) -> Result<Self> {
         let order = order(graph, request)?;
         let fixed = fixed(graph, request, &order);
         let made = |id: &NodeId| {
@@ -198,7 +203,7 @@ impl<'a> Search<'a> {
         let mut slim = graph.clone();
         slim.values.iter_mut().for_each(|v| v.name = String::new());
         slim.nodes.iter_mut().for_each(|n| n.name = String::new());
-        Ok(Search { graph: slim, request, order, cost, fixed, work })
+        Ok(Search { graph: slim, request, order, cost, fixed, work, scratch })
     }
 
     /// What to drop so that the plan fits `limit`, or so that it is as small as was found.
@@ -448,6 +453,7 @@ impl<'a> Search<'a> {
 
     fn profile(&self, built: &Built) -> Result<Profile> {
         let mut planner = Planner::new(&built.graph, self.request, &built.order)?;
+        planner.scratch = Some(self.scratch);
         planner.close();
         let end = time(built.order.len());
         let mut change = vec![0isize; end + 2];
