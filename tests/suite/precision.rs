@@ -252,7 +252,7 @@ fn blurred_lines_are_read_as_well_as_in_f32() {
     let model = Arc::new(retune::import::load(path).unwrap());
     let specs = input_specs(&model);
     let data =
-        |name: &str| open(&dir.path().join(name), &Default::default(), &specs).unwrap().bind(&specs).unwrap();
+        |name: &str| open(dir.path().join(name), &Default::default(), &specs).unwrap().bind(&specs).unwrap();
     let (train, test) = (data("train.npz"), data("test.npz"));
     compare("blurred lines", |method, precision, seed| {
         let config =
