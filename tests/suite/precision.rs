@@ -25,11 +25,13 @@ fn planned(model: &Path, x: &[usize], precision: Precision) -> (f64, f64) {
 
 #[test]
 fn saved_activations_take_half() {
-    for (model, image) in [
-        ("models/resnet20.onnx", [32, 1, 28, 28]),
-        ("models/resnet20.onnx", [128, 1, 28, 28]),
-        ("models/dsnet.onnx", [64, 1, 28, 28]),
-        ("tests/fixtures/mobilenetv2.onnx", [32, 3, 32, 32]),
+    for (model, image, most) in [
+        ("models/resnet20.onnx", [32, 1, 28, 28], 0.55),
+        ("models/resnet20.onnx", [128, 1, 28, 28], 0.55),
+        // Masks of clamps are bytes already.
+        ("tests/fixtures/mobilenetv2.onnx", [32, 3, 32, 32], 0.65),
+        // A few layers: what is widened at a time is a good part of all.
+        ("models/dsnet.onnx", [64, 1, 28, 28], 0.65),
     ] {
         let [single, half] = [Precision::F32, Precision::Bf16].map(|p| planned(&shipped(model), &image, p));
         let (arena, activations) = (half.0 / single.0, half.1 / single.1);
@@ -40,9 +42,8 @@ fn saved_activations_take_half() {
             single.1 / 1e6,
             half.1 / 1e6,
         );
-        // Masks of clamps are bytes already.
-        assert!(activations <= 0.65, "{model}: activations at the peak only fall to {activations:.2}");
-        assert!(arena <= 0.67, "{model}: the arena only falls to {arena:.2}");
+        assert!(activations <= most, "{model}: activations at the peak only fall to {activations:.2}");
+        assert!(arena <= most + 0.05, "{model}: the arena only falls to {arena:.2}");
         let f16 = planned(&shipped(model), &image, Precision::F16);
         assert_eq!(f16.1, half.1, "{model}: float16 takes what bfloat16 does");
     }
@@ -252,7 +253,7 @@ fn blurred_lines_are_read_as_well_as_in_f32() {
     let model = Arc::new(retune::import::load(path).unwrap());
     let specs = input_specs(&model);
     let data =
-        |name: &str| open(&dir.path().join(name), &Default::default(), &specs).unwrap().bind(&specs).unwrap();
+        |name: &str| open(dir.path().join(name), &Default::default(), &specs).unwrap().bind(&specs).unwrap();
     let (train, test) = (data("train.npz"), data("test.npz"));
     compare("blurred lines", |method, precision, seed| {
         let config =

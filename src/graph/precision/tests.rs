@@ -121,7 +121,7 @@ fn frozen_weights_of_the_files_half_type_are_read_where_they_lie() {
     let values = (0..3 * 2048).map(|i| half::f16::from_f32((i as f32 * 0.37).sin()));
     let raw: Vec<u8> = values.flat_map(|v| v.to_le_bytes()).collect();
     let mut mapped = 0;
-    // Of a node's names of one and two letters, one puts the values at an even place.
+    // Of names of one and two letters in front, one puts the values at an even place.
     for name in ["n", "nn"] {
         let w = TensorProto {
             name: "w".into(),
