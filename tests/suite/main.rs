@@ -10,6 +10,7 @@ mod control;
 mod files;
 mod finetune;
 mod gradients;
+mod guard;
 mod head;
 mod icp;
 mod layout;
