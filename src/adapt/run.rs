@@ -487,22 +487,34 @@ impl<'a> Run<'a> {
         measured: &[usize],
         base: &Base,
     ) -> Result<End> {
-        let moving = self.config.statistics == StatisticsName::Moving && base.share > 0.0;
+        if !self.trusts(base) {
+            self.original.restore(&mut self.session);
+            return Ok(End::Original);
+        }
+        let moving = self.config.statistics == StatisticsName::Moving;
+        let mut candidates = Vec::new();
         if self.updates > 0 || self.good.is_some() || moving {
-            let mut candidates = vec![Snapshot::take(&self.session)];
+            candidates.push(Snapshot::take(&self.session));
             candidates.extend(self.good.clone());
-            for candidate in candidates {
-                candidate.restore(&mut self.session);
-                let look = self.look(samples, looked, measured, base)?;
-                match look.collapsed.filter(|_| self.config.guard) {
-                    None if self.method.is_some() => return Ok(End::Adapted),
-                    None => return Ok(End::Statistics),
-                    Some(why) => self.note(format!("not kept: {why}")),
-                }
+        }
+        for candidate in candidates {
+            candidate.restore(&mut self.session);
+            match self.look(samples, looked, measured, base)?.collapsed.filter(|_| self.config.guard) {
+                None => return Ok(self.ended()),
+                Some(why) => self.note(format!("not kept: {why}")),
             }
         }
         base.snapshot.restore(&mut self.session);
-        Ok(if base.share > 0.0 { End::Statistics } else { End::Original })
+        Ok(self.ended())
+    }
+
+    /// What the present network is, beside the original.
+    fn ended(&self) -> End {
+        match Snapshot::take(&self.session).changed(&self.original, &self.session) {
+            (true, _) => End::Adapted,
+            (false, true) => End::Statistics,
+            (false, false) => End::Original,
+        }
     }
 }
 

@@ -19,6 +19,17 @@ impl Snapshot {
         Snapshot(store.ids().filter(kept).map(|id| (id, store.view(id).bytes.to_vec())).collect())
     }
 
+    /// Whether weights differ from those of another time, and whether statistics do.
+    pub fn changed(&self, other: &Snapshot, session: &Session) -> (bool, bool) {
+        let differs = |purpose: Purpose| {
+            let of = |s: &Snapshot| -> Vec<(StateId, Vec<u8>)> {
+                s.0.iter().filter(|(id, _)| session.store().purpose(*id) == purpose).cloned().collect()
+            };
+            of(self) != of(other)
+        };
+        (differs(Purpose::Parameter), differs(Purpose::Statistic))
+    }
+
     /// Puts everything back.
     pub fn restore_values(&self, session: &mut Session) {
         let store = session.store_mut();

@@ -12,6 +12,7 @@ mod files;
 mod finetune;
 mod gains;
 mod gradients;
+mod guard;
 mod head;
 mod icp;
 mod icp_variants;
