@@ -13,8 +13,7 @@ const TOLERANCE: f64 = 1.1;
 /// less sure. Measured in docs/adapt.md.
 pub fn labels(original: &Opinion, new: &Opinion) -> Option<String> {
     let (was, is) = (original.health().entropy, new.health().entropy);
-    // Of two numbers that are not, neither is more.
-    (is.is_nan() || is > was * TOLERANCE).then(|| {
+    (!new.is_finite() || is > was * TOLERANCE).then(|| {
         format!(
             "with statistics of these samples the network is less sure of them (mean entropy {was:.3}, then {is:.3}), as when \
              they are of few classes"
