@@ -103,7 +103,7 @@ impl Icp {
             let what = "this tap does not lie behind what is perturbed: name deeper ones with --icp-taps";
             return Err(Error::value(&net.graph.value(*v).name, what));
         }
-        net.statistics.retain(|v| settings.ema.is_none() && depends[v.index()]);
+        net.keep_statistics(|v| settings.ema.is_none() && depends[v.index()]);
         net.fuse(&taps, false)?;
         let mut pins = HashMap::new();
         for v in &taps {

@@ -147,6 +147,16 @@ impl Network {
         Ok(Network { graph, inputs, statistics })
     }
 
+    /// Lets only some of the running statistics follow the batch.
+    pub fn keep_statistics(&mut self, keep: impl Fn(ValueId) -> bool) {
+        let (kept, left): (Vec<_>, Vec<_>) = self.statistics.iter().partition(|v| keep(**v));
+        self.statistics = kept;
+        // A node updates the states of all outputs that it has.
+        for v in self.graph.nodes.iter_mut().flat_map(|n| &mut n.outputs) {
+            *v = v.filter(|v| !left.contains(v));
+        }
+    }
+
     /// Joins operators, before a loss is attached; `taps` and the outputs are still computed. `weights_learn`: the
     /// graph will be differentiated with respect to weights.
     pub fn fuse(&mut self, taps: &[ValueId], weights_learn: bool) -> Result<()> {
