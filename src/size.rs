@@ -18,7 +18,7 @@ pub fn parse(text: &str) -> Result<usize> {
         _ => f64::NAN,
     };
     let bytes = number.parse::<f64>().unwrap_or(f64::NAN) * factor;
-    match bytes >= 1.0 && bytes < 1e18 {
+    match (1.0..1e18).contains(&bytes) {
         true => Ok(bytes as usize),
         false => Err(Error::Config(format!(
             "'{text}' is not a size: write bytes, or a number with kB, MB, GB, KiB, MiB or GiB, as in 64MiB"

@@ -7,14 +7,14 @@ use std::sync::Arc;
 
 use crate::error::OpError;
 use crate::float_dispatch;
-use crate::graph::{GradBuilder, Node, ValueId};
+use crate::graph::{GradBuilder, Node};
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::{self, Channels, Residual, Stat};
 use crate::kernels::simd::Vectors;
 use crate::ops::clip::passed;
 use crate::ops::layout::rank_of;
-use crate::ops::{ChannelsLast, Cx, Grads, Mode, Op, Row, Spec, get, need};
+use crate::ops::{ChannelsLast, Cx, Grads, Mode, Op, Rerun, Row, Spec, get, need};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
 
 use again::Normalise;
@@ -380,7 +380,7 @@ impl Op for BatchNormalization {
         }
     }
 
-    fn again(&self, node: &Node) -> Option<(Arc<dyn Op>, Vec<Option<ValueId>>)> {
+    fn again(&self, node: &Node) -> Option<Rerun> {
         let &[_, _, _, mean @ Some(_), inv @ Some(_)] = &node.outputs[..] else { return None };
         let mut inputs = vec![node.inputs[0], node.inputs[1], node.inputs[2], mean, inv];
         inputs.extend(node.inputs.get(self.residual()).copied());

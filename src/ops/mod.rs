@@ -84,6 +84,9 @@ pub use table::{Row, create, table};
 /// Gradients with respect to a node's inputs, in input order; `None` where there is none.
 pub type Grads = SmallVec<[Option<ValueId>; 4]>;
 
+/// An operator and its inputs, see [`Op::again`].
+pub type Rerun = (Arc<dyn Op>, Vec<Option<ValueId>>);
+
 /// What a kernel call is given beside its operands.
 pub struct Cx<'a> {
     /// At least `scratch(…)` bytes, 64-byte aligned, with arbitrary content.
@@ -184,7 +187,7 @@ pub trait Op: Any + Debug + Send + Sync {
 
     /// How output 0 of a node of this operator is computed once more in the same run, where it cannot be by the node as
     /// it is: an operator and its operands, perhaps results of the first time.
-    fn again(&self, _: &Node) -> Option<(Arc<dyn Op>, Vec<Option<ValueId>>)> {
+    fn again(&self, _: &Node) -> Option<Rerun> {
         None
     }
 

@@ -21,7 +21,7 @@ fn to_odd(x: f64) -> f32 {
         return nearest;
     }
     let away = f64::from(nearest).abs() > x.abs();
-    f32::from_bits(nearest.to_bits() - u32::from(away) | 1)
+    f32::from_bits((nearest.to_bits() - u32::from(away)) | 1)
 }
 
 #[cfg(test)]
