@@ -2,7 +2,7 @@
 
     python studies/make.py        needs numpy, onnx and torch
 
-resnet20-untrained.onnx: models/resnet20.onnx with the weights that PyTorch would begin with.
+resnet20-untrained.onnx (not committed): models/resnet20.onnx with the weights that PyTorch would begin with.
 vae.onnx, vae_loss.onnx: a small convolutional variational autoencoder (Kingma and Welling 2014) of 28x28 images, untrained,
 and its loss: squared error a pixel plus half the divergence from the standard normal a pixel.
 """

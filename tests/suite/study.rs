@@ -128,7 +128,10 @@ fn the_committed_studies_are_sound() {
             let quick = retune::study::Study::read(&path, true).unwrap();
             assert!(quick.cells.len() < whole.cells.len(), "{}", path.display());
             for cell in &whole.cells {
-                assert!(whole.folder.join(&cell.task.model).exists(), "{}: no model", cell.name);
+                // One is as large as the network it is like, and made by a script.
+                let made = cell.task.model.ends_with("resnet20-untrained.onnx");
+                let there = whole.folder.join(&cell.task.model).exists();
+                assert!(there || made, "{}: no model", cell.name);
             }
             seen += 1;
         }
