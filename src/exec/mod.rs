@@ -2,6 +2,7 @@
 
 mod awake;
 mod carve;
+mod forward;
 mod frozen;
 mod parts;
 mod precision;
@@ -10,8 +11,9 @@ mod run;
 mod session;
 mod store;
 
+pub use forward::{bind, infer};
 pub use parts::Part;
 pub use precision::{OptimizerState, Precision};
 pub use run::Profile;
-pub use session::{Options, Program, SMALL_PARAMETER, Session, Usage, bind, infer};
+pub use session::{Options, Program, SMALL_PARAMETER, Session, Usage};
 pub use store::{Purpose, Store};
