@@ -238,7 +238,7 @@ fn a_model_of_two_gigabytes_learns_in_a_fraction_of_it() {
     let args = ["finetune", text(&model), "--data", text(&data), "--output", text(&output), "--json"];
     let options =
         ["--method", "supervised", "--train", "last:3", "--epochs", "2", "--batch", "16", "--no-guard"];
-    let args = [&args[..], &options, &["--lr", "1e-3", "--memory-budget", &budget]].concat();
+    let args = [&args[..], &options, &["--lr", "1e-6", "--memory-budget", &budget]].concat();
     let above = peak(&args).saturating_sub(start());
     println!(
         "{size} bytes of weights: {above} bytes at the peak, {:.1}%",
