@@ -1,8 +1,7 @@
-//! Pseudo-labels: the network's own confident predictions as labels (Lee 2013), and ICP on them or on the entropy.
+//! Pseudo-labels: the network's own confident predictions as labels (Lee 2013), for any method.
 
 use crate::error::{Error, Result};
 use crate::exec::Session;
-use crate::icp::Icp;
 use crate::ops::Mode;
 use crate::ops::loss::IGNORED;
 use crate::tensor::{Dims, Tensor};
@@ -62,32 +61,5 @@ impl<M: Method> Adaptation for Pseudo<M> {
         let learned = self.step.learn(session, recipe, batch, at);
         batch.target = weights;
         learned.map(Some)
-    }
-}
-
-/// ICP on the entropy: the inputs move to where the network is surer, and the network learns the features they have there.
-pub struct OnEntropy {
-    icp: Icp,
-}
-
-impl OnEntropy {
-    pub fn new(icp: Icp) -> Self {
-        OnEntropy { icp }
-    }
-}
-
-impl Adaptation for OnEntropy {
-    fn prepare(&mut self, session: &mut Session, recipe: &Recipe, shapes: &Shapes) -> Result<()> {
-        self.icp.prepare(session, recipe, shapes, 1)
-    }
-
-    fn learn(
-        &mut self,
-        session: &mut Session,
-        recipe: &Recipe,
-        batch: &mut Batch,
-        at: &At,
-    ) -> Result<Option<Learned>> {
-        self.icp.learn(session, recipe, batch, at).map(Some)
     }
 }

@@ -128,7 +128,7 @@ impl<'a> Run<'a> {
         let mode = Mode { batch_statistics: norm == Norm::Batch, ..Mode::TRAIN };
         let method: Option<Box<dyn Adaptation>> = match config.method {
             MethodName::Stats => None,
-            MethodName::Tent | MethodName::Infomax => Some(Box::new(entropy::Every::default())),
+            MethodName::Tent | MethodName::Infomax => Some(Box::new(entropy::Every::<Plain>::default())),
             MethodName::Eata => {
                 Some(Box::new(eata::Eata::new(mode, config.entropy_margin, config.redundancy)))
             }
@@ -139,7 +139,7 @@ impl<'a> Run<'a> {
                 config.sar_recovery,
             ))),
             MethodName::Pseudo => Some(Box::new(pseudo::Pseudo::new(config.confidence, Plain::default()))),
-            MethodName::Icp => Some(Box::new(pseudo::OnEntropy::new(config.icp()))),
+            MethodName::Icp => Some(Box::new(entropy::Every::new(config.icp()))),
             MethodName::IcpPseudo => Some(Box::new(pseudo::Pseudo::new(config.confidence, config.icp()))),
         };
         let original = Snapshot::take(&session);

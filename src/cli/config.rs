@@ -98,6 +98,10 @@ pub struct Overrides {
     /// Data whose samples, without their labels, take part in ICP's feature term beside the labelled ones
     #[arg(long, value_name = "DATA")]
     unlabelled: Option<PathBuf>,
+    /// Weight of information maximisation over samples without a label: their predictions are to be sure, and of all
+    /// classes [default: 0]
+    #[arg(long, value_name = "WEIGHT")]
+    unlabelled_entropy: Option<f64>,
     /// Keep the new network even if it is not better
     #[arg(skip)]
     guard: Option<bool>,

@@ -119,8 +119,8 @@ pub fn render(page: &Page) -> String {
     html
 }
 
-/// Text made safe for elements and quoted attributes.
-fn escape(text: &str) -> String {
+/// Text made safe for elements and quoted attributes, of XML as well: characters that it does not have become U+FFFD.
+pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
@@ -130,7 +130,7 @@ fn escape(text: &str) -> String {
             '"' => out.push_str("&quot;"),
             '\'' => out.push_str("&#39;"),
             '\n' | '\t' => out.push(c),
-            c if c.is_control() => out.push('\u{fffd}'),
+            c if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') => out.push('\u{fffd}'),
             c => out.push(c),
         }
     }

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
+use crate::cli::html::escape;
 use crate::error::Result;
 use crate::finetune::Judged;
 use crate::train::guard::Verdict;
@@ -90,24 +91,9 @@ fn document(command: &str, seconds: f64, cases: &[Case]) -> String {
     out + "  </testsuite>\n</testsuites>\n"
 }
 
-/// Text for an attribute or an element. Characters that XML 1.0 does not have become U+FFFD.
+/// Text for an attribute or an element; an attribute's line breaks would be read as spaces.
 fn escaped(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            '\'' => out.push_str("&apos;"),
-            '\n' | '\r' | '\t' => {
-                let _ = write!(out, "&#{};", c as u32);
-            }
-            '\0'..='\u{1f}' | '\u{fffe}' | '\u{ffff}' => out.push('\u{fffd}'),
-            c => out.push(c),
-        }
-    }
-    out
+    escape(text).replace('\n', "&#10;").replace('\t', "&#9;")
 }
 
 #[cfg(test)]
@@ -129,7 +115,7 @@ mod tests {
         );
         assert!(xml.contains("name=\"a&lt;b &amp; &quot;c&quot;\""), "{xml}");
         assert!(xml.contains("message=\"line 1&#10;line 2\u{fffd}\""), "{xml}");
-        assert!(xml.contains("it&apos;s") && xml.contains("x &gt; 1"), "{xml}");
+        assert!(xml.contains("it&#39;s") && xml.contains("x &gt; 1"), "{xml}");
         assert_eq!(xml.matches("<testcase").count(), xml.matches("</testcase>").count());
     }
 }

@@ -179,8 +179,11 @@ pub struct Config {
     pub holdout: NumberOr,
     /// Instead of a held-out slice: cross-validation over so many folds decides, and all samples train; 0: off.
     pub folds: usize,
-    /// Data whose samples, without their labels, take part in ICP's feature term.
+    /// Data whose samples, without their labels, take part in ICP's feature term, or in `unlabelled_entropy`.
     pub unlabelled: Option<PathBuf>,
+    /// Weight of information maximisation over samples that have no label; 0: none.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub unlabelled_entropy: f64,
     pub guard: bool,
     pub shuffle: bool,
     pub seed: u64,
@@ -267,6 +270,7 @@ impl Default for Config {
             holdout: NumberOr::Number(0.2),
             folds: 0,
             unlabelled: None,
+            unlabelled_entropy: 0.0,
             guard: true,
             shuffle: true,
             seed: 0,
@@ -325,12 +329,16 @@ impl Config {
             ("weight-decay", self.weight_decay),
             ("clip", self.clip.unwrap_or(0.0)),
             ("icp-epsilon", self.icp_epsilon),
+            ("unlabelled-entropy", self.unlabelled_entropy),
         ];
         if let Some((name, x)) = numbers.iter().find(|p| !p.1.is_finite() || p.1 < 0.0) {
             return config(format!("--{name} {x}: must be a number from 0"));
         }
         if !(0.0..1.0).contains(&self.label_smoothing) {
             return config(format!("--label-smoothing {}: must be from 0 to below 1", self.label_smoothing));
+        }
+        if self.unlabelled_entropy > 0.0 && self.loss != "cross-entropy" {
+            return config("--unlabelled-entropy belongs to --loss cross-entropy");
         }
         if self.class_weights.is_some() && self.loss != "cross-entropy" {
             return config("--class-weights belong to --loss cross-entropy");
@@ -465,10 +473,15 @@ impl Config {
         }
     }
 
-    /// The loss; an ONNX graph is loaded.
+    /// The loss of labelled samples; an ONNX graph is loaded.
     pub fn loss(&self) -> Result<Loss> {
         parse_loss(&self.loss, self.label_smoothing)
     }
+}
+
+/// Left out where it is: what is hashed or recorded of runs does not change with every new option.
+fn is_zero(x: &f64) -> bool {
+    *x == 0.0
 }
 
 /// A loss by its name on the command line.

@@ -22,10 +22,11 @@ fn number_after(text: &str, prefix: &str) -> Option<f64> {
 impl Config {
     /// The method that the weights learn by; `unlabelled`: some samples have no label.
     pub fn training_method(&self, unlabelled: bool) -> Result<Box<dyn Method>> {
-        if unlabelled && (self.method != MethodName::Icp || self.icp_features == Features::None) {
+        let compared = self.method == MethodName::Icp && self.icp_features != Features::None;
+        if unlabelled && !compared && self.unlabelled_entropy == 0.0 {
             return config(
-                "samples without a label (-1, or --unlabelled) take part in ICP's feature term alone: leave them out, or use \
-                 --method icp with --icp-features",
+                "samples without a label (-1, or --unlabelled) take part in ICP's feature term and in \
+                 --unlabelled-entropy alone: leave them out, use --method icp with --icp-features, or give that a weight",
             );
         }
         Ok(match self.method {

@@ -150,7 +150,7 @@ pub fn check_target(session: &Session, loss: &Loss, data: Dataset) -> Result<Dat
             ))),
         },
         Loss::Mse => data.float_target(&dims[1..]),
-        Loss::Bce | Loss::Graph(_) | Loss::Entropy { .. } => Ok(data),
+        Loss::Bce | Loss::Graph(_) | Loss::Entropy { .. } | Loss::Informed { .. } => Ok(data),
     }
 }
 
@@ -242,6 +242,14 @@ pub fn finetune(
             let weights = weights.resolve(labels.as_deref(), classes(&session, &data)?)?;
             Loss::ClassWeighted { label_smoothing: config.label_smoothing, weights: Arc::new(weights) }
         }
+    };
+    let loss = match (config.unlabelled_entropy, unlabelled.is_empty()) {
+        (0.0, _) => loss,
+        (_, true) => {
+            let what = "--unlabelled-entropy needs samples without a label: give --unlabelled DATA, or label some -1";
+            return Err(Error::Config(what.into()));
+        }
+        (weight, false) => Loss::Informed { labelled: Box::new(loss), weight },
     };
     if held_indices.is_empty() && config.folds == 0 && requirement.is_some() {
         return Err(Error::Config("--require needs held-out data: --holdout must not be 0".into()));

@@ -10,7 +10,7 @@ use crate::icp::features::{distance, emit, scalar};
 use crate::icp::perturb::{Fed, Perturb, batch_of, network, step_state, student_gradients};
 use crate::icp::place::above;
 use crate::icp::settings::{Reuse, Settings};
-use crate::icp::taps::find;
+use crate::icp::taps::{Taps, find};
 use crate::ops::Mode;
 use crate::ops::binary::Binary;
 use crate::plan::Request;
@@ -43,6 +43,7 @@ pub struct Perturbed {
 
 /// The plans for batches of one shape; without a feature term the student's alone.
 struct Plans {
+    taps: Vec<ValueId>,
     teaching: Option<(Perturb, Fed)>,
     student: Student,
 }
@@ -83,7 +84,7 @@ impl Icp {
         let settings = &self.settings;
         if !settings.teaches() {
             let student = self.student(session, recipe, shapes, &[], None, &HashMap::new())?;
-            self.plans.push((shapes.clone(), Plans { teaching: None, student }));
+            self.plans.push((shapes.clone(), Plans { taps: Vec::new(), teaching: None, student }));
             return Ok(self.plans.len() - 1);
         }
         if let (Some(decay), None) = (settings.ema, &self.averages) {
@@ -99,9 +100,14 @@ impl Icp {
         // Layers below what is perturbed are the student's to run; an average's statistics are not the network's.
         let from: Vec<ValueId> = perturb.moved.iter().map(|m| m.spot.value).collect();
         let depends = above(&net.graph, &from);
-        if let Some(v) = taps.iter().find(|v| !depends[v.index()] || from.contains(v)) {
-            let what = "this tap does not lie behind what is perturbed: name deeper ones with --icp-taps";
-            return Err(Error::value(&net.graph.value(*v).name, what));
+        let (taps, before): (Vec<ValueId>, Vec<ValueId>) =
+            taps.iter().partition(|v| depends[v.index()] && !from.contains(v));
+        match before.first() {
+            Some(v) if taps.is_empty() || matches!(settings.taps, Taps::Names(_)) => {
+                let what = "this tap does not lie behind what is perturbed: name deeper ones with --icp-taps";
+                return Err(Error::value(&net.graph.value(*v).name, what));
+            }
+            _ => {}
         }
         net.keep_statistics(|v| settings.ema.is_none() && depends[v.index()]);
         net.fuse(&taps, false)?;
@@ -115,7 +121,7 @@ impl Icp {
         let program = session.compile(net.graph, request)?;
         let teacher = Fed { program, inputs: net.inputs, attached: None };
         let student = self.student(session, recipe, shapes, &taps, Some(&perturb), &pins)?;
-        self.plans.push((shapes.clone(), Plans { teaching: Some((perturb, teacher)), student }));
+        self.plans.push((shapes.clone(), Plans { taps, teaching: Some((perturb, teacher)), student }));
         Ok(self.plans.len() - 1)
     }
 
@@ -250,7 +256,7 @@ impl Method for Icp {
             return self.plain[i].1.learn(session, batch, at);
         };
         let i = self.plans(session, recipe, &shapes)?;
-        let Plans { teaching, student } = &self.plans[i].1;
+        let Plans { teaching, student, .. } = &self.plans[i].1;
         if let Some((perturb, teacher)) = teaching {
             perturb.run(session, &self.settings, batch, at.seed ^ 0x1, &mut |_, _| {})?;
             teacher.run(session, batch, at.seed ^ 0x2)?;
@@ -292,7 +298,10 @@ impl Method for Icp {
         if !self.settings.teaches() {
             return Ok(Vec::new());
         }
-        let taps = self.taps(session, Mode::EVAL, shapes)?;
+        let taps = match self.plans.first() {
+            Some((_, plans)) => plans.taps.clone(),
+            None => self.taps(session, Mode::EVAL, shapes)?,
+        };
         Ok(taps.iter().map(|v| session.model().graph.value(*v).name.clone()).collect())
     }
 }

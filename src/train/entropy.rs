@@ -7,6 +7,9 @@ use std::sync::Arc;
 use crate::error::{Error, OpError, Result};
 use crate::graph::{Graph, ValueId};
 use crate::ops::binary::Binary;
+use crate::ops::cast::CastTo;
+use crate::ops::logic::Logic;
+use crate::ops::loss::IGNORED;
 use crate::ops::reduce::{Kind, Reduce, SumTo};
 use crate::ops::view::ReshapeTo;
 use crate::ops::{Attr, Attrs, Op, Spec, create};
@@ -21,6 +24,37 @@ const LEAST: f64 = 1e-12;
 pub(super) fn emit(graph: &mut Graph, scores: ValueId, weights: ValueId, diversity: f64) -> Result<ValueId> {
     build(graph, scores, weights, diversity)
         .map_err(|source| Error::Op { node: format!("entropy of '{}'", graph.value(scores).name), source })
+}
+
+/// Appends `loss + weight·(mean H(pₙ) − H(mean pₙ))`, the means over the samples whose label (N) is
+/// [`IGNORED`]; where all have one, `loss` it stays.
+pub(super) fn beside(
+    graph: &mut Graph,
+    loss: ValueId,
+    scores: ValueId,
+    labels: ValueId,
+    weight: f64,
+) -> Result<ValueId> {
+    let (of_labels, dtype) = (graph.meta(labels)?.clone(), graph.meta(scores)?.dtype);
+    if of_labels.rank() != 1 || of_labels.dtype.is_float() {
+        let what = "samples without a label go beside ones that have a single class label each";
+        return Err(Error::Config(what.into()));
+    }
+    let mut append = || {
+        let g = &mut *graph;
+        let ignored = g.add_constant("unlabelled.label", Tensor::scalar(IGNORED).cast(of_labels.dtype));
+        let one = g.add_constant("unlabelled.one", Tensor::scalar(1.0).cast(dtype));
+        let factor = g.add_constant("unlabelled.weight", Tensor::scalar(weight).cast(dtype));
+        let without = emit_one(g, Arc::new(Logic::Equal), &[labels, ignored])?;
+        let without = emit_one(g, Arc::new(CastTo::new(dtype)), &[without])?;
+        let count = emit_one(g, Arc::new(SumTo { dims: Dims::new() }), &[without])?;
+        let count = emit_one(g, Arc::new(Binary::Max), &[count, one])?;
+        let shares = emit_one(g, Arc::new(Binary::Div), &[without, count])?;
+        let lacking = build(g, scores, shares, 1.0)?;
+        let weighted = emit_one(g, Arc::new(Binary::Mul), &[lacking, factor])?;
+        emit_one(g, Arc::new(Binary::Add), &[loss, weighted])
+    };
+    append().map_err(|source| Error::Op { node: "the loss of samples without a label".into(), source })
 }
 
 fn build(

@@ -31,6 +31,10 @@ pub enum Loss {
     /// scores' type. `diversity` is the share of the entropy of the mean prediction that is taken off: see
     /// [`crate::train::entropy`].
     Entropy { diversity: f64 },
+    /// `labelled`, of class labels one a sample, and `weight` times what information maximisation minimises over the
+    /// samples that have none ([`IGNORED`](crate::ops::loss::IGNORED)): their mean entropy less that of their mean
+    /// prediction.
+    Informed { labelled: Box<Loss>, weight: f64 },
 }
 
 /// A loss in a graph.
@@ -49,7 +53,10 @@ pub struct Attached {
 impl Loss {
     /// Whether targets are class indices.
     pub fn wants_labels(&self) -> bool {
-        matches!(self, Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. })
+        match self {
+            Loss::Informed { labelled, .. } => labelled.wants_labels(),
+            _ => matches!(self, Loss::CrossEntropy { .. } | Loss::ClassWeighted { .. }),
+        }
     }
 
     /// Whether it is computed of a classifier's scores.
@@ -57,18 +64,25 @@ impl Loss {
         self.wants_labels() || matches!(self, Loss::Entropy { .. })
     }
 
-    /// The loss by which results are compared: without class weights.
+    /// The loss by which results are compared: without class weights, of labelled samples.
     pub fn unweighted(&self) -> Loss {
         match self {
             Loss::ClassWeighted { label_smoothing, .. } => {
                 Loss::CrossEntropy { label_smoothing: *label_smoothing }
             }
+            Loss::Informed { labelled, .. } => labelled.unweighted(),
             other => other.clone(),
         }
     }
 
     /// Appends the loss for a target of the given shape and type. Shapes must have been inferred.
     pub fn attach(&self, graph: &mut Graph, target: Meta) -> Result<Attached> {
+        if let Loss::Informed { labelled, weight } = self {
+            let of_labelled = labelled.attach(graph, target)?;
+            let (loss, labels) = (of_labelled.loss, of_labelled.target);
+            let loss = entropy::beside(graph, loss, of_labelled.logits, labels, *weight)?;
+            return Ok(Attached { loss, ..of_labelled });
+        }
         let Some(&output) = graph.outputs.first() else {
             return Err(Error::Config("the model has no output to compute a loss on".into()));
         };
@@ -118,6 +132,7 @@ impl Loss {
             Loss::Mse => emit(graph, Arc::new(Mse))?,
             Loss::Graph(model) => loss_graph(graph, model, target)?,
             Loss::Entropy { diversity } => entropy::emit(graph, logits, target, *diversity)?,
+            Loss::Informed { .. } => return Err(Error::Config("a loss of labels within another".into())),
         };
         Ok(Attached { loss, target: input, logits, left_out })
     }

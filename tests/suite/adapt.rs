@@ -29,7 +29,7 @@ fn one_step(kind: &str, loss: Loss) {
     let norms = |w: &WeightId| matches!(model.weight(*w).role, Role::Scale | Role::Shift);
     let params: Vec<WeightId> = (0..model.weights.len() as u32).map(WeightId).filter(norms).collect();
     let recipe = Recipe {
-        loss,
+        loss: loss.clone(),
         optimizer: Optimizer::sgd(),
         clip: None,
         params: params.clone(),
@@ -43,7 +43,10 @@ fn one_step(kind: &str, loss: Loss) {
     let n = data.len();
     let mut batch = data.new_batch(n);
     data.batch(&(0..n).collect::<Vec<_>>(), None, &mut batch).unwrap();
-    weigh(&mut batch, DType::F32, |_| 1.0 / n as f64).unwrap();
+    match loss.wants_labels() {
+        true => batch.target = Some(f.get("labels").clone()),
+        false => weigh(&mut batch, DType::F32, |_| 1.0 / n as f64).unwrap(),
+    }
     // A step of plain descent at rate 1 moves the weights by the gradient.
     set_step(&mut session, 1.0, 1);
     let at = At { epoch: 0, epochs: 1, step: 0, steps: 1, seed: 0 };
@@ -77,6 +80,12 @@ fn a_step_of_tent_is_pytorchs() {
 #[test]
 fn a_step_of_infomax_is_pytorchs() {
     one_step("infomax", Loss::Entropy { diversity: 1.0 });
+}
+
+#[test]
+fn a_step_on_some_labels_and_what_the_rest_lack_is_pytorchs() {
+    let labelled = Box::new(Loss::CrossEntropy { label_smoothing: 0.0 });
+    one_step("beside", Loss::Informed { labelled, weight: 0.5 });
 }
 
 /// Shipped images as a worn camera sees them, `n` of those of the given classes.

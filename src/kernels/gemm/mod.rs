@@ -34,6 +34,9 @@ const BLOCK: usize = 1 << 16;
 const STEPS: usize = 512;
 const STEPS_ACROSS: usize = 128;
 const STEPS_NEAR: usize = 128;
+/// Elements between strips: strips that are written together would otherwise be a power of two apart and share the
+/// same few lines of the cache.
+const GAP: usize = 16;
 /// Rows or columns of C that are at least a task's own where it packs their operand.
 const NARROW: usize = 32;
 /// Tasks that pack something of their own at a time.
@@ -113,9 +116,9 @@ impl<T: Vectors> Product<T> {
         self.n.div_ceil(self.tile().0)
     }
 
-    /// Elements of A in strips, for as many steps of the summed dimension.
-    fn in_strips(&self, strips: usize, steps: usize) -> usize {
-        strips * self.tile().1 * steps
+    /// Elements of one strip of A, for as many steps of the summed dimension.
+    fn in_strip(&self, steps: usize) -> usize {
+        self.tile().1 * steps + GAP
     }
 
     /// Elements of B in panels.
@@ -144,7 +147,7 @@ impl<T: Vectors> Product<T> {
         match self.packs() {
             Packs::Nothing => 0,
             Packs::B | Packs::BThenA => self.in_panels(self.panels(), self.k),
-            Packs::AThenB => self.in_strips(self.strips().count, self.k),
+            Packs::AThenB => self.strips().count * self.in_strip(self.k),
         }
     }
 
@@ -153,7 +156,7 @@ impl<T: Vectors> Product<T> {
         let ((rows, cols), steps) = (self.pieces(), self.k.min(STEPS));
         match self.packs() {
             Packs::Nothing | Packs::B => 0,
-            Packs::BThenA => self.in_strips(self.strips().count.div_ceil(rows), steps),
+            Packs::BThenA => self.strips().count.div_ceil(rows) * self.in_strip(steps),
             Packs::AThenB => self.in_panels(self.panels().div_ceil(cols), steps),
         }
     }
@@ -393,8 +396,7 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
             unsafe {
                 match packs {
                     Packs::BThenA => {
-                        let size = count * height;
-                        pack::strips::<S>(p, self.a, self.strips.clone(), k..k + count, near, size);
+                        pack::strips::<S>(p, self.a, self.strips.clone(), k..k + count, near, count);
                     }
                     Packs::AThenB => {
                         for q in self.panels.clone() {
@@ -428,11 +430,12 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                                 (self.a.as_ptr().wrapping_add(at), p.lda)
                             }
                             Packs::BThenA => {
-                                let at = (i - self.strips.start) * count * height;
+                                let at = (i - self.strips.start) * p.in_strip(count);
                                 (near.cast_const().wrapping_add(at), height)
                             }
                             Packs::AThenB => {
-                                (self.packed.as_ptr().wrapping_add((i * p.k + k) * height), height)
+                                let at = i * p.in_strip(p.k) + k * height;
+                                (self.packed.as_ptr().wrapping_add(at), height)
                             }
                         };
                         let to = row * p.ldc + first;

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::Product;
+use super::{GAP, Product};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Level, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::Pieces;
@@ -12,7 +12,7 @@ use crate::kernels::tile::Pieces;
 /// Steps of the summed dimension that are packed at a time.
 const STEPS: usize = 64;
 /// Strips that are written at a time: more would push each other out of the cache.
-const GROUP: usize = 8;
+const GROUP: usize = 32;
 /// Steps that rows are fetched ahead: neighbours in a panel are far apart in B.
 const AHEAD: usize = 12;
 
@@ -31,7 +31,7 @@ pub(super) fn columns<T: Vectors>(p: &Product<T>, b: &[T], out: &mut [T], severa
 /// A, stored K×M, in strips.
 pub(super) fn rows<T: Vectors>(p: &Product<T>, a: &[T], out: &mut [T]) {
     let strips = p.strips().count;
-    assert!(a.len() >= p.extents()[0] && out.len() >= p.in_strips(strips, p.k), "operands of a product");
+    assert!(a.len() >= p.extents()[0] && out.len() >= strips * p.in_strip(p.k), "operands of a product");
     let out = Shared::new(out);
     (0..p.k.div_ceil(STEPS)).into_par_iter().for_each(|block| {
         let steps = block * STEPS..p.k.min((block + 1) * STEPS);
@@ -67,10 +67,10 @@ impl<T: Vectors> Kernel<T> for Strips<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
         let height = height::<S>(self.p);
-        let (all, size) = (0..self.p.strips().count, self.p.k * height);
+        let all = 0..self.p.strips().count;
         let out = self.out.wrapping_add(self.steps.start * height);
         // SAFETY: the caller's promise.
-        unsafe { strips::<S>(self.p, self.a, all, self.steps, out, size) }
+        unsafe { strips::<S>(self.p, self.a, all, self.steps, out, self.p.k) }
     }
 }
 
@@ -146,7 +146,8 @@ fn height<S: Simd>(p: &Product<S::Elem>) -> usize {
 }
 
 /// Some steps of some strips of A, stored K×M: for each step of the summed dimension the strip's rows of op(A), strips
-/// `size` elements apart. Few steps at a time for all strips, so that A is read in order.
+/// of room for `room` steps each. Few steps at a time for all strips, so that A is read in order. What follows the rows of a
+/// shorter strip is left as it comes: tiles do not read it.
 ///
 /// # Safety
 /// A must have the product's extents, `out` room for the strips, and `S`'s instructions be there.
@@ -157,37 +158,46 @@ pub(super) unsafe fn strips<S: Simd>(
     some: Range<usize>,
     steps: Range<usize>,
     out: *mut S::Elem,
-    size: usize,
+    room: usize,
 ) {
     let height = height::<S>(p);
+    let size = room * height + GAP;
+    let vectors = height.div_ceil(S::LANES);
     let strips = Pieces::of(p.m, height);
+    // Whole vectors are copied where they stay inside A and inside the strip: what is too much is written over by the
+    // next steps, or never read.
+    let whole = steps.end.saturating_sub((vectors * S::LANES).div_ceil(height) - 1);
     let mut first = steps.start;
     while first < steps.end {
         let last = steps.end.min(first + STEPS);
         let mut group = some.start;
         while group < some.end {
-            let end = some.end.min(group + GROUP);
+            let count = GROUP.min(some.end - group);
+            let mut starts = [0; GROUP];
+            for g in 0..count {
+                starts[g] = strips.start(group + g);
+            }
             for k in first..last {
-                for i in group..end {
-                    let (start, len) = (strips.start(i), strips.len(i));
-                    // SAFETY: the step's rows of A, and the strip's place for them.
+                let row = k * p.lda;
+                let inside = k < whole && row + starts[count - 1] + vectors * S::LANES <= a.len();
+                let to = out.wrapping_add((group - some.start) * size + (k - steps.start) * height);
+                for g in 0..count {
+                    // SAFETY: the step's rows of A, and the strip's place for them; whole vectors were checked above.
                     unsafe {
-                        let from = a.as_ptr().add(k * p.lda + start);
+                        let (from, to) = (a.as_ptr().add(row + starts[g]), to.add(g * size));
                         S::prefetch(from.wrapping_add(AHEAD * p.lda));
-                        let to = out.add((i - some.start) * size + (k - steps.start) * height);
-                        // Sizes that the compiler knows: a masked vector was slower by half.
-                        match len {
-                            8 => std::ptr::copy_nonoverlapping(from, to, 8),
-                            6 => std::ptr::copy_nonoverlapping(from, to, 6),
-                            _ => std::ptr::copy_nonoverlapping(from, to, len),
-                        }
-                        for r in len..height {
-                            *to.add(r) = num_traits::zero();
+                        match inside {
+                            true => {
+                                for v in 0..vectors {
+                                    S::store(to.add(v * S::LANES), S::load(from.add(v * S::LANES)));
+                                }
+                            }
+                            false => std::ptr::copy_nonoverlapping(from, to, strips.len(group + g)),
                         }
                     }
                 }
             }
-            group = end;
+            group += count;
         }
         first = last;
     }
