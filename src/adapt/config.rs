@@ -107,8 +107,9 @@ pub struct Config {
     pub guard: bool,
     /// Steps between the guard's looks.
     pub check_every: usize,
-    /// Predictions that may differ from those with re-estimated statistics alone, as a multiple of the share that those
-    /// are expected to be wrong, 1 − mean confidence.
+    /// What predictions that changed may lose of the probability that re-estimated statistics alone gave them, on average
+    /// over all, as a multiple of the square of the share that those expect to be wrong, 1 − mean confidence. Halved with
+    /// each reset.
     pub drift: f64,
     /// Share of the spread of predictions over classes that may be lost.
     pub balance: f64,
@@ -161,7 +162,7 @@ impl Default for Config {
             icp_taps: "auto".into(),
             guard: true,
             check_every: 16,
-            drift: 1.5,
+            drift: 2.4,
             balance: 0.25,
             entropy_floor: 0.02,
             entropy_ceiling: 2.0,

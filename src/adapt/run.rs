@@ -229,28 +229,29 @@ impl<'a> Run<'a> {
             self.estimate(samples, measured, base.share)?;
         }
         let now = self.opinion(samples, looked)?;
-        let reference = self.reference_agreement()?;
+        let reference = self.lost_on_reference()?;
         let look = Look {
             step: self.log.steps,
             health: now.health(),
             agreement: now.agreement(&base.opinion),
+            lost: base.opinion.lost_by(&now),
             reference: reference.map(|r| r.0),
-            collapsed: collapsed(self.config, &base.opinion, &now, reference),
+            collapsed: collapsed(self.config, self.rate, &base.opinion, &now, reference),
         };
         self.log.looks.push(look.clone());
         Ok(look)
     }
 
-    /// The share of the reference set on which the weights, under the source's statistics, predict what the original does,
-    /// and the original's mean confidence there.
-    fn reference_agreement(&mut self) -> Result<Option<(f64, f64)>> {
+    /// What predictions on the reference set lose, with these weights and the source's statistics, beside the original's, and
+    /// the original's mean confidence there.
+    fn lost_on_reference(&mut self) -> Result<Option<(f64, f64)>> {
         let Some(reference) = self.reference.take() else { return Ok(None) };
         let running = self.statistics.values(&self.session);
         self.statistics.put(&mut self.session, &self.source)?;
         let all: Vec<usize> = (0..reference.data.len()).collect();
         let now = self.opinion(&reference.data, &all);
         self.statistics.put(&mut self.session, &running)?;
-        let found = (now?.agreement(&reference.before), reference.before.health().confidence);
+        let found = (reference.before.lost_by(&now?), reference.before.health().confidence);
         self.reference = Some(reference);
         Ok(Some(found))
     }

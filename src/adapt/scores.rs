@@ -207,6 +207,27 @@ pub fn largest(p: &[f64]) -> usize {
     (1..p.len()).fold(0, |best, c| if p[c] > p[best] { c } else { best })
 }
 
+/// The largest few, in order; of equal ones the first comes first.
+fn likeliest(p: &[f64]) -> [(u32, f32); KEPT] {
+    let mut found = [(u32::MAX, 0.0f32); KEPT];
+    let mut from = f64::INFINITY;
+    let mut count = 0;
+    while count < KEPT.min(p.len()) {
+        let next = p.iter().copied().filter(|x| *x < from).fold(f64::NEG_INFINITY, f64::max);
+        if next == f64::NEG_INFINITY {
+            break;
+        }
+        for (c, x) in p.iter().enumerate().filter(|(_, x)| **x == next) {
+            if count < KEPT {
+                found[count] = (c as u32, *x as f32);
+                count += 1;
+            }
+        }
+        from = next;
+    }
+    found
+}
+
 /// What a network says of a set of samples, gathered over batches.
 #[derive(Debug, Clone, Default)]
 pub struct Opinion {
@@ -215,9 +236,12 @@ pub struct Opinion {
     confidence: f64,
     mean: Vec<f64>,
     places: usize,
-    /// The class at each place.
-    pub predicted: Vec<usize>,
+    /// At each place the likeliest classes, with their probabilities.
+    likeliest: Vec<[(u32, f32); KEPT]>,
 }
+
+/// Classes of a place whose probabilities an opinion keeps.
+const KEPT: usize = 4;
 
 /// How sure and how spread the predictions on a set are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
@@ -238,9 +262,9 @@ impl Opinion {
         scores.each(|_, p| {
             self.entropy += entropy(p);
             self.mean.iter_mut().zip(p).for_each(|(m, p)| *m += p);
-            let best = largest(p);
-            self.confidence += p[best];
-            self.predicted.push(best);
+            let best = likeliest(p);
+            self.confidence += p.get(best[0].0 as usize).copied().unwrap_or(f64::NAN);
+            self.likeliest.push(best);
             self.places += 1;
         });
     }
@@ -265,8 +289,18 @@ impl Opinion {
 
     /// The share of places where both predict the same class.
     pub fn agreement(&self, other: &Opinion) -> f64 {
-        let same = self.predicted.iter().zip(&other.predicted).filter(|(a, b)| a == b).count();
-        same as f64 / self.predicted.len().max(1) as f64
+        let same = self.likeliest.iter().zip(&other.likeliest).filter(|(a, b)| a[0].0 == b[0].0).count();
+        same as f64 / self.places.max(1) as f64
+    }
+
+    /// The accuracy that, as this opinion sees it, is lost by another's predictions: how much less probable they are than
+    /// its own, on average. What it did not keep it takes for impossible.
+    pub fn lost_by(&self, other: &Opinion) -> f64 {
+        let lost = self.likeliest.iter().zip(&other.likeliest).map(|(own, other)| {
+            let kept = own.iter().find(|k| k.0 == other[0].0).map_or(0.0, |k| k.1);
+            f64::from(own[0].1 - kept)
+        });
+        lost.sum::<f64>() / self.places.max(1) as f64
     }
 
     /// Is every number of it finite?
@@ -289,7 +323,14 @@ mod tests {
         o.add(&scores);
         let h = o.health();
         assert!(h.entropy < 0.01 && (h.classes - 2.0).abs() < 0.01, "{h:?}");
-        assert_eq!(o.agreement(&o), 1.0);
+        assert_eq!((o.agreement(&o), o.lost_by(&o)), (1.0, 0.0));
+        let mut other = Opinion::default();
+        other.add(&Scores::of(&Tensor::from_slice(&[2, 3], &[9.0, 0.0, 0.0, 1.0, 0.0, 0.0f64]).unwrap()));
+        assert_eq!(o.agreement(&other), 0.5);
+        let p = 9f64.exp() / (9f64.exp() + 2.0);
+        assert!((o.lost_by(&other) - 0.5 * (p - p / 9f64.exp())).abs() < 1e-6);
+        assert_eq!(likeliest(&[0.2, 0.4, 0.2, 0.1, 0.1]), [(1, 0.4), (0, 0.2), (2, 0.2), (3, 0.1)]);
+        assert_eq!(likeliest(&[f64::NAN, f64::NAN])[0].0, u32::MAX);
         let uniform = Scores::of(&Tensor::zeros(DType::F32, &[1, 4, 3]));
         assert!((uniform.entropies()[0] - 4f64.ln()).abs() < 1e-12);
         assert_eq!(uniform.places, 3);

@@ -53,7 +53,9 @@ pub struct Look {
     pub health: Health,
     /// Share of predictions that are those with re-estimated statistics alone.
     pub agreement: f64,
-    /// On the reference set, with the source's statistics: share of predictions that are the original's.
+    /// What predictions that differ from those cost, by those's own probabilities.
+    pub lost: f64,
+    /// The same on the reference set, with the source's statistics, beside the original's.
     pub reference: Option<f64>,
     /// What is wrong, if anything is.
     pub collapsed: Option<String>,
@@ -62,11 +64,14 @@ pub struct Look {
 /// Why predictions on the same samples look collapsed, beside those of the network that nothing but statistics were
 /// re-estimated of.
 ///
-/// A share of the predictions may change that follows from what the network expects of itself: 1 − mean confidence of
-/// them should be wrong, and the network is surer than it is right. `reference`: agreement on the reference set, and the
-/// confidence there before.
+/// Predictions may change, where the network was unsure: what they lose of the probability that they had is bounded by what
+/// the network expects of itself. 1 − mean confidence of its predictions should be wrong; where that is little, few should
+/// change and each of them lose little: the bound is its square, times `drift` and
+/// `trust` (1, less after a collapse). `reference`: what predictions on the
+/// reference set lost, and the confidence there before.
 pub fn collapsed(
     config: &Config,
+    trust: f64,
     base: &Opinion,
     now: &Opinion,
     reference: Option<(f64, f64)>,
@@ -93,27 +98,27 @@ pub fn collapsed(
             was.entropy, is.entropy
         ));
     }
-    let most = |confidence: f64| (config.drift * (1.0 - confidence)).max(LEAST_DRIFT);
-    let drifted = 1.0 - now.agreement(base);
-    if drifted > most(was.confidence) {
-        return Some(format!(
-            "{:.0}% of the predictions changed where {:.0}% may (--drift)",
-            100.0 * drifted,
-            100.0 * most(was.confidence)
-        ));
+    let most = |confidence: f64| (trust * config.drift * (1.0 - confidence).powi(2)).max(LEAST_LOST);
+    let too_much = |lost: f64, most: f64, on: &str| {
+        let (lost, most) = (100.0 * lost, 100.0 * most);
+        format!(
+            "predictions{on} that changed cost {lost:.1}% of accuracy by what was expected before, {most:.1}% may be (--drift)"
+        )
+    };
+    let (lost, may) = (base.lost_by(now), most(was.confidence));
+    if lost > may {
+        return Some(too_much(lost, may, ""));
     }
     match reference {
-        Some((agreement, confidence)) if 1.0 - agreement > most(confidence) => Some(format!(
-            "{:.0}% of the predictions on the reference set changed where {:.0}% may (--drift)",
-            100.0 * (1.0 - agreement),
-            100.0 * most(confidence)
-        )),
+        Some((lost, confidence)) if lost > most(confidence) => {
+            Some(too_much(lost, most(confidence), " on the reference set"))
+        }
         _ => None,
     }
 }
 
-/// So many predictions may change however sure the network is.
-const LEAST_DRIFT: f64 = 0.05;
+/// So much may be lost however sure the network is.
+const LEAST_LOST: f64 = 0.002;
 
 #[cfg(test)]
 mod tests {
@@ -134,14 +139,14 @@ mod tests {
     fn each_kind_of_collapse_is_named() {
         let config = Config::default();
         let base = opinion(&[0, 1, 2, 3, 0, 1, 2, 3], 4.0);
-        let look = |now: &Opinion, r: Option<(f64, f64)>| collapsed(&config, &base, now, r);
+        let look = |now: &Opinion, r: Option<(f64, f64)>| collapsed(&config, 1.0, &base, now, r);
         assert_eq!(look(&base, None), None);
-        assert_eq!(look(&base, Some((0.96, 1.0))), None);
+        assert_eq!(look(&base, Some((0.001, 1.0))), None);
         assert!(look(&opinion(&[0; 8], 4.0), None).unwrap().contains("--balance"));
         assert!(look(&opinion(&[0, 1, 2, 3, 0, 1, 2, 3], 40.0), None).unwrap().contains("--entropy-floor"));
         assert!(look(&opinion(&[0, 1, 2, 3, 0, 1, 2, 3], 0.1), None).unwrap().contains("--entropy-ceiling"));
         assert!(look(&opinion(&[1, 2, 3, 0, 1, 2, 3, 0], 4.0), None).unwrap().contains("--drift"));
-        assert!(look(&base, Some((0.9, 0.99))).unwrap().contains("reference"));
+        assert!(look(&base, Some((0.1, 0.99))).unwrap().contains("reference"));
         assert!(look(&opinion(&[0; 8], f64::NAN), None).unwrap().contains("finite"));
     }
 }

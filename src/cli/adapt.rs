@@ -127,8 +127,8 @@ pub struct Overrides {
     /// Batches between the guard's looks [default: 16]
     #[arg(long, value_name = "BATCHES")]
     check_every: Option<usize>,
-    /// Guard: predictions that may change beside re-estimated statistics alone, as a multiple of the share that the network
-    /// expects to be wrong [default: 1.5]
+    /// Guard: what predictions that changed may cost, by the probabilities that re-estimated statistics alone gave them, as
+    /// a multiple of the squared share that the network expects to be wrong [default: 2.4]
     #[arg(long, value_name = "FACTOR")]
     drift: Option<f64>,
     /// Guard: share of the predictions' spread over classes that may be lost [default: 0.25]
