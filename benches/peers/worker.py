@@ -29,6 +29,7 @@ class Torch:
         "tuned": (False, False, True),
         "channels_last": (True, False, True),
         "bf16": (True, True, True),
+        "bias": (False, False, False),  # nothing but biases and shifts learns
     }
 
     def __init__(self, args):
@@ -44,10 +45,13 @@ class Torch:
         channels_last, bf16, fused = self.VARIANTS[variant]
         net = self.models.load(args.model, args.folder)
         x, y = (torch.from_numpy(a) for a in inputs(args.model, args.batch))
+        for name, p in net.named_parameters():
+            p.requires_grad_(variant != "bias" or name.endswith("bias"))
         if channels_last and x.ndim == 4:
             net, x = net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
         compute = lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16)  # noqa: E731
-        optimizer = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=0, fused=fused)
+        trained = [p for p in net.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0, fused=fused)
         return {"forward": self.forward, "train": self.train, "icp": self.icp}[args.mode](net, x, y, compute, optimizer)
 
     def forward(self, net, x, _y, compute, _optimizer):

@@ -1,0 +1,59 @@
+"""What a step of MobileNetV2 on one image of 224 x 224 takes where nothing but biases and shifts learns.
+
+    python small.py [--retune target/release/retune]
+
+Peak anonymous memory, plain and by ICP, beside PyTorch's above what importing it takes, measured in one run. retune is given
+32 MiB where that does, else the smallest budget that it says would do.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+
+from peers import ROOT, Case, Worker, anonymous, peak_memory
+
+MIB = 1 << 20
+
+
+def retune(args, mode, budget):
+    """The peak, and the error where it is refused."""
+    command = [args.retune, "bench", args.models / "mobilenetv2.onnx", "--mode", mode, "--batch", 1, "--train", "bias"]
+    command += ["--threads", 1, "--runs", 3, "--memory-budget", budget, "--json"]
+    process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with peak_memory(process.pid) as peak:
+        out, errors = process.communicate()
+    return peak[0], json.loads(out)["median_ms"] if process.returncode == 0 else errors.strip()
+
+
+def torch(args, mode):
+    args.env = dict(os.environ)
+    with contextlib.closing(Worker("torch", Case("mobilenetv2", mode, 1, 1), args)) as worker:
+        worker.wait_ready()
+        imported = anonymous(worker.process.pid)
+        with peak_memory(worker.process.pid) as whole:
+            ms = worker.times("bias", 3)
+    return whole[0] - imported, sorted(ms)[1]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--retune", type=pathlib.Path, default=ROOT / "target" / "release" / "retune")
+    parser.add_argument("--models", type=pathlib.Path, default=ROOT / "target" / "peers", help="folder of models.py's files")
+    args = parser.parse_args()
+    theirs, their_ms = torch(args, "train")
+    print(f"PyTorch, plain: {theirs / MIB:.1f} MiB above its import, {their_ms:.0f} ms")
+    for mode in ("train", "icp"):
+        budget = "32MiB"
+        peak, found = retune(args, mode, budget)
+        if isinstance(found, str):
+            print(f"retune, {mode}, {budget}: {found}")
+            budget = re.search(r"at least ([0-9.]+ [KMG]iB)", found)
+            if budget is None:
+                continue
+            budget = budget[1].replace(" ", "")
+            peak, found = retune(args, mode, budget)
+        print(f"retune, {mode}, {budget}: {peak / MIB:.1f} MiB, {found:.0f} ms: 1/{theirs / peak:.1f} of PyTorch's plain step")
