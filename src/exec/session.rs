@@ -127,7 +127,7 @@ impl Usage {
 pub struct Session {
     model: Arc<Model>,
     options: Options,
-    pool: rayon::ThreadPool,
+    pool: Arc<rayon::ThreadPool>,
     store: Store,
     states: Vec<Option<StateId>>,
     /// The weights of which only a part learns; they have no state of their own.
@@ -158,7 +158,11 @@ impl Session {
             .thread_name(|i| format!("retune-{i}"))
             .build()
             .map_err(|e| Error::Config(format!("{threads} threads cannot be started: {e}")))?;
-        Ok(Session {
+        Ok(Session::on(Arc::new(pool), model, options))
+    }
+
+    fn on(pool: Arc<rayon::ThreadPool>, model: Arc<Model>, options: Options) -> Session {
+        Session {
             states: vec![None; model.weights.len()],
             store: if options.dry { Store::dry() } else { Store::default() },
             model,
@@ -174,7 +178,7 @@ impl Session {
             exact: false,
             profile: false,
             profiles: HashMap::new(),
-        })
+        }
     }
 
     pub fn model(&self) -> &Arc<Model> {
@@ -273,9 +277,13 @@ impl Session {
         self.alike(self.options.clone())
     }
 
-    /// A session of the same model and parts, with other options.
+    /// A session of the same model and parts, with other options; on the same threads, where it is to have as many.
     pub fn alike(&self, options: Options) -> Result<Session> {
-        let mut session = Session::new(self.model.clone(), options)?;
+        let model = self.model.clone();
+        let mut session = match options.threads == self.options.threads {
+            true => Session::on(self.pool.clone(), model, options),
+            false => Session::new(model, options)?,
+        };
         for p in &self.parts {
             session.make_part(p.weight, &p.part, p.seed)?;
         }
