@@ -280,7 +280,8 @@ impl Session {
     /// A session of the same model and parts, with other options; on the same threads, where it is to have as many.
     pub fn alike(&self, options: Options) -> Result<Session> {
         let model = self.model.clone();
-        let mut session = match options.threads == self.options.threads {
+        let as_many = options.threads == self.options.threads || options.threads == self.threads();
+        let mut session = match as_many {
             true => Session::on(self.pool.clone(), model, options),
             false => Session::new(model, options)?,
         };
