@@ -6,14 +6,15 @@ use std::sync::Arc;
 use crate::error::OpError;
 use crate::graph::GradBuilder;
 use crate::kernels::elementwise::{apply1, apply2, same};
-use crate::kernels::half::wide_bf16;
+use crate::kernels::half::Half;
 use crate::kernels::integer::Integer;
 use crate::kernels::isa::Wide;
 use crate::kernels::math::Math;
+use crate::kernels::par;
 use crate::ops::binary::slice;
-use crate::ops::half::half_bits;
+use crate::ops::half::elements;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
-use crate::tensor::{DType, Meta, View, ViewMut};
+use crate::tensor::{Elem, Meta, View, ViewMut};
 use crate::{float_dispatch, int_dispatch};
 
 /// What its vector-Jacobian product needs beside dY.
@@ -112,6 +113,22 @@ fn apply<T: crate::tensor::Elem + Wide>(
     Ok(())
 }
 
+/// Elements that are widened at a time.
+const NEAR: usize = 2048;
+
+/// One of `v` and `dy` may be absent, and lie in `y`.
+fn gradient<K: Kind, T: Math + Elem + Wide>(k: K, v: Option<&[T]>, dy: Option<&[T]>, y: &mut [T]) {
+    let walk = same(y.len());
+    apply2(
+        y,
+        v,
+        dy,
+        &walk,
+        #[inline(always)]
+        |v: T, dy: T| k.vjp(v, dy),
+    );
+}
+
 impl<K: Kind> Op for UnaryGrad<K> {
     fn name(&self) -> &'static str {
         K::GRAD
@@ -130,23 +147,19 @@ impl<K: Kind> Op for UnaryGrad<K> {
         if v.is_none() && dy.is_none() {
             return Err(OpError::Shape("both operands are missing".into()));
         }
-        if let Some(v) = v.filter(|v| v.dtype == DType::BF16) {
-            let y = y.get::<f32>()?;
-            let walk = same(y.len());
-            apply2(
-                y,
-                Some(half_bits(v)?),
-                slice::<f32>(dy)?,
-                &walk,
-                #[inline(always)]
-                |v: u16, dy: f32| k.vjp(wide_bf16(v), dy),
-            );
+        if let Some(v) = v.filter(|v| Half::of(v.dtype).is_some()) {
+            let (v, dy) = (elements::<f32>(v)?, slice::<f32>(dy)?);
+            par::pieces(y.get::<f32>()?, |start, y| {
+                let mut near = [0.0; NEAR];
+                for (i, y) in y.chunks_mut(NEAR).enumerate() {
+                    let (at, n) = (start + i * NEAR, y.len());
+                    gradient(k, Some(v.near(at, n, &mut near)), dy.map(|dy| &dy[at..at + n]), y);
+                }
+            });
             return Ok(());
         }
         float_dispatch!(y.dtype, T => {
-            let y = y.get::<T>()?;
-            let walk = same(y.len());
-            apply2(y, slice::<T>(v)?, slice::<T>(dy)?, &walk, #[inline(always)] |v: T, dy: T| k.vjp(v, dy));
+            gradient(k, slice::<T>(v)?, slice::<T>(dy)?, y.get::<T>()?);
             Ok(())
         })
     }
@@ -159,8 +172,8 @@ impl<K: Kind> Op for UnaryGrad<K> {
         Err(OpError::NotDifferentiable(format!("second derivatives ({})", K::NAME)))
     }
 
-    fn reads_bf16(&self) -> u32 {
-        1
+    fn reads_half(&self, input: usize) -> bool {
+        input == 0
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
