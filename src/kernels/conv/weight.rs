@@ -397,7 +397,7 @@ fn product<T: Vectors>(g: &Geometry) -> Option<Product<T>> {
 /// Elements of scratch that [`weight_grad`] needs; `half`: is X of half precision?
 pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
     if let Some(product) = product::<T>(g) {
-        return gemm::room(&product, 1) + if half { g.n * volume(g.x) * g.c } else { 0 };
+        return gemm::room_halves(&product, [false, half]);
     }
     let p = Plan::new(g);
     let panel = p.panel::<T>();
@@ -411,15 +411,7 @@ pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
 pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut [T], scratch: &mut [T]) {
     g.check_sizes(x.len(), dy.len());
     if let Some(product) = product(g) {
-        let (near, scratch) = scratch.split_at_mut(if x.is_whole() { 0 } else { x.len() });
-        let x = match x {
-            Elements::Whole(x) => x,
-            half => {
-                par::pieces(near, |start, near| half.copy(start, near));
-                near
-            }
-        };
-        return gemm::gemm(&product, dy, x, dw, scratch);
+        return gemm::gemm_halves(&product, Elements::Whole(dy), x, dw, scratch);
     }
     let p = Plan::new(g);
     let panel = p.panel::<T>();

@@ -15,6 +15,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::kernels::half::Elements;
 use crate::kernels::par::{self, Shared};
 use crate::kernels::simd::{Kernel, Level, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::{Pieces, Positions, along_columns, along_rows};
@@ -139,6 +140,17 @@ impl<T: Vectors> Product<T> {
         }
     }
 
+    /// Are operands of half precision, where they are so, widened as they are packed?
+    fn widens(&self, halves: [bool; 2]) -> bool {
+        let (packs, b) = (self.packs(), !halves[1] || !self.trans_b);
+        match packs {
+            _ if self.is_vector() => false,
+            Packs::Nothing => false,
+            Packs::B => !halves[0] && b,
+            Packs::BThenA | Packs::AThenB => b,
+        }
+    }
+
     /// Elements of what is packed for all tasks.
     fn packed(&self) -> usize {
         match self.packs() {
@@ -219,6 +231,44 @@ pub fn room<T: Vectors>(p: &Product<T>, batch: usize) -> usize {
     }
 }
 
+/// Elements of scratch that [`gemm_halves`] needs; `halves`: which of A and B are of half precision?
+pub fn room_halves<T: Vectors>(p: &Product<T>, halves: [bool; 2]) -> usize {
+    let [a, b, _] = p.extents();
+    let copies = match p.widens(halves) {
+        true => 0,
+        false => [a, b].into_iter().zip(halves).map(|(n, half)| if half { n } else { 0 }).sum(),
+    };
+    copies + room(p, 1)
+}
+
+/// As [`gemm`], with operands that may be of half precision: they are widened as they are packed, or, where they would be
+/// read as they lie, beforehand.
+pub fn gemm_halves<T: Vectors>(
+    p: &Product<T>,
+    a: Elements<T>,
+    b: Elements<T>,
+    c: &mut [T],
+    scratch: &mut [T],
+) {
+    let need = p.extents();
+    assert!(a.len() >= need[0] && b.len() >= need[1] && c.len() >= need[2], "operands of a product");
+    assert!(p.m <= 1 || p.ldc >= p.n, "rows of a product overlap");
+    if need[2] == 0 {
+        return;
+    }
+    if p.widens([!a.is_whole(), !b.is_whole()]) {
+        return divided(p, a, b, Plus::NOTHING, c, scratch);
+    }
+    let (a_near, rest) = scratch.split_at_mut(if a.is_whole() { 0 } else { need[0] });
+    let (b_near, rest) = rest.split_at_mut(if b.is_whole() { 0 } else { need[1] });
+    let widened = |x: Elements<T>, near: &mut [T]| par::pieces(near, |start, near| x.copy(start, near));
+    widened(a, a_near);
+    widened(b, b_near);
+    let a = if let Elements::Whole(a) = a { a } else { a_near };
+    let b = if let Elements::Whole(b) = b { b } else { b_near };
+    gemm(p, a, b, c, rest);
+}
+
 /// `batch` products of equal extents, plus something: the `i`th reads A and B from the offsets `at(i)` and writes C at
 /// `i · c_stride`.
 #[allow(clippy::too_many_arguments)]
@@ -248,6 +298,10 @@ pub fn many<T: Vectors>(
         assert!(a.len() >= i + need[0] && b.len() >= j + need[1], "operands of a product");
         (&a[i..], &b[j..])
     };
+    let elements = |i: usize| {
+        let (a, b) = operands(i);
+        (Elements::Whole(a), Elements::Whole(b))
+    };
     if p.is_vector() {
         for i in 0..batch {
             let (a, b) = operands(i);
@@ -255,13 +309,13 @@ pub fn many<T: Vectors>(
         }
     } else if batch == 1 || p.work() >= LARGE {
         for i in 0..batch {
-            let (a, b) = operands(i);
+            let (a, b) = elements(i);
             divided(p, a, b, added(i), &mut c[i * c_stride..], scratch);
         }
     } else {
         let shared = Shared::new(c);
         tasks(batch, p.packed(), scratch, |i, packed| {
-            let (a, b) = operands(i);
+            let (a, b) = elements(i);
             pack_shared(p, a, b, packed, false);
             let c = shared.ptr().wrapping_add(i * c_stride);
             let (strips, panels) = (0..p.strips().count, 0..p.panels());
@@ -281,7 +335,7 @@ pub fn prepared<T: Vectors>(p: &Product<T>) -> usize {
 pub fn prepare<T: Vectors>(p: &Product<T>, b: &[T], packed: &mut [T]) {
     assert!(!p.trans_a && b.len() >= p.extents()[1], "operands of a product");
     if !p.is_vector() {
-        pack::columns(p, b, packed, !p.alone && packed.len() >= par::GRAIN);
+        pack::columns(p, Elements::Whole(b), packed, !p.alone && packed.len() >= par::GRAIN);
     }
 }
 
@@ -298,19 +352,35 @@ pub fn gemm_prepared<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], packed: &[T],
     );
     match p.is_vector() {
         true => vector::vector(p, a, b, Plus::NOTHING, c),
-        false => shared_out(p, a, b, Plus::NOTHING, c, packed, &mut []),
+        false => {
+            let (a, b) = (Elements::Whole(a), Elements::Whole(b));
+            shared_out(p, a, b, Plus::NOTHING, c, packed, &mut []);
+        }
     }
 }
 
 /// One product, divided into tasks.
-fn divided<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], plus: Plus<T>, c: &mut [T], scratch: &mut [T]) {
+fn divided<T: Vectors>(
+    p: &Product<T>,
+    a: Elements<T>,
+    b: Elements<T>,
+    plus: Plus<T>,
+    c: &mut [T],
+    scratch: &mut [T],
+) {
     let (packed, rest) = scratch.split_at_mut(p.packed());
     pack_shared(p, a, b, packed, !p.alone && packed.len() >= par::GRAIN);
     shared_out(p, a, b, plus, c, packed, rest);
 }
 
 /// Packs what all tasks read, by several tasks or by this one.
-fn pack_shared<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], packed: &mut [T], several: bool) {
+fn pack_shared<T: Vectors>(
+    p: &Product<T>,
+    a: Elements<T>,
+    b: Elements<T>,
+    packed: &mut [T],
+    several: bool,
+) {
     match p.packs() {
         Packs::Nothing => {}
         Packs::B | Packs::BThenA => pack::columns(p, b, packed, several),
@@ -321,8 +391,8 @@ fn pack_shared<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], packed: &mut [T], s
 /// The tasks of a product whose operand for all of them is packed.
 fn shared_out<T: Vectors>(
     p: &Product<T>,
-    a: &[T],
-    b: &[T],
+    a: Elements<T>,
+    b: Elements<T>,
     plus: Plus<T>,
     c: &mut [T],
     packed: &[T],
@@ -357,8 +427,9 @@ fn tasks<T: Send>(count: usize, own: usize, scratch: &mut [T], run: impl Fn(usiz
 /// Some strips and panels of one product.
 struct Part<'a, T> {
     p: &'a Product<T>,
-    a: &'a [T],
-    b: &'a [T],
+    /// Whole, where they are read as they lie.
+    a: Elements<'a, T>,
+    b: Elements<'a, T>,
     /// What is packed already, and where the rest will be, as the product says.
     packed: &'a [T],
     near: &'a mut [T],
@@ -412,7 +483,7 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                     let first = q * panel;
                     let lanes = panel.min(p.n - first);
                     let (b, b_step) = match packs {
-                        Packs::Nothing => (self.b.as_ptr().wrapping_add(k * p.ldb + first), p.ldb),
+                        Packs::Nothing => (self.b.address(k * p.ldb + first), p.ldb),
                         Packs::B | Packs::BThenA => {
                             (self.packed.as_ptr().wrapping_add((q * p.k + k) * panel), panel)
                         }
@@ -425,7 +496,7 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                         let (a, lda) = match packs {
                             Packs::Nothing | Packs::B => {
                                 let at = if p.trans_a { k * p.lda + row } else { row * p.lda + k };
-                                (self.a.as_ptr().wrapping_add(at), p.lda)
+                                (self.a.address(at), p.lda)
                             }
                             Packs::BThenA => {
                                 let at = (i - self.strips.start) * count * height;

@@ -335,7 +335,7 @@ pub enum Mask<'a, T> {
 
 /// `dscale = Σ dz·(x − mean)·inv` and `dshift = Σ dz` of each channel, `dz` being `dy` where the mask lets it pass.
 /// A channel's run of `s` elements lies within one row; masks are of batch normalisation only. `x` may be of half
-/// precision where `s` is 1 and statistics are a channel's.
+/// precision where `s` is 1.
 #[allow(clippy::too_many_arguments)]
 pub fn param_grad<T: Vectors>(
     x: Elements<T>,
@@ -367,7 +367,7 @@ pub fn param_grad<T: Vectors>(
                             let i = (first + row) * d.c / len;
                             (mean.map_or(T::zero(), |m| m[i]), inv[i])
                         };
-                        row_products((x.whole(), dy), d.c, at, scales, shifts);
+                        row_products((x, dy), d.c, at, scales, shifts);
                     }
                 }
             },
@@ -473,23 +473,24 @@ fn column_products<T: Vectors, F: Term<T>>(
 /// `scales += Σ dy·(x − mean)·inv`, `shifts += Σ dy` over rows of `c`, each of which has its own `(mean, inv)`.
 #[inline(always)]
 fn row_products<T: Float>(
-    (x, dy): (&[T], &[T]),
+    (x, dy): (Elements<T>, &[T]),
     c: usize,
     at: impl Fn(usize) -> (T, T),
     scales: &mut [f64],
     shifts: &mut [f64],
 ) {
-    let (mut lanes, mut plain) = ([T::zero(); WIDTH], [T::zero(); WIDTH]);
+    let [mut lanes, mut plain, mut near] = [[T::zero(); WIDTH]; 3];
     for first in (0..c).step_by(WIDTH) {
         let n = WIDTH.min(c - first);
         let (lanes, plain) = (&mut lanes[..n], &mut plain[..n]);
         let (scales, shifts) = (&mut scales[first..][..n], &mut shifts[first..][..n]);
-        for (block, (x, dy)) in x.chunks(DEPTH * c).zip(dy.chunks(DEPTH * c)).enumerate() {
+        for (block, dy) in dy.chunks(DEPTH * c).enumerate() {
             lanes.fill(T::zero());
             plain.fill(T::zero());
-            for (k, (x, dy)) in x.chunks_exact(c).zip(dy.chunks_exact(c)).enumerate() {
-                let (m, r) = at(block * DEPTH + k);
-                let (x, dy) = (&x[first..][..n], &dy[first..][..n]);
+            for (k, dy) in dy.chunks_exact(c).enumerate() {
+                let row = block * DEPTH + k;
+                let (m, r) = at(row);
+                let (x, dy) = (x.near(row * c + first, n, &mut near), &dy[first..][..n]);
                 for j in 0..n {
                     lanes[j] += dy[j] * ((x[j] - m) * r);
                     plain[j] += dy[j];

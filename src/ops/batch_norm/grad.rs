@@ -45,7 +45,7 @@ impl Op for ChannelParamGrad {
     }
 
     fn reads_half(&self, input: usize) -> bool {
-        input == 0 && self.channels.s == 1 && self.stat == Stat::Channel
+        input == 0 && self.channels.s == 1
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {

@@ -1,9 +1,12 @@
 use super::*;
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::layout::Layout;
-use crate::kernels::norm::{Channels, Stat};
+use crate::kernels::norm::{Channels, RowNorm, Stat};
+use crate::ops::attention::{FusedAttention, FusedAttentionGrad};
 use crate::ops::batch_norm::{BatchNormInputGrad, BatchNormParamGrad, ChannelParamGrad};
 use crate::ops::conv::{Conv, ConvGrads, ConvStatistics, ConvWeightGrad};
+use crate::ops::matmul::{Gemm, MatMulAs};
+use crate::ops::norm::SampleNormInputGrad;
 use crate::ops::window::Window;
 use crate::ops::{Attrs, eval};
 use crate::tensor::Tensor;
@@ -139,22 +142,59 @@ fn normalisations_read_it() {
         reads(&what, &param, &operands);
         let plain = ChannelParamGrad { channels, stat: Stat::Channel, epsilon: None };
         reads(&what, &plain, &operands[..4]);
+        let of_rows = [0.2, 0.1].map(|step| wave(&[n], step));
+        let rows = ChannelParamGrad { channels, stat: Stat::Row(c), epsilon: None };
+        reads(&what, &rows, &[Some(&x), Some(&dy), Some(&of_rows[0]), Some(&of_rows[1])]);
+        for (period, span) in [(c, 1), (1, c)] {
+            let rows = RowNorm { len: c, period, span, center: true, epsilon: 1e-5 };
+            let operands = [&x, &dy, &scale, &of_rows[0], &of_rows[1]].map(Some);
+            reads(&what, &SampleNormInputGrad { rows }, &operands);
+        }
         let input = BatchNormInputGrad { channels, clamp };
         let operands = [&x, &scale, &mean, &inv, &dy, &scale, &shift, &shift].map(Some);
         reads(&what, &input, &operands[..7]);
         reads(&what, &input, &operands);
         // dY in the result's buffer.
-        let (half, cx) = (x.cast(DType::F16), &mut Cx { scratch: &mut vec![0; 64 * c], seed: 0 });
+        let half = x.cast(DType::F16);
         let mut views: Vec<Option<View>> = operands.iter().map(|t| t.map(Tensor::view)).collect();
         (views[0], views[4]) = (Some(half.view()), None);
         let mut scratch = crate::tensor::Buffer::zeroed(64 * c);
-        cx.scratch = scratch.bytes_mut();
+        let cx = &mut Cx { scratch: scratch.bytes_mut(), seed: 0 };
         let mut dx = dy.clone();
         input.forward(cx, &views, &mut [Some(dx.view_mut())]).unwrap();
         let wide = half.cast(DType::F32);
         let mut operands = operands;
         operands[0] = Some(&wide);
         assert!(eval(&input, &operands).unwrap()[0].bytes() == dx.bytes(), "{what}, in place");
+    }
+}
+
+#[test]
+fn products_read_it() {
+    // Small, of more rows, of more columns, a vector.
+    for (k, m, n) in [(9, 5, 7), (700, 150, 131), (700, 131, 150), (300, 8, 400), (40, 1, 30)] {
+        let (a, b) = (wave(&[k, m], 0.7), wave(&[k, n], 0.3));
+        let what = format!("{m}×{n}×{k}");
+        let gemm = Gemm { alpha: 0.5, beta: 1.0, trans_a: true, trans_b: false };
+        reads(&what, &gemm, &[Some(&a), Some(&b)]);
+        let [da, db, y] = [[k, m], [k, n], [m, n]].map(|d| Dims::from_slice(&d));
+        let as_ = MatMulAs { a: da, b: db, trans_a: true, trans_b: false, alpha: 0.5, y };
+        reads(&what, &as_, &[Some(&a), Some(&b)]);
+    }
+}
+
+#[test]
+fn attention_reads_it() {
+    // Samples, heads, queries, keys, elements of a key and of a value; heads in front of positions or behind.
+    for ([b, h, t, s, d, v], behind) in [([2, 3, 40, 37, 8, 5], false), ([1, 2, 70, 300, 16, 16], true)] {
+        let dims = |n: usize, d: usize| if behind { [b, n, h, d] } else { [b, h, n, d] };
+        let axes = || Dims::from_slice(if behind { &[0, 2, 1, 3] } else { &[0, 1, 2, 3] });
+        let of = FusedAttention { scale: 0.3, axes: [axes(), axes(), axes(), axes()] };
+        let [q, k] = [(t, 0.7), (s, 0.9)].map(|(n, step)| wave(&dims(n, d), step));
+        let [value, dy] = [(s, 0.2), (t, 0.5)].map(|(n, step)| wave(&dims(n, v), step));
+        let logs = eval(&of, &[Some(&q), Some(&k), Some(&value), None]).unwrap().remove(1);
+        let operands = [Some(&q), Some(&k), Some(&value), None, Some(&dy), Some(&logs)];
+        reads(&format!("{t} queries of {s} keys"), &FusedAttentionGrad { of }, &operands);
     }
 }
 
