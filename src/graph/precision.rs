@@ -151,7 +151,17 @@ impl<'g> Pass<'g> {
             promised[root[v.index()].index()] = true;
         }
         let none = || vec![SmallVec::new(); nodes];
-        Ok(Pass { graph, conversions, root, made, uses, promised, first: Vec::new(), before: none(), after: none() })
+        Ok(Pass {
+            graph,
+            conversions,
+            root,
+            made,
+            uses,
+            promised,
+            first: Vec::new(),
+            before: none(),
+            after: none(),
+        })
     }
 
     fn is_read(&self, v: ValueId) -> bool {

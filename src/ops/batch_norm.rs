@@ -35,9 +35,8 @@ const NO_MOMENTUM: f32 = 1.0;
 /// Output 0 may be absent: whoever reads it then normalises x by itself.
 ///
 /// Fused: y = clamp(normalised x + residual), the residual (N, C, …) being input 5. Where the batch's statistics are
-/// `given`, inputs 5 and 6 are its mean and variance (C), and the residual is input 7.
-///
-/// Where it `rounds`, output 5 is y in that type of half precision.
+/// `given`, inputs 5 and 6 are its mean and variance (C), and the residual is input 7. Where it `rounds`, output 5 is y in
+/// that type of half precision.
 #[derive(Debug, Clone)]
 pub struct BatchNormalization {
     epsilon: f64,
@@ -303,9 +302,8 @@ impl Op for BatchNormalization {
         }
         let of = |i: usize| need(inputs, i).map(|m: &Meta| Meta::new(m.dtype, &m.dims));
         let channel = Meta::new(x.dtype, &[c]);
-        let mut made = vec![Meta::new(x.dtype, &x.dims), of(3)?, of(4)?, channel.clone(), channel];
-        made.extend(self.rounds.map(|to| Meta::new(to, &x.dims)));
-        Ok(made)
+        let first = [Meta::new(x.dtype, &x.dims), of(3)?, of(4)?, channel.clone(), channel];
+        Ok(first.into_iter().chain(self.rounds.map(|to| Meta::new(to, &x.dims))).collect())
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {

@@ -94,8 +94,7 @@ impl Op for Gemm {
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        self.extents(&a.dims, &b.dims)
-            .map_or(0, |mnk| bytes([a, b], [self.trans_a, self.trans_b], mnk, 1))
+        self.extents(&a.dims, &b.dims).map_or(0, |mnk| bytes([a, b], [self.trans_a, self.trans_b], mnk, 1))
     }
 
     fn reads_half(&self, input: usize) -> bool {
@@ -222,12 +221,7 @@ struct Stacked {
 }
 
 /// Bytes of scratch for `batch` products of [m, n, k].
-fn bytes(
-    operands: [&Meta; 2],
-    [trans_a, trans_b]: [bool; 2],
-    [m, n, k]: [usize; 3],
-    batch: usize,
-) -> usize {
+fn bytes(operands: [&Meta; 2], [trans_a, trans_b]: [bool; 2], [m, n, k]: [usize; 3], batch: usize) -> usize {
     let halves = operands.map(|x| Half::of(x.dtype).is_some());
     let single = Product::<f32>::dense(trans_a, trans_b, m, n, k);
     match operands[0].dtype {

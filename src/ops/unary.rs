@@ -1,20 +1,21 @@
 //! Elementwise operators of one operand: each is one entry below, its function beside its derivative.
 
+mod grad;
+
 use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::error::OpError;
 use crate::graph::GradBuilder;
-use crate::kernels::elementwise::{apply1, apply2, same};
+use crate::kernels::elementwise::{apply1, same};
 use crate::kernels::half::Half;
 use crate::kernels::integer::Integer;
 use crate::kernels::isa::Wide;
 use crate::kernels::math::Math;
-use crate::kernels::par;
 use crate::ops::binary::slice;
 use crate::ops::half::elements;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
-use crate::tensor::{Elem, Meta, View, ViewMut};
+use crate::tensor::{Meta, View, ViewMut};
 use crate::{float_dispatch, int_dispatch};
 
 /// What its vector-Jacobian product needs beside dY.
@@ -113,22 +114,6 @@ fn apply<T: crate::tensor::Elem + Wide>(
     Ok(())
 }
 
-/// Elements that are widened at a time.
-const NEAR: usize = 2048;
-
-/// One of `v` and `dy` may be absent, and lie in `y`.
-fn gradient<K: Kind, T: Math + Elem + Wide>(k: K, v: Option<&[T]>, dy: Option<&[T]>, y: &mut [T]) {
-    let walk = same(y.len());
-    apply2(
-        y,
-        v,
-        dy,
-        &walk,
-        #[inline(always)]
-        |v: T, dy: T| k.vjp(v, dy),
-    );
-}
-
 impl<K: Kind> Op for UnaryGrad<K> {
     fn name(&self) -> &'static str {
         K::GRAD
@@ -148,18 +133,11 @@ impl<K: Kind> Op for UnaryGrad<K> {
             return Err(OpError::Shape("both operands are missing".into()));
         }
         if let Some(v) = v.filter(|v| Half::of(v.dtype).is_some()) {
-            let (v, dy) = (elements::<f32>(v)?, slice::<f32>(dy)?);
-            par::pieces(y.get::<f32>()?, |start, y| {
-                let mut near = [0.0; NEAR];
-                for (i, y) in y.chunks_mut(NEAR).enumerate() {
-                    let (at, n) = (start + i * NEAR, y.len());
-                    gradient(k, Some(v.near(at, n, &mut near)), dy.map(|dy| &dy[at..at + n]), y);
-                }
-            });
+            grad::of_halves(k, elements(v)?, slice(dy)?, y.get()?);
             return Ok(());
         }
         float_dispatch!(y.dtype, T => {
-            gradient(k, slice::<T>(v)?, slice::<T>(dy)?, y.get::<T>()?);
+            grad::of(k, slice::<T>(v)?, slice::<T>(dy)?, y.get::<T>()?);
             Ok(())
         })
     }

@@ -245,7 +245,8 @@ fn normalising(graph: &Graph, r: usize, y: ValueId, clamp: Clamp<f64>) -> Option
     }
     if let Some(op) = op.as_a::<ConvStatistics>() {
         let conv = op.conv.normalising(clamp);
-        return able(&op.conv, 0, dims(1)?).then(|| Arc::new(ConvStatistics { conv, rounds: op.rounds }) as Arc<dyn Op>);
+        return able(&op.conv, 0, dims(1)?)
+            .then(|| Arc::new(ConvStatistics { conv, rounds: op.rounds }) as Arc<dyn Op>);
     }
     let op = op.as_a::<ConvWeightGrad>()?;
     let conv = op.conv.normalising(clamp);

@@ -181,7 +181,12 @@ impl<'a, T: Vectors> Operand<'a, T> {
                     }
                     while p < count {
                         let x = x.wrapping_add(p * x_step);
-                        self.positions::<S, 1>(channels.clone(), from.add(p * c), (x, x_step), out.add(p * c));
+                        self.positions::<S, 1>(
+                            channels.clone(),
+                            from.add(p * c),
+                            (x, x_step),
+                            out.add(p * c),
+                        );
                         p += 1;
                     }
                 }
