@@ -11,7 +11,7 @@ use crate::exec::parts::{self, Held, Part};
 use crate::exec::precision::{OptimizerState, Precision};
 use crate::exec::run::{self, Memory, Profile};
 use crate::exec::store::{Purpose, Store};
-use crate::graph::{self, Graph, NodeId, PinnedLayouts, Source, StateId, ValueId, WeightId};
+use crate::graph::{self, Conversions, Graph, NodeId, PinnedLayouts, Source, StateId, ValueId, WeightId};
 use crate::import::{Model, Role};
 use crate::ops::eval;
 use crate::ops::fold::FoldNorm;
@@ -34,6 +34,9 @@ pub struct Options {
     /// Every tensor in ONNX's own order (for tests; results differ by rounding). The environment variable
     /// `RETUNE_LAYOUT=first` asks for the same.
     pub channels_first: bool,
+    /// Half precision is converted to and from by operators of their own rather than by those that read and make it
+    /// (for tests; results do not depend on it). The environment variable `RETUNE_HALF=apart` asks for the same.
+    pub conversions_apart: bool,
     /// What is kept of a forward pass for its gradient; frozen weights of the file that are of that type are read as
     /// they are.
     pub precision: Precision,
@@ -379,7 +382,13 @@ impl Session {
         }
         graph::join_normalisations(&mut graph, &request);
         graph::keep_masks(&mut graph, &request)?;
-        let half = graph::halve(&mut graph, &request, self.precision().half(), &|s| self.stored(s))?;
+        let conversions = match () {
+            _ if self.options.conversions_apart || asked("RETUNE_HALF", "apart") => Conversions::Apart,
+            _ if self.options.arena.is_some() => Conversions::Reads,
+            _ => Conversions::Kernels,
+        };
+        let to = self.precision().half();
+        let half = graph::halve(&mut graph, &request, to, conversions, &|s| self.stored(s))?;
         if self.options.arena.is_some() {
             super::frozen::load_where_read(&self.model, &mut graph, &half)?;
         }

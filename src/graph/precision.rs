@@ -1,9 +1,10 @@
 //! What is stored in half precision: values that are read again long after they were made (what a gradient needs of
 //! the forward pass above all), and weights that lie in memory, or in the file, that way.
 //!
-//! It is the last pass before the plan. Kernels see `f32` before and after: a value is rounded once the kernels that
-//! follow it closely have read it, and widened again just before those that read it late. In between its half form
-//! alone is alive. Sums, statistics, losses and updates are thus computed in `f32` from `f32`.
+//! It is the last pass before the plan. Kernels compute in `f32` before and after: a value is rounded by the kernel that
+//! makes it, where that can, else once the kernels that follow it closely have read it; those that read it late widen it
+//! piece by piece as they read, where they can, else it is widened just before them. In between its half form alone is
+//! alive. Sums, statistics, losses and updates are thus computed in `f32` from `f32`.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -26,12 +27,24 @@ const NEAR: usize = 6;
 /// Late readers at most so many calls apart share a widened copy.
 const TOGETHER: usize = 3;
 
+/// Who converts between `f32` and half precision. Results are the same bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Conversions {
+    /// Kernels that read or make a value, where they can.
+    Kernels,
+    /// Kernels that read it alone: what is computed again should be of one operator each.
+    Reads,
+    /// Operators of their own.
+    Apart,
+}
+
 /// Stores in type `to` what is read late, and reads states and weights of the file that are kept in half precision:
 /// `stored` tells their type. Returns the weights that are read as the file has them.
 pub fn halve(
     graph: &mut Graph,
     request: &Request,
     to: Option<DType>,
+    conversions: Conversions,
     stored: &dyn Fn(&Source) -> Option<DType>,
 ) -> Result<HashSet<WeightId>> {
     let kept: Vec<(ValueId, DType)> = (0..graph.values.len() as u32)
@@ -46,7 +59,7 @@ pub fn halve(
     if to.is_none() && kept.is_empty() {
         return Ok(HashSet::new());
     }
-    let mut pass = Pass::new(graph, request)?;
+    let mut pass = Pass::new(graph, request, conversions)?;
     let mut weights = HashSet::new();
     for (v, dtype) in kept {
         let source = pass.graph.value(v).source.clone();
@@ -87,6 +100,7 @@ struct Use {
 
 struct Pass<'g> {
     graph: &'g mut Graph,
+    conversions: Conversions,
     /// Per value: what it views, at the end of all views.
     root: Vec<ValueId>,
     /// Per root: when it is made, and by which node; `None`: fed, or not made here.
@@ -102,7 +116,7 @@ struct Pass<'g> {
 }
 
 impl<'g> Pass<'g> {
-    fn new(graph: &'g mut Graph, request: &Request) -> Result<Self> {
+    fn new(graph: &'g mut Graph, request: &Request, conversions: Conversions) -> Result<Self> {
         let (values, nodes) = (graph.values.len(), graph.nodes.len());
         let mut root: Vec<ValueId> = (0..values as u32).map(ValueId).collect();
         let mut made = vec![None; values];
@@ -137,7 +151,17 @@ impl<'g> Pass<'g> {
             promised[root[v.index()].index()] = true;
         }
         let none = || vec![SmallVec::new(); nodes];
-        Ok(Pass { graph, root, made, uses, promised, first: Vec::new(), before: none(), after: none() })
+        Ok(Pass {
+            graph,
+            conversions,
+            root,
+            made,
+            uses,
+            promised,
+            first: Vec::new(),
+            before: none(),
+            after: none(),
+        })
     }
 
     fn is_read(&self, v: ValueId) -> bool {
@@ -194,6 +218,11 @@ impl<'g> Pass<'g> {
         if near == uses.len() {
             return Ok(());
         }
+        if let Some((_, id)) = made
+            && let Some(half) = self.rounded(v, id, to)
+        {
+            return self.widen(half, &uses[near..]);
+        }
         let (half, node) = self.converted(v, "half", v, Narrow { to })?;
         match uses[..near].last() {
             // One that works in place overwrites the value: it is rounded before.
@@ -207,6 +236,26 @@ impl<'g> Pass<'g> {
         self.widen(half, &uses[near..])
     }
 
+    /// Has the node that makes a value put out its half form too, if its operator can.
+    fn rounded(&mut self, v: ValueId, id: NodeId, to: DType) -> Option<ValueId> {
+        let node = self.graph.node(id);
+        if self.conversions != Conversions::Kernels || node.outputs.first() != Some(&Some(v)) {
+            return None;
+        }
+        let op = node.op.rounding(to)?;
+        let inputs: SmallVec<[Option<&Meta>; 8]> =
+            node.inputs.iter().map(|v| v.and_then(|v| self.graph.value(v).meta.as_ref())).collect();
+        let made = op.infer(&inputs).ok()?;
+        drop(inputs);
+        let (place, meta) = made.into_iter().enumerate().next_back()?;
+        let half = self.value(v, "half", Source::Node(id, place), meta);
+        let node = &mut self.graph.nodes[id.index()];
+        node.op = op;
+        node.outputs.resize(place, None);
+        node.outputs.push(Some(half));
+        Some(half)
+    }
+
     fn overwrites(&self, u: &Use) -> bool {
         let node = self.graph.node(u.node);
         let root = self.root[u.value.index()];
@@ -215,9 +264,8 @@ impl<'g> Pass<'g> {
     }
 
     /// Does the reader widen by itself?
-    fn reads_half(&self, u: &Use, half: ValueId) -> bool {
-        let bf16 = self.graph.value(half).meta.as_ref().is_some_and(|m| m.dtype == DType::BF16);
-        bf16 && self.graph.node(u.node).op.reads_bf16() >> u.input & 1 == 1
+    fn reads_half(&self, u: &Use) -> bool {
+        self.conversions != Conversions::Apart && self.graph.node(u.node).op.reads_half(u.input)
     }
 
     /// Has readers read `half`, or widened copies of it.
@@ -230,7 +278,7 @@ impl<'g> Pass<'g> {
             }
             last = u.at;
             let dims = self.dims(u.value);
-            if self.reads_half(u, half) {
+            if self.reads_half(u) {
                 let copy = match self.dims(half) == dims {
                     true => half,
                     false => {

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use crate::kernels::gemm::{Product, gemm, gemm_prepared, prepare, prepared, room};
+use crate::kernels::half::Elements;
 use crate::kernels::isa::vectorize;
 use crate::kernels::math::Math;
 use crate::kernels::norm::{sum, sum2};
@@ -116,14 +117,14 @@ impl Attention {
         Product { beta: T::one(), ldb: self.y.position, ..p }
     }
 
-    fn check<T>(&self, q: &[T], k: &[T], v: &[T], y: usize, mask: Option<&[T]>) {
+    fn check<T>(&self, [q, k, v, y]: [usize; 4], mask: Option<&[T]>) {
         let of = |positions| [self.batch, self.heads, positions];
         let last = [self.batch, self.heads, self.queries, self.keys];
         let reach: usize = last.iter().zip(&self.mask).map(|(n, step)| n.saturating_sub(1) * step).sum();
         assert!(
-            q.len() >= self.q.extent(of(self.queries), self.depth)
-                && k.len() >= self.k.extent(of(self.keys), self.depth)
-                && v.len() >= self.v.extent(of(self.keys), self.values)
+            q >= self.q.extent(of(self.queries), self.depth)
+                && k >= self.k.extent(of(self.keys), self.depth)
+                && v >= self.v.extent(of(self.keys), self.values)
                 && y >= self.y.extent(of(self.queries), self.values)
                 && mask.is_none_or(|m| m.len() > reach)
                 && self.mask[3] <= 1,
@@ -168,7 +169,7 @@ pub fn forward<T: Vectors + Math>(
     logs: &mut [T],
     scratch: &mut [T],
 ) {
-    a.check(q, k, v, y.len(), scores.mask);
+    a.check([q.len(), k.len(), v.len(), y.len()], scores.mask);
     assert!(logs.len() == a.tasks() * a.queries, "operands of attention");
     if a.tasks() * a.queries * a.keys == 0 {
         return y.fill(T::zero());
@@ -243,9 +244,11 @@ pub struct Out<'a, T> {
 }
 
 /// The room of a task of the backward pass: probabilities and the gradient of scores, dQ of a block, dK, dV, then K twice and
-/// V as products read them, and what the products of transposed blocks need.
-fn grad_room<T: Vectors>(a: &Attention) -> [usize; 9] {
+/// V as products read them, what the products of transposed blocks need, and the rows of Q, K and V that are widened,
+/// where those are of half precision.
+fn grad_room<T: Vectors>(a: &Attention, halves: [bool; 3]) -> [usize; 12] {
     let (rows, one) = (a.block(), T::one());
+    let widened = |i: usize, size: usize| if halves[i] { size } else { 0 };
     [
         rows * a.keys,
         rows * a.keys,
@@ -259,21 +262,40 @@ fn grad_room<T: Vectors>(a: &Attention) -> [usize; 9] {
             .map(|rows| room(&a.key_grads(rows, one), 1).max(room(&a.value_grads::<T>(rows), 1)))
             .into_iter()
             .fold(0, usize::max),
+        widened(0, a.queries * a.depth),
+        widened(1, a.keys * a.depth),
+        widened(2, a.keys * a.values),
     ]
 }
 
-/// Elements of scratch that [`grads`] needs.
-pub fn grads_scratch<T: Vectors>(a: &Attention) -> usize {
-    slots(a.tasks(), grad_room::<T>(a).iter().sum())
+/// The rows of a task from the first on: where they lie, or, of half precision, widened next to one another.
+fn rows_near<'b, T: Vectors>(
+    x: Elements<'b, T>,
+    rows: &mut Rows,
+    [sample, head]: [usize; 2],
+    len: usize,
+    near: &'b mut [T],
+) -> &'b [T] {
+    let (start, step) = (rows.at(sample, head), rows.position);
+    if let Elements::Whole(x) = x {
+        return &x[start..];
+    }
+    rows.position = len;
+    let each = near.chunks_exact_mut(len.max(1)).enumerate();
+    each.for_each(|(i, near)| x.copy(start + i * step, near));
+    near
+}
+
+/// Elements of scratch that [`grads`] needs; `halves`: which of Q, K and V are of half precision?
+pub fn grads_scratch<T: Vectors>(a: &Attention, halves: [bool; 3]) -> usize {
+    slots(a.tasks(), grad_room::<T>(a, halves).iter().sum())
 }
 
 /// dQ, dK and dV, each laid out as what it is the gradient of, from dY, laid out as Y, and the `logs` of [`forward`].
 #[allow(clippy::too_many_arguments)]
 pub fn grads<T: Vectors + Math>(
     a: &Attention,
-    q: &[T],
-    k: &[T],
-    v: &[T],
+    [q, k, v]: [Elements<T>; 3],
     scores: Scores<T>,
     dy: &[T],
     logs: &[T],
@@ -281,7 +303,7 @@ pub fn grads<T: Vectors + Math>(
     scratch: &mut [T],
 ) {
     let len = |x: &Option<&mut [T]>| x.as_ref().map(|x| x.len());
-    a.check(q, k, v, dy.len(), scores.mask);
+    a.check([q.len(), k.len(), v.len(), dy.len()], scores.mask);
     assert!(
         len(&out.q).is_none_or(|n| n == q.len())
             && len(&out.k).is_none_or(|n| n == k.len())
@@ -293,14 +315,19 @@ pub fn grads<T: Vectors + Math>(
     if a.tasks() * a.queries * a.keys == 0 {
         return [out.q, out.k, out.v, out.mask].into_iter().flatten().for_each(|x| x.fill(T::zero()));
     }
-    let room = grad_room::<T>(a);
+    let room = grad_room::<T>(a, [q, k, v].map(|x| !x.is_whole()));
     let (rows, scale) = (a.block(), scores.scale);
     let [dq, dk, dv, dmask] = [out.q, out.k, out.v, out.mask].map(|x| x.map(Shared::new));
     in_slots(a.tasks(), room.iter().sum(), scratch, |task, slot| {
         let at @ [sample, head] = [task / a.heads, task % a.heads];
-        let (q, k, v) = (&q[a.q.at(sample, head)..], &k[a.k.at(sample, head)..], &v[a.v.at(sample, head)..]);
+        let [p, ds, block, k_sum, v_sum, k_across, k_along, v_across, rest, q_near, k_near, v_near] =
+            split(slot, room);
+        // Q, K and V lie as `a` says from here on; their gradients as `to` says.
+        let (to, mut a) = (a, *a);
+        let q = rows_near(q, &mut a.q, at, a.depth, q_near);
+        let k = rows_near(k, &mut a.k, at, a.depth, k_near);
+        let v = rows_near(v, &mut a.v, at, a.values, v_near);
         let dy = &dy[a.y.at(sample, head)..];
-        let [p, ds, block, k_sum, v_sum, k_across, k_along, v_across, rest] = split(slot, room);
         prepare(&a.scores(rows, scale), k, k_across);
         prepare(&a.query_grads(rows, scale), k, k_along);
         prepare(&a.score_grads(rows), v, v_across);
@@ -337,7 +364,7 @@ pub fn grads<T: Vectors + Math>(
                 let block = &mut block[..n * a.depth];
                 gemm_prepared(&a.query_grads(n, scale), ds, k, k_along, block);
                 // SAFETY: dQ has the extents of Q; the rows are this task's.
-                unsafe { put(dq, a.q, at, first, a.depth, block) };
+                unsafe { put(dq, to.q, at, first, a.depth, block) };
             }
             if dk.is_some() {
                 gemm(&a.key_grads(n, scale), ds, q, k_sum, rest);
@@ -349,10 +376,10 @@ pub fn grads<T: Vectors + Math>(
         // SAFETY: dK and dV have the extents of K and V; their rows are this task's.
         unsafe {
             if let Some(dk) = &dk {
-                put(dk, a.k, at, 0, a.depth, k_sum);
+                put(dk, to.k, at, 0, a.depth, k_sum);
             }
             if let Some(dv) = &dv {
-                put(dv, a.v, at, 0, a.values, v_sum);
+                put(dv, to.v, at, 0, a.values, v_sum);
             }
         }
     });

@@ -1,12 +1,15 @@
 //! Elements of half precision: bfloat16 and IEEE float16. They are widened where they are read, rounded where they are
 //! written, and never computed with.
+//!
+//! A kernel that reads [`Elements`] has the same loops for all of them: those of half precision are widened to a buffer
+//! in the first- or second-level cache just before, a few hundred or thousand at a time.
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::kernels::isa::vectorize_sweep;
 use crate::kernels::par;
-use crate::tensor::DType;
+use crate::tensor::{DType, Float};
 
 /// A type of half precision; elements are its bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,24 +65,122 @@ impl Half {
 
     /// [`round`](Self::round) of a whole tensor.
     pub fn round_all(self, x: &[f32], y: &mut [u16]) {
-        par::pieces(y, |start, y| {
-            let x = &x[start..start + y.len()];
-            vectorize_sweep(
-                #[inline(always)]
-                || x.chunks(RUN).zip(y.chunks_mut(RUN)).for_each(|(x, y)| self.round(x, y)),
-            );
-        });
+        par::pieces(y, |start, y| self.round_some(&x[start..start + y.len()], y));
     }
 
     /// [`widen`](Self::widen) of a whole tensor.
     pub fn widen_all(self, x: &[u16], y: &mut [f32]) {
-        par::pieces(y, |start, y| {
-            let x = &x[start..start + y.len()];
-            vectorize_sweep(
-                #[inline(always)]
-                || x.chunks(RUN).zip(y.chunks_mut(RUN)).for_each(|(x, y)| self.widen(x, y)),
-            );
-        });
+        par::pieces(y, |start, y| self.widen_some(&x[start..start + y.len()], y));
+    }
+
+    /// [`round`](Self::round), compiled for the processor at hand.
+    #[inline(never)]
+    fn round_some(self, x: &[f32], y: &mut [u16]) {
+        vectorize_sweep(
+            #[inline(always)]
+            || x.chunks(RUN).zip(y.chunks_mut(RUN)).for_each(|(x, y)| self.round(x, y)),
+        );
+    }
+
+    /// [`widen`](Self::widen), compiled for the processor at hand.
+    #[inline(never)]
+    fn widen_some(self, x: &[u16], y: &mut [f32]) {
+        vectorize_sweep(
+            #[inline(always)]
+            || x.chunks(RUN).zip(y.chunks_mut(RUN)).for_each(|(x, y)| self.widen(x, y)),
+        );
+    }
+
+    /// Rounds some elements of `f32`, the type that there are halves of; others through it.
+    pub fn round_near<T: Float>(self, x: &[T], y: &mut [u16]) {
+        match bytemuck::try_cast_slice(x) {
+            Ok(x) if size_of::<T>() == size_of::<f32>() => self.round_some(x, y),
+            _ => x.iter().zip(y).for_each(|(x, y)| self.round(&[x.to64() as f32], std::slice::from_mut(y))),
+        }
+    }
+
+    /// Widens some elements to `f32`, or, through it, to another type.
+    pub fn widen_near<T: Float>(self, x: &[u16], y: &mut [T]) {
+        assert!(x.len() == y.len(), "elements to widen");
+        if size_of::<T>() == size_of::<f32>()
+            && let Ok(y) = bytemuck::try_cast_slice_mut(y)
+        {
+            return self.widen_some(x, y);
+        }
+        for (x, y) in x.iter().zip(y) {
+            let mut wide = [0.0];
+            self.widen(std::slice::from_ref(x), &mut wide);
+            *y = T::of(f64::from(wide[0]));
+        }
+    }
+}
+
+/// A tensor's elements in memory.
+#[derive(Debug, Clone, Copy)]
+pub enum Elements<'a, T> {
+    Whole(&'a [T]),
+    Half(Half, &'a [u16]),
+}
+
+impl<'a, T: Float> Elements<'a, T> {
+    pub fn len(&self) -> usize {
+        match self {
+            Elements::Whole(x) => x.len(),
+            Elements::Half(_, x) => x.len(),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub fn is_whole(&self) -> bool {
+        matches!(self, Elements::Whole(_))
+    }
+
+    /// As many as `out` has from element `start` on.
+    pub fn copy(&self, start: usize, out: &mut [T]) {
+        match self {
+            Elements::Whole(x) => out.copy_from_slice(&x[start..start + out.len()]),
+            Elements::Half(half, x) => half.widen_near(&x[start..start + out.len()], out),
+        }
+    }
+
+    /// `n` of them from element `start` on: where they lie, or widened to `room`.
+    pub fn near<'b>(&self, start: usize, n: usize, room: &'b mut [T]) -> &'b [T]
+    where
+        'a: 'b,
+    {
+        if let Elements::Whole(x) = self {
+            return &x[start..start + n];
+        }
+        let room = &mut room[..n];
+        self.copy(start, room);
+        room
+    }
+
+    /// All of them, where they are whole.
+    pub fn whole(&self) -> &'a [T] {
+        match self {
+            Elements::Whole(x) => x,
+            Elements::Half(..) => panic!("this kernel reads no half precision"),
+        }
+    }
+
+    pub fn part(&self, range: std::ops::Range<usize>) -> Self {
+        match self {
+            Elements::Whole(x) => Elements::Whole(&x[range]),
+            Elements::Half(half, x) => Elements::Half(*half, &x[range]),
+        }
+    }
+
+    /// Where an element, perhaps none of these, lies: for fetching.
+    #[inline(always)]
+    pub fn address(&self, i: usize) -> *const T {
+        match self {
+            Elements::Whole(x) => x.as_ptr().wrapping_add(i),
+            Elements::Half(_, x) => x.as_ptr().wrapping_add(i).cast(),
+        }
     }
 }
 

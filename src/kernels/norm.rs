@@ -9,17 +9,20 @@ mod sweep;
 
 use rayon::prelude::*;
 
+use crate::kernels::half::Elements;
 use crate::kernels::isa::{vectorize, vectorize_sweep};
 use crate::kernels::par::{self, GRAIN};
 use crate::tensor::Float;
 
 pub use channel::{Channels, Mask, Stat, block_moments, block_room, merge_blocks};
 pub use channel::{add_param_grad, merge_param_grad};
-pub use channel::{channel_stats, channel_sum, masked_param_grad, param_grad};
+pub use channel::{channel_stats, channel_stats_and, channel_sum, masked_param_grad, param_grad};
 pub use sweep::{ChannelGrad, Residual, channel_affine, channel_input_grad};
 
 const LANES: usize = 32;
 const BLOCK: usize = 1024;
+/// Elements of a row that is widened.
+const NEAR: usize = 4096;
 
 /// As [`par::rows`], each piece compiled for the processor at hand; `f` must be `#[inline(always)]`.
 #[inline(always)]
@@ -249,11 +252,17 @@ impl RowNorm {
         });
     }
 
+    /// Are rows of half precision widened as they are read?
+    pub fn widens(self) -> bool {
+        self.len <= NEAR
+    }
+
     /// `dx = inv·(g − mean(g) − x̂·mean(g·x̂))` with `g = dy·scale` and `x̂ = (x − mean)·inv`; without the
-    /// middle term when the mean is not subtracted. At most one of `x`, `dy` is `None`: it lies in `dx`.
+    /// middle term when the mean is not subtracted. At most one of `x`, `dy` is `None`: it lies in `dx`. `x` may be of half
+    /// precision where [`widens`](Self::widens).
     pub fn input_grad<T: Float>(
         self,
-        x: Option<&[T]>,
+        x: Option<Elements<T>>,
         dy: Option<&[T]>,
         scale: Option<&[T]>,
         (mean, inv): (Option<&[T]>, &[T]),
@@ -266,9 +275,17 @@ impl RowNorm {
             GRAIN,
             #[inline(always)]
             |first, piece| {
+                let mut room;
+                let near: &mut [T] = match x.is_none_or(|x| x.is_whole()) {
+                    true => &mut [],
+                    false => {
+                        room = [T::zero(); NEAR];
+                        &mut room
+                    }
+                };
                 for (k, dx) in piece.chunks_mut(len).enumerate() {
                     let (row, start) = (first + k, (first + k) * len);
-                    let (x, dy) = (cut(x, start, len), cut(dy, start, len));
+                    let (x, dy) = (x.map(|x| x.near(start, len, &mut *near)), cut(dy, start, len));
                     let (m, r) = (mean.map_or(T::zero(), |m| m[row]), inv[row]);
                     let (mut s1, mut s2) = (0.0, 0.0);
                     {

@@ -18,6 +18,8 @@ use crate::ops::{Op, Row, Spec};
 use crate::tensor::{DType, Tensor};
 
 pub use fused::FusedAttention;
+#[cfg(test)]
+pub(super) use fused::FusedAttentionGrad;
 
 /// ONNX `Attention` (opsets 23 to 25): `softmax(scale·Q·Kᵀ + bias)·V` for each head.
 ///

@@ -13,6 +13,7 @@ use crate::kernels::layout::Layout;
 use crate::kernels::norm::{self, Channels, Residual, Stat};
 use crate::kernels::simd::Vectors;
 use crate::ops::clip::passed;
+use crate::ops::half::rounded;
 use crate::ops::layout::rank_of;
 use crate::ops::{ChannelsLast, Cx, Grads, Mode, Op, Rerun, Row, Spec, get, need};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
@@ -34,7 +35,8 @@ const NO_MOMENTUM: f32 = 1.0;
 /// Output 0 may be absent: whoever reads it then normalises x by itself.
 ///
 /// Fused: y = clamp(normalised x + residual), the residual (N, C, …) being input 5. Where the batch's statistics are
-/// `given`, inputs 5 and 6 are its mean and variance (C), and the residual is input 7.
+/// `given`, inputs 5 and 6 are its mean and variance (C), and the residual is input 7. Where it `rounds`, output 5 is y in
+/// that type of half precision.
 #[derive(Debug, Clone)]
 pub struct BatchNormalization {
     epsilon: f64,
@@ -50,6 +52,7 @@ pub struct BatchNormalization {
     /// What is done to the result last.
     clamp: Clamp<f64>,
     given: bool,
+    rounds: Option<DType>,
 }
 
 impl BatchNormalization {
@@ -69,6 +72,7 @@ impl BatchNormalization {
             follow: false,
             clamp: Clamp::NONE,
             given: false,
+            rounds: None,
         }))
     }
 
@@ -159,7 +163,8 @@ impl BatchNormalization {
         x: &[Option<View>],
         y: &mut [Option<ViewMut>],
     ) -> Result<(), OpError> {
-        let [mut y0, y1, y2, mut y3, mut y4] = outputs(y)?;
+        let [mut y0, y1, y2, mut y3, mut y4, y5] = outputs(y)?;
+        let to = y5.map(rounded).transpose()?;
         let dims = y0.as_ref().map(|y| y.dims).or(get(x, 0).map(|x| x.dims));
         let d = self.channels(dims.ok_or_else(|| OpError::Internal("nothing to normalise".into()))?);
         let (scale, shift) = (need(x, 1)?.get::<T>()?, need(x, 2)?.get::<T>()?);
@@ -179,7 +184,7 @@ impl BatchNormalization {
                 *f = T::of(scale.to64() / (var.to64() + self.epsilon).sqrt());
             }
             if let Some(y0) = y0 {
-                norm::channel_affine(input, y0.get::<T>()?, d, mean, factor, shift, residual, clamp);
+                norm::channel_affine(input, y0.get::<T>()?, d, mean, factor, shift, residual, clamp, to);
             }
             for (y, from) in [(y1, mean), (y2, var), (y3.take(), mean)] {
                 if let Some(y) = y {
@@ -228,7 +233,7 @@ impl BatchNormalization {
             *f = T::of(scale.to64() * inv.to64());
         }
         if let Some(y0) = y0 {
-            norm::channel_affine(input, y0.get::<T>()?, d, mean, factor, shift, residual, clamp);
+            norm::channel_affine(input, y0.get::<T>()?, d, mean, factor, shift, residual, clamp, to);
         }
         Ok(())
     }
@@ -257,9 +262,9 @@ fn short() -> OpError {
     OpError::Internal("too little scratch memory".into())
 }
 
-/// The five output slots, absent ones made up.
-fn outputs<'a, 'b>(y: &'a mut [Option<ViewMut<'b>>]) -> Result<[Option<&'a mut ViewMut<'b>>; 5], OpError> {
-    let mut slots = [const { None }; 5];
+/// The six output slots, absent ones made up.
+fn outputs<'a, 'b>(y: &'a mut [Option<ViewMut<'b>>]) -> Result<[Option<&'a mut ViewMut<'b>>; 6], OpError> {
+    let mut slots = [const { None }; 6];
     if y.len() > slots.len() {
         return Err(OpError::Internal(format!("{} outputs", y.len())));
     }
@@ -297,7 +302,8 @@ impl Op for BatchNormalization {
         }
         let of = |i: usize| need(inputs, i).map(|m: &Meta| Meta::new(m.dtype, &m.dims));
         let channel = Meta::new(x.dtype, &[c]);
-        Ok(vec![Meta::new(x.dtype, &x.dims), of(3)?, of(4)?, channel.clone(), channel])
+        let first = [Meta::new(x.dtype, &x.dims), of(3)?, of(4)?, channel.clone(), channel];
+        Ok(first.into_iter().chain(self.rounds.map(|to| Meta::new(to, &x.dims))).collect())
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
@@ -366,6 +372,10 @@ impl Op for BatchNormalization {
         if self.given { &[(0, 0), (7, 0)] } else { &[(0, 0), (5, 0)] }
     }
 
+    fn rounding(&self, to: DType) -> Option<Arc<dyn Op>> {
+        Some(Arc::new(BatchNormalization { rounds: Some(to), ..self.clone() }))
+    }
+
     fn updates(&self) -> &[(usize, usize)] {
         if self.training { &[(3, 1), (4, 2)] } else { &[] }
     }
@@ -381,7 +391,7 @@ impl Op for BatchNormalization {
     }
 
     fn again(&self, node: &Node) -> Option<Rerun> {
-        let &[_, _, _, mean @ Some(_), inv @ Some(_)] = &node.outputs[..] else { return None };
+        let &[_, _, _, mean @ Some(_), inv @ Some(_), ..] = &node.outputs[..] else { return None };
         let mut inputs = vec![node.inputs[0], node.inputs[1], node.inputs[2], mean, inv];
         inputs.extend(node.inputs.get(self.residual()).copied());
         let op = Normalise { of: self.clone() };
@@ -425,6 +435,7 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
             unbiased: false,
             follow: false,
             given: false,
+            rounds: None,
             clamp: Clamp { low, high },
         };
         running(Case::of(op).named(name).input(dims).within(&[c], 0.5, 1.5).input(&[c]), c)

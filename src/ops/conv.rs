@@ -15,10 +15,12 @@ use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::conv::{self as kernel, Epilogue, Geometry, Load, Norm, Operand, Residual};
 use crate::kernels::elementwise::Clamp;
+use crate::kernels::half::Half;
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::Channels;
 use crate::ops::batch_norm::ChannelSum;
 use crate::ops::clip::passed;
+use crate::ops::half::{self, elements};
 use crate::ops::window::{AutoPad, Window};
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut};
@@ -121,7 +123,7 @@ impl Conv {
         scratch: &'a mut [u8],
     ) -> Result<(Operand<'a, T>, &'a mut [T]), OpError> {
         let scratch = floats(scratch)?;
-        let data = need(x, 0)?.get::<T>()?;
+        let data = elements(need(x, 0)?)?;
         let Some(clamp) = self.normalises else {
             return Ok((Operand { data, channels, load: Load::Plain }, scratch));
         };
@@ -130,13 +132,13 @@ impl Conv {
         Ok((Operand { data, channels, load }, scratch))
     }
 
-    /// Bytes of scratch: for the factors, and for a kernel, by its function for either element type.
-    fn room(&self, x: &Meta, w: &Meta, kernel: [fn(&Geometry, bool) -> usize; 2]) -> usize {
-        let plain = self.normalises.is_none();
-        self.geometry(&x.dims, &w.dims).map_or(0, |(g, _)| {
-            let [single, double] = kernel;
-            let elements = if x.dtype == DType::F64 { double(&g, plain) } else { single(&g, plain) };
-            (elements + if plain { 0 } else { g.c }) * x.dtype.size()
+    /// Bytes of scratch: for the factors, and for a kernel, by its function for either element type, which is told
+    /// whether X is computed as it is read.
+    fn room(&self, x: &Meta, w: &[usize], kernel: [&dyn Fn(&Geometry, bool) -> usize; 2]) -> usize {
+        let (computed, dtype) = (self.normalises.is_some(), half::computed(x));
+        self.geometry(&x.dims, w).map_or(0, |(g, _)| {
+            let elements = kernel[usize::from(dtype == DType::F64)](&g, computed);
+            (elements + if computed { g.c } else { 0 }) * dtype.size()
         })
     }
 
@@ -273,7 +275,9 @@ impl Op for Conv {
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Some(x), Some(w)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        self.room(x, w, [kernel::forward_scratch::<f32>, kernel::forward_scratch::<f64>])
+        let single = |g: &Geometry, computed: bool| kernel::forward_scratch::<f32>(g, !computed);
+        let double = |g: &Geometry, computed: bool| kernel::forward_scratch::<f64>(g, !computed);
+        self.room(x, &w.dims, [&single, &double])
     }
 
     fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
@@ -399,7 +403,7 @@ impl Op for ConvWeightGrad {
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let (dy, x) = (need(inputs, 0)?, need(inputs, 1)?);
-        same_type(dy, x)?;
+        same_type(dy, &half::widened(x))?;
         let (g, y) = self.conv.geometry(&x.dims, &self.w)?;
         expect(&dy.dims, &y)?;
         if self.conv.normalises.is_some() {
@@ -423,8 +427,10 @@ impl Op for ConvWeightGrad {
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let Some(x) = get(inputs, 1) else { return 0 };
-        let w = Meta::new(x.dtype, &self.w);
-        self.conv.room(x, &w, [kernel::weight_grad_scratch::<f32>, kernel::weight_grad_scratch::<f64>])
+        let half = Half::of(x.dtype).is_some();
+        let single = |g: &Geometry, computed: bool| kernel::weight_grad_scratch::<f32>(g, computed, half);
+        let double = |g: &Geometry, computed: bool| kernel::weight_grad_scratch::<f64>(g, computed, half);
+        self.conv.room(x, &self.w, [&single, &double])
     }
 
     fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
@@ -433,6 +439,10 @@ impl Op for ConvWeightGrad {
         }
         let op = ConvWeightGrad { conv: self.conv.last(), w: self.w.clone() };
         Some(ChannelsLast::by(op, &[true, true], &[]).wanted())
+    }
+
+    fn reads_half(&self, input: usize) -> bool {
+        input == 1 && self.conv.layout == Layout::Last
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {

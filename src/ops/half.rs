@@ -3,9 +3,9 @@
 
 use crate::error::OpError;
 use crate::graph::GradBuilder;
-use crate::kernels::half::Half;
+use crate::kernels::half::{Elements, Half};
 use crate::ops::{Cx, Grads, Op, need, out};
-use crate::tensor::{DType, Dims, Meta, View, ViewMut};
+use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut};
 
 /// X (f32) rounded to nearest, ties to even, in half precision.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,6 +92,30 @@ pub(super) fn half_bits<'a>(x: View<'a>) -> Result<&'a [u16], OpError> {
     bytemuck::try_cast_slice(x.bytes).map_err(|e| OpError::Internal(format!("view of {}: {e}", x.dtype)))
 }
 
+/// An operand that may come in half precision, see [`Op::reads_half`].
+pub(super) fn elements<'a, T: Float>(x: View<'a>) -> Result<Elements<'a, T>, OpError> {
+    match Half::of(x.dtype) {
+        Some(half) => Ok(Elements::Half(half, half_bits(x)?)),
+        None => Ok(Elements::Whole(x.get::<T>()?)),
+    }
+}
+
+/// The type that such an operand is computed in.
+pub(super) fn computed(x: &Meta) -> DType {
+    if Half::of(x.dtype).is_some() { DType::F32 } else { x.dtype }
+}
+
+/// Such an operand as it is computed with.
+pub(super) fn widened(x: &Meta) -> Meta {
+    Meta::new(computed(x), &x.dims)
+}
+
+/// Where an output is to be rounded to.
+pub(super) fn rounded<'a>(y: &'a mut ViewMut) -> Result<(Half, &'a mut [u16]), OpError> {
+    let half = half(y.dtype)?;
+    Ok((half, half_bits_mut(y)?))
+}
+
 pub(super) fn half_bits_mut<'a>(y: &'a mut ViewMut) -> Result<&'a mut [u16], OpError> {
     half(y.dtype)?;
     let dtype = y.dtype;
@@ -99,27 +123,4 @@ pub(super) fn half_bits_mut<'a>(y: &'a mut ViewMut) -> Result<&'a mut [u16], OpE
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ops::eval;
-    use crate::tensor::Tensor;
-
-    #[test]
-    fn there_and_back() {
-        let x: Vec<f32> = (0..70_000).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
-        let x = Tensor::from_slice(&[70, 1000], &x).unwrap();
-        for to in [DType::BF16, DType::F16] {
-            let narrow = eval(&Narrow { to }, &[Some(&x)]).unwrap().remove(0);
-            assert_eq!((narrow.dtype(), narrow.bytes().len()), (to, 2 * x.len()));
-            assert_eq!(narrow.bytes(), x.cast(to).bytes());
-            let dims = Dims::from_slice(&[1000, 70]);
-            let wide = eval(&Widen { dims }, &[Some(&narrow)]).unwrap().remove(0);
-            assert_eq!(wide.dims(), [1000, 70]);
-            assert_eq!(wide.bytes(), x.cast(to).cast(DType::F32).bytes());
-            assert!(eval(&Narrow { to }, &[Some(&narrow)]).is_err());
-            assert!(eval(&Widen { dims: Dims::new() }, &[Some(&narrow)]).is_err());
-        }
-        assert!(eval(&Narrow { to: DType::F32 }, &[Some(&x)]).is_err());
-        assert!(eval(&Widen { dims: Dims::from_slice(&[70, 1000]) }, &[Some(&x)]).is_err());
-    }
-}
+mod tests;

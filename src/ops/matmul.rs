@@ -8,10 +8,12 @@ use self::ints::{GemmInts, Ints, int_dispatch};
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::gemm::{Plus, Product, gemm, many, room};
+use crate::kernels::gemm::{Plus, Product, gemm_halves, many, room, room_halves};
+use crate::kernels::half::{Elements, Half};
 use crate::kernels::norm::Channels;
 use crate::kernels::par;
 use crate::ops::batch_norm::ChannelSum;
+use crate::ops::half::{elements, widened};
 use crate::ops::{Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Elem, Float, Meta, View, ViewMut, broadcast};
 
@@ -54,7 +56,7 @@ impl Op for Gemm {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let (a, b) = (need(inputs, 0)?, need(inputs, 1)?);
+        let [a, b] = [&widened(need(inputs, 0)?), &widened(need(inputs, 1)?)];
         same_type(a, b)?;
         let [m, n, _] = self.extents(&a.dims, &b.dims)?;
         if let Some(c) = get(inputs, 2) {
@@ -76,24 +78,27 @@ impl Op for Gemm {
             }
             return int_dispatch(a.dtype, &mut GemmInts { op: self, a, b, c, y, mnk: [m, n, k] });
         }
-        float_dispatch!(a.dtype, T => {
-            let (a, b, y) = (a.get::<T>()?, b.get::<T>()?, y.get::<T>()?);
+        float_dispatch!(y.dtype, T => {
+            let (a, b, y) = (elements::<T>(a)?, elements::<T>(b)?, y.get::<T>()?);
             let c = c.filter(|_| self.beta != 0.0);
             let beta = T::of(if c.is_some() { self.beta as f64 } else { 0.0 });
             if let Some(c) = c {
                 spread(c.dims, c.get::<T>()?, n, y);
             }
             let p = Product { alpha: T::of(self.alpha as f64), beta, ..Product::dense(self.trans_a, self.trans_b, m, n, k) };
-            let scratch = cx.room(room(&p, 1))?;
-            gemm(&p, a, b, y, scratch);
+            let scratch = cx.room(room_halves(&p, [!a.is_whole(), !b.is_whole()]))?;
+            gemm_halves(&p, a, b, y, scratch);
             Ok(())
         })
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        self.extents(&a.dims, &b.dims)
-            .map_or(0, |[m, n, k]| bytes(a.dtype, [self.trans_a, self.trans_b], [m, n, k], 1))
+        self.extents(&a.dims, &b.dims).map_or(0, |mnk| bytes([a, b], [self.trans_a, self.trans_b], mnk, 1))
+    }
+
+    fn reads_half(&self, input: usize) -> bool {
+        input < 2 && self.trans_a && !self.trans_b
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
@@ -216,10 +221,13 @@ struct Stacked {
 }
 
 /// Bytes of scratch for `batch` products of [m, n, k].
-fn bytes(dtype: DType, [trans_a, trans_b]: [bool; 2], [m, n, k]: [usize; 3], batch: usize) -> usize {
-    match dtype {
+fn bytes(operands: [&Meta; 2], [trans_a, trans_b]: [bool; 2], [m, n, k]: [usize; 3], batch: usize) -> usize {
+    let halves = operands.map(|x| Half::of(x.dtype).is_some());
+    let single = Product::<f32>::dense(trans_a, trans_b, m, n, k);
+    match operands[0].dtype {
+        _ if halves.contains(&true) => room_halves(&single, halves) * size_of::<f32>(),
         DType::F64 => room(&Product::<f64>::dense(trans_a, trans_b, m, n, k), batch) * size_of::<f64>(),
-        DType::F32 => room(&Product::<f32>::dense(trans_a, trans_b, m, n, k), batch) * size_of::<f32>(),
+        DType::F32 => room(&single, batch) * size_of::<f32>(),
         _ => 0,
     }
 }
@@ -264,9 +272,14 @@ impl Stacked {
         }
     }
 
-    fn scratch(&self, dtype: DType) -> usize {
+    fn scratch(&self, a: &Meta, b: &Meta) -> usize {
         let (p, batch) = self.product::<f32>();
-        bytes(dtype, self.trans, [p.m, p.n, p.k], batch)
+        bytes([a, b], self.trans, [p.m, p.n, p.k], batch)
+    }
+
+    /// Of one product over all rows that is a gradient of B, both operands may come in half precision.
+    fn reads_half(&self, input: usize) -> bool {
+        input < 2 && self.trans == [true, false] && self.stack.iter().product::<usize>() == 1
     }
 
     fn rows(&self) -> usize {
@@ -314,7 +327,7 @@ impl Op for MatMul {
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        Stacked::of(&a.dims, &b.dims, false, false).map_or(0, |s| s.scratch(a.dtype))
+        Stacked::of(&a.dims, &b.dims, false, false).map_or(0, |s| s.scratch(a, b))
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
@@ -385,7 +398,7 @@ impl Op for MatMulAs {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let (a, b) = (need(inputs, 0)?, need(inputs, 1)?);
+        let [a, b] = [&widened(need(inputs, 0)?), &widened(need(inputs, 1)?)];
         same_type(a, b)?;
         let s = Stacked::of(&self.a, &self.b, self.trans_a, self.trans_b)?;
         let len = |d: &Dims| d.iter().product::<usize>();
@@ -411,7 +424,13 @@ impl Op for MatMulAs {
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let s = Stacked::of(&self.a, &self.b, self.trans_a, self.trans_b);
-        get(inputs, 0).and_then(|a| Some(s.ok()?.scratch(a.dtype))).unwrap_or(0)
+        let (Some(a), Some(b), Ok(s)) = (get(inputs, 0), get(inputs, 1), s) else { return 0 };
+        s.scratch(a, b)
+    }
+
+    fn reads_half(&self, input: usize) -> bool {
+        let s = Stacked::of(&self.a, &self.b, self.trans_a, self.trans_b);
+        s.is_ok_and(|s| s.reads_half(input))
     }
 
     fn multiply_adds(&self, _: &[Option<&Meta>]) -> usize {
@@ -448,15 +467,23 @@ fn stacked(
         }
         offset
     };
-    if !a.dtype.is_float() {
+    if !y.dtype.is_float() {
         let p = Product::dense(s.trans[0], s.trans[1], s.m, s.n, k);
         let count = s.stack.iter().product();
         return int_dispatch(a.dtype, &mut Ints { p, count, at: &at, a, b, y });
     }
-    float_dispatch!(a.dtype, T => {
-        let (a, b, y) = (a.get::<T>()?, b.get::<T>()?, y.get::<T>()?);
+    float_dispatch!(y.dtype, T => {
+        let (a, b, y) = (elements::<T>(a)?, elements::<T>(b)?, y.get::<T>()?);
         let (mut p, batch) = s.product::<T>();
         p.alpha = T::of(alpha as f64);
+        let (Elements::Whole(a), Elements::Whole(b)) = (a, b) else {
+            if batch != 1 || x.len() > 2 {
+                return Err(OpError::Internal("half precision in a stack of products".into()));
+            }
+            let scratch = cx.room(room_halves(&p, [!a.is_whole(), !b.is_whole()]))?;
+            gemm_halves(&p, a, b, y, scratch);
+            return Ok(());
+        };
         let scratch = cx.room(room(&p, batch))?;
         let row = get(x, row).map(|v| v.get::<T>()).transpose()?;
         let plus = Plus { row, all: get(x, all).map(|v| v.get::<T>()).transpose()? };

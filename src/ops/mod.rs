@@ -13,7 +13,7 @@ use smallvec::SmallVec;
 
 use crate::error::OpError;
 use crate::graph::{GradBuilder, Lowering, Node, ValueId};
-use crate::tensor::{Elem, Meta, Tensor, View, ViewMut};
+use crate::tensor::{DType, Elem, Meta, Tensor, View, ViewMut};
 
 pub mod attention;
 pub mod batch_norm;
@@ -160,9 +160,16 @@ pub trait Op: Any + Debug + Send + Sync {
         false
     }
 
-    /// Inputs, a bit each, that may come in bfloat16 although `infer` says f32: they are widened as they are read.
-    fn reads_bf16(&self) -> u32 {
-        0
+    /// May this input come in half precision where `infer` is given f32? It is widened, exactly, as it is read, a small
+    /// piece at a time.
+    fn reads_half(&self, _input: usize) -> bool {
+        false
+    }
+
+    /// The same operator with one output more, the last one: output 0 in this type of half precision, rounded while it
+    /// is near. `None` where it cannot.
+    fn rounding(&self, _to: DType) -> Option<Arc<dyn Op>> {
+        None
     }
 
     /// Bytes of scratch memory that `forward` needs.

@@ -10,6 +10,7 @@ use crate::kernels::layout::Layout;
 use crate::kernels::lrn::{Lrn as Kernel, lrn, lrn_grad};
 use crate::kernels::norm::{RowNorm, Stat};
 use crate::ops::batch_norm::{ChannelParamGrad, ChannelSum};
+use crate::ops::half::{elements, widened};
 use crate::ops::layout::rank_of;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{Dims, Meta, View, ViewMut, axis};
@@ -254,8 +255,8 @@ fn second<T>() -> Result<T, OpError> {
 
 /// Gradient of [`SampleNorm`]'s input. Inputs: x, dy, scale, mean (absent: 0), inverse deviation.
 #[derive(Debug)]
-struct SampleNormInputGrad {
-    rows: RowNorm,
+pub(super) struct SampleNormInputGrad {
+    pub rows: RowNorm,
 }
 
 impl Op for SampleNormInputGrad {
@@ -264,8 +265,11 @@ impl Op for SampleNormInputGrad {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let x = need(inputs, 0)?;
-        Ok(vec![Meta::new(x.dtype, &x.dims)])
+        Ok(vec![widened(need(inputs, 0)?)])
+    }
+
+    fn reads_half(&self, input: usize) -> bool {
+        input == 0 && self.rows.widens()
     }
 
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
@@ -273,7 +277,8 @@ impl Op for SampleNormInputGrad {
         float_dispatch!(dx.dtype, T => {
             let operand = |i: usize| get(x, i).map(|x| x.get::<T>()).transpose();
             let stats = (operand(3)?, need(x, 4)?.get::<T>()?);
-            self.rows.input_grad(operand(0)?, operand(1)?, operand(2)?, stats, dx.get::<T>()?);
+            let input = get(x, 0).map(elements).transpose()?;
+            self.rows.input_grad(input, operand(1)?, operand(2)?, stats, dx.get::<T>()?);
             Ok(())
         })
     }

@@ -1,19 +1,21 @@
 //! Elementwise operators of one operand: each is one entry below, its function beside its derivative.
 
+mod grad;
+
 use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::error::OpError;
 use crate::graph::GradBuilder;
-use crate::kernels::elementwise::{apply1, apply2, same};
-use crate::kernels::half::wide_bf16;
+use crate::kernels::elementwise::{apply1, same};
+use crate::kernels::half::Half;
 use crate::kernels::integer::Integer;
 use crate::kernels::isa::Wide;
 use crate::kernels::math::Math;
 use crate::ops::binary::slice;
-use crate::ops::half::half_bits;
+use crate::ops::half::elements;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
-use crate::tensor::{DType, Meta, View, ViewMut};
+use crate::tensor::{Meta, View, ViewMut};
 use crate::{float_dispatch, int_dispatch};
 
 /// What its vector-Jacobian product needs beside dY.
@@ -130,23 +132,12 @@ impl<K: Kind> Op for UnaryGrad<K> {
         if v.is_none() && dy.is_none() {
             return Err(OpError::Shape("both operands are missing".into()));
         }
-        if let Some(v) = v.filter(|v| v.dtype == DType::BF16) {
-            let y = y.get::<f32>()?;
-            let walk = same(y.len());
-            apply2(
-                y,
-                Some(half_bits(v)?),
-                slice::<f32>(dy)?,
-                &walk,
-                #[inline(always)]
-                |v: u16, dy: f32| k.vjp(wide_bf16(v), dy),
-            );
+        if let Some(v) = v.filter(|v| Half::of(v.dtype).is_some()) {
+            grad::of_halves(k, elements(v)?, slice(dy)?, y.get()?);
             return Ok(());
         }
         float_dispatch!(y.dtype, T => {
-            let y = y.get::<T>()?;
-            let walk = same(y.len());
-            apply2(y, slice::<T>(v)?, slice::<T>(dy)?, &walk, #[inline(always)] |v: T, dy: T| k.vjp(v, dy));
+            grad::of(k, slice::<T>(v)?, slice::<T>(dy)?, y.get::<T>()?);
             Ok(())
         })
     }
@@ -159,8 +150,8 @@ impl<K: Kind> Op for UnaryGrad<K> {
         Err(OpError::NotDifferentiable(format!("second derivatives ({})", K::NAME)))
     }
 
-    fn reads_bf16(&self) -> u32 {
-        1
+    fn reads_half(&self, input: usize) -> bool {
+        input == 0
     }
 
     fn in_place(&self) -> &[(usize, usize)] {

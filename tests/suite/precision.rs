@@ -10,7 +10,7 @@ use retune::train::data::{Worn, degrade, open, write_npz};
 use retune::train::optimizer::Optimizer;
 use retune::train::step::set_step;
 
-use crate::common::{Arrays, fetched, json, root, run, shipped, text};
+use crate::common::{Arrays, fetched, json, retune, root, run, shipped, text};
 use crate::gradients::{check_model, names};
 use crate::layout::step_by;
 use crate::real_models::python;
@@ -46,6 +46,76 @@ fn saved_activations_take_half() {
         assert!(arena <= most + 0.05, "{model}: the arena only falls to {arena:.2}");
         let f16 = planned(&shipped(model), &image, Precision::F16);
         assert_eq!(f16.1, half.1, "{model}: float16 takes what bfloat16 does");
+    }
+}
+
+/// Three steps' losses and the parameters after them, and the arena.
+fn stepped(model: &Path, image: &[usize], options: Options) -> (Vec<u64>, Vec<Tensor>, usize) {
+    let (mut session, step) = step_by(model, image, Optimizer::adam(0.0, true), options);
+    let x: Vec<f32> = (0..image.iter().product()).map(|i| (i as f32 * 0.37).sin()).collect();
+    let (x, y) = (Tensor::from_slice(image, &x).unwrap(), (0..image[0] as i64).map(|i| i % 10));
+    let y = Tensor::from_slice(&image[..1], &y.collect::<Vec<_>>()).unwrap();
+    let losses = (0..3).map(|t| {
+        set_step(&mut session, 1e-3, t + 1);
+        let fed = [(step.inputs[0], x.view()), (step.attached.target, y.view())];
+        session.run(&step.program, &fed, t as u64).unwrap();
+        session.scalar(&step.program, step.attached.loss).unwrap().to_bits()
+    });
+    let losses = losses.collect();
+    let weights = session.changes().unwrap().into_iter().map(|(_, t)| t.clone()).collect();
+    (losses, weights, step.program.plan.peak.arena)
+}
+
+#[test]
+fn who_converts_changes_no_bit_and_takes_no_memory() {
+    for (model, image) in [
+        ("models/resnet20.onnx", [8, 1, 28, 28]),
+        ("models/dsnet.onnx", [8, 1, 28, 28]),
+        ("tests/fixtures/mobilenetv2.onnx", [8, 3, 32, 32]),
+    ] {
+        for precision in [Precision::Bf16, Precision::F16] {
+            let options = |conversions_apart, threads| Options {
+                threads,
+                precision,
+                conversions_apart,
+                ..Options::default()
+            };
+            let apart = stepped(&shipped(model), &image, options(true, 1));
+            for threads in [1, 3] {
+                let (losses, weights, arena) = stepped(&shipped(model), &image, options(false, threads));
+                assert_eq!(losses, apart.0, "{model} {precision:?}");
+                let same = weights.iter().zip(&apart.1).all(|(a, b)| a.bytes() == b.bytes());
+                assert!(same && weights.len() == apart.1.len(), "{model} {precision:?}");
+                if threads == 1 {
+                    println!("{model} {precision:?}: arena {} apart, {arena} by kernels", apart.2);
+                    assert!(arena <= apart.2, "{model} {precision:?}: {arena}, apart {}", apart.2);
+                }
+            }
+        }
+    }
+    for name in ["vit", "bert", "unet"] {
+        let model = shipped(&format!("tests/fixtures/zoo_{name}.onnx"));
+        let fixture = Arrays::read(&shipped(&format!("tests/fixtures/zoo_{name}.npz")));
+        let dir = tempfile::tempdir().unwrap();
+        let input = dir.path().join("in.npz");
+        let mut fed: Vec<(&str, &Tensor)> = fixture.with_prefix("in.").collect();
+        fed.push(("target", fixture.get("target")));
+        write_npz(&input, &fed).unwrap();
+        let run = |half: &str| {
+            let output = dir.path().join(format!("{half}.npz"));
+            let done = retune()
+                .args(["grad", text(&model), "--inputs", text(&input), "--output", text(&output)])
+                .args(["--mode", "train", "--precision", "bf16"])
+                .env("RETUNE_HALF", half)
+                .output()
+                .unwrap();
+            assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+            Arrays::read(&output)
+        };
+        let (apart, kernels) = (run("apart"), run("kernels"));
+        for (key, truth) in &apart.0 {
+            assert!(kernels.get(key).bytes() == truth.bytes(), "{name}: {key}");
+        }
     }
 }
 

@@ -24,7 +24,7 @@ pub fn gather_statistics(graph: &mut Graph) {
         let Some(&Some(x)) = norm.inputs.first() else { continue };
         let Source::Node(id, 0) = graph.value(x).source else { continue };
         let Some(conv) = graph.node(id).op.as_a::<Conv>() else { continue };
-        let conv: Arc<dyn Op> = Arc::new(ConvStatistics { conv: conv.clone() });
+        let conv: Arc<dyn Op> = Arc::new(ConvStatistics { conv: conv.clone(), rounds: None });
         let metas: Vec<Option<&Meta>> =
             graph.node(id).inputs.iter().map(|v| v.and_then(|v| graph.value(v).meta.as_ref())).collect();
         let Ok(metas) = conv.infer(&metas) else { continue };
@@ -245,7 +245,8 @@ fn normalising(graph: &Graph, r: usize, y: ValueId, clamp: Clamp<f64>) -> Option
     }
     if let Some(op) = op.as_a::<ConvStatistics>() {
         let conv = op.conv.normalising(clamp);
-        return able(&op.conv, 0, dims(1)?).then(|| Arc::new(ConvStatistics { conv }) as Arc<dyn Op>);
+        return able(&op.conv, 0, dims(1)?)
+            .then(|| Arc::new(ConvStatistics { conv, rounds: op.rounds }) as Arc<dyn Op>);
     }
     let op = op.as_a::<ConvWeightGrad>()?;
     let conv = op.conv.normalising(clamp);

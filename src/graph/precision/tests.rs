@@ -44,7 +44,7 @@ fn what_is_read_late_is_rounded_once_and_widened_for_neighbours_together() {
     let out = late(&mut graph, input);
     let request = Request { outputs: vec![out], ..Request::default() };
     let exact = interpret(&graph, &HashMap::from([(input, x.clone())]), &[out]).unwrap().remove(0);
-    halve(&mut graph, &request, Some(DType::BF16), &|_| None).unwrap();
+    halve(&mut graph, &request, Some(DType::BF16), Conversions::Kernels, &|_| None).unwrap();
     assert_eq!((count(&graph, "Narrow"), count(&graph, "Widen")), (1, 1), "{graph}");
     let rounded = interpret(&graph, &HashMap::from([(input, x.clone())]), &[out]).unwrap().remove(0);
     // The chain reads what was not rounded, the end what was.
@@ -81,14 +81,14 @@ fn small_and_wanted_values_stay() {
     let out = emit(&mut graph, Binary::Add, &[v, h]);
     let nodes = graph.nodes.len();
     let request = Request { outputs: vec![out], ..Request::default() };
-    halve(&mut graph, &request, Some(DType::F16), &|_| None).unwrap();
+    halve(&mut graph, &request, Some(DType::F16), Conversions::Kernels, &|_| None).unwrap();
     assert_eq!(graph.nodes.len(), nodes);
     let mut graph = Graph::default();
     let input = graph.add_input("x", Meta::new(DType::F32, &[64, 64]));
     let out = late(&mut graph, input);
     let h = graph.nodes[0].outputs[0].unwrap();
     let request = Request { outputs: vec![out, h], ..Request::default() };
-    halve(&mut graph, &request, Some(DType::F16), &|_| None).unwrap();
+    halve(&mut graph, &request, Some(DType::F16), Conversions::Kernels, &|_| None).unwrap();
     assert_eq!(count(&graph, "Narrow"), 0);
 }
 
@@ -107,7 +107,7 @@ fn a_parameter_in_half_is_widened_where_it_is_read_and_updated_as_it_is() {
         Source::State(StateId(0)) => Some(DType::BF16),
         _ => None,
     };
-    halve(&mut graph, &request, None, &stored).unwrap();
+    halve(&mut graph, &request, None, Conversions::Kernels, &stored).unwrap();
     assert_eq!((count(&graph, "Narrow"), count(&graph, "Widen")), (0, 1), "{graph}");
     assert_eq!(graph.value(next).meta.as_ref().unwrap().dtype, DType::BF16);
     let update = graph.nodes.iter().find(|n| n.op.name() == "Sgd").unwrap();

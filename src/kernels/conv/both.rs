@@ -6,6 +6,7 @@
 
 use super::load::{Norm, Operand};
 use super::{Geometry, Residual, depthwise, pointwise};
+use crate::kernels::half::Elements;
 use crate::kernels::layout::Layout;
 use crate::kernels::norm;
 use crate::kernels::par::Shared;
@@ -27,7 +28,7 @@ pub struct Both<'a, T> {
 /// The gradients of the normalisation that made X: `dscale = inv·Σ dz·(x − mean)` and `dshift = Σ dz`, where `dz` is
 /// dX where the clamp let X pass, else 0.
 pub struct Sums<'a, T> {
-    x: &'a [T],
+    x: Elements<'a, T>,
     norm: Norm<'a, T>,
     inv: &'a [T],
     dscale: &'a mut [T],
@@ -39,7 +40,7 @@ pub struct Sums<'a, T> {
 impl<'a, T: Vectors> Sums<'a, T> {
     /// `x` is what the normalisation read. `room`: [`sums_room`] elements.
     pub fn new(
-        x: &'a [T],
+        x: Elements<'a, T>,
         norm: Norm<'a, T>,
         inv: &'a [T],
         [dscale, dshift]: [&'a mut [T]; 2],
@@ -63,10 +64,12 @@ impl<'a, T: Vectors> Sums<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.parts.ptr().add(slab * size), size) }
     }
 
-    /// Adds what `dx`, whole positions from element `start` on, contributes.
-    pub(super) fn add(&self, start: usize, dx: &[T], part: &mut [f64]) {
+    /// Adds what `dx`, whole positions from element `start` on, contributes. Where X is of half precision, `near` has
+    /// room for as many elements.
+    pub(super) fn add(&self, start: usize, dx: &[T], near: &mut [T], part: &mut [f64]) {
         let n = &self.norm;
-        norm::add_param_grad(&self.x[start..][..dx.len()], dx, n.mean, (n.factor, n.shift, n.clamp), part);
+        let x = self.x.near(start, dx.len(), near);
+        norm::add_param_grad(x, dx, n.mean, (n.factor, n.shift, n.clamp), part);
     }
 
     pub(super) fn finish(self) {
@@ -88,8 +91,18 @@ pub fn sums_room(g: &Geometry) -> usize {
     slabs * 2 * g.c
 }
 
-/// Elements of scratch that [`grads`] needs; `plain`: are dY and X?
-pub fn grads_scratch<T: Vectors>(g: &Geometry, plain: [bool; 2]) -> usize {
+/// Which operands are read where they lie: dY, X, and what the normalisation in front read, if it has sums.
+pub type Plain = [bool; 3];
+
+impl<T: Vectors> Both<'_, T> {
+    pub(super) fn plain(&self) -> Plain {
+        let sums = self.sums.as_ref().is_none_or(|s| s.x.is_whole());
+        [self.dy.is_plain(), self.x.is_plain(), sums]
+    }
+}
+
+/// Elements of scratch that [`grads`] needs.
+pub fn grads_scratch<T: Vectors>(g: &Geometry, plain: Plain) -> usize {
     match g.depthwise() {
         true => depthwise::grads_scratch(g, plain),
         false => pointwise::grads_scratch::<T>(g, plain),
@@ -98,8 +111,9 @@ pub fn grads_scratch<T: Vectors>(g: &Geometry, plain: [bool; 2]) -> usize {
 
 /// dX and dW of a convolution that [`fuses`].
 pub fn grads<T: Vectors>(g: &Geometry, both: Both<T>, dx: &mut [T], dw: &mut [T], scratch: &mut [T]) {
-    g.check(dx, both.dy.data);
-    g.check(both.x.data, both.dy.data);
+    g.check_sizes(dx.len(), both.dy.data.len());
+    g.check_sizes(both.x.data.len(), both.dy.data.len());
+    assert!(both.sums.as_ref().is_none_or(|s| s.x.len() == dx.len()), "sums of a normalisation");
     assert!(fuses(g), "gradients in one pass");
     both.dy.check();
     both.x.check();

@@ -297,12 +297,12 @@ fn run<T: Vectors>(
         let (a, window) = match (plan.copies(), x.is_plain()) {
             (true, _) => {
                 let window = plan.window(d.rows);
-                pad(plan, x.data, images.clone(), row, window, slot);
+                pad(plan, x.data.whole(), images.clone(), row, window, slot);
                 (slot.as_ptr(), window)
             }
             (false, true) => {
                 let start = images.start * volume(plan.source) + row * strides(plan.source, 1)[plan.axis];
-                (x.data[start * c..].as_ptr(), plan.source)
+                (x.data.whole()[start * c..].as_ptr(), plan.source)
             }
             // Pointwise: one image, whose positions are rows.
             (false, false) => (x.near(row, rows.len(), slot).as_ptr(), [1, 1, rows.len()]),
@@ -314,7 +314,7 @@ fn run<T: Vectors>(
         }
         if let Some(done) = done {
             // SAFETY: with all panels in one task, this one has written all of these results, and it alone.
-            done(i * blocks[1] + r, unsafe { std::slice::from_raw_parts(y.ptr().add(first), count) });
+            done(i * blocks[1] + r, first, unsafe { std::slice::from_raw_parts(y.ptr().add(first), count) });
         }
     });
 }
@@ -361,7 +361,7 @@ pub fn forward<T: Vectors>(
     scratch: &mut [T],
     done: Option<&Done<T>>,
 ) {
-    g.check(x.data, y);
+    g.check_sizes(x.data.len(), y.len());
     assert!(x.is_plain() || pointwise::applies(g), "an input that is computed as it is read");
     let done = done.filter(|_| forward_blocks::<T>(g).is_some());
     run(&forward_plan(g), true, x, w, epilogue, y, scratch, done);

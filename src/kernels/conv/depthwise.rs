@@ -415,7 +415,7 @@ pub fn forward<T: Vectors>(
     scratch: &mut [T],
     done: Option<&Done<T>>,
 ) {
-    g.check(x.data, y);
+    g.check_sizes(x.data.len(), y.len());
     sweep(Direction::forward(g), x, w, epilogue, y, scratch, done);
 }
 
@@ -474,7 +474,7 @@ fn sweep<T: Vectors>(
         unsafe { T::dispatch(Task { sweep, source, rows }) }
         if let Some(done) = done {
             // SAFETY: rows that this task alone has written.
-            done(i, unsafe { std::slice::from_raw_parts(y.ptr().add(first), count) });
+            done(i, first, unsafe { std::slice::from_raw_parts(y.ptr().add(first), count) });
         }
     });
 }

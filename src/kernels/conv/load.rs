@@ -2,14 +2,20 @@
 //! that it passes on. Neither then lies in memory, which these layers would otherwise wait for.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
+use std::ops::Range;
+
 use smallvec::{SmallVec, smallvec};
 
 use crate::kernels::elementwise::Clamp;
+use crate::kernels::half::Elements;
 use crate::kernels::par;
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
 
 /// Positions whose elements of a channel share its coefficients.
 const POSITIONS: usize = 4;
+/// Elements of half precision that are widened at a time, and channels of them of a position.
+const NEAR: usize = 2048;
+const STRIP: usize = NEAR / POSITIONS;
 /// Elements from what is read to what is fetched meanwhile.
 const AHEAD: usize = 1 << 10;
 
@@ -37,7 +43,7 @@ pub struct Norm<'a, T> {
 #[derive(Debug, Clone, Copy)]
 pub struct NormGrad<'a, T> {
     /// What was normalised, of the operand's size.
-    pub x: &'a [T],
+    pub x: Elements<'a, T>,
     pub mean: &'a [T],
     pub factor: &'a [T],
     pub k1: &'a [T],
@@ -49,18 +55,19 @@ pub struct NormGrad<'a, T> {
 /// A tensor (positions, channels).
 #[derive(Debug, Clone, Copy)]
 pub struct Operand<'a, T> {
-    pub data: &'a [T],
+    pub data: Elements<'a, T>,
     pub channels: usize,
     pub load: Load<'a, T>,
 }
 
 impl<'a, T: Vectors> Operand<'a, T> {
     pub fn plain(data: &'a [T], channels: usize) -> Self {
-        Operand { data, channels, load: Load::Plain }
+        Operand { data: Elements::Whole(data), channels, load: Load::Plain }
     }
 
+    /// May it be read where it lies?
     pub fn is_plain(&self) -> bool {
-        matches!(self.load, Load::Plain)
+        matches!(self.load, Load::Plain) && self.data.is_whole()
     }
 
     /// Some positions: where they lie, or computed to `room`.
@@ -70,7 +77,7 @@ impl<'a, T: Vectors> Operand<'a, T> {
     {
         let c = self.channels;
         if self.is_plain() {
-            return &self.data[first * c..(first + positions) * c];
+            return &self.data.whole()[first * c..(first + positions) * c];
         }
         self.check();
         let out = &mut room[..positions * c];
@@ -111,43 +118,104 @@ impl<'a, T: Vectors> Operand<'a, T> {
     #[inline(always)]
     pub unsafe fn fill<S: Simd<Elem = T>>(&self, first: usize, out: &mut [T]) {
         let c = self.channels;
-        let start = first * c;
+        let (start, positions) = (first * c, out.len() / c.max(1));
         assert!(start + out.len() <= self.data.len());
-        let positions = out.len() / c.max(1);
-        let mut p = 0;
-        // SAFETY: the positions lie inside; the caller's promise.
-        unsafe {
-            while p + POSITIONS <= positions {
-                self.positions::<S, POSITIONS>(start + p * c, out.as_mut_ptr().add(p * c));
-                p += POSITIONS;
+        if matches!(self.load, Load::Plain) {
+            return self.data.copy(start, out);
+        }
+        // Half precision is widened a few positions at a time: an operand to where the result will be, the input of a
+        // normalisation to a buffer.
+        let widens_x = matches!(&self.load, Load::NormGrad(n) if !n.x.is_whole());
+        let mut room;
+        let near: &mut [T] = match widens_x {
+            true => {
+                room = [T::zero(); NEAR];
+                &mut room
             }
-            while p < positions {
-                self.positions::<S, 1>(start + p * c, out.as_mut_ptr().add(p * c));
-                p += 1;
+            false => &mut [],
+        };
+        let (block, strip) = match widens_x || !self.data.is_whole() {
+            true => (NEAR / c.clamp(1, STRIP) / POSITIONS * POSITIONS, c.clamp(1, STRIP)),
+            false => (positions.max(1), c.max(1)),
+        };
+        for p in (0..positions).step_by(block) {
+            let (at, count) = (start + p * c, block.min(positions - p));
+            let out = &mut out[p * c..(p + count) * c];
+            if !self.data.is_whole() {
+                self.data.copy(at, out);
+            }
+            let out = out.as_mut_ptr();
+            let from = match self.data {
+                Elements::Whole(data) => data[at..].as_ptr(),
+                Elements::Half(..) => out.cast_const(),
+            };
+            for channel in (0..c).step_by(strip) {
+                let channels = channel..c.min(channel + strip);
+                let (x, x_step) = match &self.load {
+                    Load::NormGrad(n) if !n.x.is_whole() => {
+                        let near = &mut near[..count * channels.len()];
+                        match channels.len() == c {
+                            true => n.x.copy(at, near),
+                            false => {
+                                let rows = near.chunks_exact_mut(channels.len()).enumerate();
+                                rows.for_each(|(i, near)| n.x.copy(at + i * c + channel, near));
+                            }
+                        }
+                        (near.as_ptr().wrapping_sub(channel), channels.len())
+                    }
+                    Load::NormGrad(n) => (n.x.address(at), c),
+                    _ => (from, c),
+                };
+                // SAFETY: the positions lie inside; the caller's promise.
+                unsafe {
+                    let mut p = 0;
+                    while p + POSITIONS <= count {
+                        let x = x.wrapping_add(p * x_step);
+                        self.positions::<S, POSITIONS>(
+                            channels.clone(),
+                            from.add(p * c),
+                            (x, x_step),
+                            out.add(p * c),
+                        );
+                        p += POSITIONS;
+                    }
+                    while p < count {
+                        let x = x.wrapping_add(p * x_step);
+                        self.positions::<S, 1>(
+                            channels.clone(),
+                            from.add(p * c),
+                            (x, x_step),
+                            out.add(p * c),
+                        );
+                        p += 1;
+                    }
+                }
             }
         }
     }
 
-    /// `P` positions from element `start` on.
+    /// Some channels of `P` positions, which lie at `from`, and, `x_step` elements a position, the normalisation's
+    /// input at `x`. What is written may lie where it is read from.
     #[inline(always)]
-    unsafe fn positions<S: Simd<Elem = T>, const P: usize>(&self, start: usize, out: *mut T) {
-        let c = self.channels;
-        let from = self.data.as_ptr().wrapping_add(start);
-        let mut channel = 0;
+    unsafe fn positions<S: Simd<Elem = T>, const P: usize>(
+        &self,
+        channels: Range<usize>,
+        from: *const T,
+        (x, x_step): (*const T, usize),
+        out: *mut T,
+    ) {
+        let (c, last) = (self.channels, channels.end);
+        let mut channel = channels.start;
         // SAFETY: the caller's promise; vectors end at the last channel.
         unsafe {
-            while channel < c {
-                let n = S::LANES.min(c - channel);
+            while channel < last {
+                let n = S::LANES.min(last - channel);
                 for i in 0..P {
                     S::prefetch(from.wrapping_add(i * c + channel + AHEAD));
                 }
                 match &self.load {
-                    Load::Plain => {
-                        for i in 0..P {
-                            let at = i * c + channel;
-                            store_up_to::<S>(out.add(at), load_up_to::<S>(from.add(at), n), n);
-                        }
-                    }
+                    // Was copied.
+                    Load::Plain => {}
                     Load::Norm(f) => {
                         let mean = load_up_to::<S>(f.mean.as_ptr().add(channel), n);
                         let factor = load_up_to::<S>(f.factor.as_ptr().add(channel), n);
@@ -161,9 +229,8 @@ impl<'a, T: Vectors> Operand<'a, T> {
                         }
                     }
                     Load::NormGrad(f) => {
-                        let x = f.x.as_ptr().wrapping_add(start);
                         for i in 0..P {
-                            S::prefetch(x.wrapping_add(i * c + channel + AHEAD));
+                            S::prefetch(x.wrapping_add(i * x_step + channel + AHEAD));
                         }
                         let mean = load_up_to::<S>(f.mean.as_ptr().add(channel), n);
                         let factor = load_up_to::<S>(f.factor.as_ptr().add(channel), n);
@@ -177,7 +244,7 @@ impl<'a, T: Vectors> Operand<'a, T> {
                         };
                         for i in 0..P {
                             let at = i * c + channel;
-                            let x = S::sub(load_up_to::<S>(x.add(at), n), mean);
+                            let x = S::sub(load_up_to::<S>(x.wrapping_add(i * x_step + channel), n), mean);
                             let mut dz = load_up_to::<S>(from.add(at), n);
                             if let Some(clamp) = clamp {
                                 let y = S::add(S::mul(x, factor), shift);
@@ -228,9 +295,9 @@ impl<'a, T: Vectors> Rows<'a, T> {
         window: [usize; 2],
         ring: &'a mut [T],
     ) -> Self {
-        let held = match operand.load {
-            Load::Plain => SmallVec::new(),
-            _ => smallvec![usize::MAX; window[0] * window[1]],
+        let held = match operand.is_plain() {
+            true => SmallVec::new(),
+            false => smallvec![usize::MAX; window[0] * window[1]],
         };
         Rows { operand, extents, window, ring, held }
     }
@@ -248,10 +315,10 @@ impl<'a, T: Vectors> Rows<'a, T> {
         self.operand.is_plain()
     }
 
-    /// Where a row, perhaps beyond the last, lies before it is computed.
+    /// Where a row, perhaps beyond the last, lies before it is computed: for fetching.
     pub(super) fn raw(&self, image: usize, plane: usize, row: usize) -> [*const T; 2] {
         let nth = (image * self.extents[0] + plane) * self.extents[1] + row;
-        let at = |data: &[T]| data.as_ptr().wrapping_add(nth * self.line());
+        let at = |data: Elements<T>| data.address(nth * self.line());
         let data = at(self.operand.data);
         match &self.operand.load {
             Load::NormGrad(n) => [data, at(n.x)],
@@ -273,7 +340,7 @@ impl<'a, T: Vectors> Rows<'a, T> {
         let line = self.line();
         let nth = (image * self.extents[0] + plane) * self.extents[1] + row;
         if self.is_plain() {
-            return self.operand.data[nth * line..][..line].as_ptr();
+            return self.operand.data.whole()[nth * line..][..line].as_ptr();
         }
         let slot = plane % self.window[0] * self.window[1] + row % self.window[1];
         let out = &mut self.ring[slot * line..][..line];

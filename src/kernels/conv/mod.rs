@@ -16,6 +16,7 @@ mod weight;
 mod winograd;
 
 use crate::kernels::elementwise::Clamp;
+use crate::kernels::half::Elements;
 use crate::kernels::layout::Layout;
 use crate::kernels::par::{in_slots, slots};
 use crate::kernels::simd::Vectors;
@@ -23,7 +24,7 @@ use crate::kernels::strided;
 
 use statistics::Done;
 
-pub use both::{Both, Sums, fuses, grads, grads_scratch, sums_room};
+pub use both::{Both, Plain, Sums, fuses, grads, grads_scratch, sums_room};
 pub use load::{Load, Norm, NormGrad, Operand};
 pub use statistics::{Statistics, forward_statistics, statistics_room};
 
@@ -118,7 +119,12 @@ fn strides(extents: [usize; 3], c: usize) -> [usize; 3] {
 impl Geometry {
     /// The kernels rely on it: X (or dX) and Y (or dY) have this geometry's sizes.
     fn check<T>(&self, x: &[T], y: &[T]) {
-        assert!(x.len() == self.inputs() && y.len() == self.outputs(), "operands of a convolution");
+        self.check_sizes(x.len(), y.len());
+    }
+
+    /// The same of their numbers of elements.
+    fn check_sizes(&self, x: usize, y: usize) {
+        assert!(x == self.inputs() && y == self.outputs(), "operands of a convolution");
     }
 
     /// Input and output channels of a group.
@@ -223,7 +229,7 @@ fn forward_blocks<T: Vectors>(
     assert!(x.is_plain() || loads(g), "an input that is computed as it is read");
     let kernel = |x: Operand<T>, epilogue: Epilogue<T>, y: &mut [T], scratch: &mut [T]| match () {
         _ if g.depthwise() => depthwise::forward(g, x, w, epilogue, y, scratch, done),
-        _ if winograd::applies_forward(g) => winograd::forward(g, x.data, w, epilogue, y, scratch),
+        _ if winograd::applies_forward(g) => winograd::forward(g, x.data.whole(), w, epilogue, y, scratch),
         _ => dense::forward(g, x, w, epilogue, y, scratch, done),
     };
     if g.layout == Layout::Last {
@@ -232,7 +238,7 @@ fn forward_blocks<T: Vectors>(
     let (xs, ys) = (volume(g.x), volume(g.y));
     let (x_last, rest) = scratch.split_at_mut(g.inputs());
     let (y_last, rest) = rest.split_at_mut(g.outputs());
-    transpose(g.n, g.c, xs, x.data, x_last);
+    transpose(g.n, g.c, xs, x.data.whole(), x_last);
     let epilogue = before(g, g.oc, ys, epilogue, y, y_last);
     kernel(Operand::plain(x_last, g.c), epilogue, y_last, rest);
     transpose(g.n, ys, g.oc, y_last, y);
@@ -312,16 +318,17 @@ pub fn transposed<T: Vectors>(
     transpose(g.n, xs, g.c, x_last, dx);
 }
 
-/// Elements of scratch that [`weight_grad`] needs; `plain`: is X?
-pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, plain: bool) -> usize {
+/// Elements of scratch that [`weight_grad`] needs, X being computed as it is read, or of half precision.
+pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, computed: bool, half: bool) -> usize {
     if g.is_empty() {
         return 0;
     }
     g.copies()
         + match () {
-            _ if g.depthwise() => depthwise::weight_grad_scratch(g, plain),
-            _ if winograd::applies_forward(g) => winograd::weight::weight_grad_scratch::<T>(g),
-            _ => weight::weight_grad_scratch::<T>(g) + if plain { 0 } else { g.inputs() },
+            _ if g.depthwise() => depthwise::weight_grad_scratch(g, !computed && !half),
+            _ if winograd::applies_forward(g) => winograd::weight::weight_grad_scratch::<T>(g, half),
+            _ if computed => weight::weight_grad_scratch::<T>(g, false) + g.inputs(),
+            _ => weight::weight_grad_scratch::<T>(g, half),
         }
 }
 
@@ -331,18 +338,22 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Operand<T>, dw: &mut [
         return dw.fill(T::zero());
     }
     x.check();
-    assert!(x.is_plain() || loads(g), "an input that is computed as it is read");
+    let computed = !matches!(x.load, Load::Plain);
+    assert!(!computed || loads(g), "an input that is computed as it is read");
     if g.depthwise() && g.layout == Layout::Last {
         return depthwise::weight_grad(g, dy, x, dw, scratch);
     }
-    if !x.is_plain() {
+    if computed {
         let (copy, rest) = scratch.split_at_mut(g.inputs());
         x.write(copy);
         return weight_grad(g, dy, Operand::plain(copy, g.c), dw, rest);
     }
     let x = x.data;
-    let kernel = |dy: &[T], x: &[T], dw: &mut [T], scratch: &mut [T]| match () {
-        _ if g.depthwise() => depthwise::weight_grad(g, dy, Operand::plain(x, g.c), dw, scratch),
+    let kernel = |dy: &[T], x: Elements<T>, dw: &mut [T], scratch: &mut [T]| match () {
+        _ if g.depthwise() => {
+            let x = Operand { data: x, channels: g.c, load: Load::Plain };
+            depthwise::weight_grad(g, dy, x, dw, scratch);
+        }
         _ if winograd::applies_forward(g) => winograd::weight::weight_grad(g, dy, x, dw, scratch),
         _ => weight::weight_grad(g, dy, x, dw, scratch),
     };
@@ -351,7 +362,7 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Operand<T>, dw: &mut [
     }
     let (x_last, rest) = scratch.split_at_mut(g.inputs());
     let (y_last, rest) = rest.split_at_mut(g.outputs());
-    transpose(g.n, g.c, volume(g.x), x, x_last);
+    transpose(g.n, g.c, volume(g.x), x.whole(), x_last);
     transpose(g.n, g.oc, volume(g.y), dy, y_last);
-    kernel(y_last, x_last, dw, rest);
+    kernel(y_last, Elements::Whole(x_last), dw, rest);
 }

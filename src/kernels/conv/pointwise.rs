@@ -1,7 +1,7 @@
 //! Pointwise convolutions (1×1 of stride 1): every position by itself, whatever image and row it lies in.
 #![allow(unsafe_code)]
 
-use super::both::Both;
+use super::both::{Both, Plain};
 use super::{Epilogue, Geometry, dense, grids, in_slots, slots, volume, weight};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::Vectors;
@@ -48,13 +48,14 @@ pub fn grads_slabs(g: &Geometry) -> usize {
     chunks(g).count.min(SLABS)
 }
 
-/// Elements that a task computes near by of dY and of X.
-fn near(g: &Geometry, plain: [bool; 2]) -> [usize; 2] {
-    [if plain[0] { 0 } else { chunk(g) * g.oc }, if plain[1] { 0 } else { chunk(g) * g.c }]
+/// Elements that a task computes near by of dY and of X; those that sums widen take the place of the latter, which
+/// come after them.
+fn near(g: &Geometry, [dy, x, sums]: Plain) -> [usize; 2] {
+    [if dy { 0 } else { chunk(g) * g.oc }, if x && sums { 0 } else { chunk(g) * g.c }]
 }
 
-/// Elements of scratch that [`grads`] needs; `plain`: are dY and X?
-pub fn grads_scratch<T: Vectors>(g: &Geometry, plain: [bool; 2]) -> usize {
+/// Elements of scratch that [`grads`] needs.
+pub fn grads_scratch<T: Vectors>(g: &Geometry, plain: Plain) -> usize {
     let slabs = grads_slabs(g);
     dense::packed_back::<T>(&of(g, chunk(g)))
         + slabs * weight::sum_size::<T>(g)
@@ -69,7 +70,7 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
     grids::pack(&back, false, back.panel::<T>(), b.w, weights);
     let weights: &[T] = weights;
     let (sums, slot) = rest.split_at_mut(slabs * size);
-    let [dy_near, x_near] = near(g, [b.dy.is_plain(), b.x.is_plain()]);
+    let [dy_near, x_near] = near(g, b.plain());
     let epilogue = Epilogue { residual: b.addend, ..Epilogue::none() };
     let (shared, to) = (Shared::new(sums), Shared::new(dx));
     in_slots(slabs, dy_near + x_near, slot, |slab, slot| {
@@ -86,7 +87,7 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
             let dx = unsafe { std::slice::from_raw_parts_mut(to.ptr().add(start * g.c), n * g.c) };
             dense::positions(&back, dy, weights, epilogue.from(start * g.c, n * g.c), dx);
             if let Some((sums, part)) = &mut part {
-                sums.add(start * g.c, dx, part);
+                sums.add(start * g.c, dx, x_slot, part);
             }
             let x = b.x.near(start, n, x_slot);
             weight::add_positions(&of(g, n), x, dy, i > first, sum);

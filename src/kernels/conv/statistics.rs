@@ -2,13 +2,15 @@
 #![allow(unsafe_code)]
 
 use super::{Epilogue, Geometry, Operand, dense, depthwise, forward_blocks, winograd};
+use crate::kernels::half::Half;
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::{self, Channels};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::Vectors;
 
 /// Is told of blocks of results, whole positions with all of their channels, each once by the task that computed it.
-pub(super) type Done<'a, T> = dyn Fn(usize, &[T]) + Sync + 'a;
+/// It is told the block's number and first element.
+pub(super) type Done<'a, T> = dyn Fn(usize, usize, &[T]) + Sync + 'a;
 
 /// Of each output channel; `room`: [`statistics_room`] elements.
 pub struct Statistics<'a, T> {
@@ -16,6 +18,8 @@ pub struct Statistics<'a, T> {
     /// Of the whole population.
     pub variance: &'a mut [T],
     pub room: &'a mut [f64],
+    /// All results rounded.
+    pub rounded: Option<(Half, &'a mut [u16])>,
 }
 
 /// How many blocks of results a convolution makes known, if it does so at all.
@@ -51,19 +55,29 @@ pub fn forward_statistics<T: Vectors>(
     statistics: Statistics<T>,
     scratch: &mut [T],
 ) {
-    let Statistics { mean, variance, room } = statistics;
+    let Statistics { mean, variance, room, rounded } = statistics;
+    assert!(rounded.as_ref().is_none_or(|r| r.1.len() == y.len()), "rounded results");
+    let rounded = rounded.map(|(half, to)| (half, Shared::new(to)));
+    // Of results that are near, from element `first` on.
+    let round = |first: usize, y: &[T]| {
+        if let Some((half, to)) = &rounded {
+            // SAFETY: as many as there are results, and those of no two blocks are the same.
+            half.round_near(y, unsafe { std::slice::from_raw_parts_mut(to.ptr().add(first), y.len()) });
+        }
+    };
     let Some(blocks) = blocks::<T>(g) else {
         forward_blocks(g, x, w, epilogue, y, scratch, None);
-        return norm::channel_stats(y, channels(g), mean, variance, room);
+        return norm::channel_stats_and(y, channels(g), mean, variance, room, &round);
     };
     let each = norm::block_room(g.oc);
     let room = &mut room[..blocks * each];
     let parts = Shared::new(room);
-    let done = |block: usize, y: &[T]| {
+    let done = |block: usize, first: usize, y: &[T]| {
         assert!(block < blocks);
         // SAFETY: the block's part of the room, which no other block touches.
         let part = unsafe { std::slice::from_raw_parts_mut(parts.ptr().add(block * each), each) };
         norm::block_moments(y, g.oc, part);
+        round(first, y);
     };
     forward_blocks(g, x, w, epilogue, y, scratch, Some(&done));
     norm::merge_blocks(room, mean, variance);

@@ -9,8 +9,9 @@
 
 use rayon::prelude::*;
 
-use crate::kernels::conv::{Geometry, pointwise, split, strides, volume};
+use crate::kernels::conv::{Geometry, in_slots, pointwise, slots, split, strides, volume};
 use crate::kernels::gemm::{self, Product};
+use crate::kernels::half::Elements;
 use crate::kernels::par::{self, Shared};
 use crate::kernels::simd::{Kernel, Level, Simd, Vectors};
 use crate::kernels::tile::{Pieces, Positions, along_columns};
@@ -113,6 +114,36 @@ impl Plan {
         self.panels(panel) * panel * self.taps() * self.m
     }
 
+    /// The positions of X that the taps of some rows along the axis read, or all of several images.
+    fn reach(&self, image: usize, images: usize, first: usize, rows: usize) -> std::ops::Range<usize> {
+        let (d, all) = (self.axis, volume(self.x));
+        if images > 1 {
+            return image * all..(image + images) * all;
+        }
+        let last = (first + rows).min(self.y[d]);
+        let after = (last * self.stride[d] + (self.k[d] - 1) * self.dilation[d] + 1)
+            .saturating_sub(self.stride[d] + self.pad[d])
+            .min(self.x[d]);
+        let low = (first * self.stride[d]).saturating_sub(self.pad[d]).min(after);
+        let row = all / self.x[d];
+        image * all + low * row..image * all + after * row
+    }
+
+    /// Elements of X that a chunk reads at most.
+    fn reach_room(&self, division: &Division) -> usize {
+        let (d, all) = (self.axis, volume(self.x));
+        let rows = (division.rows - 1) * self.stride[d] + (self.k[d] - 1) * self.dilation[d] + 1;
+        self.c
+            * match division.images {
+                1 => rows.min(self.x[d]) * (all / self.x[d]),
+                images => images * all,
+            }
+    }
+
+    fn tasks(&self, d: &Division, panel: usize) -> usize {
+        d.slabs * self.panels(panel).div_ceil(d.panels) * d.pieces
+    }
+
     /// Elements of the padded copy of X.
     fn copy(&self) -> usize {
         if self.merged { self.n * volume(self.x) * self.c } else { 0 }
@@ -184,10 +215,13 @@ impl<T: Vectors> Side<'_, T> {
     }
 }
 
+/// Elements of a strip that are widened at a time.
+const STRIP: usize = 1024;
+
 /// Copies `positions` of `c` channels so that strips of at most `width` channels lie each by itself, `width`
 /// elements a position.
 fn pack<'a, T: Vectors>(
-    x: &[T],
+    x: Elements<T>,
     positions: usize,
     c: usize,
     strips: Pieces,
@@ -197,9 +231,23 @@ fn pack<'a, T: Vectors>(
     let size = positions * width;
     out.par_chunks_exact_mut(size).enumerate().for_each(|(i, out)| {
         let (start, len) = (strips.start(i), strips.len(i));
-        for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(c)) {
-            out[..len].copy_from_slice(&x[start..start + len]);
-            out[len..].fill(T::zero());
+        match x {
+            Elements::Whole(x) => {
+                for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(c)) {
+                    out[..len].copy_from_slice(&x[start..start + len]);
+                    out[len..].fill(T::zero());
+                }
+            }
+            Elements::Half(half, x) => {
+                let (mut near, block) = ([0; STRIP], STRIP / width);
+                for (out, x) in out.chunks_mut(block * width).zip(x.chunks(block * c)) {
+                    let near = &mut near[..out.len()];
+                    for (near, x) in near.chunks_exact_mut(width).zip(x.chunks_exact(c)) {
+                        near[..len].copy_from_slice(&x[start..start + len]);
+                    }
+                    half.widen_near(near, out);
+                }
+            }
         }
     });
     Side { data: out, step: width, packed: Some(size) }
@@ -208,6 +256,8 @@ fn pack<'a, T: Vectors>(
 struct Task<'a, T> {
     plan: &'a Plan,
     x: Side<'a, T>,
+    /// Where X is of half precision instead: it, and room for what a chunk reads of it, widened.
+    widens: Option<(Elements<'a, T>, &'a mut [T])>,
     dy: Side<'a, T>,
     /// (images, rows along the axis) of each chunk, in order.
     chunks: std::ops::Range<usize>,
@@ -222,7 +272,7 @@ struct Task<'a, T> {
 
 impl<T: Vectors> Kernel<T> for Task<'_, T> {
     #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(self) {
+    unsafe fn run<S: Simd<Elem = T>>(mut self) {
         let (p, d) = (self.plan, self.division);
         let panel = Level::of::<S>().panel(p.og);
         let per_group = p.og.div_ceil(panel);
@@ -232,6 +282,14 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
             let image = chunk / row_blocks * d.images;
             let images = d.images.min(p.n - image);
             let first_row = chunk % row_blocks * d.rows;
+            let mut x = self.x;
+            let mut origin = 0;
+            if let Some((all, near)) = &mut self.widens {
+                let reach = p.reach(image, images, first_row, d.rows);
+                let near = &mut near[..reach.len() * p.c];
+                all.copy(reach.start * p.c, near);
+                (x.data, origin) = (&*near, reach.start);
+            }
             for t in self.taps.clone() {
                 let tap = split(t, p.k);
                 // Output positions for which the tap lies inside.
@@ -266,14 +324,16 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                         },
                         rows: count[1],
                         steps: count[2],
-                        a_block: volume(p.x) * self.x.step,
-                        a_row: xs[1] * p.stride[1] * self.x.step,
-                        a_step: p.stride[2] * self.x.step,
+                        a_block: volume(p.x) * x.step,
+                        a_row: xs[1] * p.stride[1] * x.step,
+                        a_step: p.stride[2] * x.step,
                         b_block: volume(p.y) * self.dy.step,
                         b_row: ys[1] * self.dy.step,
                         b_step: self.dy.step,
                     };
                     let x0 = im * volume(p.x) + dot(x_at, xs) + depth * p.stride[0] * xs[0];
+                    // (Before what was widened where there is no position.)
+                    let x0 = x0.saturating_sub(origin);
                     let y0 = im * volume(p.y) + dot(lo, ys) + depth * ys[0];
                     for q in self.panels.clone() {
                         let (group, col) = (q / per_group, q % per_group * panel);
@@ -285,7 +345,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                         let pieces = Pieces::of(p.m, Level::of::<S>().rows(panel));
                         for i in 0..pieces.count {
                             let (row, m) = (pieces.start(i), pieces.len(i));
-                            let a = self.x.at(i, group * p.m + row, x0);
+                            let a = x.at(i, group * p.m + row, x0);
                             let b = self.dy.at(q, group * p.og + col, y0);
                             let c = self.sum.wrapping_add(((q * p.taps() + t) * p.m + row) * panel);
                             let add = self.add || nth > 0 || plane > 0;
@@ -334,22 +394,24 @@ fn product<T: Vectors>(g: &Geometry) -> Option<Product<T>> {
     (pointwise::applies(g) && g.c * g.oc >= LARGE).then(|| Product::dense(true, false, g.oc, g.c, positions))
 }
 
-/// Elements of scratch that [`weight_grad`] needs.
-pub fn weight_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
+/// Elements of scratch that [`weight_grad`] needs; `half`: is X of half precision?
+pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
     if let Some(product) = product::<T>(g) {
-        return gemm::room(&product, 1);
+        return gemm::room_halves(&product, [false, half]);
     }
     let p = Plan::new(g);
     let panel = p.panel::<T>();
     let packed = if p.packs(panel) { p.strips::<T>().iter().map(|s| s.1).sum() } else { 0 };
-    p.copy() + packed + p.division(panel).slabs * p.size(panel)
+    let (d, widens) = (p.division(panel), half && packed == 0 && !p.merged);
+    let near = if widens { slots(p.tasks(&d, panel), p.reach_room(&d)) } else { 0 };
+    p.copy() + packed + d.slabs * p.size(panel) + near
 }
 
 /// dW (M, C/groups, k…) from dY (N, spatial…, M) and X (N, spatial…, C).
-pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], scratch: &mut [T]) {
-    g.check(x, dy);
+pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut [T], scratch: &mut [T]) {
+    g.check_sizes(x.len(), dy.len());
     if let Some(product) = product(g) {
-        return gemm::gemm(&product, dy, x, dw, scratch);
+        return gemm::gemm_halves(&product, Elements::Whole(dy), x, dw, scratch);
     }
     let p = Plan::new(g);
     let panel = p.panel::<T>();
@@ -357,33 +419,42 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], sc
     let (copy, sums) = scratch.split_at_mut(p.copy());
     let x = if p.merged {
         pad(g, &p, x, copy);
-        &*copy
+        Elements::Whole(&*copy)
     } else {
         x
     };
+    let mut widens = None;
     let (x, dy, sums) = if p.packs(panel) {
         let [(rows, a), (columns, b)] = p.strips::<T>();
         let (pa, rest) = sums.split_at_mut(a);
         let (pb, sums) = rest.split_at_mut(b);
         let x = pack(x, p.n * volume(p.x), p.c, rows, T::level().rows(panel), pa);
-        (x, pack(dy, p.n * volume(p.y), p.og, columns, panel, pb), sums)
+        (x, pack(Elements::Whole(dy), p.n * volume(p.y), p.og, columns, panel, pb), sums)
     } else {
         let plain = |data, step| Side { data, step, packed: None };
-        (plain(x, p.c), plain(dy, g.oc), sums)
+        match x {
+            Elements::Whole(x) => (plain(x, p.c), plain(dy, g.oc), sums),
+            half => {
+                widens = Some(half);
+                (plain(&[], p.c), plain(dy, g.oc), sums)
+            }
+        }
     };
     let size = p.size(panel);
-    let sums = &mut sums[..d.slabs * size];
+    let (sums, near) = sums.split_at_mut(d.slabs * size);
     let chunks = p.n.div_ceil(d.images) * p.y[p.axis].div_ceil(d.rows);
     let panels = p.panels(panel);
     let per_slab = panels.div_ceil(d.panels) * d.pieces;
     let shared = Shared::new(sums);
-    let run = |task: usize| {
+    let room = if widens.is_some() { p.reach_room(&d) } else { 0 };
+    in_slots(p.tasks(&d, panel), room, near, |task, near| {
         let (slab, rest) = (task / per_slab, task % per_slab);
         let (piece, q) = (rest % d.pieces, rest / d.pieces);
         let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
         let task = Task {
             plan: &p,
             x,
+            widens: widens.map(|x| (x, near)),
             dy,
             chunks: share(slab, d.slabs, chunks),
             division: &d,
@@ -394,12 +465,7 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], sc
         };
         // SAFETY: the operands have the geometry's extents; tasks write different elements of the sums.
         unsafe { T::dispatch(task) }
-    };
-    let tasks = d.slabs * per_slab;
-    match tasks {
-        1 => run(0),
-        _ => (0..tasks).into_par_iter().for_each(run),
-    }
+    });
     finish(g, sums, dw);
 }
 
@@ -421,6 +487,7 @@ pub(super) fn add_positions<T: Vectors>(g: &Geometry, x: &[T], dy: &[T], add: bo
     let task = Task {
         plan: &plan,
         x: plain(x, g.c),
+        widens: None,
         dy: plain(dy, g.oc),
         chunks: 0..1,
         division: &division,
@@ -441,17 +508,18 @@ pub(super) fn finish<T: Vectors>(g: &Geometry, sums: &mut [T], dw: &mut [T]) {
 }
 
 /// X with zeros around it.
-fn pad<T: Vectors>(g: &Geometry, p: &Plan, x: &[T], out: &mut [T]) {
+fn pad<T: Vectors>(g: &Geometry, p: &Plan, x: Elements<T>, out: &mut [T]) {
     let lines = p.x[0] * p.x[1];
     let line = p.x[2] * g.c;
-    out.par_chunks_mut(lines * line).zip(x.par_chunks(volume(g.x) * g.c)).for_each(|(out, x)| {
+    out.par_chunks_mut(lines * line).enumerate().for_each(|(image, out)| {
+        let start = image * volume(g.x) * g.c;
         for (i, out) in out.chunks_mut(line).enumerate() {
             let inside = |d: usize, at: usize| at.checked_sub(g.pad[d]).filter(|i| *i < g.x[d]);
             match (inside(0, i / p.x[1]), inside(1, i % p.x[1])) {
                 (Some(a), Some(b)) => {
                     let (from, len) = (g.pad[2] * g.c, g.x[2] * g.c);
                     out[..from].fill(T::zero());
-                    out[from..from + len].copy_from_slice(&x[(a * g.x[1] + b) * len..][..len]);
+                    x.copy(start + (a * g.x[1] + b) * len, &mut out[from..from + len]);
                     out[from + len..].fill(T::zero());
                 }
                 _ => out.fill(T::zero()),

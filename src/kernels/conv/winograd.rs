@@ -15,6 +15,7 @@ use std::ops::Range;
 
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::{Epilogue, Geometry};
+use crate::kernels::half::Elements;
 use crate::kernels::simd::{Simd, Vectors};
 use transform::{IN, OUT, PRODUCTS, input_tile};
 
@@ -108,6 +109,8 @@ struct Source<'a, T> {
     channels: usize,
     /// Zeros before the images.
     low: [usize; 2],
+    /// The element of the images that is the first of `data`.
+    first: usize,
 }
 
 impl<'a, T> Source<'a, T> {
@@ -119,6 +122,7 @@ impl<'a, T> Source<'a, T> {
             extents: [plan.source[1], plan.source[2]],
             channels: plan.ci,
             low: [plan.low[1], plan.low[2]],
+            first: 0,
         }
     }
 
@@ -132,8 +136,8 @@ impl<'a, T> Source<'a, T> {
             for j in 0..N {
                 let x = (column + j).wrapping_sub(self.low[1]);
                 if y < rows && x < columns {
-                    all[i][j] =
-                        self.data.as_ptr().wrapping_add(((image * rows + y) * columns + x) * self.channels);
+                    let at = ((image * rows + y) * columns + x) * self.channels;
+                    all[i][j] = self.data.as_ptr().wrapping_add(at - self.first);
                 }
             }
         }
@@ -141,22 +145,60 @@ impl<'a, T> Source<'a, T> {
     }
 }
 
-/// Transforms the inputs of `tiles`.
+/// Images of half precision, and room for the rows that a row of tiles reads, widened.
+struct Widened<'a, T> {
+    images: Elements<'a, T>,
+    near: &'a mut [T],
+    /// Image and first row of the tiles whose rows are near.
+    held: Option<[usize; 2]>,
+}
+
+impl<'a, T: Vectors> Widened<'a, T> {
+    fn new(images: Elements<'a, T>, near: &'a mut [T]) -> Self {
+        Widened { images, near, held: None }
+    }
+
+    /// Elements of the room.
+    fn room(extents: [usize; 2], channels: usize) -> usize {
+        IN.min(extents[0]) * extents[1] * channels
+    }
+
+    /// A source that is like `source` for the tiles whose first results are in this row.
+    fn source<'b>(&'b mut self, source: &Source<'b, T>, [image, row, _]: [usize; 3]) -> Source<'b, T> {
+        let [rows, columns] = source.extents;
+        let after = (row + IN - source.low[0]).min(rows);
+        let above = row.saturating_sub(source.low[0]).min(after);
+        let first = (image * rows + above) * columns * source.channels;
+        if self.held != Some([image, row]) {
+            self.held = Some([image, row]);
+            let n = (after - above) * columns * source.channels;
+            self.images.copy(first, &mut self.near[..n]);
+        }
+        Source { data: self.near, first, ..*source }
+    }
+}
+
+/// Transforms the inputs of `tiles`, which are read from `source`, or, where there are, from images of half precision.
 ///
 /// # Safety
 /// `source` must hold the tiles' images, `to` be writable for the size of `layout`, whose tiles are as many.
 #[inline(always)]
-unsafe fn transform_inputs<S: Simd>(
+unsafe fn transform_inputs<S: Simd<Elem: Vectors>>(
     of: &Tiles,
     tiles: Range<usize>,
     source: &Source<'_, S::Elem>,
+    mut widened: Option<&mut Widened<S::Elem>>,
     layout: &Transformed,
     to: *mut S::Elem,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         for t in 0..tiles.len() {
-            let at = source.tile::<IN>(of.at(tiles.start + t));
+            let tile = of.at(tiles.start + t);
+            let at = match &mut widened {
+                Some(widened) => widened.source(source, tile).tile::<IN>(tile),
+                None => source.tile::<IN>(tile),
+            };
             let mut channel = 0;
             while channel < layout.channels {
                 let n = (layout.channels - channel).min(S::LANES);

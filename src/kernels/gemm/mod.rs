@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
+mod halves;
 mod pack;
 #[cfg(test)]
 mod tests;
@@ -15,11 +16,14 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::kernels::half::Elements;
 use crate::kernels::par::{self, Shared};
 use crate::kernels::simd::{Kernel, Level, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::{Pieces, Positions, along_columns, along_rows};
 use crate::tensor::Float;
 use crate::tile_sizes;
+
+pub use halves::{gemm_halves, room_halves};
 
 /// Multiply-adds worth a task of their own.
 const WORK: usize = 1 << 19;
@@ -251,6 +255,10 @@ pub fn many<T: Vectors>(
         assert!(a.len() >= i + need[0] && b.len() >= j + need[1], "operands of a product");
         (&a[i..], &b[j..])
     };
+    let elements = |i: usize| {
+        let (a, b) = operands(i);
+        (Elements::Whole(a), Elements::Whole(b))
+    };
     if p.is_vector() {
         for i in 0..batch {
             let (a, b) = operands(i);
@@ -258,13 +266,13 @@ pub fn many<T: Vectors>(
         }
     } else if batch == 1 || p.work() >= LARGE {
         for i in 0..batch {
-            let (a, b) = operands(i);
+            let (a, b) = elements(i);
             divided(p, a, b, added(i), &mut c[i * c_stride..], scratch);
         }
     } else {
         let shared = Shared::new(c);
         tasks(batch, p.packed(), scratch, |i, packed| {
-            let (a, b) = operands(i);
+            let (a, b) = elements(i);
             pack_shared(p, a, b, packed, false);
             let c = shared.ptr().wrapping_add(i * c_stride);
             let (strips, panels) = (0..p.strips().count, 0..p.panels());
@@ -284,7 +292,7 @@ pub fn prepared<T: Vectors>(p: &Product<T>) -> usize {
 pub fn prepare<T: Vectors>(p: &Product<T>, b: &[T], packed: &mut [T]) {
     assert!(!p.trans_a && b.len() >= p.extents()[1], "operands of a product");
     if !p.is_vector() {
-        pack::columns(p, b, packed, !p.alone && packed.len() >= par::GRAIN);
+        pack::columns(p, Elements::Whole(b), packed, !p.alone && packed.len() >= par::GRAIN);
     }
 }
 
@@ -301,19 +309,29 @@ pub fn gemm_prepared<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], packed: &[T],
     );
     match p.is_vector() {
         true => vector::vector(p, a, b, Plus::NOTHING, c),
-        false => shared_out(p, a, b, Plus::NOTHING, c, packed, &mut []),
+        false => {
+            let (a, b) = (Elements::Whole(a), Elements::Whole(b));
+            shared_out(p, a, b, Plus::NOTHING, c, packed, &mut []);
+        }
     }
 }
 
 /// One product, divided into tasks.
-fn divided<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], plus: Plus<T>, c: &mut [T], scratch: &mut [T]) {
+fn divided<T: Vectors>(
+    p: &Product<T>,
+    a: Elements<T>,
+    b: Elements<T>,
+    plus: Plus<T>,
+    c: &mut [T],
+    scratch: &mut [T],
+) {
     let (packed, rest) = scratch.split_at_mut(p.packed());
     pack_shared(p, a, b, packed, !p.alone && packed.len() >= par::GRAIN);
     shared_out(p, a, b, plus, c, packed, rest);
 }
 
 /// Packs what all tasks read, by several tasks or by this one.
-fn pack_shared<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], packed: &mut [T], several: bool) {
+fn pack_shared<T: Vectors>(p: &Product<T>, a: Elements<T>, b: Elements<T>, packed: &mut [T], several: bool) {
     match p.packs() {
         Packs::Nothing => {}
         Packs::B | Packs::BThenA => pack::columns(p, b, packed, several),
@@ -324,8 +342,8 @@ fn pack_shared<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], packed: &mut [T], s
 /// The tasks of a product whose operand for all of them is packed.
 fn shared_out<T: Vectors>(
     p: &Product<T>,
-    a: &[T],
-    b: &[T],
+    a: Elements<T>,
+    b: Elements<T>,
     plus: Plus<T>,
     c: &mut [T],
     packed: &[T],
@@ -360,8 +378,9 @@ fn tasks<T: Send>(count: usize, own: usize, scratch: &mut [T], run: impl Fn(usiz
 /// Some strips and panels of one product.
 struct Part<'a, T> {
     p: &'a Product<T>,
-    a: &'a [T],
-    b: &'a [T],
+    /// Whole, where they are read as they lie.
+    a: Elements<'a, T>,
+    b: Elements<'a, T>,
     /// What is packed already, and where the rest will be, as the product says.
     packed: &'a [T],
     near: &'a mut [T],
@@ -414,7 +433,7 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                     let first = q * panel;
                     let lanes = panel.min(p.n - first);
                     let (b, b_step) = match packs {
-                        Packs::Nothing => (self.b.as_ptr().wrapping_add(k * p.ldb + first), p.ldb),
+                        Packs::Nothing => (self.b.address(k * p.ldb + first), p.ldb),
                         Packs::B | Packs::BThenA => {
                             (self.packed.as_ptr().wrapping_add((q * p.k + k) * panel), panel)
                         }
@@ -427,7 +446,7 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                         let (a, lda) = match packs {
                             Packs::Nothing | Packs::B => {
                                 let at = if p.trans_a { k * p.lda + row } else { row * p.lda + k };
-                                (self.a.as_ptr().wrapping_add(at), p.lda)
+                                (self.a.address(at), p.lda)
                             }
                             Packs::BThenA => {
                                 let at = (i - self.strips.start) * p.in_strip(count);

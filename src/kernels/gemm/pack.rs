@@ -5,6 +5,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::{GAP, Product};
+use crate::kernels::half::Elements;
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Level, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::Pieces;
@@ -17,7 +18,7 @@ const GROUP: usize = 32;
 const AHEAD: usize = 12;
 
 /// op(B) in panels, by several tasks or by this one.
-pub(super) fn columns<T: Vectors>(p: &Product<T>, b: &[T], out: &mut [T], several: bool) {
+pub(super) fn columns<T: Vectors>(p: &Product<T>, b: Elements<T>, out: &mut [T], several: bool) {
     assert!(b.len() >= p.extents()[1], "operands of a product");
     let size = p.in_panels(1, p.k).max(1);
     // SAFETY: B's length was checked; a panel has `size` elements.
@@ -29,7 +30,7 @@ pub(super) fn columns<T: Vectors>(p: &Product<T>, b: &[T], out: &mut [T], severa
 }
 
 /// A, stored K×M, in strips.
-pub(super) fn rows<T: Vectors>(p: &Product<T>, a: &[T], out: &mut [T]) {
+pub(super) fn rows<T: Vectors>(p: &Product<T>, a: Elements<T>, out: &mut [T]) {
     let strips = p.strips().count;
     assert!(a.len() >= p.extents()[0] && out.len() >= strips * p.in_strip(p.k), "operands of a product");
     let out = Shared::new(out);
@@ -42,7 +43,7 @@ pub(super) fn rows<T: Vectors>(p: &Product<T>, a: &[T], out: &mut [T]) {
 
 struct Panel<'a, T> {
     p: &'a Product<T>,
-    b: &'a [T],
+    b: Elements<'a, T>,
     q: usize,
     out: &'a mut [T],
 }
@@ -57,7 +58,7 @@ impl<T: Vectors> Kernel<T> for Panel<'_, T> {
 
 struct Strips<'a, T> {
     p: &'a Product<T>,
-    a: &'a [T],
+    a: Elements<'a, T>,
     steps: Range<usize>,
     /// Of all strips, with all steps.
     out: *mut T,
@@ -74,14 +75,15 @@ impl<T: Vectors> Kernel<T> for Strips<'_, T> {
     }
 }
 
-/// Some steps of panel `q` of op(B): for each step of the summed dimension one row of columns, zeros beyond the last.
+/// Some steps of panel `q` of op(B): for each step of the summed dimension one row of columns, zeros beyond the last. A
+/// transposed B is whole.
 ///
 /// # Safety
 /// B must have the product's extents, `out` room for the steps, and `S`'s instructions be there.
 #[inline(always)]
 pub(super) unsafe fn panel<S: Simd>(
     p: &Product<S::Elem>,
-    b: &[S::Elem],
+    b: Elements<S::Elem>,
     q: usize,
     steps: Range<usize>,
     out: *mut S::Elem,
@@ -94,8 +96,15 @@ pub(super) unsafe fn panel<S: Simd>(
         if cols < panel {
             std::slice::from_raw_parts_mut(out, steps.len() * panel).fill(num_traits::zero());
         }
+        if !p.trans_b && !b.is_whole() {
+            for k in 0..steps.len() {
+                let row = std::slice::from_raw_parts_mut(out.add(k * panel), cols);
+                b.copy((steps.start + k) * p.ldb + first, row);
+            }
+            return;
+        }
         if !p.trans_b {
-            let b = b.as_ptr().wrapping_add(steps.start * p.ldb + first);
+            let b = b.address(steps.start * p.ldb + first);
             for k in 0..steps.len() {
                 let (from, to) = (b.add(k * p.ldb), out.add(k * panel));
                 let mut j = 0;
@@ -108,7 +117,7 @@ pub(super) unsafe fn panel<S: Simd>(
             }
             return;
         }
-        let b = b.as_ptr().wrapping_add(first * p.ldb + steps.start);
+        let b = b.address(first * p.ldb + steps.start);
         // Some steps at a time: whole cache lines of B are used.
         let mut from = 0;
         while from < steps.len() {
@@ -154,7 +163,7 @@ fn height<S: Simd>(p: &Product<S::Elem>) -> usize {
 #[inline(always)]
 pub(super) unsafe fn strips<S: Simd>(
     p: &Product<S::Elem>,
-    a: &[S::Elem],
+    a: Elements<S::Elem>,
     some: Range<usize>,
     steps: Range<usize>,
     out: *mut S::Elem,
@@ -167,6 +176,8 @@ pub(super) unsafe fn strips<S: Simd>(
     // Whole vectors are copied where they stay inside A and inside the strip: what is too much is written over by the
     // next steps, or never read.
     let whole = steps.end.saturating_sub((vectors * S::LANES).div_ceil(height) - 1);
+    // A step's rows of a group of strips, of half precision, widened; and room for the last whole vector.
+    let mut near = [num_traits::zero(); GROUP * 8 + GAP];
     let mut first = steps.start;
     while first < steps.end {
         let last = steps.end.min(first + STEPS);
@@ -177,14 +188,22 @@ pub(super) unsafe fn strips<S: Simd>(
             for g in 0..count {
                 starts[g] = strips.start(group + g);
             }
+            let through = starts[count - 1] - starts[0];
             for k in first..last {
-                let row = k * p.lda;
-                let inside = k < whole && row + starts[count - 1] + vectors * S::LANES <= a.len();
+                let row = k * p.lda + starts[0];
+                let (from, there) = match a {
+                    Elements::Whole(a) => (a.as_ptr().wrapping_add(row), a.len() - row),
+                    half => {
+                        half.copy(row, &mut near[..through + strips.len(group + count - 1)]);
+                        (near.as_ptr(), near.len())
+                    }
+                };
+                let inside = k < whole && through + vectors * S::LANES <= there;
                 let to = out.wrapping_add((group - some.start) * size + (k - steps.start) * height);
                 for g in 0..count {
                     // SAFETY: the step's rows of A, and the strip's place for them; whole vectors were checked above.
                     unsafe {
-                        let (from, to) = (a.as_ptr().add(row + starts[g]), to.add(g * size));
+                        let (from, to) = (from.add(starts[g] - starts[0]), to.add(g * size));
                         S::prefetch(from.wrapping_add(AHEAD * p.lda));
                         match inside {
                             true => {

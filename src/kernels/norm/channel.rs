@@ -8,10 +8,11 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::fold::{Centred, Fold, Given, Passed, Sums, Term, Written};
+use super::fold::{Centred, Fold, Given, NEAR, Passed, Sums, Term, Written};
 use super::sweep::{sweep, zip_each};
 use super::{Moments, cut, sum, sum2};
 use crate::kernels::elementwise::Clamp;
+use crate::kernels::half::Elements;
 use crate::kernels::isa::vectorize_sweep;
 use crate::kernels::par::{self, GRAIN};
 use crate::kernels::simd::Vectors;
@@ -79,9 +80,9 @@ impl Channels {
         });
     }
 
-    /// The rows from `first` on that a task covers.
-    fn rows_of<T>(self, x: &[T], first: usize) -> &[T] {
-        &x[first * self.c..(first + self.per_task()).min(self.n) * self.c]
+    /// The elements of the rows from `first` on that a task covers.
+    fn rows_of(self, first: usize) -> Range<usize> {
+        first * self.c..(first + self.per_task()).min(self.n) * self.c
     }
 }
 
@@ -135,7 +136,7 @@ impl Strip {
     fn fold<T: Vectors, F: Term<T>, const PRODUCTS: bool>(
         self,
         elements: Range<usize>,
-        x: &[T],
+        x: Elements<T>,
         less: &[T; WIDTH],
         term: &mut F,
         sums: &mut Sums<T>,
@@ -177,6 +178,19 @@ pub fn channel_stats<T: Vectors>(
     variance: &mut [T],
     partials: &mut [f64],
 ) {
+    channel_stats_and(x, d, mean, variance, partials, &|_, _| {});
+}
+
+/// As [`channel_stats`]; `near` is told of pieces of `x`, the number of their first element and they, once each, while
+/// they are near.
+pub fn channel_stats_and<T: Vectors>(
+    x: &[T],
+    d: Channels,
+    mean: &mut [T],
+    variance: &mut [T],
+    partials: &mut [f64],
+    near: &(dyn Fn(usize, &[T]) + Sync),
+) {
     if d.s != 1 {
         let per = d.per_piece();
         mean.par_chunks_mut(per).zip(variance.par_chunks_mut(per)).enumerate().for_each(
@@ -186,6 +200,10 @@ pub fn channel_stats<T: Vectors>(
                     || {
                         for (k, (mean, var)) in mean.iter_mut().zip(var).enumerate() {
                             let of = |n| Moments::of(&x[d.start(n, i * per + k)..][..d.s]);
+                            for n in 0..d.n {
+                                let start = d.start(n, i * per + k);
+                                near(start, &x[start..][..d.s]);
+                            }
                             let m = (0..d.n).map(of).fold(Moments::default(), Moments::merge);
                             (*mean, *var) = (T::of(m.mean), T::of(m.variance()));
                         }
@@ -198,7 +216,11 @@ pub fn channel_stats<T: Vectors>(
     d.tasks(
         partials,
         #[inline(always)]
-        |first, means, squares| row_moments(d.rows_of(x, first), d.c, means, squares),
+        |first, means, squares| {
+            let rows = d.rows_of(first);
+            row_moments(&x[rows.clone()], d.c, means, squares);
+            near(rows.start, &x[rows]);
+        },
     );
     let parts = partials[..d.partials()].chunks_exact_mut((2 * d.c).max(1)).enumerate();
     let per = d.per_task();
@@ -263,7 +285,8 @@ fn row_moments<T: Vectors>(x: &[T], c: usize, means: &mut [f64], squares: &mut [
         // Distances are from about the mean: at first that of a few rows, then that of all rows so far. How far it
         // is off adds to the variance of all rows as much as it takes from a block's digits.
         let few = x.len().min(FEW * strip.step);
-        strip.fold::<_, _, false>(0..few, x, &[T::zero(); WIDTH], &mut Given(x), &mut lanes);
+        let all = Elements::Whole(x);
+        strip.fold::<_, _, false>(0..few, all, &[T::zero(); WIDTH], &mut Given(x), &mut lanes);
         sums.fill(0.0);
         strip.gather(&lanes.plain, sums);
         means.iter_mut().zip(&*sums).for_each(|(m, s)| *m = s / (few / c) as f64);
@@ -272,7 +295,7 @@ fn row_moments<T: Vectors>(x: &[T], c: usize, means: &mut [f64], squares: &mut [
             let count = (range.len() / c) as f64;
             about.iter_mut().zip(&*means).for_each(|(a, m)| *a = -T::of(*m));
             Strip { first: 0, ..strip }.spread(about, &mut less);
-            strip.fold::<_, _, true>(range, x, &less, &mut Centred, &mut lanes);
+            strip.fold::<_, _, true>(range, all, &less, &mut Centred, &mut lanes);
             sums.fill(0.0);
             own.fill(0.0);
             strip.gather(&lanes.plain, sums);
@@ -311,10 +334,11 @@ pub enum Mask<'a, T> {
 }
 
 /// `dscale = Σ dz·(x − mean)·inv` and `dshift = Σ dz` of each channel, `dz` being `dy` where the mask lets it pass.
-/// A channel's run of `s` elements lies within one row; masks are of batch normalisation only.
+/// A channel's run of `s` elements lies within one row; masks are of batch normalisation only. `x` may be of half
+/// precision where `s` is 1.
 #[allow(clippy::too_many_arguments)]
 pub fn param_grad<T: Vectors>(
-    x: &[T],
+    x: Elements<T>,
     dy: &[T],
     d: Channels,
     stat: Stat,
@@ -328,7 +352,8 @@ pub fn param_grad<T: Vectors>(
             partials,
             #[inline(always)]
             |first, scales, shifts| {
-                let (x, dy) = (d.rows_of(x, first), d.rows_of(dy, first));
+                let rows = d.rows_of(first);
+                let (x, dy) = (x.part(rows.clone()), &dy[rows]);
                 match stat {
                     Stat::Channel => match mask {
                         Mask::All => column_products(x, d.c, mean, Given(dy), scales, shifts),
@@ -350,7 +375,7 @@ pub fn param_grad<T: Vectors>(
         let inv = matches!(stat, Stat::Channel).then_some(inv);
         return finish(&partials[..d.partials()], inv, dscale, dshift);
     }
-    let per = d.per_piece();
+    let (x, per) = (x.whole(), d.per_piece());
     let at = |i: usize, channel: usize| match stat {
         Stat::Channel => channel,
         Stat::Row(len) => i / len,
@@ -399,7 +424,7 @@ pub fn add_param_grad<T: Vectors>(
     let term = Passed::new(dy, factor, shift, clamp);
     vectorize_sweep(
         #[inline(always)]
-        || column_products(x, mean.len(), Some(mean), term, scales, shifts),
+        || column_products(Elements::Whole(x), mean.len(), Some(mean), term, scales, shifts),
     );
 }
 
@@ -421,7 +446,7 @@ fn finish<T: Float>(partials: &[f64], inv: Option<&[T]>, dscale: &mut [T], dshif
 
 /// `scales += Σ dz·(x − mean)`, `shifts += Σ dz` over rows of `c`, `dz` being the term's.
 fn column_products<T: Vectors, F: Term<T>>(
-    x: &[T],
+    x: Elements<T>,
     c: usize,
     mean: Option<&[T]>,
     mut term: F,
@@ -448,23 +473,24 @@ fn column_products<T: Vectors, F: Term<T>>(
 /// `scales += Σ dy·(x − mean)·inv`, `shifts += Σ dy` over rows of `c`, each of which has its own `(mean, inv)`.
 #[inline(always)]
 fn row_products<T: Float>(
-    (x, dy): (&[T], &[T]),
+    (x, dy): (Elements<T>, &[T]),
     c: usize,
     at: impl Fn(usize) -> (T, T),
     scales: &mut [f64],
     shifts: &mut [f64],
 ) {
-    let (mut lanes, mut plain) = ([T::zero(); WIDTH], [T::zero(); WIDTH]);
+    let [mut lanes, mut plain, mut near] = [[T::zero(); WIDTH]; 3];
     for first in (0..c).step_by(WIDTH) {
         let n = WIDTH.min(c - first);
         let (lanes, plain) = (&mut lanes[..n], &mut plain[..n]);
         let (scales, shifts) = (&mut scales[first..][..n], &mut shifts[first..][..n]);
-        for (block, (x, dy)) in x.chunks(DEPTH * c).zip(dy.chunks(DEPTH * c)).enumerate() {
+        for (block, dy) in dy.chunks(DEPTH * c).enumerate() {
             lanes.fill(T::zero());
             plain.fill(T::zero());
-            for (k, (x, dy)) in x.chunks_exact(c).zip(dy.chunks_exact(c)).enumerate() {
-                let (m, r) = at(block * DEPTH + k);
-                let (x, dy) = (&x[first..][..n], &dy[first..][..n]);
+            for (k, dy) in dy.chunks_exact(c).enumerate() {
+                let row = block * DEPTH + k;
+                let (m, r) = at(row);
+                let (x, dy) = (x.near(row * c + first, n, &mut near), &dy[first..][..n]);
                 for j in 0..n {
                     lanes[j] += dy[j] * ((x[j] - m) * r);
                     plain[j] += dy[j];
@@ -477,11 +503,11 @@ fn row_products<T: Float>(
 }
 
 /// As [`param_grad`] of batch normalisation with a residual, whose activation let pass where the result `y` is
-/// inside; `dz` is written too, and holds `dy` where that is `None`.
+/// inside; `dz` is written too, and holds `dy` where that is `None`. `x` and `y` may be of half precision where `s` is 1.
 #[allow(clippy::too_many_arguments)]
 pub fn masked_param_grad<T: Vectors>(
-    x: &[T],
-    y: &[T],
+    x: Elements<T>,
+    y: Elements<T>,
     dy: Option<&[T]>,
     dz: &mut [T],
     clamp: Clamp<T>,
@@ -491,12 +517,13 @@ pub fn masked_param_grad<T: Vectors>(
     partials: &mut [f64],
 ) {
     if d.s != 1 {
+        let y = y.whole();
         sweep(
             dz,
             d,
             [],
             #[inline(always)]
-            |start, dz, _| {
+            |start, dz, _, _| {
                 zip_each(cut(Some(y), start, dz.len()), cut(dy, start, dz.len()), dz, |_, y, dy| {
                     clamp.pass(y, dy)
                 })
@@ -511,8 +538,17 @@ pub fn masked_param_grad<T: Vectors>(
         part.fill(0.0);
         let (scales, shifts) = part.split_at_mut(d.c);
         let (start, n) = (i * per, dz.len());
-        let term = Written { y: &y[start..start + n], dy: cut(dy, start, n), dz, clamp };
-        column_products(&x[start..start + n], d.c, Some(mean), term, scales, shifts);
+        let y = y.part(start..start + n);
+        let mut room;
+        let near: &mut [T] = match y.is_whole() {
+            true => &mut [],
+            false => {
+                room = [T::zero(); NEAR];
+                &mut room
+            }
+        };
+        let term = Written { y, dy: cut(dy, start, n), dz, clamp, near };
+        column_products(x.part(start..start + n), d.c, Some(mean), term, scales, shifts);
     });
     finish(&partials[..d.partials()], Some(inv), dscale, dshift);
 }
@@ -525,10 +561,11 @@ pub fn channel_sum<T: Vectors>(dy: &[T], d: Channels, out: &mut [T], partials: &
             #[inline(always)]
             |first, sums, _| {
                 let (less, mut lanes) = ([T::zero(); WIDTH], Sums::zero());
-                let dy = d.rows_of(dy, first);
+                let dy = &dy[d.rows_of(first)];
                 for strip in Strip::all(d.c) {
                     for range in blocks(dy.len(), strip.block()) {
-                        strip.fold::<_, _, false>(range, &[], &less, &mut Given(dy), &mut lanes);
+                        let none = Elements::Whole(&[]);
+                        strip.fold::<_, _, false>(range, none, &less, &mut Given(dy), &mut lanes);
                         strip.gather(&lanes.plain, &mut sums[strip.first..][..strip.columns]);
                     }
                 }

@@ -3,17 +3,21 @@
 
 use super::channel::{Strip, WIDTH};
 use crate::kernels::elementwise::Clamp;
+use crate::kernels::half::Elements;
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
 use crate::tensor::Float;
 
 /// Rows that one tile goes down. The next as many are fetched meanwhile, since a tile's short runs, a row apart, do
 /// not look like a stream to the processor.
 const ROWS: usize = 4;
+/// Elements that are widened at a time, where they are of half precision.
+pub(super) const NEAR: usize = ROWS * WIDTH;
 
 /// What is summed: `dz` of an element, given its `x − at`.
 ///
 /// # Safety
-/// Where `holds(i + n)` and `j + n ≤ WIDTH`, `of(i, j, n, …)` touches nothing but memory that is the term's own.
+/// Where `holds(i + n)` and `j + n ≤ WIDTH`, and `prepare` was told of the rows, `of` touches nothing but memory that is
+/// the term's own.
 pub(super) unsafe trait Term<T: Float> {
     /// Are there so many elements?
     fn holds(&self, elements: usize) -> bool;
@@ -21,8 +25,11 @@ pub(super) unsafe trait Term<T: Float> {
     /// Columns are those of this strip from now on.
     fn turn_to(&mut self, _: Strip) {}
 
-    /// Of element `i` in column `j` and the `n − 1` after it.
-    unsafe fn of<S: Simd<Elem = T>>(&mut self, i: usize, j: usize, n: usize, x: S::V) -> S::V;
+    /// These rows are next.
+    fn prepare(&mut self, _: Rows) {}
+
+    /// Of element `i` in column `j`, the `k`th of those that were prepared, and the `n − 1` after it.
+    unsafe fn of<S: Simd<Elem = T>>(&mut self, at: [usize; 3], n: usize, x: S::V) -> S::V;
 
     /// Fetches what lies at element `i`, if there is such an element.
     unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize);
@@ -37,7 +44,7 @@ unsafe impl<T: Float> Term<T> for Centred {
         true
     }
     #[inline(always)]
-    unsafe fn of<S: Simd<Elem = T>>(&mut self, _: usize, _: usize, _: usize, x: S::V) -> S::V {
+    unsafe fn of<S: Simd<Elem = T>>(&mut self, _: [usize; 3], _: usize, x: S::V) -> S::V {
         x
     }
     #[inline(always)]
@@ -53,7 +60,7 @@ unsafe impl<T: Float> Term<T> for Given<'_, T> {
         elements <= self.0.len()
     }
     #[inline(always)]
-    unsafe fn of<S: Simd<Elem = T>>(&mut self, i: usize, _: usize, n: usize, _: S::V) -> S::V {
+    unsafe fn of<S: Simd<Elem = T>>(&mut self, [i, ..]: [usize; 3], n: usize, _: S::V) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { load_up_to::<S>(self.0.as_ptr().add(i), n) }
     }
@@ -90,7 +97,7 @@ unsafe impl<T: Float> Term<T> for Passed<'_, T> {
         }
     }
     #[inline(always)]
-    unsafe fn of<S: Simd<Elem = T>>(&mut self, i: usize, j: usize, n: usize, x: S::V) -> S::V {
+    unsafe fn of<S: Simd<Elem = T>>(&mut self, [i, j, _]: [usize; 3], n: usize, x: S::V) -> S::V {
         // SAFETY: the caller's promise.
         unsafe {
             let [factor, shift] = [self.spread[0].as_ptr().add(j), self.spread[1].as_ptr().add(j)];
@@ -109,10 +116,12 @@ unsafe impl<T: Float> Term<T> for Passed<'_, T> {
 
 /// Those of `dy` where `y` is inside the clamp, else 0; written to `dz`, which holds `dy` where that is `None`.
 pub(super) struct Written<'a, T> {
-    pub y: &'a [T],
+    pub y: Elements<'a, T>,
     pub dy: Option<&'a [T]>,
     pub dz: &'a mut [T],
     pub clamp: Clamp<T>,
+    /// Room for [`NEAR`] elements of a `y` of half precision, widened.
+    pub near: &'a mut [T],
 }
 
 // SAFETY: reads and writes elements that there are.
@@ -120,13 +129,22 @@ unsafe impl<T: Float> Term<T> for Written<'_, T> {
     fn holds(&self, elements: usize) -> bool {
         elements <= self.y.len() && elements <= self.dz.len() && self.dy.is_none_or(|dy| elements <= dy.len())
     }
+    fn prepare(&mut self, rows: Rows) {
+        if !self.y.is_whole() {
+            rows.widen(self.y, self.near);
+        }
+    }
     #[inline(always)]
-    unsafe fn of<S: Simd<Elem = T>>(&mut self, i: usize, _: usize, n: usize, _: S::V) -> S::V {
+    unsafe fn of<S: Simd<Elem = T>>(&mut self, [i, _, k]: [usize; 3], n: usize, _: S::V) -> S::V {
         // SAFETY: the caller's promise.
         unsafe {
             let dz = self.dz.as_mut_ptr();
             let dy = load_up_to::<S>(self.dy.map_or(dz.cast_const(), |dy| dy.as_ptr()).add(i), n);
-            let y = load_up_to::<S>(self.y.as_ptr().add(i), n);
+            let y = match self.y {
+                Elements::Whole(y) => y.as_ptr().add(i),
+                Elements::Half(..) => self.near.as_ptr().add(k),
+            };
+            let y = load_up_to::<S>(y, n);
             let passed = S::pass(y, S::splat(self.clamp.low), S::splat(self.clamp.high), dy);
             store_up_to::<S>(dz.add(i), passed, n);
             passed
@@ -136,12 +154,33 @@ unsafe impl<T: Float> Term<T> for Written<'_, T> {
     unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize) {
         // SAFETY: fetching is allowed anywhere.
         unsafe {
-            S::prefetch(self.y.as_ptr().wrapping_add(i));
+            S::prefetch(self.y.address(i));
             S::prefetch(self.dz.as_ptr().wrapping_add(i));
             if let Some(dy) = self.dy {
                 S::prefetch(dy.as_ptr().wrapping_add(i));
             }
         }
+    }
+}
+
+/// Rows of `columns` elements, `step` apart from element `start` on.
+#[derive(Clone, Copy)]
+pub(super) struct Rows {
+    start: usize,
+    rows: usize,
+    columns: usize,
+    step: usize,
+}
+
+impl Rows {
+    /// Widens them, one after the other.
+    fn widen<T: Float>(self, x: Elements<T>, near: &mut [T]) {
+        let near = &mut near[..self.rows * self.columns];
+        if self.columns == self.step {
+            return x.copy(self.start, near);
+        }
+        let rows = near.chunks_exact_mut(self.columns).enumerate();
+        rows.for_each(|(i, near)| x.copy(self.start + i * self.step, near));
     }
 }
 
@@ -166,7 +205,7 @@ pub(super) struct Fold<'a, T, F, const PRODUCTS: bool> {
     pub rows: usize,
     pub columns: usize,
     pub step: usize,
-    pub x: &'a [T],
+    pub x: Elements<'a, T>,
     /// `−at`
     pub less: &'a [T; WIDTH],
     pub term: &'a mut F,
@@ -184,12 +223,13 @@ impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Fold<'_, T, F, PRODUCTS> {
         unsafe { T::dispatch(self) }
     }
 
-    /// `V` vectors of columns from `j` on, each of `n` lanes, down some rows.
+    /// `V` vectors of columns from `j` on, each of `n` lanes, down some rows; `x`: where those of `x` are, and their
+    /// step.
     #[inline(always)]
     unsafe fn tile<S: Simd<Elem = T>, const V: usize>(
         &mut self,
-        first: usize,
-        rows: usize,
+        rows: Rows,
+        (x, x_step): (*const T, usize),
         j: usize,
         n: usize,
     ) {
@@ -202,20 +242,21 @@ impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Fold<'_, T, F, PRODUCTS> {
                     *less = load_up_to::<S>(self.less.as_ptr().add(j + v * S::LANES), n);
                 }
             }
-            for row in first..first + rows {
+            for row in 0..rows.rows {
                 for v in 0..V {
                     let j = j + v * S::LANES;
-                    let i = self.start + row * self.step + j;
+                    let i = rows.start + row * self.step + j;
+                    let at = [i, j, row * rows.columns + j];
                     let ahead = i + ROWS * self.step;
                     self.term.fetch::<S>(ahead);
                     if PRODUCTS {
-                        S::prefetch(self.x.as_ptr().wrapping_add(ahead));
-                        let x = S::add(load_up_to::<S>(self.x.as_ptr().add(i), n), less[v]);
-                        let dz = self.term.of::<S>(i, j, n, x);
+                        S::prefetch(self.x.address(ahead));
+                        let x = S::add(load_up_to::<S>(x.add(row * x_step + j), n), less[v]);
+                        let dz = self.term.of::<S>(at, n, x);
                         products[v] = S::fma(dz, x, products[v]);
                         plain[v] = S::add(plain[v], dz);
                     } else {
-                        plain[v] = S::add(plain[v], self.term.of::<S>(i, j, n, zero));
+                        plain[v] = S::add(plain[v], self.term.of::<S>(at, n, zero));
                     }
                 }
             }
@@ -237,21 +278,43 @@ impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Kernel<T> for Fold<'_, T, F, 
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(mut self) {
         let (whole, part) = (self.columns / S::LANES, self.columns % S::LANES);
+        let mut room;
+        let near: &mut [T] = match PRODUCTS && !self.x.is_whole() {
+            true => {
+                room = [T::zero(); NEAR];
+                &mut room
+            }
+            false => &mut [],
+        };
         for first in (0..self.rows).step_by(ROWS) {
-            let rows = ROWS.min(self.rows - first);
+            let rows = Rows {
+                start: self.start + first * self.step,
+                rows: ROWS.min(self.rows - first),
+                columns: self.columns,
+                step: self.step,
+            };
+            self.term.prepare(rows);
+            let x = match self.x {
+                Elements::Whole(x) => (x.as_ptr().wrapping_add(rows.start), self.step),
+                half if PRODUCTS => {
+                    rows.widen(half, near);
+                    (near.as_ptr(), self.columns)
+                }
+                _ => (near.as_ptr(), 0),
+            };
             let mut v = 0;
             // SAFETY: the vectors are within the columns, the last one cut to what is left of them.
             unsafe {
                 while v + 4 <= whole {
-                    self.tile::<S, 4>(first, rows, v * S::LANES, S::LANES);
+                    self.tile::<S, 4>(rows, x, v * S::LANES, S::LANES);
                     v += 4;
                 }
                 while v < whole {
-                    self.tile::<S, 1>(first, rows, v * S::LANES, S::LANES);
+                    self.tile::<S, 1>(rows, x, v * S::LANES, S::LANES);
                     v += 1;
                 }
                 if part > 0 {
-                    self.tile::<S, 1>(first, rows, v * S::LANES, part);
+                    self.tile::<S, 1>(rows, x, v * S::LANES, part);
                 }
             }
         }

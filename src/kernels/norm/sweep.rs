@@ -1,9 +1,11 @@
 //! Batch normalisation: sweeps whose coefficients are per channel.
+#![allow(unsafe_code)]
 
 use super::channel::{Channels, Strip, WIDTH};
 use super::{cut, rows};
 use crate::kernels::elementwise::Clamp;
-use crate::kernels::par::GRAIN;
+use crate::kernels::half::{Elements, Half};
+use crate::kernels::par::{GRAIN, Shared};
 use crate::tensor::Float;
 
 /// What is added to a normalised value.
@@ -32,14 +34,30 @@ pub(super) fn zip_each<T: Float>(
     }
 }
 
-/// Calls `f(element, piece of y, coefficients)` for pieces of `y` in parallel; the coefficients are those of the
-/// piece's elements where channels lie side by side, else (`Err`) of the one channel it belongs to.
+/// [`zip_each`] with elements of `a`, from `start` on, which may be of half precision where there are no more of `y` than
+/// have room in `near`.
+#[inline(always)]
+fn zip_near<T: Float>(
+    a: Option<Elements<T>>,
+    start: usize,
+    near: &mut [T; WIDTH],
+    b: Option<&[T]>,
+    y: &mut [T],
+    f: impl Fn(usize, T, T) -> T,
+) {
+    let a = a.map(|a| a.near(start, y.len(), near));
+    zip_each(a, b, y, f);
+}
+
+/// Calls `f(element, piece of y, coefficients, room)` for pieces of `y` in parallel; the coefficients are those of the
+/// piece's elements where channels lie side by side, else (`Err`) of the one channel it belongs to. In the former case
+/// a piece has at most as many elements as the room.
 #[inline(always)]
 pub(super) fn sweep<T: Float, const K: usize>(
     y: &mut [T],
     d: Channels,
     coefficients: [&[T]; K],
-    f: impl Fn(usize, &mut [T], Result<[&[T]; K], [T; K]>) + Send + Sync,
+    f: impl Fn(usize, &mut [T], Result<[&[T]; K], [T; K]>, &mut [T; WIDTH]) + Send + Sync,
 ) {
     if d.s != 1 {
         return rows(
@@ -48,8 +66,9 @@ pub(super) fn sweep<T: Float, const K: usize>(
             GRAIN,
             #[inline(always)]
             |row, piece| {
+                let mut near = [T::zero(); WIDTH];
                 for (k, y) in piece.chunks_mut(d.s.max(1)).enumerate() {
-                    f((row + k) * d.s, y, Err(coefficients.map(|v| v[(row + k) % d.c])));
+                    f((row + k) * d.s, y, Err(coefficients.map(|v| v[(row + k) % d.c])), &mut near);
                 }
             },
         );
@@ -60,7 +79,7 @@ pub(super) fn sweep<T: Float, const K: usize>(
         GRAIN,
         #[inline(always)]
         |row, piece| {
-            let mut lanes = [[T::zero(); WIDTH]; K];
+            let (mut lanes, mut near) = ([[T::zero(); WIDTH]; K], [T::zero(); WIDTH]);
             let mut all = Strip::all(d.c);
             let (mut width, mut coefficients) = (d.c.max(1), coefficients);
             if let (Some(strip), None) = (all.next(), all.next())
@@ -73,13 +92,18 @@ pub(super) fn sweep<T: Float, const K: usize>(
                 width = strip.width;
             }
             for (k, y) in piece.chunks_mut(width).enumerate() {
-                f(row * d.c + k * width, y, Ok(coefficients.map(|v| &v[..y.len()])));
+                let start = row * d.c + k * width;
+                for (i, y) in y.chunks_mut(WIDTH).enumerate() {
+                    let of = coefficients.map(|v| &v[i * WIDTH..][..y.len()]);
+                    f(start + i * WIDTH, y, Ok(of), &mut near);
+                }
             }
         },
     );
 }
 
-/// `y = clamp((x − mean)·factor + shift + residual)` per channel; `y` holds `x` where that is `None`.
+/// `y = clamp((x − mean)·factor + shift + residual)` per channel; `y` holds `x` where that is `None`. All of `y` is also
+/// put in `rounded`, if that is there.
 #[allow(clippy::too_many_arguments)]
 pub fn channel_affine<T: Float>(
     x: Option<&[T]>,
@@ -90,13 +114,16 @@ pub fn channel_affine<T: Float>(
     shift: &[T],
     residual: Residual<T>,
     clamp: Clamp<T>,
+    rounded: Option<(Half, &mut [u16])>,
 ) {
+    assert!(rounded.as_ref().is_none_or(|r| r.1.len() == y.len()), "rounded results");
+    let rounded = rounded.map(|(half, to)| (half, Shared::new(to)));
     sweep(
         y,
         d,
         [mean, factor, shift],
         #[inline(always)]
-        |start, y, c| {
+        |start, y, c, _| {
             let x = cut(x, start, y.len());
             let (r, add) = match residual {
                 Residual::None => (None, false),
@@ -112,6 +139,10 @@ pub fn channel_affine<T: Float>(
                 }
                 (Err([m, a, b]), true) => zip_each(x, r, y, |_, x, r| clamp.of((x - m) * a + b + r)),
                 (Err([m, a, b]), false) => zip_each(x, None, y, |_, x, _| clamp.of((x - m) * a + b)),
+            }
+            if let Some((half, to)) = &rounded {
+                // SAFETY: as many elements as `y` has, and those of no two pieces are the same.
+                half.round_near(y, unsafe { std::slice::from_raw_parts_mut(to.ptr().add(start), y.len()) });
             }
         },
     );
@@ -143,9 +174,10 @@ impl<T: Float> ChannelGrad<'_, T> {
 }
 
 /// `dx = scale·inv·(dz − dshift/M − x̂·dscale/M)` with `x̂ = (x − mean)·inv`, M elements a channel.
-/// At most one of `x`, `dy` is `None`: it lies in `dx`. `room`: `3·c` elements.
+/// At most one of `x`, `dy` is `None`: it lies in `dx`; `x` may be of half precision where `s` is 1. `room`: `3·c`
+/// elements.
 pub fn channel_input_grad<T: Float>(
-    x: Option<&[T]>,
+    x: Option<Elements<T>>,
     dy: Option<&[T]>,
     dx: &mut [T],
     d: Channels,
@@ -156,20 +188,22 @@ pub fn channel_input_grad<T: Float>(
     let (k1, k2) = rest.split_at_mut(d.c);
     g.coefficients(d.count(), factor, k1, &mut k2[..d.c]);
     let (m, a, k1, k2) = (g.mean, &*factor, &*k1, &k2[..d.c]);
-    let near = |start: usize, n: usize| (cut(x, start, n), cut(dy, start, n));
+    assert!(d.s == 1 || x.is_none_or(|x| x.is_whole()), "half precision with channels first");
     let Some((shift, clamp)) = g.passed else {
         return sweep(
             dx,
             d,
             [m, a, k1, k2],
             #[inline(always)]
-            |start, dx, c| {
-                let (x, dy) = near(start, dx.len());
+            |start, dx, c, near| {
+                let dy = cut(dy, start, dx.len());
                 match c {
                     Ok([m, a, k1, k2]) => {
-                        zip_each(x, dy, dx, |j, x, dy| a[j] * (dy - k1[j] - (x - m[j]) * k2[j]));
+                        zip_near(x, start, near, dy, dx, |j, x, dy| a[j] * (dy - k1[j] - (x - m[j]) * k2[j]));
                     }
-                    Err([m, a, k1, k2]) => zip_each(x, dy, dx, |_, x, dy| a * (dy - k1 - (x - m) * k2)),
+                    Err([m, a, k1, k2]) => {
+                        zip_near(x, start, near, dy, dx, |_, x, dy| a * (dy - k1 - (x - m) * k2));
+                    }
                 }
             },
         );
@@ -179,13 +213,13 @@ pub fn channel_input_grad<T: Float>(
         d,
         [m, a, shift, k1, k2],
         #[inline(always)]
-        |start, dx, c| {
-            let (x, dy) = near(start, dx.len());
+        |start, dx, c, near| {
+            let dy = cut(dy, start, dx.len());
             match c {
-                Ok([m, a, b, k1, k2]) => {
-                    zip_each(x, dy, dx, |j, x, dy| each(clamp, x, dy, [m[j], a[j], b[j], k1[j], k2[j]]));
-                }
-                Err(c) => zip_each(x, dy, dx, |_, x, dy| each(clamp, x, dy, c)),
+                Ok([m, a, b, k1, k2]) => zip_near(x, start, near, dy, dx, |j, x, dy| {
+                    each(clamp, x, dy, [m[j], a[j], b[j], k1[j], k2[j]])
+                }),
+                Err(c) => zip_near(x, start, near, dy, dx, |_, x, dy| each(clamp, x, dy, c)),
             }
         },
     );

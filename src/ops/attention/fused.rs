@@ -4,6 +4,8 @@ use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::attention::{self as kernel, Attention, Out, Rows, Scores};
+use crate::kernels::half::Half;
+use crate::ops::half::{computed, elements};
 use crate::ops::{Cx, Grads, Op, get, need, out};
 use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut, broadcast};
 
@@ -93,7 +95,7 @@ impl FusedAttention {
     fn of_metas(&self, x: &[Option<&Meta>]) -> Result<(Attention, Dims), OpError> {
         let (q, k, v) = (need(x, 0)?, need(x, 1)?, need(x, 2)?);
         let mask = get(x, 3);
-        if [Some(k), Some(v), mask].into_iter().flatten().any(|m| m.dtype != q.dtype) {
+        if [Some(k), Some(v), mask].into_iter().flatten().any(|m| computed(m) != computed(q)) {
             return Err(OpError::Type("operands of attention of different types".into()));
         }
         self.geometry(&q.dims, &k.dims, &v.dims, mask.map(|m| &m.dims[..]))
@@ -170,8 +172,8 @@ impl Op for FusedAttention {
 /// dQ, dK, dV, and the gradient of what is added to the scores (…, T, S), of [`FusedAttention`]. Inputs: Q, K, V, the mask
 /// or nothing, dY, and the forward pass's output 1.
 #[derive(Debug)]
-struct FusedAttentionGrad {
-    of: FusedAttention,
+pub(in crate::ops) struct FusedAttentionGrad {
+    pub of: FusedAttention,
 }
 
 impl Op for FusedAttentionGrad {
@@ -185,36 +187,42 @@ impl Op for FusedAttentionGrad {
         if dy.dims != y {
             return Err(OpError::Shape(format!("dY of {:?} where Y is {y:?}", dy.dims)));
         }
-        let mut made: Vec<Meta> = [q, k, v].iter().map(|x| Meta::new(q.dtype, &x.dims)).collect();
+        let dtype = computed(q);
+        let mut made: Vec<Meta> = [q, k, v].iter().map(|x| Meta::new(dtype, &x.dims)).collect();
         let scores = [a.batch, a.heads, a.queries, a.keys];
         made.push(match q.rank() {
-            3 => Meta::new(q.dtype, &[a.batch, a.queries, a.keys]),
-            _ => Meta::new(q.dtype, &scores),
+            3 => Meta::new(dtype, &[a.batch, a.queries, a.keys]),
+            _ => Meta::new(dtype, &scores),
         });
         Ok(made)
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let a = self.of.of_views(x)?;
-        float_dispatch!(need(x, 0)?.dtype, T => {
-            let room = cx.room::<T>(kernel::grads_scratch::<T>(&a))?;
-            let (q, k, v) = (need(x, 0)?.get::<T>()?, need(x, 1)?.get()?, need(x, 2)?.get()?);
+        float_dispatch!(need(x, 4)?.dtype, T => {
+            let operands = [elements::<T>(need(x, 0)?)?, elements(need(x, 1)?)?, elements(need(x, 2)?)?];
+            let room = cx.room::<T>(kernel::grads_scratch::<T>(&a, operands.map(|x| !x.is_whole())))?;
             let scale = T::of(self.of.scale as f64);
             let scores = Scores { scale, mask: get(x, 3).map(|m| m.get()).transpose()? };
             let mut outs = y.iter_mut().map(|y| y.as_mut().map(|y| y.get::<T>()).transpose());
             let mut next = || outs.next().transpose().map(Option::flatten);
             let out = Out { q: next()?, k: next()?, v: next()?, mask: next()? };
-            kernel::grads(&a, q, k, v, scores, need(x, 4)?.get()?, need(x, 5)?.get()?, out, room);
+            kernel::grads(&a, operands, scores, need(x, 4)?.get()?, need(x, 5)?.get()?, out, room);
             Ok(())
         })
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Ok((a, _)), Some(q)) = (self.of.of_metas(inputs), get(inputs, 0)) else { return 0 };
-        bytes(q.dtype, |double| match double {
-            true => kernel::grads_scratch::<f64>(&a),
-            false => kernel::grads_scratch::<f32>(&a),
+        let halves = [0, 1, 2].map(|i| get(inputs, i).is_some_and(|x| Half::of(x.dtype).is_some()));
+        bytes(computed(q), |double| match double {
+            true => kernel::grads_scratch::<f64>(&a, halves),
+            false => kernel::grads_scratch::<f32>(&a, halves),
         })
+    }
+
+    fn reads_half(&self, input: usize) -> bool {
+        input < 3
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {

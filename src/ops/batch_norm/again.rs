@@ -41,7 +41,7 @@ impl Op for Normalise {
             for ((f, scale), inv) in factor.iter_mut().zip(scale).zip(inv) {
                 *f = T::of(scale.to64() * inv.to64());
             }
-            norm::channel_affine(input, y.get::<T>()?, d, mean, factor, shift, residual, self.of.clamp.to());
+            norm::channel_affine(input, y.get::<T>()?, d, mean, factor, shift, residual, self.of.clamp.to(), None);
             Ok(())
         })
     }

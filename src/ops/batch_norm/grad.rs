@@ -6,6 +6,7 @@ use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::norm::{self, Channels, Mask, Residual, Stat};
+use crate::ops::half::{computed, elements, widened};
 use crate::ops::layout::rank_of;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, get, need, out};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
@@ -39,13 +40,17 @@ impl Op for ChannelParamGrad {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let channel = Meta::new(need(inputs, 0)?.dtype, &[self.channels.c]);
+        let channel = Meta::new(need(inputs, 1)?.dtype, &[self.channels.c]);
         Ok(vec![channel.clone(), channel])
     }
 
+    fn reads_half(&self, input: usize) -> bool {
+        input == 0 && self.channels.s == 1
+    }
+
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        float_dispatch!(need(x, 0)?.dtype, T => {
-            let (input, dy) = (need(x, 0)?.get::<T>()?, need(x, 1)?.get::<T>()?);
+        float_dispatch!(need(x, 1)?.dtype, T => {
+            let (input, dy) = (elements(need(x, 0)?)?, need(x, 1)?.get::<T>()?);
             let mean = get(x, 2).map(|m| m.get::<T>()).transpose()?;
             let mut inv = need(x, 3)?.get::<T>()?;
             let c = self.channels.c;
@@ -69,7 +74,7 @@ impl Op for ChannelParamGrad {
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
-        let dtype = get(inputs, 0).map_or(DType::F64, |m: &Meta| m.dtype);
+        let dtype = get(inputs, 0).map_or(DType::F64, computed);
         room_bytes(self.channels.partials(), 3 * self.channels.c, dtype)
     }
 
@@ -136,9 +141,9 @@ impl Op for BatchNormParamGrad {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let x = need(inputs, 0)?;
+        let x = widened(need(inputs, 0)?);
         let channel = Meta::new(x.dtype, &[self.channels.c]);
-        Ok(vec![channel.clone(), channel, same(x)])
+        Ok(vec![channel.clone(), channel, x])
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
@@ -147,7 +152,7 @@ impl Op for BatchNormParamGrad {
         };
         float_dispatch!(dscale.dtype, T => {
             let of = |i: usize| need(x, i)?.get::<T>();
-            let (input, mean, inv) = (of(0)?, of(2)?, of(3)?);
+            let (input, mean, inv) = (elements(need(x, 0)?)?, of(2)?, of(3)?);
             let sums = (dscale.get::<T>()?, dshift.get::<T>()?);
             let (d, clamp) = (self.channels, self.clamp.to::<T>());
             let (partials, factor) = room::<T>(cx, d.partials(), d.c)?;
@@ -155,7 +160,7 @@ impl Op for BatchNormParamGrad {
                 let dy = get(x, 1).map(|dy| dy.get::<T>()).transpose()?;
                 let dz = out(rest, 0)?.get::<T>()?;
                 norm::masked_param_grad(
-                    input, y.get::<T>()?, dy, dz, clamp, d, (mean, inv), sums, partials,
+                    input, elements(y)?, dy, dz, clamp, d, (mean, inv), sums, partials,
                 );
                 return Ok(());
             }
@@ -169,8 +174,12 @@ impl Op for BatchNormParamGrad {
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
-        let dtype = get(inputs, 0).map_or(DType::F64, |m: &Meta| m.dtype);
+        let dtype = get(inputs, 0).map_or(DType::F64, computed);
         room_bytes(self.channels.partials(), self.channels.c, dtype)
+    }
+
+    fn reads_half(&self, input: usize) -> bool {
+        matches!(input, 0 | 6) && self.channels.s == 1
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
@@ -203,12 +212,13 @@ impl Op for BatchNormInputGrad {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        Ok(vec![same(need(inputs, 0)?)])
+        Ok(vec![widened(need(inputs, 0)?)])
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let y = out(y, 0)?;
         float_dispatch!(y.dtype, T => {
+            let input = get(x, 0).map(elements).transpose()?;
             let get = |i: usize| get(x, i).map(|x| x.get::<T>()).transpose();
             let need = |i: usize| need(x, i)?.get::<T>();
             let g = norm::ChannelGrad {
@@ -220,7 +230,7 @@ impl Op for BatchNormInputGrad {
                 passed: get(7)?.map(|shift| (shift, self.clamp.to())),
             };
             let room = cx.room(3 * self.channels.c)?;
-            norm::channel_input_grad(get(0)?, get(4)?, y.get::<T>()?, self.channels, g, room);
+            norm::channel_input_grad(input, get(4)?, y.get::<T>()?, self.channels, g, room);
             Ok(())
         })
     }
@@ -232,6 +242,10 @@ impl Op for BatchNormInputGrad {
 
     fn in_place(&self) -> &[(usize, usize)] {
         &[(4, 0), (0, 0)]
+    }
+
+    fn reads_half(&self, input: usize) -> bool {
+        input == 0 && self.channels.s == 1
     }
 
     fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
@@ -275,7 +289,7 @@ impl Op for BatchNormEvalInputGrad {
             }
             let clamp = Clamp::NONE.to();
             norm::channel_affine(
-                dy, y.get::<T>()?, self.channels, zero, factor, zero, Residual::None, clamp,
+                dy, y.get::<T>()?, self.channels, zero, factor, zero, Residual::None, clamp, None,
             );
             Ok(())
         })

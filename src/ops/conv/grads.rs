@@ -5,8 +5,10 @@ use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::conv::{self as kernel, Both, Load, NormGrad, Operand, Residual, Sums};
 use crate::kernels::elementwise::Clamp;
+use crate::kernels::half::{Elements, Half};
 use crate::kernels::norm::ChannelGrad;
 use crate::ops::conv::{Conv, expect, floats, normalised, per_channel, residual, same_type, short};
+use crate::ops::half::{computed, elements, widened};
 use crate::ops::{Cx, Grads, Op, get, need};
 use crate::tensor::{DType, Dims, Meta, View, ViewMut};
 
@@ -53,7 +55,7 @@ impl Op for ConvGrads {
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let (dy, w, x) = (need(inputs, 0)?, need(inputs, 1)?, need(inputs, 2)?);
         same_type(dy, w)?;
-        same_type(dy, x)?;
+        same_type(dy, &widened(x))?;
         expect(&w.dims, &self.w)?;
         let (g, y) = self.conv.geometry(&x.dims, &self.w)?;
         expect(&dy.dims, &y)?;
@@ -66,7 +68,7 @@ impl Op for ConvGrads {
         }
         if let Some(passed) = self.back {
             let at = self.behind();
-            same_type(dy, need(inputs, at)?)?;
+            same_type(dy, &widened(need(inputs, at)?))?;
             expect(&need(inputs, at)?.dims, &y)?;
             let count = if passed.is_some() { 6 } else { 5 };
             per_channel(inputs.get(at + 1..at + 1 + count).unwrap_or(&[None]), dy, g.oc)?;
@@ -86,7 +88,7 @@ impl Op for ConvGrads {
             return Err(OpError::Internal("two outputs are needed".into()));
         };
         float_dispatch!(dy.dtype, T => {
-            let input = input.get::<T>()?;
+            let input = elements::<T>(input)?;
             let room = if self.sums { kernel::sums_room(&g) } else { 0 };
             let (room, scratch) = cx.scratch.split_at_mut_checked(room * size_of::<f64>()).ok_or_else(short)?;
             let (coefficients, scratch) = floats::<T>(scratch)?.split_at_mut_checked(g.c + 3 * g.oc).ok_or_else(short)?;
@@ -114,7 +116,7 @@ impl Op for ConvGrads {
                         Some(clamp) => Some((of(6)?, clamp.to())),
                         None => None,
                     };
-                    Load::NormGrad(NormGrad { x: of(0)?, mean: grad.mean, factor, k1, k2, passed })
+                    Load::NormGrad(NormGrad { x: elements(need(x, self.behind())?)?, mean: grad.mean, factor, k1, k2, passed })
                 }
             };
             let sums = match (self.sums, norm, more) {
@@ -127,7 +129,7 @@ impl Op for ConvGrads {
                 _ => return Err(OpError::Internal("sums of no normalisation".into())),
             };
             let both = Both {
-                dy: Operand { data: dy.get::<T>()?, channels: g.oc, load },
+                dy: Operand { data: Elements::Whole(dy.get::<T>()?), channels: g.oc, load },
                 x: Operand { data: input, channels: g.c, load: norm.map_or(Load::Plain, Load::Norm) },
                 w: w.get::<T>()?,
                 addend: if self.adds { residual(x, 3)? } else { Residual::None },
@@ -140,19 +142,24 @@ impl Op for ConvGrads {
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let Some(x) = get(inputs, 2) else { return 0 };
-        let plain = [self.back.is_none(), self.conv.normalises.is_none()];
+        let (half, dtype) = (Half::of(x.dtype).is_some(), computed(x));
+        let plain = [self.back.is_none(), self.conv.normalises.is_none() && !half, !self.sums || !half];
         self.conv.geometry(&x.dims, &self.w).map_or(0, |(g, _)| {
-            let elements = match x.dtype {
+            let elements = match dtype {
                 DType::F64 => kernel::grads_scratch::<f64>(&g, plain),
                 _ => kernel::grads_scratch::<f32>(&g, plain),
             };
             let room = if self.sums { kernel::sums_room(&g) } else { 0 };
-            room * size_of::<f64>() + (elements + g.c + 3 * g.oc) * x.dtype.size()
+            room * size_of::<f64>() + (elements + g.c + 3 * g.oc) * dtype.size()
         })
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
         &[(3, 0)]
+    }
+
+    fn reads_half(&self, input: usize) -> bool {
+        input == 2 || self.back.is_some() && input == self.behind()
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {

@@ -1,10 +1,13 @@
 //! Convolution with the statistics of its results.
 
+use std::sync::Arc;
+
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::conv::{self as kernel, Statistics};
 use crate::ops::conv::{Conv, floats, short};
+use crate::ops::half::rounded;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, get, need};
 use crate::tensor::{DType, Meta, View, ViewMut};
 
@@ -13,6 +16,8 @@ use crate::tensor::{DType, Meta, View, ViewMut};
 #[derive(Debug)]
 pub struct ConvStatistics {
     pub conv: Conv,
+    /// Output 3 is Y in this type of half precision.
+    pub rounds: Option<DType>,
 }
 
 impl ConvStatistics {
@@ -35,6 +40,7 @@ impl Op for ConvStatistics {
         let mut made = self.conv.infer(inputs)?;
         let channel = Meta::new(made[0].dtype, &need(inputs, 1)?.dims[..1]);
         made.extend([channel.clone(), channel]);
+        made.extend(self.rounds.map(|to| Meta::new(to, &made[0].dims)));
         Ok(made)
     }
 
@@ -43,13 +49,17 @@ impl Op for ConvStatistics {
         let (g, _) = self.conv.geometry(input.dims, w.dims)?;
         let bytes = self.room(input.dims, w.dims, input.dtype);
         let (room, scratch) = cx.scratch.split_at_mut_checked(bytes).ok_or_else(short)?;
-        let [Some(y), Some(mean), Some(variance)] = y else {
+        let [Some(y), Some(mean), Some(variance), more @ ..] = y else {
             return Err(OpError::Internal("three outputs are needed".into()));
+        };
+        let rounded = match more {
+            [Some(to), ..] => Some(rounded(to)?),
+            _ => None,
         };
         float_dispatch!(input.dtype, T => {
             let (epilogue, y) = (self.conv.epilogue(x)?, y.get::<T>()?);
             let (mean, variance) = (mean.get::<T>()?, variance.get::<T>()?);
-            let statistics = Statistics { mean, variance, room: floats(room)? };
+            let statistics = Statistics { mean, variance, room: floats(room)?, rounded };
             let (x, scratch) = self.conv.input::<T>(x, g.c, scratch)?;
             kernel::forward_statistics(&g, x, w.get::<T>()?, epilogue, y, statistics, scratch);
             Ok(())
@@ -63,8 +73,12 @@ impl Op for ConvStatistics {
 
     fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
         let flags = self.conv.channels_last(inputs, outputs)?;
-        let op = ConvStatistics { conv: self.conv.last() };
+        let op = ConvStatistics { conv: self.conv.last(), rounds: self.rounds };
         Some(ChannelsLast::by(op, &flags.inputs, &[true, false, false]).wanted())
+    }
+
+    fn rounding(&self, to: DType) -> Option<Arc<dyn Op>> {
+        Some(Arc::new(ConvStatistics { conv: self.conv.clone(), rounds: Some(to) }))
     }
 
     fn in_place(&self) -> &[(usize, usize)] {

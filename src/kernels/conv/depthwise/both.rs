@@ -3,7 +3,7 @@
 
 use super::weight::{add_row, finish};
 use super::{Direction, Sweep, in_tap_order};
-use crate::kernels::conv::both::{Both, Sums};
+use crate::kernels::conv::both::{Both, Plain, Sums};
 use crate::kernels::conv::load::Rows;
 use crate::kernels::conv::{Epilogue, Geometry, in_slots, slots, split};
 use crate::kernels::par::Shared;
@@ -20,6 +20,8 @@ struct Task<'a, T> {
     rows: std::ops::Range<usize>,
     dw: &'a mut [T],
     sums: Option<(&'a Sums<'a, T>, &'a mut [f64])>,
+    /// Room for a row of X, where the sums widen it.
+    near: &'a mut [T],
 }
 
 impl<T: Vectors> Kernel<T> for Task<'_, T> {
@@ -47,7 +49,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                     self.back.row::<S>(&mut self.dy, image * g.x[1] + i1, Some(soon));
                     let dx = std::slice::from_raw_parts(self.back.y.add(start), line);
                     if let Some((sums, part)) = &mut self.sums {
-                        sums.add(start, dx, part);
+                        sums.add(start, dx, self.near, part);
                     }
                 }
             }
@@ -59,13 +61,14 @@ pub fn grads_slabs(g: &Geometry) -> usize {
     (g.n * g.y[1]).min(SLABS)
 }
 
-/// Elements of a task's rings of dY and of X.
-fn rings(g: &Geometry, plain: [bool; 2]) -> [usize; 2] {
-    [Direction::back(g).ring(plain[0]), Direction::forward(g).ring(plain[1])]
+/// Elements of a task's rings of dY and of X, and of a row of X that sums widen.
+fn rings(g: &Geometry, [dy, x, sums]: Plain) -> [usize; 3] {
+    let row = if sums { 0 } else { g.x[2] * g.c };
+    [Direction::back(g).ring(dy), Direction::forward(g).ring(x), row]
 }
 
-/// Elements of scratch that [`grads`] needs; `plain`: are dY and X?
-pub fn grads_scratch(g: &Geometry, plain: [bool; 2]) -> usize {
+/// Elements of scratch that [`grads`] needs.
+pub fn grads_scratch(g: &Geometry, plain: Plain) -> usize {
     let size = g.taps() * g.c;
     (1 + grads_slabs(g)) * size + slots(grads_slabs(g), rings(g, plain).iter().sum())
 }
@@ -77,12 +80,13 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
     in_tap_order(g, b.w, w);
     let w: &[T] = w;
     let (sums, slots) = rest.split_at_mut(slabs * size);
-    let [dy_ring, x_ring] = rings(g, [b.dy.is_plain(), b.x.is_plain()]);
+    let [dy_ring, x_ring, row] = rings(g, b.plain());
     let way = Direction::back(g);
     let epilogue = Epilogue { residual: b.addend, ..Epilogue::none() };
     let (shared, dx) = (Shared::new(sums), Shared::new(dx));
-    in_slots(slabs, dy_ring + x_ring, slots, |slab, slot| {
-        let (dy, x) = slot.split_at_mut(dy_ring);
+    in_slots(slabs, dy_ring + x_ring + row, slots, |slab, slot| {
+        let (dy, rest) = slot.split_at_mut(dy_ring);
+        let (x, near) = rest.split_at_mut(x_ring);
         // SAFETY: the slab's own sum.
         let dw = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(slab * size), size) };
         let task = Task {
@@ -91,6 +95,7 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
             x: Rows::new(b.x, g.x, Direction::forward(g).window(), x),
             rows: total * slab / slabs..total * (slab + 1) / slabs,
             dw,
+            near,
             // SAFETY: asked for here alone.
             sums: b.sums.as_ref().map(|sums| (sums, unsafe { sums.part(slab) })),
         };

@@ -217,7 +217,7 @@ pub fn weight_grad_scratch(g: &Geometry, plain: bool) -> usize {
 
 /// dW (C, 1, k…) from dY and X, both (N, spatial…, C).
 pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Operand<T>, dw: &mut [T], scratch: &mut [T]) {
-    g.check(x.data, dy);
+    g.check_sizes(x.data.len(), dy.len());
     x.check();
     let (total, size) = (g.n * g.y[0] * g.y[1], g.taps() * g.c);
     let slabs = (total * g.y[2] * size / WORK).clamp(1, SLABS.min(total));

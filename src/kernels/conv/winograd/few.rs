@@ -5,8 +5,6 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::forward::{Multiply, Target, transform_weights};
 use super::transform::PRODUCTS;
 use super::{Source, TAPS, Tiles, Transformed, transform_inputs};
@@ -55,13 +53,23 @@ impl<T: Vectors> Kernel<T> for Transform<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
         // SAFETY: the promise of whoever made it.
-        unsafe { transform_inputs::<S>(&self.of, self.tiles, &self.source, &self.layout, self.to) }
+        unsafe { transform_inputs::<S>(&self.of, self.tiles, &self.source, None, &self.layout, self.to) }
     }
 }
 
-/// Calls `f` for all tiles, a few at a time.
-pub(super) fn each(of: Tiles, f: impl Fn(Range<usize>) + Sync + Send) {
-    (0..of.total.div_ceil(EACH)).into_par_iter().for_each(|i| f(i * EACH..of.total.min((i + 1) * EACH)));
+/// Calls `f` for all tiles, a few at a time, with `own` elements of scratch.
+pub(super) fn each<T: Send>(
+    of: Tiles,
+    own: usize,
+    scratch: &mut [T],
+    f: impl Fn(Range<usize>, &mut [T]) + Sync,
+) {
+    let tasks = each_tasks(of);
+    in_slots(tasks, own, scratch, |i, own| f(i * EACH..of.total.min((i + 1) * EACH), own));
+}
+
+pub(super) fn each_tasks(of: Tiles) -> usize {
+    of.total.div_ceil(EACH)
 }
 
 /// Everything of one panel.
@@ -127,7 +135,7 @@ pub(super) fn run<T: Vectors>(
     let zeros: &[T] = zeros;
     let (transformed, slots) = rest.split_at_mut(layouts[0].size());
     let shared = Shared::new(transformed);
-    each(tiles, |some| {
+    each(tiles, 0, &mut [], |some, _: &mut [T]| {
         let to = shared.ptr().wrapping_add(some.start * layouts[0].tile);
         let source = Source::of(plan, x, zeros);
         // SAFETY: the input has the plan's extents; no two tasks write the same tiles.

@@ -149,7 +149,14 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
         let plan = self.target.plan;
         // SAFETY: the buffers have the layouts' sizes, the weights all panels.
         unsafe {
-            transform_inputs::<S>(&self.target.tiles, self.tiles.clone(), &self.source, &x, self.transformed);
+            transform_inputs::<S>(
+                &self.target.tiles,
+                self.tiles.clone(),
+                &self.source,
+                None,
+                &x,
+                self.transformed,
+            );
             for p in self.panels.clone() {
                 let multiply = Multiply {
                     tiles: self.tiles.len(),

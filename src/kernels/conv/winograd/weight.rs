@@ -10,11 +10,12 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::few::each;
+use super::few::{each, each_tasks};
 use super::transform::{OUT, PRODUCTS, output_grad_tile, weight_grad_tile};
-use super::{Source, TAPS, Tiles, Transformed, transform_inputs};
+use super::{Source, TAPS, Tiles, Transformed, Widened, transform_inputs};
 use crate::kernels::conv::weight::in_order;
 use crate::kernels::conv::{Geometry, in_slots, slots};
+use crate::kernels::half::Elements;
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors};
 use crate::kernels::tile::{Pieces, Positions, along_columns};
@@ -68,9 +69,9 @@ impl Division {
         ]
     }
 
-    fn slot(&self, g: &Geometry, panel: usize) -> usize {
+    fn slot(&self, g: &Geometry, panel: usize, half: bool) -> usize {
         let [x, dy] = self.layouts(g, panel);
-        x.size() + dy.size() + g.c.max(g.oc)
+        x.size() + dy.size() + g.c.max(g.oc) + near(g, half)
     }
 
     /// Elements of one slab's sums: (panels, products, C, panel).
@@ -86,6 +87,8 @@ struct Task<'a, T> {
     chunk: usize,
     panels: Range<usize>,
     x: Source<'a, T>,
+    /// X where it is of half precision.
+    widened: Option<Widened<'a, T>>,
     dy: Source<'a, T>,
     layouts: [Transformed; 2],
     x_transformed: *mut T,
@@ -95,7 +98,7 @@ struct Task<'a, T> {
 
 impl<T: Vectors> Kernel<T> for Task<'_, T> {
     #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(self) {
+    unsafe fn run<S: Simd<Elem = T>>(mut self) {
         let panel = 2 * S::LANES;
         let [x, dy] = self.layouts;
         let (c, oc) = (self.g.c, self.g.oc);
@@ -106,7 +109,8 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
             let tiles = start..self.tiles.end.min(start + self.chunk);
             // SAFETY: the buffers have the layouts' sizes; the sums' elements are this task's.
             unsafe {
-                transform_inputs::<S>(&self.of, tiles.clone(), &self.x, &x, self.x_transformed);
+                let widened = self.widened.as_mut();
+                transform_inputs::<S>(&self.of, tiles.clone(), &self.x, widened, &x, self.x_transformed);
                 transform_gradients::<S>(
                     &self.of,
                     tiles.clone(),
@@ -283,28 +287,30 @@ impl Few {
         PRODUCTS * self.blocks.len(0) * panel
     }
 
-    fn scratch(&self, g: &Geometry, panel: usize) -> usize {
+    fn scratch(&self, g: &Geometry, panel: usize, half: bool) -> usize {
         let taps = self.panels * TAPS * g.c * panel;
         let transformed = self.layouts[0].size() + self.layouts[1].size();
         let tasks = self.panels * self.blocks.count;
-        g.c.max(g.oc) + taps + transformed + slots(tasks, self.slot(panel))
+        let widened = slots(each_tasks(self.tiles), near(g, half));
+        g.c.max(g.oc) + taps + transformed + slots(tasks, self.slot(panel)).max(widened)
     }
 
-    fn run<T: Vectors>(&self, g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], scratch: &mut [T]) {
+    fn run<T: Vectors>(&self, g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut [T], scratch: &mut [T]) {
         let panel = T::level().pair();
         let (zeros, rest) = scratch.split_at_mut(g.c.max(g.oc));
         let (taps, rest) = rest.split_at_mut(self.panels * TAPS * g.c * panel);
         let (tx, rest) = rest.split_at_mut(self.layouts[0].size());
         let (tdy, slots) = rest.split_at_mut(self.layouts[1].size());
         zeros.fill(T::zero());
-        let [x, dy] = sources(g, dy, x, zeros);
+        let ([source, dy], half) = (sources(g, dy, x, zeros), !x.is_whole());
         let (to_x, to_dy) = (Shared::new(tx), Shared::new(tdy));
-        each(self.tiles, |tiles| {
+        each(self.tiles, near(g, half), slots, |tiles, near| {
             let at = |i: usize| tiles.start * self.layouts[i].tile;
             let (to_x, to_dy) = (to_x.ptr().wrapping_add(at(0)), to_dy.ptr().wrapping_add(at(1)));
             let (of, layouts) = (self.tiles, self.layouts);
+            let widened = half.then(|| Widened::new(x, near));
             // SAFETY: the sources have the geometry's extents; no two tasks write the same tiles.
-            unsafe { T::dispatch(TransformBoth { of, tiles, x, dy, layouts, to_x, to_dy }) }
+            unsafe { T::dispatch(TransformBoth { of, tiles, x: source, widened, dy, layouts, to_x, to_dy }) }
         });
         let (tx, tdy): (&[T], &[T]) = (tx, tdy);
         let all = Shared::new(taps);
@@ -335,6 +341,7 @@ struct TransformBoth<'a, T> {
     of: Tiles,
     tiles: Range<usize>,
     x: Source<'a, T>,
+    widened: Option<Widened<'a, T>>,
     dy: Source<'a, T>,
     layouts: [Transformed; 2],
     to_x: *mut T,
@@ -343,11 +350,12 @@ struct TransformBoth<'a, T> {
 
 impl<T: Vectors> Kernel<T> for TransformBoth<'_, T> {
     #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(self) {
+    unsafe fn run<S: Simd<Elem = T>>(mut self) {
         let [x, dy] = self.layouts;
         // SAFETY: the promise of whoever made it.
         unsafe {
-            transform_inputs::<S>(&self.of, self.tiles.clone(), &self.x, &x, self.to_x);
+            let widened = self.widened.as_mut();
+            transform_inputs::<S>(&self.of, self.tiles.clone(), &self.x, widened, &x, self.to_x);
             let all = 0..self.dy.channels;
             transform_gradients::<S>(&self.of, self.tiles, &self.dy, all, &dy, self.to_dy);
         }
@@ -377,31 +385,42 @@ impl<T: Vectors> Kernel<T> for SumTaps<T> {
     }
 }
 
-/// Inputs and gradients, where tiles are read from.
-fn sources<'a, T: Vectors>(g: &Geometry, dy: &'a [T], x: &'a [T], zeros: &'a [T]) -> [Source<'a, T>; 2] {
+/// Elements of room for the rows of X that are near, where it is of half precision.
+fn near(g: &Geometry, half: bool) -> usize {
+    if half { Widened::<f32>::room([g.x[1], g.x[2]], g.c) } else { 0 }
+}
+
+/// Inputs, unless they are of half precision, and gradients, where tiles are read from.
+fn sources<'a, T: Vectors>(
+    g: &Geometry,
+    dy: &'a [T],
+    x: Elements<'a, T>,
+    zeros: &'a [T],
+) -> [Source<'a, T>; 2] {
+    let x = if let Elements::Whole(x) = x { x } else { &[] };
     let (inputs, outputs) = ([g.x[1], g.x[2]], [g.y[1], g.y[2]]);
     let low = [g.pad[1], g.pad[2]];
     [
-        Source { data: x, zeros, extents: inputs, channels: g.c, low },
-        Source { data: dy, zeros, extents: outputs, channels: g.oc, low: [0; 2] },
+        Source { data: x, zeros, extents: inputs, channels: g.c, low, first: 0 },
+        Source { data: dy, zeros, extents: outputs, channels: g.oc, low: [0; 2], first: 0 },
     ]
 }
 
-/// Elements of scratch that [`weight_grad`] needs.
-pub fn weight_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
+/// Elements of scratch that [`weight_grad`] needs; `half`: is X of half precision?
+pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
     let panel = T::level().pair();
     if let Some(few) = Few::new(g, panel) {
-        return few.scratch(g, panel);
+        return few.scratch(g, panel, half);
     }
     let d = Division::new(g, panel);
     let taps = d.all * TAPS * g.c * panel;
-    let slots = slots(d.slabs.count * d.groups(), d.slot(g, panel));
+    let slots = slots(d.slabs.count * d.groups(), d.slot(g, panel, half));
     d.slabs.count * d.size(g, panel) + slots.max(taps)
 }
 
 /// dW (M, C, 3, 3) from dY (N, spatial…, M) and X (N, spatial…, C).
-pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], scratch: &mut [T]) {
-    g.check(x, dy);
+pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut [T], scratch: &mut [T]) {
+    g.check_sizes(x.len(), dy.len());
     let panel = T::level().pair();
     if let Some(few) = Few::new(g, panel) {
         return few.run(g, dy, x, dw, scratch);
@@ -410,13 +429,15 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], sc
     let (size, layouts, groups) = (d.size(g, panel), d.layouts(g, panel), d.groups());
     let (sums, rest) = scratch.split_at_mut(d.slabs.count * size);
     let shared = Shared::new(sums);
-    in_slots(d.slabs.count * groups, d.slot(g, panel), rest, |task, slot| {
+    let half = !x.is_whole();
+    in_slots(d.slabs.count * groups, d.slot(g, panel, half), rest, |task, slot| {
         let (slab, group) = (task / groups, task % groups);
         let start = d.slabs.start(slab);
         let (x_transformed, more) = slot.split_at_mut(layouts[0].size());
-        let (dy_transformed, zeros) = more.split_at_mut(layouts[1].size());
+        let (dy_transformed, more) = more.split_at_mut(layouts[1].size());
+        let (zeros, near) = more.split_at_mut(g.c.max(g.oc));
         zeros.fill(T::zero());
-        let [x, dy] = sources(g, dy, x, zeros);
+        let [source, dy] = sources(g, dy, x, zeros);
         // SAFETY: the slices have the geometry's extents; tasks write different elements of the sums.
         unsafe {
             T::dispatch(Task {
@@ -425,7 +446,8 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: &[T], dw: &mut [T], sc
                 tiles: start..start + d.slabs.len(slab),
                 chunk: d.chunk,
                 panels: group * d.panels..d.all.min((group + 1) * d.panels),
-                x,
+                x: source,
+                widened: half.then(|| Widened::new(x, near)),
                 dy,
                 layouts,
                 x_transformed: x_transformed.as_mut_ptr(),

@@ -1,0 +1,57 @@
+//! Products of operands that may be of half precision.
+
+use super::{Packs, Plus, Product, divided, gemm, room};
+use crate::kernels::half::Elements;
+use crate::kernels::par;
+use crate::kernels::simd::Vectors;
+
+impl<T: Vectors> Product<T> {
+    /// Are operands of half precision, where they are so, widened as they are packed?
+    fn widens(&self, halves: [bool; 2]) -> bool {
+        let (packs, b) = (self.packs(), !halves[1] || !self.trans_b);
+        match packs {
+            _ if self.is_vector() => false,
+            Packs::Nothing => false,
+            Packs::B => !halves[0] && b,
+            Packs::BThenA | Packs::AThenB => b,
+        }
+    }
+}
+
+/// Elements of scratch that [`gemm_halves`] needs; `halves`: which of A and B are of half precision?
+pub fn room_halves<T: Vectors>(p: &Product<T>, halves: [bool; 2]) -> usize {
+    let [a, b, _] = p.extents();
+    let copies = match p.widens(halves) {
+        true => 0,
+        false => [a, b].into_iter().zip(halves).map(|(n, half)| if half { n } else { 0 }).sum(),
+    };
+    copies + room(p, 1)
+}
+
+/// As [`gemm`], with operands that may be of half precision: they are widened as they are packed, or, where they would be
+/// read as they lie, beforehand.
+pub fn gemm_halves<T: Vectors>(
+    p: &Product<T>,
+    a: Elements<T>,
+    b: Elements<T>,
+    c: &mut [T],
+    scratch: &mut [T],
+) {
+    let need = p.extents();
+    assert!(a.len() >= need[0] && b.len() >= need[1] && c.len() >= need[2], "operands of a product");
+    assert!(p.m <= 1 || p.ldc >= p.n, "rows of a product overlap");
+    if need[2] == 0 {
+        return;
+    }
+    if p.widens([!a.is_whole(), !b.is_whole()]) {
+        return divided(p, a, b, Plus::NOTHING, c, scratch);
+    }
+    let (a_near, rest) = scratch.split_at_mut(if a.is_whole() { 0 } else { need[0] });
+    let (b_near, rest) = rest.split_at_mut(if b.is_whole() { 0 } else { need[1] });
+    let widened = |x: Elements<T>, near: &mut [T]| par::pieces(near, |start, near| x.copy(start, near));
+    widened(a, a_near);
+    widened(b, b_near);
+    let a = if let Elements::Whole(a) = a { a } else { a_near };
+    let b = if let Elements::Whole(b) = b { b } else { b_near };
+    gemm(p, a, b, c, rest);
+}

@@ -1,0 +1,219 @@
+use super::*;
+use crate::kernels::elementwise::Clamp;
+use crate::kernels::layout::Layout;
+use crate::kernels::norm::{Channels, RowNorm, Stat};
+use crate::ops::attention::{FusedAttention, FusedAttentionGrad};
+use crate::ops::batch_norm::{BatchNormInputGrad, BatchNormParamGrad, ChannelParamGrad};
+use crate::ops::conv::{Conv, ConvGrads, ConvStatistics, ConvWeightGrad};
+use crate::ops::matmul::{Gemm, MatMulAs};
+use crate::ops::norm::SampleNormInputGrad;
+use crate::ops::window::Window;
+use crate::ops::{Attrs, eval};
+use crate::tensor::Tensor;
+
+#[test]
+fn there_and_back() {
+    let x: Vec<f32> = (0..70_000).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
+    let x = Tensor::from_slice(&[70, 1000], &x).unwrap();
+    for to in [DType::BF16, DType::F16] {
+        let narrow = eval(&Narrow { to }, &[Some(&x)]).unwrap().remove(0);
+        assert_eq!((narrow.dtype(), narrow.bytes().len()), (to, 2 * x.len()));
+        assert_eq!(narrow.bytes(), x.cast(to).bytes());
+        let dims = Dims::from_slice(&[1000, 70]);
+        let wide = eval(&Widen { dims }, &[Some(&narrow)]).unwrap().remove(0);
+        assert_eq!(wide.dims(), [1000, 70]);
+        assert_eq!(wide.bytes(), x.cast(to).cast(DType::F32).bytes());
+        assert!(eval(&Narrow { to }, &[Some(&narrow)]).is_err());
+        assert!(eval(&Widen { dims: Dims::new() }, &[Some(&narrow)]).is_err());
+    }
+    assert!(eval(&Narrow { to: DType::F32 }, &[Some(&x)]).is_err());
+    assert!(eval(&Widen { dims: Dims::from_slice(&[70, 1000]) }, &[Some(&x)]).is_err());
+}
+
+fn wave(dims: &[usize], step: f32) -> Tensor {
+    let data: Vec<f32> = (0..dims.iter().product()).map(|i| (i as f32 * step).sin()).collect();
+    Tensor::from_slice(dims, &data).unwrap()
+}
+
+/// What an operator that widens as it reads makes of half precision is what it makes of widened copies, bit by bit.
+fn reads(what: &str, op: &dyn Op, operands: &[Option<&Tensor>]) {
+    for to in [DType::BF16, DType::F16] {
+        let halves: Vec<Option<Tensor>> = operands
+            .iter()
+            .enumerate()
+            .map(|(i, t)| t.filter(|_| op.reads_half(i)).map(|t| t.cast(to)))
+            .collect();
+        assert!(halves.iter().any(Option::is_some), "{what} reads no half precision");
+        let wide: Vec<Option<Tensor>> =
+            halves.iter().map(|t| t.as_ref().map(|t| t.cast(DType::F32))).collect();
+        let run = |read: &[Option<Tensor>]| {
+            let all: Vec<Option<&Tensor>> =
+                read.iter().zip(operands).map(|(r, o)| r.as_ref().or(*o)).collect();
+            eval(op, &all).unwrap()
+        };
+        let (got, want) = (run(&halves), run(&wide));
+        for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+            assert!(got.dtype() == want.dtype() && got.bytes() == want.bytes(), "{what}, output {i}, {to}");
+        }
+    }
+}
+
+/// A convolution with its channels last.
+fn last(strides: &[usize], pads: &[usize], groups: usize) -> Conv {
+    let mut window = Window::of(&Attrs::default()).unwrap();
+    (window.strides, window.pads) = (strides.to_vec(), pads.to_vec());
+    Conv { window, groups, normalises: None, clamp: Clamp::NONE, layout: Layout::Last }
+}
+
+#[test]
+fn convolutions_read_it() {
+    // (X, W, groups, stride, pads), in ONNX's order.
+    let shapes: &[(&[usize], &[usize], usize, usize, usize)] = &[
+        (&[3, 16, 32, 32], &[16, 16, 3, 3], 1, 1, 1),
+        (&[1, 3, 40, 41], &[16, 3, 3, 3], 1, 2, 1),
+        (&[9, 32, 16, 16], &[64, 32, 3, 3], 1, 2, 1),
+        (&[40, 17, 9, 8], &[18, 17, 3, 3], 1, 2, 1),
+        (&[2, 18, 60, 70], &[20, 18, 5, 3], 1, 1, 2),
+        (&[2, 128, 14, 14], &[256, 128, 3, 3], 1, 2, 1),
+        (&[2, 100, 9, 9], &[96, 100, 1, 1], 1, 2, 0),
+        (&[2, 36, 5, 5], &[34, 18, 3, 3], 2, 1, 1),
+        (&[2, 256, 7, 7], &[256, 256, 1, 1], 1, 1, 0),
+        (&[2, 370, 8, 8], &[360, 370, 3, 3], 1, 1, 1),
+        (&[3, 64, 9, 10], &[70, 64, 3, 3], 1, 1, 0),
+        (&[2, 18, 600], &[16, 18, 3], 1, 1, 1),
+        (&[1, 17, 4, 5, 6], &[16, 17, 3, 2, 3], 1, 1, 1),
+        (&[2, 20, 9, 9, 9], &[16, 20, 3, 3, 3], 1, 2, 1),
+        (&[5, 24, 14, 14], &[24, 1, 3, 3], 24, 1, 1),
+        (&[2, 19, 9, 11], &[19, 1, 5, 5], 19, 2, 2),
+        (&[2, 24, 30, 31], &[80, 24, 1, 1], 1, 1, 0),
+        (&[1, 600, 20, 20], &[8, 600, 1, 1], 1, 1, 0),
+        (&[1, 600, 9, 9], &[600, 1, 3, 3], 600, 1, 1),
+    ];
+    for (x, w, groups, stride, pad) in shapes {
+        let what = format!("{x:?} by {w:?} / {stride}");
+        let conv = last(&vec![*stride; x.len() - 2], &vec![*pad; 2 * (x.len() - 2)], *groups);
+        let (input, weights) = (wave(&Layout::Last.of(x), 0.7), wave(w, 1.3));
+        let y = eval(&conv, &[Some(&input), Some(&weights)]).unwrap().remove(0);
+        let (c, oc) = (x[1], w[0]);
+        let dy = wave(y.dims(), 0.9);
+        let dims = Dims::from_slice(w);
+        let weight = ConvWeightGrad { conv: conv.clone(), w: dims.clone() };
+        reads(&what, &weight, &[Some(&dy), Some(&input)]);
+        let normal = [0.3, 0.5, 0.7, 0.9].map(|step| wave(&[c], step));
+        let clamp = Clamp { low: 0.0, high: 0.8 };
+        if conv.can_normalise(input.dims(), w) {
+            let mut operands = vec![Some(&dy), Some(&input)];
+            operands.extend(normal.iter().map(Some));
+            let weight = ConvWeightGrad { conv: conv.normalising(clamp), w: dims.clone() };
+            reads(&what, &weight, &operands);
+        }
+        if !ConvGrads::can(&conv, &input.meta(), w) {
+            continue;
+        }
+        let (read, behind) = (wave(y.dims(), 0.53), [0.2, 0.4, 0.6, 0.8, 1.0, 1.2].map(|s| wave(&[oc], s)));
+        for (normalises, back) in
+            [(false, None), (true, None), (false, Some(None)), (true, Some(Some(clamp)))]
+        {
+            let conv = if normalises { conv.normalising(clamp) } else { conv.clone() };
+            let mut operands = vec![Some(&dy), Some(&weights), Some(&input), None];
+            if normalises {
+                operands.extend(normal.iter().map(Some));
+            }
+            if let Some(clamp) = back {
+                operands.push(Some(&read));
+                operands.extend(behind[..if clamp.is_some() { 6 } else { 5 }].iter().map(Some));
+            }
+            let both = ConvGrads { conv, w: dims.clone(), adds: false, back, sums: normalises };
+            reads(&format!("both of {what}"), &both, &operands);
+        }
+    }
+}
+
+#[test]
+fn normalisations_read_it() {
+    for (n, c) in [(9000, 16), (700, 300), (333, 1280), (7, 3)] {
+        let what = format!("{n} rows of {c}");
+        let (channels, clamp) = (Channels { n, c, s: 1 }, Clamp { low: 0.0, high: 0.9 });
+        let [x, dy, y] = [0.7, 0.3, 0.4].map(|step| wave(&[n, c], step));
+        let [mean, inv, scale, shift] = [0.2, 0.1, 0.6, 0.8].map(|step| wave(&[c], step));
+        let param = BatchNormParamGrad { channels, clamp };
+        let operands = [&x, &dy, &mean, &inv, &scale, &shift, &y].map(Some);
+        reads(&what, &param, &operands[..6]);
+        reads(&what, &param, &operands);
+        let plain = ChannelParamGrad { channels, stat: Stat::Channel, epsilon: None };
+        reads(&what, &plain, &operands[..4]);
+        let of_rows = [0.2, 0.1].map(|step| wave(&[n], step));
+        let rows = ChannelParamGrad { channels, stat: Stat::Row(c), epsilon: None };
+        reads(&what, &rows, &[Some(&x), Some(&dy), Some(&of_rows[0]), Some(&of_rows[1])]);
+        for (period, span) in [(c, 1), (1, c)] {
+            let rows = RowNorm { len: c, period, span, center: true, epsilon: 1e-5 };
+            let operands = [&x, &dy, &scale, &of_rows[0], &of_rows[1]].map(Some);
+            reads(&what, &SampleNormInputGrad { rows }, &operands);
+        }
+        let input = BatchNormInputGrad { channels, clamp };
+        let operands = [&x, &scale, &mean, &inv, &dy, &scale, &shift, &shift].map(Some);
+        reads(&what, &input, &operands[..7]);
+        reads(&what, &input, &operands);
+        // dY in the result's buffer.
+        let half = x.cast(DType::F16);
+        let mut views: Vec<Option<View>> = operands.iter().map(|t| t.map(Tensor::view)).collect();
+        (views[0], views[4]) = (Some(half.view()), None);
+        let mut scratch = crate::tensor::Buffer::zeroed(64 * c);
+        let cx = &mut Cx { scratch: scratch.bytes_mut(), seed: 0 };
+        let mut dx = dy.clone();
+        input.forward(cx, &views, &mut [Some(dx.view_mut())]).unwrap();
+        let wide = half.cast(DType::F32);
+        let mut operands = operands;
+        operands[0] = Some(&wide);
+        assert!(eval(&input, &operands).unwrap()[0].bytes() == dx.bytes(), "{what}, in place");
+    }
+}
+
+#[test]
+fn products_read_it() {
+    // Small, of more rows, of more columns, a vector.
+    for (k, m, n) in [(9, 5, 7), (700, 150, 131), (700, 131, 150), (300, 8, 400), (40, 1, 30)] {
+        let (a, b) = (wave(&[k, m], 0.7), wave(&[k, n], 0.3));
+        let what = format!("{m}×{n}×{k}");
+        let gemm = Gemm { alpha: 0.5, beta: 1.0, trans_a: true, trans_b: false };
+        reads(&what, &gemm, &[Some(&a), Some(&b)]);
+        let [da, db, y] = [[k, m], [k, n], [m, n]].map(|d| Dims::from_slice(&d));
+        let as_ = MatMulAs { a: da, b: db, trans_a: true, trans_b: false, alpha: 0.5, y };
+        reads(&what, &as_, &[Some(&a), Some(&b)]);
+    }
+}
+
+#[test]
+fn attention_reads_it() {
+    // Samples, heads, queries, keys, elements of a key and of a value; heads in front of positions or behind.
+    for ([b, h, t, s, d, v], behind) in [([2, 3, 40, 37, 8, 5], false), ([1, 2, 70, 300, 16, 16], true)] {
+        let dims = |n: usize, d: usize| if behind { [b, n, h, d] } else { [b, h, n, d] };
+        let axes = || Dims::from_slice(if behind { &[0, 2, 1, 3] } else { &[0, 1, 2, 3] });
+        let of = FusedAttention { scale: 0.3, axes: [axes(), axes(), axes(), axes()] };
+        let [q, k] = [(t, 0.7), (s, 0.9)].map(|(n, step)| wave(&dims(n, d), step));
+        let [value, dy] = [(s, 0.2), (t, 0.5)].map(|(n, step)| wave(&dims(n, v), step));
+        let logs = eval(&of, &[Some(&q), Some(&k), Some(&value), None]).unwrap().remove(1);
+        let operands = [Some(&q), Some(&k), Some(&value), None, Some(&dy), Some(&logs)];
+        reads(&format!("{t} queries of {s} keys"), &FusedAttentionGrad { of }, &operands);
+    }
+}
+
+#[test]
+fn results_are_rounded_where_they_are_made() {
+    let shapes = [([3, 16, 32, 32], [16, 16, 3, 3], 1), ([2, 8, 30, 31], [40, 8, 1, 1], 1)];
+    for (x, w, groups) in shapes.into_iter().chain([([2, 24, 20, 20], [24, 1, 3, 3], 24)]) {
+        for layout in [Layout::First, Layout::Last] {
+            let pad = w[2] / 2;
+            let conv = Conv { layout, ..last(&[1, 1], &[pad; 4], groups) };
+            let (input, weights) = (wave(&layout.of(&x), 0.7), wave(&w, 1.3));
+            let plain: &dyn Op = &ConvStatistics { conv, rounds: None };
+            let want = eval(plain, &[Some(&input), Some(&weights)]).unwrap();
+            for to in [DType::BF16, DType::F16] {
+                let op = plain.rounding(to).unwrap();
+                let made = eval(op.as_ref(), &[Some(&input), Some(&weights)]).unwrap();
+                assert!(made[..3].iter().zip(&want).all(|(a, b)| a.bytes() == b.bytes()), "{x:?} {layout:?}");
+                assert!(made[3].bytes() == want[0].cast(to).bytes(), "{x:?} {layout:?} {to}");
+            }
+        }
+    }
+}
