@@ -5,6 +5,7 @@
 use divan::Bencher;
 use divan::counter::BytesCount;
 use retune::kernels::elementwise::Clamp;
+use retune::kernels::half::Elements;
 use retune::kernels::norm::{
     ChannelGrad, Channels, Mask, Residual, Stat, channel_affine, channel_input_grad, channel_stats,
     masked_param_grad, param_grad,
@@ -84,7 +85,7 @@ fn statistics(bencher: Bencher, shape: Shape) {
 fn normalise(bencher: Bencher, shape: Shape) {
     measure(bencher, shape, 2, |b| {
         let (m, a) = (&b.mean, &b.inv);
-        channel_affine(Some(&b.x), &mut b.y, shape.d, m, a, m, Residual::None, RELU);
+        channel_affine(Some(&b.x), &mut b.y, shape.d, m, a, m, Residual::None, RELU, None);
     });
 }
 
@@ -92,7 +93,7 @@ fn normalise(bencher: Bencher, shape: Shape) {
 fn normalise_residual(bencher: Bencher, shape: Shape) {
     measure(bencher, shape, 3, |b| {
         let (m, a) = (&b.mean, &b.inv);
-        channel_affine(Some(&b.x), &mut b.y, shape.d, m, a, m, Residual::Given(&b.dy), RELU);
+        channel_affine(Some(&b.x), &mut b.y, shape.d, m, a, m, Residual::Given(&b.dy), RELU, None);
     });
 }
 
@@ -102,7 +103,16 @@ fn gradient_sums(bencher: Bencher, shape: Shape) {
         let [scale, shift] = &mut b.sums;
         let mask = Mask::Inside { factor: &b.inv, shift: &b.mean, clamp: RELU };
         let stats = (Some(&b.mean[..]), &b.inv[..]);
-        param_grad(&b.x, &b.dy, shape.d, Stat::Channel, stats, mask, (scale, shift), &mut b.partials);
+        param_grad(
+            Elements::Whole(&b.x),
+            &b.dy,
+            shape.d,
+            Stat::Channel,
+            stats,
+            mask,
+            (scale, shift),
+            &mut b.partials,
+        );
     });
 }
 
@@ -111,7 +121,8 @@ fn gradient_sums_residual(bencher: Bencher, shape: Shape) {
     measure(bencher, shape, 4, |b| {
         let [scale, shift] = &mut b.sums;
         let (stats, sums) = ((&b.mean[..], &b.inv[..]), (&mut scale[..], &mut shift[..]));
-        masked_param_grad(&b.x, &b.y, None, &mut b.dy, RELU, shape.d, stats, sums, &mut b.partials);
+        let (x, y) = (Elements::Whole(&b.x[..]), Elements::Whole(&b.y[..]));
+        masked_param_grad(x, y, None, &mut b.dy, RELU, shape.d, stats, sums, &mut b.partials);
     });
 }
 
@@ -126,6 +137,6 @@ fn input_gradient(bencher: Bencher, shape: Shape) {
             dshift: &b.mean,
             passed: Some((&b.mean, RELU)),
         };
-        channel_input_grad(Some(&b.x), None, &mut b.dy, shape.d, g, &mut b.room);
+        channel_input_grad(Some(Elements::Whole(&b.x)), None, &mut b.dy, shape.d, g, &mut b.room);
     });
 }

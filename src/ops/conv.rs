@@ -49,6 +49,9 @@ pub struct Conv {
     pub layout: Layout,
 }
 
+/// Elements of scratch that a kernel takes, where X is computed as it is read or not.
+type Room<'a> = &'a dyn Fn(&Geometry, bool) -> usize;
+
 impl Conv {
     fn make(s: &Spec) -> Result<Arc<dyn Op>, OpError> {
         let groups = s.attrs.int_or("group", 1)?;
@@ -134,7 +137,7 @@ impl Conv {
 
     /// Bytes of scratch: for the factors, and for a kernel, by its function for either element type, which is told
     /// whether X is computed as it is read.
-    fn room(&self, x: &Meta, w: &[usize], kernel: [&dyn Fn(&Geometry, bool) -> usize; 2]) -> usize {
+    fn room(&self, x: &Meta, w: &[usize], kernel: [Room; 2]) -> usize {
         let (computed, dtype) = (self.normalises.is_some(), half::computed(x));
         self.geometry(&x.dims, w).map_or(0, |(g, _)| {
             let elements = kernel[usize::from(dtype == DType::F64)](&g, computed);

@@ -67,8 +67,9 @@ fn last(strides: &[usize], pads: &[usize], groups: usize) -> Conv {
 
 #[test]
 fn convolutions_read_it() {
-    // (X, W, groups, stride, pads), in ONNX's order.
-    let shapes: &[(&[usize], &[usize], usize, usize, usize)] = &[
+    // X and W in ONNX's order; groups, stride, pads.
+    type Shape = (&'static [usize], &'static [usize], usize, usize, usize);
+    let shapes: &[Shape] = &[
         (&[3, 16, 32, 32], &[16, 16, 3, 3], 1, 1, 1),
         (&[1, 3, 40, 41], &[16, 3, 3, 3], 1, 2, 1),
         (&[9, 32, 16, 16], &[64, 32, 3, 3], 1, 2, 1),
