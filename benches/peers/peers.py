@@ -221,17 +221,23 @@ def peak_memory(pid):
         thread.join()
 
 
+def torch_memory(case, variant, args):
+    """Peak anonymous memory of PyTorch's step above what importing it takes, that, and the steps' times."""
+    with contextlib.closing(Worker("torch", case, args)) as worker:
+        worker.wait_ready()
+        imported = anonymous(worker.process.pid)
+        with peak_memory(worker.process.pid) as whole:
+            times = worker.times(variant, 3)
+    return whole[0] - imported, imported, times
+
+
 def memory(case, args):
     """Peak anonymous memory of a step: retune's whole process, PyTorch's above what importing it takes."""
     process = subprocess.Popen([str(c) for c in bench(case, args, 3)], env=args.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with peak_memory(process.pid) as own:
         process.wait()
-    with contextlib.closing(Worker("torch", case, args)) as worker:
-        worker.wait_ready()
-        imported = anonymous(worker.process.pid)
-        with peak_memory(worker.process.pid) as whole:
-            worker.times("eager", 3)
-    return {"retune": own[0], "torch": whole[0] - imported, "torch_imported": imported}
+    torch, imported, _ = torch_memory(case, "eager", args)
+    return {"retune": own[0], "torch": torch, "torch_imported": imported}
 
 
 def cold_start(args):

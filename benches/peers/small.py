@@ -7,14 +7,14 @@ Peak anonymous memory, plain and by ICP, beside PyTorch's above what importing i
 """
 
 import argparse
-import contextlib
 import json
 import os
 import pathlib
 import re
+import statistics
 import subprocess
 
-from peers import ROOT, Case, Worker, anonymous, peak_memory
+from peers import ROOT, Case, peak_memory, torch_memory
 
 MIB = 1 << 20
 
@@ -29,23 +29,14 @@ def retune(args, mode, budget):
     return peak[0], json.loads(out)["median_ms"] if process.returncode == 0 else errors.strip()
 
 
-def torch(args, mode):
-    args.env = dict(os.environ)
-    with contextlib.closing(Worker("torch", Case("mobilenetv2", mode, 1, 1), args)) as worker:
-        worker.wait_ready()
-        imported = anonymous(worker.process.pid)
-        with peak_memory(worker.process.pid) as whole:
-            ms = worker.times("bias", 3)
-    return whole[0] - imported, sorted(ms)[1]
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--retune", type=pathlib.Path, default=ROOT / "target" / "release" / "retune")
     parser.add_argument("--models", type=pathlib.Path, default=ROOT / "target" / "peers", help="folder of models.py's files")
     args = parser.parse_args()
-    theirs, their_ms = torch(args, "train")
-    print(f"PyTorch, plain: {theirs / MIB:.1f} MiB above its import, {their_ms:.0f} ms")
+    args.env = dict(os.environ)
+    theirs, _, times = torch_memory(Case("mobilenetv2", "train", 1, 1), "bias", args)
+    print(f"PyTorch, plain: {theirs / MIB:.1f} MiB above its import, {statistics.median(times):.0f} ms")
     for mode in ("train", "icp"):
         budget = "32MiB"
         peak, found = retune(args, mode, budget)
@@ -56,4 +47,6 @@ if __name__ == "__main__":
                 continue
             budget = budget[1].replace(" ", "")
             peak, found = retune(args, mode, budget)
+        if isinstance(found, str):
+            raise SystemExit(found)
         print(f"retune, {mode}, {budget}: {peak / MIB:.1f} MiB, {found:.0f} ms: 1/{theirs / peak:.1f} of PyTorch's plain step")
