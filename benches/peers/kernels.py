@@ -14,15 +14,15 @@ import pathlib
 import re
 import subprocess
 
+import peers
 import tables
-from peers import MAIN_BATCHES, ROOT
 
 DENSE = {"Conv": "forward", "ConvInputGrad": "input gradient", "ConvWeightGrad": "weight gradient", "ConvGrads": "both gradients"}
 SWEEPS = re.compile(r"BatchNormalization|BatchNorm|Norm|Relu|Clip|Add")
 
 
 def profile(args, model, mode, runs):
-    command = [args.retune, "bench", args.models / f"{model}.onnx", "--mode", mode, "--batch", MAIN_BATCHES[model][0]]
+    command = [args.retune, "bench", args.models / f"{model}.onnx", *peers.mode(mode), "--batch", peers.MAIN_BATCHES[model][0]]
     command += ["--threads", args.threads, "--runs", runs, "--profile", "--json"]
     report = json.loads(subprocess.check_output([str(c) for c in command], text=True))
     for kernel in report["profile"]:  # a convolution that gathers statistics is one all the same
@@ -87,8 +87,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--retune", type=pathlib.Path, default=ROOT / "target" / "release" / "retune")
-    parser.add_argument("--models", type=pathlib.Path, default=ROOT / "target" / "peers")
+    parser.add_argument("--retune", type=pathlib.Path, default=peers.ROOT / "target" / "release" / "retune")
+    parser.add_argument("--models", type=pathlib.Path, default=peers.ROOT / "target" / "peers")
     parser.add_argument("--markdown", type=pathlib.Path, help="file in which to replace the table, between its marks")
     args = parser.parse_args()
     table = [["kernel", *DENSE.values()]]

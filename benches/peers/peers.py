@@ -94,9 +94,14 @@ class Worker:
         self.log.close()
 
 
+def mode(name):
+    """A mode of `retune bench`; ICP in the paper's form, which PyTorch's step is."""
+    return ["--mode", name, *(["--icp-steps", 5, "--icp-epsilon", 0.002, "--icp-ema", 0] if name == "icp" else [])]
+
+
 def bench(case, args, count):
     """The command that times retune."""
-    command = [args.retune, "bench", args.models / f"{case.model}.onnx", "--mode", case.mode, "--batch", case.batch]
+    command = [args.retune, "bench", args.models / f"{case.model}.onnx", *mode(case.mode), "--batch", case.batch]
     return [*command, "--threads", case.threads, "--runs", count, "--json"]
 
 

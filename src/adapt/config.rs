@@ -302,7 +302,7 @@ impl Config {
             epsilon: self.icp_epsilon,
             alpha: Alpha::Fixed(self.icp_entropy),
             taps: if self.icp_taps == "auto" { Taps::Auto } else { Taps::Names(names()) },
-            ..Settings::default()
+            ..Settings::paper()
         })
     }
 }

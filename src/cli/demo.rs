@@ -151,7 +151,9 @@ fn strips(clean: &Dataset, worn: &Dataset, done: &mut Finished) -> anyhow::Resul
     let original = batch.inputs[0].1.clone();
     worn.batch(&picks, None, &mut batch)?;
     let seen = batch.inputs[0].1.clone();
-    let perturbed = Icp::default().perturbed(&mut done.session, &done.recipe, &batch)?;
+    let settings = Settings::paper();
+    let epsilon = settings.epsilon;
+    let perturbed = Icp::new(settings).perturbed(&mut done.session, &done.recipe, &batch)?;
     let (moved, losses) = (&perturbed.inputs[0].1, &perturbed.losses);
     let difference: Vec<f32> =
         moved.get::<f32>()?.iter().zip(seen.get::<f32>()?).map(|(a, b)| a - b).collect();
@@ -159,9 +161,8 @@ fn strips(clean: &Dataset, worn: &Dataset, done: &mut Finished) -> anyhow::Resul
     let amplified: Vec<f32> = difference.iter().map(|d| 0.5 + 0.5 * d / largest).collect();
     let amplified = Tensor::from_slice(seen.dims(), &amplified)?;
     let falls = format!(
-        "perturbed by ICP, {} steps of {}: loss {:.3} at the first, {:.3} at the last",
+        "perturbed by ICP, {} steps of {epsilon}: loss {:.3} at the first, {:.3} at the last",
         losses.len(),
-        Settings::default().epsilon,
         losses.first().copied().unwrap_or(f64::NAN),
         losses.last().copied().unwrap_or(f64::NAN)
     );

@@ -16,10 +16,10 @@ pub struct IcpFlags {
     /// constructive]
     #[arg(long)]
     icp_direction: Option<String>,
-    /// Perturbation steps K [default: 5]
+    /// Perturbation steps K [default: 1]
     #[arg(long)]
     icp_steps: Option<usize>,
-    /// Size of a perturbation step [default: 0.002]
+    /// Size of a perturbation step [default: 0.01]
     #[arg(long)]
     icp_epsilon: Option<f64>,
     /// What it counts in: input, gradient (each sample's by its root mean square) or std (of the batch) [default: input]
@@ -62,7 +62,7 @@ pub struct IcpFlags {
     /// auto, the first:N or last:N of those, or names of values to compare features at [default: auto]
     #[arg(long, value_name = "auto|first:N|last:N|NAME,…")]
     icp_taps: Option<String>,
-    /// Decay of the teacher's averaged weights, 0 for the network's own [default: 0]
+    /// Decay of the teacher's averaged weights, 0 for the network's own [default: 0.95]
     #[arg(long, value_name = "DECAY")]
     icp_ema: Option<f64>,
     /// Part of the network's own output in what auxiliary heads learn [default: 0.3]

@@ -107,6 +107,9 @@ impl Store {
 
     /// Copies `range` of one state's bytes to where another's begin at `at`.
     pub fn copy_bytes(&mut self, from: StateId, range: std::ops::Range<usize>, to: StateId, at: usize) {
+        if self.dry {
+            return;
+        }
         let source = self.take(from);
         self.view_mut(to).bytes[at..at + range.len()].copy_from_slice(&source.bytes()[range]);
         self.put(from, source);

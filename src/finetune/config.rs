@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::delta::DeltaType;
 use crate::error::{Error, Result};
 use crate::exec::{OptimizerState, Options, Precision};
-use crate::icp::{Direction, Features, Reuse, Unit, Weights};
+use crate::icp::{Direction, Features, Reuse, Settings, Unit, Weights};
 use crate::train::data::ImageOptions;
 use crate::train::loss::Loss;
 use crate::train::optimizer::Optimizer;
@@ -242,6 +242,7 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
+        let icp = Settings::default();
         Config {
             method: MethodName::Icp,
             set: Vec::new(),
@@ -284,8 +285,8 @@ impl Default for Config {
             resume: false,
             icp_perturber: PerturberName::Adam,
             icp_direction: Direction::Constructive,
-            icp_steps: 5,
-            icp_epsilon: 0.002,
+            icp_steps: icp.steps,
+            icp_epsilon: icp.epsilon,
             icp_unit: Unit::Input,
             icp_ball: "none".into(),
             icp_range: "none".into(),
@@ -298,7 +299,7 @@ impl Default for Config {
             icp_features: Features::Mse,
             icp_weights: Weights::Cosine,
             icp_taps: "auto".into(),
-            icp_ema: 0.0,
+            icp_ema: icp.ema.unwrap_or(0.0),
             byot_alpha: 0.3,
             byot_temperature: 3.0,
             require: None,

@@ -204,7 +204,9 @@ mod tests {
         assert_eq!(s.place, Place::Names(vec!["a".into(), "b".into()]));
         assert!(s.sign && s.perturber == Optimizer::sgd() && s.ema == Some(0.99));
         let plain = Config::default().icp_settings().unwrap();
-        assert_eq!((plain.ball, plain.range, plain.ema, plain.which), (None, None, None, Which::All));
+        assert_eq!((plain.ball, plain.range, plain.which), (None, None, Which::All));
+        let off = with(|c| c.icp_ema = 0.0).icp_settings().unwrap();
+        assert_eq!((plain.ema, off.ema), (Some(0.95), None));
     }
 
     #[test]

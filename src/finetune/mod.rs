@@ -337,8 +337,9 @@ pub fn finetune(
         }
     };
     recipe.prepare(&mut session)?;
-    let taps = method.tap_names(&session, &shapes)?;
     let fitted: Fitted = fit(&mut session, &recipe, method.as_mut(), &data, &train, &run, observe)?;
+    // Those that were compared: behind what is perturbed.
+    let taps = method.tap_names(&session, &shapes)?;
     if fitted.skipped_steps > 0 {
         notes.push(format!("{} step(s) were skipped: loss or gradient not finite", fitted.skipped_steps));
     }

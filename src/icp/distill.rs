@@ -87,15 +87,14 @@ impl Icp {
             self.plans.push((shapes.clone(), Plans { taps: Vec::new(), teaching: None, student }));
             return Ok(self.plans.len() - 1);
         }
-        if let (Some(decay), None) = (settings.ema, &self.averages) {
-            self.averages = Some(Averages::new(session, &recipe.params, decay)?);
-        }
-        let settings = &self.settings;
         let perturb = Perturb::new(session, recipe, shapes, settings, self.samples)?;
         let taps = self.taps(session, recipe.mode(), shapes)?;
         let mut net = network(session, recipe.mode(), shapes, &perturb.moved)?;
+        if let (Some(decay), None) = (settings.ema, &self.averages) {
+            self.averages = Some(Averages::new(session, &recipe.params, &net.graph, decay)?);
+        }
         if let Some(averages) = &self.averages {
-            averages.put_into(session, &mut net.graph);
+            averages.put_into(&mut net.graph);
         }
         // Layers below what is perturbed are the student's to run; an average's statistics are not the network's.
         let from: Vec<ValueId> = perturb.moved.iter().map(|m| m.spot.value).collect();

@@ -127,9 +127,12 @@ fn below_trained(
     }
     let path = Path::new(graph, logits)?;
     let float = |v: ValueId| graph.value(v).meta.as_ref().is_some_and(|m| m.dtype.is_float());
-    let first = path.values.iter().position(|v| trained[v.index()]).unwrap_or(0);
-    let below = path.values[..first].iter().zip(&path.cut).rev();
-    Ok(below.filter(|(v, cut)| **cut && float(**v)).map(|(v, _)| *v).next())
+    let last_below = |path: &Path| {
+        let first = path.values.iter().position(|v| trained[v.index()]).unwrap_or(0);
+        let mut below = path.values[..first].iter().zip(&path.cut).rev();
+        below.find(|(v, cut)| **cut && float(**v)).map(|(v, _)| *v)
+    };
+    Ok(last_below(&path).or_else(|| last_below(&path.features())))
 }
 
 /// Has `v` be read from `state` instead of being computed.

@@ -142,14 +142,14 @@ pub struct Settings {
 }
 
 impl Default for Settings {
-    /// Adam, K = 5, ε = 0.002, no warm-up, α by epochs, MSE, cosine weights, the network's stages.
+    /// What did best of the forms in `docs/icp.md`: the paper's with K = 1, ε = 0.01 and a teacher of averaged weights.
     fn default() -> Self {
         Settings {
             perturber: Optimizer::adam(0.0, false),
             sign: false,
             direction: Direction::Constructive,
-            steps: 5,
-            epsilon: 0.002,
+            steps: 1,
+            epsilon: 0.01,
             unit: Unit::Input,
             ball: None,
             range: None,
@@ -162,13 +162,18 @@ impl Default for Settings {
             features: Features::Mse,
             weights: Weights::Cosine,
             taps: Taps::Auto,
-            ema: None,
+            ema: Some(0.95),
             unlabelled: false,
         }
     }
 }
 
 impl Settings {
+    /// The paper's form: Adam, K = 5, ε = 0.002, no warm-up, α by epochs, MSE, cosine weights, the network's stages.
+    pub fn paper() -> Self {
+        Settings { steps: 5, epsilon: 0.002, ema: None, ..Settings::default() }
+    }
+
     /// Warm-up epochs W of `epochs`.
     pub fn warmup_epochs(&self, epochs: usize) -> usize {
         (self.warmup * epochs as f64).floor() as usize

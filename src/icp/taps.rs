@@ -42,14 +42,21 @@ pub fn find(graph: &Graph, taps: &Taps, logits: ValueId) -> Result<Vec<ValueId>>
         }
         Taps::Auto => {
             let path = Path::new(graph, logits)?;
-            for candidates in [path.stages(true), path.blocks(), path.stages(false), path.layers()] {
-                if !candidates.is_empty() {
-                    return Ok(candidates);
-                }
-            }
-            Err(Error::Config(
-                "no stages found to compare features at: name values with --icp-taps NAME,…".into(),
-            ))
+            // A mask that every block reads keeps a transformer from having any value that all flows through.
+            let features = path.features();
+            let in_order: [&dyn Fn() -> Vec<ValueId>; 6] = [
+                &|| path.stages(true),
+                &|| path.blocks(),
+                &|| features.stages(true),
+                &|| features.blocks(),
+                &|| path.stages(false),
+                &|| path.layers(),
+            ];
+            let found = in_order.iter().map(|f| f()).find(|candidates| !candidates.is_empty());
+            found.ok_or_else(|| {
+                let what = "no stages found to compare features at: name values with --icp-taps NAME,…";
+                Error::Config(what.into())
+            })
         }
     }
 }
@@ -60,8 +67,12 @@ pub(super) struct Path<'a> {
     pub values: Vec<ValueId>,
     /// Whether everything flows through the value.
     pub cut: Vec<bool>,
+    /// The node that computes each.
+    nodes: Vec<usize>,
     /// Per value of the graph: does it depend on an input?
     depends: Vec<bool>,
+    /// Per value of the graph: the last node that reads it.
+    last_read: Vec<usize>,
 }
 
 impl<'a> Path<'a> {
@@ -81,7 +92,7 @@ impl<'a> Path<'a> {
             let state_input = matches!(v.source, Source::State(_)) && v.declared.is_some();
             depends[i] = matches!(v.source, Source::Input) || state_input;
         }
-        let mut values = Vec::new();
+        let (mut values, mut nodes) = (Vec::new(), Vec::new());
         let mut last_read = vec![0; graph.values.len()];
         for (i, node) in graph.nodes.iter().enumerate() {
             let on_path = node.outputs.iter().flatten().any(|v| needed[v.index()]);
@@ -93,24 +104,51 @@ impl<'a> Path<'a> {
             }
             for v in node.outputs.iter().flatten().filter(|v| needed[v.index()]) {
                 depends[v.index()] = true;
-                values.push((*v, i));
+                values.push(*v);
+                nodes.push(i);
             }
         }
         last_read[logits.index()] = usize::MAX;
-        // A value is a cut when, right after it is computed, nothing else computed before is still to be read.
         let inputs: Vec<ValueId> = (0..graph.values.len() as u32)
             .map(ValueId)
             .filter(|v| depends[v.index()] && !matches!(graph.value(*v).source, Source::Node(..)))
             .collect();
-        let mut cut = vec![false; values.len()];
-        let mut open: Vec<ValueId> = inputs;
-        for (k, &(v, at)) in values.iter().enumerate() {
-            open.retain(|o| last_read[o.index()] > at);
-            cut[k] = open.is_empty();
-            open.push(v);
+        let mut path = Path { graph, values, cut: Vec::new(), nodes, depends, last_read };
+        path.cut = path.cuts(inputs);
+        Ok(path)
+    }
+
+    /// A value is a cut when, right after it is computed, nothing else computed before, nor of `open`, is still to be read.
+    fn cuts(&self, mut open: Vec<ValueId>) -> Vec<bool> {
+        let mut cut = Vec::new();
+        for (v, at) in self.values.iter().zip(&self.nodes) {
+            open.retain(|o| self.last_read[o.index()] > *at);
+            cut.push(open.is_empty());
+            open.push(*v);
         }
-        let values = values.into_iter().map(|v| v.0).collect();
-        Ok(Path { graph, values, cut, depends })
+        cut
+    }
+
+    /// The path of values that weights have a part in: what is computed of inputs alone, such as a mask, flows beside it.
+    pub fn features(&self) -> Path<'a> {
+        let graph = self.graph;
+        let weight = |v: &ValueId| {
+            let several = || graph.value(*v).meta.as_ref().is_some_and(|m| m.len() > 1);
+            matches!(graph.value(*v).source, Source::Weight(_)) && several()
+        };
+        let mut of_weights = vec![false; graph.values.len()];
+        let (mut values, mut nodes) = (Vec::new(), Vec::new());
+        for (v, at) in self.values.iter().zip(&self.nodes) {
+            if graph.nodes[*at].inputs.iter().flatten().any(|x| of_weights[x.index()] || weight(x)) {
+                of_weights[v.index()] = true;
+                values.push(*v);
+                nodes.push(*at);
+            }
+        }
+        let (depends, last_read) = (of_weights, self.last_read.clone());
+        let mut path = Path { graph, values, cut: Vec::new(), nodes, depends, last_read };
+        path.cut = path.cuts(Vec::new());
+        path
     }
 
     fn dims(&self, v: ValueId) -> &[usize] {

@@ -12,6 +12,7 @@ pub mod isa;
 pub mod layout;
 pub mod loss;
 pub mod lrn;
+pub mod mask;
 pub mod math;
 pub mod norm;
 pub mod pad;

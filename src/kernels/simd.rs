@@ -36,6 +36,10 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
     /// `x` where `low < y < high`, else 0.
     unsafe fn pass(y: Self::V, low: Self::V, high: Self::V, x: Self::V) -> Self::V;
+    /// One bit a lane, the first lane's the lowest: `low < y < high`.
+    unsafe fn inside(y: Self::V, low: Self::V, high: Self::V) -> u32;
+    /// `x` where the lane's bit is set, else 0.
+    unsafe fn keep(bits: u32, x: Self::V) -> Self::V;
     /// Brings the cache line at `p`, any address, near.
     unsafe fn prefetch(p: *const Self::Elem);
     /// Writes the transpose of `LANES` vectors, `ld` elements apart, as `LANES` vectors `ld_to` apart.
@@ -252,6 +256,14 @@ unsafe impl<T: Float> Simd for Plain<T> {
         each(|i| std::hint::select_unpredictable((y[i] > low[i]) & (y[i] < high[i]), x[i], T::zero()))
     }
     #[inline(always)]
+    unsafe fn inside(y: [T; 4], low: [T; 4], high: [T; 4]) -> u32 {
+        (0..4).fold(0, |bits, i| bits | u32::from((y[i] > low[i]) & (y[i] < high[i])) << i)
+    }
+    #[inline(always)]
+    unsafe fn keep(bits: u32, x: [T; 4]) -> [T; 4] {
+        each(|i| std::hint::select_unpredictable(bits >> i & 1 == 1, x[i], T::zero()))
+    }
+    #[inline(always)]
     unsafe fn prefetch(_: *const T) {}
     #[inline(always)]
     unsafe fn prefetch_write(_: *const T) {}
@@ -263,6 +275,8 @@ macro_rules! vectors {
      $splat:path, $load:path, $store:path, $add:path, $sub:path, $mul:path, $max:path, $min:path,
      fma: |$a:ident, $b:ident, $c:ident| $fma:expr,
      pass: |$py:ident, $low:ident, $high:ident, $px:ident| $pass:expr,
+     inside: |$iy:ident, $il:ident, $ih:ident| $inside:expr,
+     keep: |$bits:ident, $kx:ident| $keep:expr,
      prefetch: |$at:ident| $prefetch:expr,
      prefetch_write: |$to:ident| $prefetch_write:expr,
      load_part: |$lp:ident, $ln:ident| $load_part:expr,
@@ -340,6 +354,16 @@ macro_rules! vectors {
                 unsafe { $pass }
             }
             #[inline(always)]
+            unsafe fn inside($iy: $v, $il: $v, $ih: $v) -> u32 {
+                // SAFETY: see `splat`.
+                unsafe { $inside }
+            }
+            #[inline(always)]
+            unsafe fn keep($bits: u32, $kx: $v) -> $v {
+                // SAFETY: see `splat`.
+                unsafe { $keep }
+            }
+            #[inline(always)]
             unsafe fn prefetch($at: *const f32) {
                 // SAFETY: see `splat`.
                 unsafe { $prefetch }
@@ -373,6 +397,11 @@ pub mod x86 {
             let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(y, low);
             _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask::<_CMP_LT_OQ>(above, y, high), x)
         },
+        inside: |y, low, high| {
+            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(y, low);
+            u32::from(_mm512_mask_cmp_ps_mask::<_CMP_LT_OQ>(above, y, high))
+        },
+        keep: |bits, x| _mm512_maskz_mov_ps(bits as u16, x),
         prefetch: |p| _mm_prefetch::<_MM_HINT_T0>(p.cast()),
         prefetch_write: |p| _mm_prefetch::<_MM_HINT_ET0>(p.cast()),
         load_part: |p, n| _mm512_maskz_loadu_ps((1u32 << n) as u16 - 1, p),
@@ -429,6 +458,15 @@ pub mod x86 {
             let inside = _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(y, low), _mm256_cmp_ps::<_CMP_LT_OQ>(y, high));
             _mm256_and_ps(inside, x)
         },
+        inside: |y, low, high| {
+            let inside = _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(y, low), _mm256_cmp_ps::<_CMP_LT_OQ>(y, high));
+            _mm256_movemask_ps(inside) as u32
+        },
+        keep: |bits, x| {
+            let lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+            let set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits as i32), lanes), lanes);
+            _mm256_and_ps(_mm256_castsi256_ps(set), x)
+        },
         prefetch: |p| _mm_prefetch::<_MM_HINT_T0>(p.cast()),
         prefetch_write: |p| _mm_prefetch::<_MM_HINT_ET0>(p.cast()),
         load_part: |p, n| _mm256_maskload_ps(p, below(n)),
@@ -477,6 +515,14 @@ pub mod arm {
         pass: |y, low, high, x| {
             let inside = vandq_u32(vcgtq_f32(y, low), vcltq_f32(y, high));
             vreinterpretq_f32_u32(vandq_u32(inside, vreinterpretq_u32_f32(x)))
+        },
+        inside: |y, low, high| {
+            let inside = vandq_u32(vcgtq_f32(y, low), vcltq_f32(y, high));
+            vaddvq_u32(vandq_u32(inside, vld1q_u32([1, 2, 4, 8].as_ptr())))
+        },
+        keep: |bits, x| {
+            let set = vtstq_u32(vdupq_n_u32(bits), vld1q_u32([1, 2, 4, 8].as_ptr()));
+            vreinterpretq_f32_u32(vandq_u32(set, vreinterpretq_u32_f32(x)))
         },
         prefetch: |p| {
             std::arch::asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))

@@ -6,8 +6,11 @@ use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::distill;
+use crate::kernels::half::Half;
 use crate::kernels::random::Stream;
-use crate::kernels::update::sweep;
+use crate::kernels::update::{Cells, sweep};
+use crate::ops::half::half_bits_mut;
+use crate::ops::update::seed;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, get, need, out};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
 
@@ -148,9 +151,13 @@ impl Op for NoiseAlike {
     }
 }
 
-/// `a' = a + weight·(x − a)`: an exponential moving average. Inputs: a (a state), x, `hyper` (float64 [2]: weight, –).
+/// `a' = a + weight·(x − a)`: an exponential moving average. Inputs: a (a state, perhaps in half precision, rounded at
+/// random), x, `hyper` (float64 [2]: weight, step).
 #[derive(Debug, Clone, PartialEq)]
-pub struct Average;
+pub struct Average {
+    /// Tells random numbers of different averages apart.
+    pub salt: u64,
+}
 
 impl Op for Average {
     fn name(&self) -> &'static str {
@@ -158,20 +165,28 @@ impl Op for Average {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        need(inputs, 1)?;
+        let (a, x) = (need(inputs, 0)?, need(inputs, 1)?);
         let hyper = need(inputs, 2)?;
         if hyper.dtype != DType::F64 || hyper.len() != 2 {
             return Err(OpError::Shape("the hyperparameters must be two float64".into()));
         }
-        infer(inputs)
+        infer(&[Some(&Meta::new(a.dtype.working(), &a.dims)), Some(x)])?;
+        Ok(vec![Meta::new(a.dtype, &a.dims)])
     }
 
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let y = held(x, y)?;
-        let weight = need(x, 2)?.get::<f64>()?[0];
-        float_dispatch!(y.dtype, T => {
+        let &[weight, step] = need(x, 2)?.get::<f64>()? else {
+            return Err(OpError::Internal("two hyperparameters are needed".into()));
+        };
+        let x = need(x, 1)?;
+        float_dispatch!(x.dtype, T => {
             let weight = T::of(weight);
-            sweep(y.get::<T>()?, [], need(x, 1)?.get::<T>()?, &|a, [], v| (a + weight * (v - a), []));
+            let average = match Half::of(y.dtype) {
+                Some(half) => Cells::Half(half, half_bits_mut(y)?, seed(self.salt, step)),
+                None => Cells::Wide(y.get::<T>()?),
+            };
+            sweep(average, [], x.get::<T>()?, &|a, [], v| (a + weight * (v - a), []));
             Ok(())
         })
     }
@@ -269,7 +284,10 @@ mod tests {
     #[test]
     fn an_average_moves_by_its_weight() {
         let hyper = Tensor::from_slice(&[2], &[0.25, 0.0]).unwrap();
-        assert_eq!(run(Average, &[&t(&[2], &[1.0, 2.0]), &t(&[2], &[5.0, -2.0]), &hyper]), [2.0, 1.0]);
+        assert_eq!(
+            run(Average { salt: 0 }, &[&t(&[2], &[1.0, 2.0]), &t(&[2], &[5.0, -2.0]), &hyper]),
+            [2.0, 1.0]
+        );
     }
 
     #[test]

@@ -4,13 +4,10 @@ use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::elementwise::Clamp;
-use crate::kernels::par;
+use crate::kernels::mask::{self, BITS};
 use crate::ops::bytes::second_derivative;
 use crate::ops::{Cx, Grads, Op, get, need, out};
 use crate::tensor::{DType, Meta, View, ViewMut};
-
-/// Elements of a byte.
-const BITS: usize = 8;
 
 /// One bit an element of Y, in order: is it strictly within the bounds? uint8 [⌈n/8⌉]; bits beyond the end are 0.
 #[derive(Debug, Clone)]
@@ -38,13 +35,7 @@ impl Op for Mask {
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let x = need(x, 0)?;
         float_dispatch!(x.dtype, T => {
-            let (x, clamp) = (x.get::<T>()?, self.clamp.to::<T>());
-            par::pieces(out(y, 0)?.get::<u8>()?, |at, bytes| {
-                for (byte, x) in bytes.iter_mut().zip(x[at * BITS..].chunks(BITS)) {
-                    let bit = |(i, x): (usize, &T)| u8::from(clamp.inside(*x)) << i;
-                    *byte = x.iter().enumerate().map(bit).fold(0, |a, b| a | b);
-                }
-            });
+            mask::pack(x.get::<T>()?, self.clamp.to(), out(y, 0)?.get::<u8>()?);
             Ok(())
         })
     }
@@ -69,20 +60,11 @@ impl Op for MaskGrad {
     }
 
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let mask = need(x, 0)?.get::<u8>()?;
+        let bits = need(x, 0)?.get::<u8>()?;
         let y = out(y, 0)?;
         float_dispatch!(y.dtype, T => {
             let dy = get(x, 1).map(|v| v.get::<T>()).transpose()?;
-            par::rows(y.get::<T>()?, BITS, par::GRAIN, |first, piece| {
-                if let Some(dy) = dy {
-                    piece.copy_from_slice(&dy[first * BITS..][..piece.len()]);
-                }
-                for (bits, dx) in mask[first..].iter().zip(piece.chunks_mut(BITS)) {
-                    for (i, dx) in dx.iter_mut().enumerate() {
-                        *dx = std::hint::select_unpredictable(bits >> i & 1 == 1, *dx, 0 as T);
-                    }
-                }
-            });
+            mask::apply(bits, dy, y.get::<T>()?);
             Ok(())
         })
     }

@@ -121,7 +121,7 @@ fn hyper(x: &[Option<View>]) -> Result<Option<(f64, f64, f64)>, OpError> {
 }
 
 /// Of random rounding in a step: follows from the parameter and the step's number.
-fn seed(salt: u64, t: f64) -> u64 {
+pub(super) fn seed(salt: u64, t: f64) -> u64 {
     (salt ^ t as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 

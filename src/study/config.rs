@@ -22,6 +22,9 @@ struct File {
     about: String,
     /// The arm that others are compared with.
     baseline: String,
+    /// Further arms that others are compared with.
+    #[serde(default)]
+    controls: Vec<String>,
     seeds: Seeds,
     /// Options of every cell: those of `finetune`, and those of [`Task`].
     base: Table,
@@ -173,6 +176,8 @@ pub struct Study {
     pub title: String,
     pub about: String,
     pub baseline: String,
+    /// Further arms that others are compared with.
+    pub controls: Vec<String>,
     pub cells: Vec<Cell>,
     /// Where relative paths begin.
     pub folder: PathBuf,
@@ -199,6 +204,9 @@ impl Study {
             true => file.quick.clone(),
             false => Quick::default(),
         };
+        // What a quick run leaves out is no control of it.
+        let mut controls = file.controls.clone();
+        controls.retain(|c| over.arms.as_ref().is_none_or(|only| only.contains(c)));
         let arms: Vec<&Arm> = file
             .arm
             .iter()
@@ -210,6 +218,9 @@ impl Study {
         }
         if !arms.iter().any(|a| a.0 == file.baseline) {
             return refuse(path, format!("the baseline '{}' is not among the arms", file.baseline));
+        }
+        if let Some(wrong) = controls.iter().find(|c| !arms.iter().any(|a| a.0 == **c)) {
+            return refuse(path, format!("the control '{wrong}' is not among the arms"));
         }
         let seeds = over.seeds.as_ref().unwrap_or(&file.seeds).list();
         if seeds.is_empty() {
@@ -260,7 +271,8 @@ impl Study {
             return refuse(path, format!("two cells are called '{}'", twice[0]));
         }
         let folder = path.parent().unwrap_or(Path::new("")).to_path_buf();
-        Ok(Study { title: file.title, about: file.about, baseline: file.baseline, cells, folder })
+        let File { title, about, baseline, .. } = file;
+        Ok(Study { title, about, baseline, controls, cells, folder })
     }
 
     /// The arms, in the file's order.
@@ -355,6 +367,7 @@ mod tests {
     const TEXT: &str = r#"
         title = "T"
         baseline = "plain"
+        controls = ["icp steps=1 weights=uniform"]
         seeds = 2
         [base]
         model = "m.onnx"
@@ -406,6 +419,7 @@ mod tests {
         let names: Vec<&str> = quick.cells.iter().map(|c| c.name.as_str()).collect();
         assert_eq!(names, ["labels=20/noise=none/plain/seed=7", "labels=20/noise=some/plain/seed=7"]);
         assert_eq!(quick.cells[0].config.epochs, 1);
+        assert_eq!((s.controls.len(), quick.controls.len()), (1, 0));
     }
 
     #[test]
@@ -414,6 +428,7 @@ mod tests {
         assert!(bad("lr = 1e-3", "lr = -1.0").contains("--lr"));
         assert!(bad("lr = 1e-3", "rl = 1.0").contains("rl"));
         assert!(bad("baseline = \"plain\"", "baseline = \"other\"").contains("baseline"));
+        assert!(bad("controls = [\"icp ", "controls = [\"").contains("control 'steps=1"));
         assert!(bad("key = \"samples\"", "").contains("axis 'labels'"));
         assert!(bad("label-noise = 0.2", "label-noise = 2.0").contains("label-noise"));
         assert!(bad("[1, 5]", "[1, 1]").contains("two cells"));

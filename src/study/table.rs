@@ -21,6 +21,8 @@ pub struct Row {
     pub measures: Vec<(String, Mean)>,
     /// Of accuracy (without labels, of the loss) from the baseline's, over the seeds that both have; none for the baseline.
     pub difference: Option<Difference>,
+    /// The same from each control; none for the control itself.
+    pub from_controls: Vec<Option<Difference>>,
     /// Median step in milliseconds, and as a multiple of the baseline's.
     pub step_ms: f64,
     pub step_cost: f64,
@@ -41,6 +43,7 @@ pub struct Block {
 pub struct Table {
     pub title: String,
     pub baseline: String,
+    pub controls: Vec<String>,
     pub cells: usize,
     pub recorded: usize,
     pub seconds: f64,
@@ -75,13 +78,15 @@ impl Table {
             let rows = study.arms().into_iter().filter_map(|arm| {
                 let own = of(arm);
                 let loss = over(&own, |m| Some(m.loss))?;
-                let pairs: Vec<f64> = own
-                    .iter()
-                    .filter_map(|r| {
-                        let other = baseline.iter().find(|b| b.seed == r.seed)?;
+                let from = |other: &str| {
+                    let others = of(other);
+                    let pairs = own.iter().filter_map(|r| {
+                        let other = others.iter().find(|o| o.seed == r.seed)?;
                         Some(score(&r.after) - score(&other.after))
-                    })
-                    .collect();
+                    });
+                    let pairs: Vec<f64> = pairs.collect();
+                    (arm != other && !pairs.is_empty()).then(|| paired(&pairs))
+                };
                 let named =
                     own.first().map(|r| r.measures.keys().cloned().collect::<Vec<_>>()).unwrap_or_default();
                 let measures = named.into_iter().map(|name| {
@@ -96,7 +101,8 @@ impl Table {
                     recall: over(&own, |m| m.recall),
                     f1: over(&own, |m| m.f1),
                     loss,
-                    difference: (arm != study.baseline && !pairs.is_empty()).then(|| paired(&pairs)),
+                    difference: from(&study.baseline),
+                    from_controls: study.controls.iter().map(|c| from(c)).collect(),
                     step_ms: cost(&own),
                     step_cost: cost(&own) / cost(&baseline),
                     seconds: own.iter().map(|r| r.seconds).sum::<f64>() / own.len() as f64,
@@ -111,6 +117,7 @@ impl Table {
         Table {
             title: study.title.clone(),
             baseline: study.baseline.clone(),
+            controls: study.controls.clone(),
             cells: study.cells.len(),
             recorded: records.len(),
             seconds: records.iter().map(|r| r.seconds).sum(),
@@ -121,15 +128,16 @@ impl Table {
     /// The names of the columns: those that have anything in them.
     pub fn header(&self) -> Vec<String> {
         let rows = || self.blocks.iter().flat_map(|b| &b.rows);
-        let mut names = vec!["", "seeds"];
+        let mut names: Vec<String> = vec!["".into(), "seeds".into()];
         let classifies = rows().any(|r| r.accuracy.is_some());
-        names.extend(classifies.then_some("accuracy"));
-        names.extend(["difference", "p"]);
-        names.extend([("precision"), ("recall"), ("F1")].into_iter().filter(|_| classifies));
-        names.push("loss");
-        names.extend(rows().next().iter().flat_map(|r| r.measures.iter().map(|m| m.0.as_str())));
-        names.push("step");
-        names.iter().map(|n| n.to_string()).collect()
+        names.extend(classifies.then(|| "accuracy".into()));
+        names.extend(["difference".into(), "p".into()]);
+        names.extend(self.controls.iter().map(|c| format!("from {c}")));
+        names.extend(["precision", "recall", "F1"].iter().filter(|_| classifies).map(|n| n.to_string()));
+        names.push("loss".into());
+        names.extend(rows().next().iter().flat_map(|r| r.measures.iter().map(|m| m.0.clone())));
+        names.push("step".into());
+        names
     }
 
     /// The tables as Markdown, one a combination of axis points.
@@ -179,18 +187,19 @@ fn shown(m: Option<&Mean>) -> String {
 impl Row {
     /// What stands under [`Table::header`].
     pub fn cells(&self) -> Vec<String> {
-        let d = self.difference.as_ref();
         // Points of accuracy; where there is none, the loss itself.
         let (factor, digits) = if self.accuracy.is_some() { (100.0, 2) } else { (1.0, 4) };
-        let difference = match d.map(|d| (d.mean.mean * factor, d.mean.interval)) {
+        let difference = |d: Option<&Difference>| match d.map(|d| (d.mean.mean * factor, d.mean.interval)) {
             Some((x, Some(i))) => format!("{x:+.digits$} ± {:.digits$}", i * factor),
             Some((x, None)) => format!("{x:+.digits$}"),
             None => "–".into(),
         };
+        let d = self.difference.as_ref();
         let mut cells = vec![self.arm.clone(), self.loss.n.to_string()];
         cells.extend(self.accuracy.as_ref().map(|a| shown(Some(a))));
-        cells.push(difference);
+        cells.push(difference(d));
         cells.push(d.and_then(|d| d.p).map_or("–".into(), |p| format!("{p:.3}")));
+        cells.extend(self.from_controls.iter().map(|d| difference(d.as_ref())));
         if self.accuracy.is_some() {
             cells.extend([&self.precision, &self.recall, &self.f1].map(|m| shown(m.as_ref())));
         }

@@ -50,7 +50,7 @@ fn one_step(fixture: &str, perturber: Optimizer) {
         weights: Weights::Cosine,
         taps: Taps::Auto,
         warmup: 0.0,
-        ..Settings::default()
+        ..Settings::paper()
     });
     let shapes = retune::train::step::Shapes::of(&batch).unwrap();
     assert_eq!(icp.tap_names(&session, &shapes).unwrap(), taps, "automatic taps");

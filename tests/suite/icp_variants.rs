@@ -10,18 +10,19 @@ use retune::icp::{
     Which,
 };
 use retune::import::Model;
+use retune::tensor::Tensor;
 use retune::train::data::{Batch, Dataset};
 use retune::train::loss::Loss;
 use retune::train::method::{At, Learned, Method};
 use retune::train::optimizer::Optimizer;
 use retune::train::step::{Norm, Recipe, Shapes, set_step};
 
-use crate::common::{Arrays, retune, run, shipped, text};
+use crate::common::{Arrays, fetched, retune, run, shipped, text};
 use crate::gradients::check_model;
 
 /// As the script has it.
 fn settings(name: &str) -> Settings {
-    let adam = Settings { steps: 3, alpha: Alpha::Fixed(0.5), ..Settings::default() };
+    let adam = Settings { steps: 3, alpha: Alpha::Fixed(0.5), ..Settings::paper() };
     let sgd = |epsilon| Settings { perturber: Optimizer::sgd(), epsilon, ..adam.clone() };
     match name {
         "adversarial" => Settings { sign: true, direction: Direction::Adversarial, ..sgd(0.01) },
@@ -252,11 +253,10 @@ fn token_networks_are_perturbed_behind_their_embedding() {
     let fixture = Arrays::read(&shipped("tests/fixtures/zoo_gru_tagger.npz"));
     let data = dir.path().join("data.npz");
     // The fixture's batch a few times over.
-    let inputs: Vec<(String, retune::tensor::Tensor)> =
+    let inputs: Vec<(String, Tensor)> =
         fixture.with_prefix("in.").map(|(n, t)| (n.to_string(), t.clone())).collect();
     let target = fixture.get("target").clone();
-    let mut arrays: Vec<(&str, &retune::tensor::Tensor)> =
-        inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    let mut arrays: Vec<(&str, &Tensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
     arrays.push(("y", &target));
     retune::train::data::write_npz(&data, &arrays).unwrap();
     let output = dir.path().join("new.onnx");
@@ -269,10 +269,38 @@ fn token_networks_are_perturbed_behind_their_embedding() {
     assert!(std::fs::read(&output).unwrap() != std::fs::read(&model).unwrap());
     let folder = dir.path().join("perturbed");
     let see = ["perturb", text(&model), "--data", text(&data), "--output", text(&folder), "--json"];
-    let p = crate::common::json(&[&see[..], &["--icp-perturber=sgd", "--icp-epsilon=1"]].concat(), 0);
+    let p = crate::common::json(
+        &[&see[..], &["--icp-perturber=sgd", "--icp-epsilon=1", "--icp-steps=5"]].concat(),
+        0,
+    );
     let losses: Vec<f64> = p["losses"].as_array().unwrap().iter().map(|l| l.as_f64().unwrap()).collect();
     assert!(losses.len() == 5 && losses[4] < losses[0], "{losses:?}");
     assert!(p["strip"].is_null());
+}
+
+/// A sentence encoder whose every block reads the attention mask: its blocks are tapped all the same, and those behind
+/// what is perturbed where that lies within it.
+#[test]
+fn a_masked_encoder_is_tapped_at_its_blocks() {
+    let Some(model) = fetched("minilm/model.onnx") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (data, output) = (dir.path().join("data.npz"), dir.path().join("new.onnx"));
+    let ids: Vec<i64> = (0..64).map(|i| 1000 + 37 * i).collect();
+    let ids = Tensor::from_slice(&[8, 8], &ids).unwrap();
+    let mask = Tensor::from_slice(&[8, 8], &[1i64; 64]).unwrap();
+    let y = Tensor::from_slice(&[8], &[0i64, 1, 2, 3, 4, 5, 6, 7]).unwrap();
+    retune::train::data::write_npz(&data, &[("input_ids", &ids), ("attention_mask", &mask), ("y", &y)])
+        .unwrap();
+    for (at, taps) in [("auto", 3), ("first", 1)] {
+        let base = ["finetune", text(&model), "--data", text(&data), "--output", text(&output), "--json"];
+        let head = ["--head=8", "--at=461", "--train=last:7", "--method=icp", "--epochs=1", "--holdout=0"];
+        let s = crate::common::json(&[&base[..], &head, &["--batch=4", "--icp-at", at]].concat(), 0);
+        let found = s["taps"].as_array().unwrap();
+        assert!(
+            found.len() == taps && found.iter().all(|t| t.as_str().unwrap().ends_with("output/Add_output_0")),
+            "{found:?}"
+        );
+    }
 }
 
 /// `retune perturb` on images: what it prints is what it writes, and the loss falls (or climbs).
