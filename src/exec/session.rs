@@ -13,6 +13,7 @@ use crate::exec::run::{self, Memory, Profile};
 use crate::exec::store::{Purpose, Store};
 use crate::graph::{self, Conversions, Graph, NodeId, PinnedLayouts, Source, StateId, ValueId, WeightId};
 use crate::import::{Model, Role};
+use crate::kernels::isa::has_pair_products;
 use crate::ops::eval;
 use crate::ops::fold::FoldNorm;
 use crate::plan::{self, Constant, Location, Plan, Request};
@@ -39,6 +40,9 @@ pub struct Options {
     pub conversions_apart: bool,
     /// What is kept of a forward pass for its gradient; frozen weights of the file that are of that type are read as
     /// they are.
+    ///
+    /// With bf16, matrix products multiply pairs of it where the processor has an instruction for that; the environment variable
+    /// `RETUNE_PRODUCTS=pairs` asks for the same, in plain arithmetic, where it has none (for tests; results differ by rounding).
     pub precision: Precision,
     /// Parameters are kept in the half type that `precision` is, without a copy in `f32`, but for those of fewer than
     /// [`SMALL_PARAMETER`] elements.
@@ -387,6 +391,9 @@ impl Session {
             _ if self.options.arena.is_some() => Conversions::Reads,
             _ => Conversions::Kernels,
         };
+        if self.precision() == Precision::Bf16 && (has_pair_products() || asked("RETUNE_PRODUCTS", "pairs")) {
+            graph::multiply_pairs(&mut graph);
+        }
         let to = self.precision().half();
         let half = graph::halve(&mut graph, &request, to, conversions, &|s| self.stored(s))?;
         if self.options.arena.is_some() {

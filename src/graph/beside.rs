@@ -106,7 +106,7 @@ impl Layer {
         match kind {
             Kind::MatMul => {
                 let t = emit(graph, &name, MatMul::default(), &[x, first])?;
-                append(graph, Arc::new(MatMul { alpha: scale }), &[t, second, None, plain], y)
+                append(graph, Arc::new(MatMul::scaled(scale)), &[t, second, None, plain], y)
             }
             Kind::Gemm(gemm) => {
                 let product = Gemm { alpha: 1.0, beta: 1.0, ..gemm.clone() };

@@ -240,7 +240,7 @@ impl Chains {
             && self.extend(graph, &mut tail, id)
         {
             let before = node.op.as_a::<MatMul>().map_or(1.0, |m| m.alpha);
-            node.op = Arc::new(MatMul { alpha: before * alpha as f32 });
+            node.op = Arc::new(MatMul::scaled(before * alpha as f32));
         }
         if let Some((id, bias)) = self.bias(graph, tail.out)
             && self.extend(graph, &mut tail, id)

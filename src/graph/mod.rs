@@ -35,7 +35,7 @@ pub use lower::{Lowering, eval_lowered, infer_lowered};
 pub use masks::keep_masks;
 pub use narrow::narrow;
 pub use passes::{inline, logits, set_mode};
-pub use precision::{Conversions, halve};
+pub use precision::{Conversions, halve, multiply_pairs};
 
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident) => {

@@ -88,6 +88,15 @@ pub fn halve(
     Ok(weights)
 }
 
+/// Has products that can multiply pairs of bfloat16 do so; before [`halve`], since they read half precision as it is.
+pub fn multiply_pairs(graph: &mut Graph) {
+    for node in &mut graph.nodes {
+        if let Some(op) = node.op.by_pairs() {
+            node.op = op;
+        }
+    }
+}
+
 /// A node that reads a value, or one that views it.
 #[derive(Debug, Clone, Copy)]
 struct Use {

@@ -196,7 +196,7 @@ impl Byot {
             });
             params.push((g.add_state(full, state, meta), state));
         }
-        let dense = Gemm { alpha: 1.0, beta: 1.0, trans_a: false, trans_b: false };
+        let dense = Gemm { alpha: 1.0, beta: 1.0, trans_a: false, trans_b: false, pairs: false };
         Ok((emit(g, dense, &[pooled, params[0].0, params[1].0])?, params))
     }
 

@@ -5,8 +5,9 @@
 //! One step is three plans over one graph: `perturb` (the gradient of what is perturbed only, evaluation mode, run K
 //! times), `teacher` (forward up to the taps), `student` (loss, gradients, updates).
 //!
-//! [`Settings`] has the paper's form as its default, and beside it: other directions and none (the controls), other
-//! distances of features, bounds, cheaper ways to a perturbation ([`Reuse`], [`Place`]), a teacher of averaged weights.
+//! [`Settings::paper`] is the paper's form; the default takes one step and a teacher of averaged weights. Beside them: other
+//! directions and none (the controls), other distances of features, bounds, cheaper ways to a perturbation ([`Reuse`],
+//! [`Place`]).
 
 mod average;
 mod byot;

@@ -6,8 +6,10 @@ use std::sync::OnceLock;
 /// What the processor can do, lowest first. Code written with plain arithmetic gives the same bits on each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
-    /// The target's baseline (SSE2, NEON).
+    /// Plain arithmetic, in the target's baseline (SSE2, NEON).
     Portable,
+    /// NEON, by its own instructions.
+    Neon,
     /// AVX2 and FMA.
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
@@ -43,9 +45,27 @@ fn detect() -> Isa {
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn detect() -> Isa {
+    Isa::Neon
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn detect() -> Isa {
     Isa::Portable
+}
+
+/// Has the processor, at the level in use, an instruction that multiplies pairs of bfloat16 and adds them up in `f32`?
+pub fn has_pair_products() -> bool {
+    static HAS: OnceLock<bool> = OnceLock::new();
+    *HAS.get_or_init(|| {
+        #[cfg(target_arch = "x86_64")]
+        return isa() == Isa::Avx512 && is_x86_feature_detected!("avx512bf16");
+        #[cfg(target_arch = "aarch64")]
+        return isa() == Isa::Neon && std::arch::is_aarch64_feature_detected!("bf16");
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        false
+    })
 }
 
 /// As [`vectorize`] with AVX2 at most: for sweeps that read and write memory more than they compute. With
@@ -86,7 +106,7 @@ pub fn vectorize<R>(f: impl FnOnce() -> R) -> R {
             Isa::Avx512 => return unsafe { avx512(f) },
             // SAFETY: as above.
             Isa::Avx2 => return unsafe { avx2(f) },
-            Isa::Portable => {}
+            Isa::Portable | Isa::Neon => {}
         }
     }
     f()

@@ -148,11 +148,11 @@ impl Vectors for f32 {
                 Isa::Avx512 => return unsafe { avx512(kernel) },
                 // SAFETY: as above.
                 Isa::Avx2 => return unsafe { avx2(kernel) },
-                Isa::Portable => {}
+                Isa::Portable | Isa::Neon => {}
             }
         }
         #[cfg(target_arch = "aarch64")]
-        if isa() > Isa::Portable {
+        if isa() == Isa::Neon {
             // SAFETY: NEON is part of the target's baseline; else the caller's promise.
             return unsafe { kernel.run::<arm::Neon>() };
         }
@@ -167,7 +167,7 @@ impl Vectors for f32 {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Level::of::<x86::Avx2>(),
             #[cfg(target_arch = "aarch64")]
-            level if level > Isa::Portable => Level::of::<arm::Neon>(),
+            Isa::Neon => Level::of::<arm::Neon>(),
             _ => Level::of::<Plain<f32>>(),
         }
     }

@@ -234,7 +234,7 @@ impl Recipe for Attention {
         let scale = self.scale.map_or(1.0 / (d as f64).sqrt(), f64::from);
         let shared = l.reshape(q, &[b, hk, rows, d])?;
         let keys = l.transpose(k, &[0, 1, 3, 2])?;
-        let scores = l.emit(MatMul { alpha: scale as f32 }, &[shared, keys])?;
+        let scores = l.emit(MatMul::scaled(scale as f32), &[shared, keys])?;
         let mut scores = l.reshape(scores, &[b, h, sq, total])?;
         let mut kept = scores;
         if self.softcap > 0.0 {

@@ -25,7 +25,7 @@ fn fused_matmul(a: &Attrs, l: &mut Lowering) -> Made {
         l.transpose(x, &perm)
     };
     let (x, y) = (operand(0, "transA")?, operand(1, "transB")?);
-    one(l.emit(MatMul { alpha: a.float_or("alpha", 1.0)? }, &[x, y]))
+    one(l.emit(MatMul::scaled(a.float_or("alpha", 1.0)?), &[x, y]))
 }
 
 /// `BiasGelu`: the GELU of a sum.

@@ -8,7 +8,7 @@ use self::ints::{GemmInts, Ints, int_dispatch};
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::gemm::{Plus, Product, gemm_halves, many, room, room_halves};
+use crate::kernels::gemm::{Plus, Product, gemm_halves, gemm_pairs, many, room, room_halves, room_pairs};
 use crate::kernels::half::{Elements, Half};
 use crate::kernels::norm::Channels;
 use crate::kernels::par;
@@ -24,6 +24,8 @@ pub struct Gemm {
     pub beta: f32,
     pub trans_a: bool,
     pub trans_b: bool,
+    /// See [`Op::by_pairs`].
+    pub pairs: bool,
 }
 
 impl Gemm {
@@ -33,6 +35,7 @@ impl Gemm {
             beta: s.attrs.float_or("beta", 1.0)?,
             trans_a: s.attrs.flag("transA")?,
             trans_b: s.attrs.flag("transB")?,
+            pairs: false,
         }))
     }
 
@@ -86,19 +89,27 @@ impl Op for Gemm {
                 spread(c.dims, c.get::<T>()?, n, y);
             }
             let p = Product { alpha: T::of(self.alpha as f64), beta, ..Product::dense(self.trans_a, self.trans_b, m, n, k) };
+            if self.pairs && by_pairs(cx, &p, [a, b], Plus::NOTHING, y)? {
+                return Ok(());
+            }
             let scratch = cx.room(room_halves(&p, [!a.is_whole(), !b.is_whole()]))?;
-            gemm_halves(&p, a, b, y, scratch);
+            gemm_halves(&p, a, b, Plus::NOTHING, y, scratch);
             Ok(())
         })
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        self.extents(&a.dims, &b.dims).map_or(0, |mnk| bytes([a, b], [self.trans_a, self.trans_b], mnk, 1))
+        self.extents(&a.dims, &b.dims)
+            .map_or(0, |mnk| bytes([a, b], [self.trans_a, self.trans_b], mnk, 1, self.pairs))
     }
 
     fn reads_half(&self, input: usize) -> bool {
-        input < 2 && self.trans_a && !self.trans_b
+        input < 2 && (self.pairs || self.trans_a && !self.trans_b)
+    }
+
+    fn by_pairs(&self) -> Option<Arc<dyn Op>> {
+        Some(Arc::new(Gemm { pairs: true, ..self.clone() }))
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
@@ -109,7 +120,8 @@ impl Op for Gemm {
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         let (a, b, dy) = (g.x(0)?, g.x(1)?, g.dy0()?);
         let (ta, tb) = (self.trans_a, self.trans_b);
-        let product = |trans_a, trans_b| Gemm { alpha: self.alpha, beta: 0.0, trans_a, trans_b };
+        let product =
+            |trans_a, trans_b| Gemm { alpha: self.alpha, beta: 0.0, trans_a, trans_b, pairs: self.pairs };
         let mut grads = Grads::from_elem(None, g.inputs());
         if g.wants(0) {
             // dA' = α dY·B'ᵀ   (M, K)
@@ -199,11 +211,19 @@ impl Op for Scale {
 #[derive(Debug)]
 pub struct MatMul {
     pub alpha: f32,
+    /// See [`Op::by_pairs`].
+    pub pairs: bool,
 }
 
 impl Default for MatMul {
     fn default() -> Self {
-        MatMul { alpha: 1.0 }
+        MatMul::scaled(1.0)
+    }
+}
+
+impl MatMul {
+    pub fn scaled(alpha: f32) -> Self {
+        MatMul { alpha, pairs: false }
     }
 }
 
@@ -220,11 +240,45 @@ struct Stacked {
     k: usize,
 }
 
+/// The product by pairs, if it is one of `f32` and large enough; else `false`, and nothing has been done.
+fn by_pairs<T: Float>(
+    cx: &mut Cx,
+    p: &Product<T>,
+    [a, b]: [Elements<T>; 2],
+    plus: Plus<T>,
+    y: &mut [T],
+) -> Result<bool, OpError> {
+    let single = Product::<f32>::dense(p.trans_a, p.trans_b, p.m, p.n, p.k);
+    if size_of::<T>() != size_of::<f32>() || !single.suits_pairs() {
+        return Ok(false);
+    }
+    fn narrow<T: Float>(x: Elements<'_, T>) -> Elements<'_, f32> {
+        match x {
+            Elements::Whole(x) => Elements::Whole(bytemuck::cast_slice(x)),
+            Elements::Half(half, x) => Elements::Half(half, x),
+        }
+    }
+    let plus = Plus { row: plus.row.map(bytemuck::cast_slice), all: plus.all.map(bytemuck::cast_slice) };
+    let p = Product { alpha: p.alpha.to64() as f32, beta: p.beta.to64() as f32, ..single };
+    let scratch = cx.room(room_pairs(&p))?;
+    gemm_pairs(&p, narrow(a), narrow(b), plus, bytemuck::cast_slice_mut(y), scratch);
+    Ok(true)
+}
+
 /// Bytes of scratch for `batch` products of [m, n, k].
-fn bytes(operands: [&Meta; 2], [trans_a, trans_b]: [bool; 2], [m, n, k]: [usize; 3], batch: usize) -> usize {
+fn bytes(
+    operands: [&Meta; 2],
+    [trans_a, trans_b]: [bool; 2],
+    [m, n, k]: [usize; 3],
+    batch: usize,
+    pairs: bool,
+) -> usize {
     let halves = operands.map(|x| Half::of(x.dtype).is_some());
     let single = Product::<f32>::dense(trans_a, trans_b, m, n, k);
     match operands[0].dtype {
+        DType::BF16 | DType::F16 | DType::F32 if pairs && batch == 1 && single.suits_pairs() => {
+            room_pairs(&single) * size_of::<f32>()
+        }
         _ if halves.contains(&true) => room_halves(&single, halves) * size_of::<f32>(),
         DType::F64 => room(&Product::<f64>::dense(trans_a, trans_b, m, n, k), batch) * size_of::<f64>(),
         DType::F32 => room(&single, batch) * size_of::<f32>(),
@@ -272,14 +326,16 @@ impl Stacked {
         }
     }
 
-    fn scratch(&self, a: &Meta, b: &Meta) -> usize {
+    fn scratch(&self, a: &Meta, b: &Meta, pairs: bool) -> usize {
         let (p, batch) = self.product::<f32>();
-        bytes([a, b], self.trans, [p.m, p.n, p.k], batch)
+        bytes([a, b], self.trans, [p.m, p.n, p.k], batch, pairs)
     }
 
-    /// Of one product over all rows that is a gradient of B, both operands may come in half precision.
-    fn reads_half(&self, input: usize) -> bool {
-        input < 2 && self.trans == [true, false] && self.stack.iter().product::<usize>() == 1
+    /// Of one product over all rows that is a gradient of B, or is computed by pairs, both operands may come in half precision.
+    fn reads_half(&self, input: usize, pairs: bool) -> bool {
+        let (p, batch) = self.product::<f32>();
+        let gradient = self.trans == [true, false];
+        input < 2 && batch == 1 && (gradient || pairs && p.suits_pairs())
     }
 
     fn rows(&self) -> usize {
@@ -318,16 +374,20 @@ impl Op for MatMul {
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let s = Stacked::of(need(x, 0)?.dims, need(x, 1)?.dims, false, false)?;
-        stacked(cx, &s, self.alpha, x, [2, 3], out(y, 0)?)
+        stacked(cx, &s, (self.alpha, self.pairs), x, [2, 3], out(y, 0)?)
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
         &[(3, 0)]
     }
 
+    fn by_pairs(&self) -> Option<Arc<dyn Op>> {
+        Some(Arc::new(MatMul { pairs: true, ..*self }))
+    }
+
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        Stacked::of(&a.dims, &b.dims, false, false).map_or(0, |s| s.scratch(a, b))
+        Stacked::of(&a.dims, &b.dims, false, false).map_or(0, |s| s.scratch(a, b, self.pairs))
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
@@ -340,7 +400,7 @@ impl Op for MatMul {
         let (da, db) = (g.meta(a)?.dims.clone(), g.meta(b)?.dims.clone());
         let s = Stacked::of(&da, &db, false, false)?;
         let (k, rows) = (s.a[s.a.len() - 1], s.rows());
-        let alpha = self.alpha;
+        let (alpha, pairs) = (self.alpha, self.pairs);
         let with = |last: &[usize]| s.stack.iter().chain(last).copied().collect::<Dims>();
         let (py, flat) = (with(&[s.m, s.n]), Dims::from_slice(&[rows, s.n]));
         // What was added: dY; the bias (N): dY summed over all rows
@@ -353,11 +413,11 @@ impl Op for MatMul {
             let op = match s.one_b() {
                 true => {
                     let b = Dims::from_slice(&[k, s.n]);
-                    MatMulAs { a: flat.clone(), b, trans_a: false, trans_b: true, alpha, y: da }
+                    MatMulAs { a: flat.clone(), b, trans_a: false, trans_b: true, alpha, y: da, pairs }
                 }
                 false => {
                     let y = if da.len() == 1 { with(&[k]) } else { with(&[s.m, k]) };
-                    MatMulAs { a: py.clone(), b: s.b.clone(), trans_a: false, trans_b: true, alpha, y }
+                    MatMulAs { a: py.clone(), b: s.b.clone(), trans_a: false, trans_b: true, alpha, y, pairs }
                 }
             };
             grads[0] = Some(g.emit(op, &[dy, b])?);
@@ -367,11 +427,11 @@ impl Op for MatMul {
             let op = match s.one_b() {
                 true => {
                     let a = Dims::from_slice(&[rows, k]);
-                    MatMulAs { a, b: flat, trans_a: true, trans_b: false, alpha, y: db }
+                    MatMulAs { a, b: flat, trans_a: true, trans_b: false, alpha, y: db, pairs }
                 }
                 false => {
                     let y = if db.len() == 1 { with(&[k]) } else { with(&[k, s.n]) };
-                    MatMulAs { a: s.a.clone(), b: py, trans_a: true, trans_b: false, alpha, y }
+                    MatMulAs { a: s.a.clone(), b: py, trans_a: true, trans_b: false, alpha, y, pairs }
                 }
             };
             grads[1] = Some(g.emit(op, &[a, dy])?);
@@ -382,7 +442,7 @@ impl Op for MatMul {
 
 /// `alpha` times a stacked product of operands seen as `a` and `b`, transposed or not, into a tensor seen as `y`; a third
 /// operand of its shape is added.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct MatMulAs {
     pub a: Dims,
     pub b: Dims,
@@ -390,6 +450,8 @@ pub struct MatMulAs {
     pub trans_b: bool,
     pub alpha: f32,
     pub y: Dims,
+    /// See [`Op::by_pairs`].
+    pub pairs: bool,
 }
 
 impl Op for MatMulAs {
@@ -415,7 +477,7 @@ impl Op for MatMulAs {
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let s = Stacked::of(&self.a, &self.b, self.trans_a, self.trans_b)?;
-        stacked(cx, &s, self.alpha, x, [x.len(), 2], out(y, 0)?)
+        stacked(cx, &s, (self.alpha, self.pairs), x, [x.len(), 2], out(y, 0)?)
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
@@ -425,12 +487,16 @@ impl Op for MatMulAs {
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let s = Stacked::of(&self.a, &self.b, self.trans_a, self.trans_b);
         let (Some(a), Some(b), Ok(s)) = (get(inputs, 0), get(inputs, 1), s) else { return 0 };
-        s.scratch(a, b)
+        s.scratch(a, b, self.pairs)
     }
 
     fn reads_half(&self, input: usize) -> bool {
         let s = Stacked::of(&self.a, &self.b, self.trans_a, self.trans_b);
-        s.is_ok_and(|s| s.reads_half(input))
+        s.is_ok_and(|s| s.reads_half(input, self.pairs))
+    }
+
+    fn by_pairs(&self) -> Option<Arc<dyn Op>> {
+        Some(Arc::new(MatMulAs { pairs: true, ..self.clone() }))
     }
 
     fn multiply_adds(&self, _: &[Option<&Meta>]) -> usize {
@@ -446,7 +512,7 @@ impl Op for MatMulAs {
 fn stacked(
     cx: &mut Cx,
     s: &Stacked,
-    alpha: f32,
+    (alpha, pairs): (f32, bool),
     x: &[Option<View>],
     [row, all]: [usize; 2],
     y: &mut ViewMut,
@@ -476,21 +542,24 @@ fn stacked(
         let (a, b, y) = (elements::<T>(a)?, elements::<T>(b)?, y.get::<T>()?);
         let (mut p, batch) = s.product::<T>();
         p.alpha = T::of(alpha as f64);
-        let (Elements::Whole(a), Elements::Whole(b)) = (a, b) else {
-            if batch != 1 || x.len() > 2 {
-                return Err(OpError::Internal("half precision in a stack of products".into()));
-            }
-            let scratch = cx.room(room_halves(&p, [!a.is_whole(), !b.is_whole()]))?;
-            gemm_halves(&p, a, b, y, scratch);
-            return Ok(());
-        };
-        let scratch = cx.room(room(&p, batch))?;
         let row = get(x, row).map(|v| v.get::<T>()).transpose()?;
         let plus = Plus { row, all: get(x, all).map(|v| v.get::<T>()).transpose()? };
         if x.len() > all && plus.all.is_none() {
             // It lies in the result.
             p.beta = T::of(1.0);
         }
+        if pairs && batch == 1 && by_pairs(cx, &p, [a, b], plus, y)? {
+            return Ok(());
+        }
+        let (Elements::Whole(a), Elements::Whole(b)) = (a, b) else {
+            if batch != 1 {
+                return Err(OpError::Internal("half precision in a stack of products".into()));
+            }
+            let scratch = cx.room(room_halves(&p, [!a.is_whole(), !b.is_whole()]))?;
+            gemm_halves(&p, a, b, plus, y, scratch);
+            return Ok(());
+        };
+        let scratch = cx.room(room(&p, batch))?;
         let at = |i: usize| if batch == 1 { [0, 0] } else { at(i) };
         many(&p, batch, at, a, b, plus, y, p.m * p.n, scratch);
         Ok(())
@@ -559,8 +628,8 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         plus("and both", &[2, 3, 4], &[2, 4, 5]).input(&[5]).input(&[2, 3, 5]),
         plus("and one of its shape", &[2, 3, 4], &[4, 5]).absent().input(&[2, 3, 5]),
         plus("and both, of a vector", &[4], &[4, 5]).input(&[5]).input(&[5]),
-        Case::of(MatMul { alpha: 0.3 }).named("scaled").input(&[2, 3, 4]).input(&[4, 5]).input(&[5]),
-        Case::of(MatMul { alpha: 0.3 }).named("scaled stacks").input(&[2, 3, 4]).input(&[2, 4, 5]),
+        Case::of(MatMul::scaled(0.3)).named("scaled").input(&[2, 3, 4]).input(&[4, 5]).input(&[5]),
+        Case::of(MatMul::scaled(0.3)).named("scaled stacks").input(&[2, 3, 4]).input(&[2, 4, 5]),
     ]);
     cases
 }

@@ -172,6 +172,13 @@ pub trait Op: Any + Debug + Send + Sync {
         None
     }
 
+    /// The same operator with its operands rounded to bfloat16 and multiplied in pairs, which are summed in `f32`: by an
+    /// instruction that some processors have ([`has_pair_products`](crate::kernels::isa::has_pair_products)). `None` where there
+    /// is no such form.
+    fn by_pairs(&self) -> Option<Arc<dyn Op>> {
+        None
+    }
+
     /// Bytes of scratch memory that `forward` needs.
     fn scratch(&self, _inputs: &[Option<&Meta>]) -> usize {
         0

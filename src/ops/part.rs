@@ -82,13 +82,13 @@ impl Op for LowRank {
         if g.wants(1) {
             // dL = scale · dW'·Rᵀ   (rows, rank)
             let (b, y) = (dims(&[self.rank, self.columns]), g.meta(left)?.dims.clone());
-            let op = MatMulAs { a: whole.clone(), b, trans_a: false, trans_b: true, alpha, y };
+            let op = MatMulAs { a: whole.clone(), b, trans_a: false, trans_b: true, alpha, y, pairs: false };
             grads[1] = Some(g.emit(op, &[dw, right])?);
         }
         if g.wants(2) {
             // dR = scale · Lᵀ·dW'   (rank, columns)
             let (a, y) = (dims(&[self.rows, self.rank]), g.meta(right)?.dims.clone());
-            let op = MatMulAs { a, b: whole, trans_a: true, trans_b: false, alpha, y };
+            let op = MatMulAs { a, b: whole, trans_a: true, trans_b: false, alpha, y, pairs: false };
             grads[2] = Some(g.emit(op, &[left, dw])?);
         }
         Ok(grads)

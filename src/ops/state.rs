@@ -190,7 +190,7 @@ impl Recipe for LinearAttention {
             state = l.add(state, new)?;
             let query = l.crop(q, 2, i, 1)?;
             let query = l.reshape(query, &[n, hk, hq / hk, dk])?;
-            let read = l.emit(MatMul { alpha: scale }, &[query, state])?;
+            let read = l.emit(MatMul::scaled(scale), &[query, state])?;
             outputs.push(l.reshape(read, &[n, 1, hq * dv])?);
         }
         let y = match outputs.is_empty() {

@@ -411,7 +411,7 @@ pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
 pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut [T], scratch: &mut [T]) {
     g.check_sizes(x.len(), dy.len());
     if let Some(product) = product(g) {
-        return gemm::gemm_halves(&product, Elements::Whole(dy), x, dw, scratch);
+        return gemm::gemm_halves(&product, Elements::Whole(dy), x, gemm::Plus::NOTHING, dw, scratch);
     }
     let p = Plan::new(g);
     let panel = p.panel::<T>();

@@ -1,6 +1,6 @@
 //! Products of operands that may be of half precision.
 
-use super::{Packs, Plus, Product, divided, gemm, room};
+use super::{Packs, Plus, Product, divided, many, room};
 use crate::kernels::half::Elements;
 use crate::kernels::par;
 use crate::kernels::simd::Vectors;
@@ -28,23 +28,26 @@ pub fn room_halves<T: Vectors>(p: &Product<T>, halves: [bool; 2]) -> usize {
     copies + room(p, 1)
 }
 
-/// As [`gemm`], with operands that may be of half precision: they are widened as they are packed, or, where they would be
+/// As [`gemm`](super::gemm), with something added, of operands that may be of half precision: they are widened as they are packed, or, where they would be
 /// read as they lie, beforehand.
 pub fn gemm_halves<T: Vectors>(
     p: &Product<T>,
     a: Elements<T>,
     b: Elements<T>,
+    plus: Plus<T>,
     c: &mut [T],
     scratch: &mut [T],
 ) {
     let need = p.extents();
     assert!(a.len() >= need[0] && b.len() >= need[1] && c.len() >= need[2], "operands of a product");
     assert!(p.m <= 1 || p.ldc >= p.n, "rows of a product overlap");
+    assert!(plus.row.is_none_or(|r| r.len() >= p.n), "operands of a product");
+    assert!(plus.all.is_none_or(|x| x.len() >= need[2]), "operands of a product");
     if need[2] == 0 {
         return;
     }
     if p.widens([!a.is_whole(), !b.is_whole()]) {
-        return divided(p, a, b, Plus::NOTHING, c, scratch);
+        return divided(p, a, b, plus, c, scratch);
     }
     let (a_near, rest) = scratch.split_at_mut(if a.is_whole() { 0 } else { need[0] });
     let (b_near, rest) = rest.split_at_mut(if b.is_whole() { 0 } else { need[1] });
@@ -53,5 +56,5 @@ pub fn gemm_halves<T: Vectors>(
     widened(b, b_near);
     let a = if let Elements::Whole(a) = a { a } else { a_near };
     let b = if let Elements::Whole(b) = b { b } else { b_near };
-    gemm(p, a, b, c, rest);
+    many(p, 1, |_| [0, 0], a, b, plus, c, 0, rest);
 }

@@ -8,6 +8,7 @@
 
 mod halves;
 mod pack;
+mod pairs;
 #[cfg(test)]
 mod tests;
 mod vector;
@@ -19,11 +20,12 @@ use rayon::prelude::*;
 use crate::kernels::half::Elements;
 use crate::kernels::par::{self, Shared};
 use crate::kernels::simd::{Kernel, Level, Simd, Vectors, load_up_to, store_up_to};
-use crate::kernels::tile::{Pieces, Positions, along_columns, along_rows};
+use crate::kernels::tile::{Acc, Pieces, Positions, along_columns, along_rows};
 use crate::tensor::Float;
 use crate::tile_sizes;
 
 pub use halves::{gemm_halves, room_halves};
+pub use pairs::{gemm_pairs, room_pairs};
 
 /// Multiply-adds worth a task of their own.
 const WORK: usize = 1 << 19;
@@ -431,7 +433,6 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                 let to = (from + block.max(1)).min(self.strips.end);
                 for q in self.panels.clone() {
                     let first = q * panel;
-                    let lanes = panel.min(p.n - first);
                     let (b, b_step) = match packs {
                         Packs::Nothing => (self.b.address(k * p.ldb + first), p.ldb),
                         Packs::B | Packs::BThenA => {
@@ -457,7 +458,6 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                                 (self.packed.as_ptr().wrapping_add(at), height)
                             }
                         };
-                        let to = row * p.ldc + first;
                         let tile = Tile {
                             across: p.trans_a,
                             packed: packs != Packs::Nothing,
@@ -466,16 +466,10 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                             b,
                             b_step,
                             steps: count,
-                            alpha: p.alpha,
-                            beta,
-                            row: plus.row.map(|r| r.as_ptr().wrapping_add(first)),
-                            all: plus.all.map(|x| x.as_ptr().wrapping_add(to)),
-                            c: self.c.wrapping_add(to),
-                            ldc: p.ldc,
-                            lanes,
+                            to: Target::of(p, plus, self.c, row, first, panel, beta),
                         };
                         // SAFETY: the part lies inside the product, whose operands have its extents.
-                        unsafe { tile_sizes!(m, lanes.div_ceil(S::LANES), S, tile_run(&tile)) }
+                        unsafe { tile_sizes!(m, tile.to.lanes.div_ceil(S::LANES), S, tile_run(&tile)) }
                     }
                 }
                 from = to;
@@ -485,7 +479,7 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
     }
 }
 
-struct Tile<T> {
+struct Tile<'a, T> {
     /// A's elements of one step are neighbours.
     across: bool,
     packed: bool,
@@ -494,29 +488,17 @@ struct Tile<T> {
     b: *const T,
     b_step: usize,
     steps: usize,
-    alpha: T,
-    beta: T,
-    /// What is added: `lanes` elements, and rows of them as C's.
-    row: Option<*const T>,
-    all: Option<*const T>,
-    c: *mut T,
-    ldc: usize,
-    lanes: usize,
+    to: Target<'a, T>,
 }
 
 /// # Safety
-/// `a` must be valid for `M` rows of `steps`, `b` for as many rows of `N` vectors (if packed) or of `lanes`
-/// elements, `row` for `lanes` elements, `all` and `c` for `M` rows of as many.
+/// `a` must be valid for `M` rows of `steps`, `b` for as many rows of `N` vectors (if packed) or of `to.lanes`
+/// elements, and the target for `M` rows.
 #[inline(always)]
 unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(t: &Tile<S::Elem>) {
     // SAFETY: the caller's promise.
     unsafe {
-        // Where the sums will go, while they are added up.
-        for i in 0..M {
-            for j in 0..N {
-                S::prefetch(t.c.wrapping_add(i * t.ldc + j * S::LANES));
-            }
-        }
+        t.to.fetch::<S, M, N>();
         let acc = if t.across {
             let positions = Positions {
                 blocks: 1,
@@ -529,7 +511,7 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(t: &Tile<S::Elem>) {
                 b_row: 0,
                 b_step: t.b_step,
             };
-            let tail = if t.packed { S::LANES } else { t.lanes - (N - 1) * S::LANES };
+            let tail = if t.packed { S::LANES } else { t.to.lanes - (N - 1) * S::LANES };
             along_columns::<S, M, N>(&positions, t.a, t.b, tail)
         } else {
             let mut rows = [t.a; M];
@@ -538,28 +520,87 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(t: &Tile<S::Elem>) {
             }
             along_rows::<S, M, N>(&[(0, t.steps)], rows, t.b, t.b_step)
         };
-        let (alpha, beta) = (S::splat(t.alpha), S::splat(t.beta));
-        let keep = t.beta != num_traits::zero();
-        for j in 0..N {
-            let part = (t.lanes - j * S::LANES).min(S::LANES);
-            let mut row = S::splat(num_traits::zero());
-            if let Some(r) = t.row {
-                row = load_up_to::<S>(r.add(j * S::LANES), part);
+        t.to.write::<S, M, N>(&acc);
+    }
+}
+
+/// Where a tile's sums go, and what is added to them.
+struct Target<'a, T> {
+    p: &'a Product<T>,
+    beta: T,
+    /// What is added: `lanes` elements, and rows of them as C's.
+    row: Option<*const T>,
+    all: Option<*const T>,
+    c: *mut T,
+    lanes: usize,
+}
+
+impl<'a, T: Float> Target<'a, T> {
+    /// Of the tile at `row` and column `first` of C.
+    #[inline(always)]
+    fn of(
+        p: &'a Product<T>,
+        plus: Plus<T>,
+        c: *mut T,
+        row: usize,
+        first: usize,
+        panel: usize,
+        beta: T,
+    ) -> Self {
+        let at = row * p.ldc + first;
+        Target {
+            p,
+            beta,
+            row: plus.row.map(|r| r.as_ptr().wrapping_add(first)),
+            all: plus.all.map(|x| x.as_ptr().wrapping_add(at)),
+            c: c.wrapping_add(at),
+            lanes: panel.min(p.n - first),
+        }
+    }
+
+    /// Brings C near, while sums are added up.
+    ///
+    /// # Safety
+    /// The processor must have `S`'s instructions.
+    #[inline(always)]
+    unsafe fn fetch<S: Simd<Elem = T>, const M: usize, const N: usize>(&self) {
+        for i in 0..M {
+            for j in 0..N {
+                // SAFETY: the caller's promise.
+                unsafe { S::prefetch(self.c.wrapping_add(i * self.p.ldc + j * S::LANES)) }
             }
-            for i in 0..M {
-                let at = i * t.ldc + j * S::LANES;
-                let c = t.c.add(at);
-                let mut v = S::mul(acc[i][j], alpha);
-                if t.row.is_some() {
-                    v = S::add(v, row);
+        }
+    }
+
+    /// # Safety
+    /// `row` must be valid for `lanes` elements, `all` and `c` for `M` rows of as many.
+    #[inline(always)]
+    unsafe fn write<S: Simd<Elem = T>, const M: usize, const N: usize>(&self, acc: &Acc<S, M, N>) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (alpha, beta) = (S::splat(self.p.alpha), S::splat(self.beta));
+            let keep = self.beta != num_traits::zero();
+            for j in 0..N {
+                let part = (self.lanes - j * S::LANES).min(S::LANES);
+                let mut row = S::splat(num_traits::zero());
+                if let Some(r) = self.row {
+                    row = load_up_to::<S>(r.add(j * S::LANES), part);
                 }
-                if let Some(all) = t.all {
-                    v = S::add(v, load_up_to::<S>(all.add(at), part));
+                for i in 0..M {
+                    let at = i * self.p.ldc + j * S::LANES;
+                    let c = self.c.add(at);
+                    let mut v = S::mul(acc[i][j], alpha);
+                    if self.row.is_some() {
+                        v = S::add(v, row);
+                    }
+                    if let Some(all) = self.all {
+                        v = S::add(v, load_up_to::<S>(all.add(at), part));
+                    }
+                    if keep {
+                        v = S::fma(load_up_to::<S>(c, part), beta, v);
+                    }
+                    store_up_to::<S>(c, v, part);
                 }
-                if keep {
-                    v = S::fma(load_up_to::<S>(c, part), beta, v);
-                }
-                store_up_to::<S>(c, v, part);
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Against the sums that products stand for.
 
 use super::*;
+use crate::kernels::half::Half;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -135,6 +136,57 @@ fn bits_do_not_depend_on_threads_or_alignment() {
             let moved = |x: &[f32]| [&vec![0.0; shift][..], x].concat();
             let (a, b) = (moved(&a), moved(&b));
             assert!(first == bits(&run(p, &a[shift..], &b[shift..], &c)), "{p:?} moved by {shift}");
+        }
+    });
+}
+
+/// By the processor's instruction where it has one, else in plain arithmetic.
+#[test]
+fn pairs_are_products_of_rounded_operands() {
+    let round = |x: &[f32]| {
+        let mut bits = vec![0; x.len()];
+        Half::Bf16.round_all(x, &mut bits);
+        let wide: Vec<f64> = bits.iter().map(|b| f64::from(half::bf16::from_bits(*b).to_f32())).collect();
+        (bits, wide)
+    };
+    each(|p| {
+        if p.is_vector() || p.k < 2 {
+            return;
+        }
+        let [a, b, c] = operands(&p);
+        let ((a_bits, a_wide), (b_bits, b_wide)) = (round(&a), round(&b));
+        let (row, all) = (random(p.n, 4), random(c.len(), 5));
+        let run = |a: Elements<f32>, b: Elements<f32>| {
+            let mut y = c.clone();
+            let plus = Plus { row: Some(&row), all: Some(&all) };
+            gemm_pairs(&p, a, b, plus, &mut y, &mut vec![f32::NAN; room_pairs(&p)]);
+            y
+        };
+        let y = run(Elements::Whole(&a), Elements::Whole(&b));
+        assert!(y == run(Elements::Half(Half::Bf16, &a_bits), Elements::Whole(&b)), "{p:?}: A in half");
+        assert!(y == run(Elements::Whole(&a), Elements::Half(Half::Bf16, &b_bits)), "{p:?}: B in half");
+        let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        assert!(y == one.install(|| run(Elements::Whole(&a), Elements::Whole(&b))), "{p:?}: one thread");
+        for i in 0..p.m {
+            for j in 0..p.n {
+                let sum: f64 = (0..p.k)
+                    .map(|k| {
+                        let a = if p.trans_a { a_wide[k * p.lda + i] } else { a_wide[i * p.lda + k] };
+                        let b = if p.trans_b { b_wide[j * p.ldb + k] } else { b_wide[k * p.ldb + j] };
+                        a * b
+                    })
+                    .sum();
+                let at = i * p.ldc + j;
+                let more = f64::from(row[j]) + f64::from(all[at]);
+                let want = f64::from(p.alpha) * sum + f64::from(p.beta) * f64::from(c[at]) + more;
+                let scale = (p.k as f64).sqrt().max(1.0);
+                assert!((want - f64::from(y[at])).abs() < 4e-6 * scale, "{p:?} {want} {}", y[at]);
+            }
+        }
+        for i in 0..p.m.saturating_sub(1) {
+            for j in p.n..p.ldc {
+                assert_eq!(y[i * p.ldc + j], c[i * p.ldc + j], "{p:?} wrote between rows");
+            }
         }
     });
 }

@@ -5,7 +5,7 @@ use crate::kernels::norm::{Channels, RowNorm, Stat};
 use crate::ops::attention::{FusedAttention, FusedAttentionGrad};
 use crate::ops::batch_norm::{BatchNormInputGrad, BatchNormParamGrad, ChannelParamGrad};
 use crate::ops::conv::{Conv, ConvGrads, ConvStatistics, ConvWeightGrad};
-use crate::ops::matmul::{Gemm, MatMulAs};
+use crate::ops::matmul::{Gemm, MatMul, MatMulAs};
 use crate::ops::norm::SampleNormInputGrad;
 use crate::ops::window::Window;
 use crate::ops::{Attrs, eval};
@@ -176,11 +176,48 @@ fn products_read_it() {
     for (k, m, n) in [(9, 5, 7), (700, 150, 131), (700, 131, 150), (300, 8, 400), (40, 1, 30)] {
         let (a, b) = (wave(&[k, m], 0.7), wave(&[k, n], 0.3));
         let what = format!("{m}×{n}×{k}");
-        let gemm = Gemm { alpha: 0.5, beta: 1.0, trans_a: true, trans_b: false };
+        let gemm = Gemm { alpha: 0.5, beta: 1.0, trans_a: true, trans_b: false, pairs: false };
         reads(&what, &gemm, &[Some(&a), Some(&b)]);
         let [da, db, y] = [[k, m], [k, n], [m, n]].map(|d| Dims::from_slice(&d));
-        let as_ = MatMulAs { a: da, b: db, trans_a: true, trans_b: false, alpha: 0.5, y };
+        let as_ = MatMulAs { a: da, b: db, trans_a: true, trans_b: false, alpha: 0.5, y, pairs: false };
         reads(&what, &as_, &[Some(&a), Some(&b)]);
+    }
+}
+
+/// Their operands rounded, whatever they come in, and then what is said of any product.
+#[test]
+fn products_of_pairs_read_it() {
+    // Large enough for pairs, and not.
+    for (m, n, k) in [(70, 64, 131), (65, 200, 64), (5, 7, 9)] {
+        let [x, more] = [wave(&[m, n], 0.2), wave(&[n], 0.9)];
+        for (trans_a, trans_b) in [(false, false), (false, true), (true, false), (true, true)] {
+            let (da, db) = (if trans_a { [k, m] } else { [m, k] }, if trans_b { [n, k] } else { [k, n] });
+            let (a, b) = (wave(&da, 0.7), wave(&db, 0.3));
+            let rounded = [&a, &b].map(|t| t.cast(DType::BF16).cast(DType::F32));
+            let what = format!("{m}×{n}×{k}, {trans_a}, {trans_b}");
+            let pairs_of = |plain: &dyn Op, added: &[Option<&Tensor>]| {
+                let pairs = plain.by_pairs().unwrap();
+                let whole = [&[Some(&a), Some(&b)], added].concat();
+                if pairs.reads_half(0) {
+                    reads(&what, pairs.as_ref(), &whole);
+                }
+                let large = m * n * k >= 1 << 18;
+                let read = if large { rounded.each_ref() } else { [&a, &b] };
+                let want = eval(plain, &[&read.map(Some)[..], added].concat()).unwrap();
+                let got = eval(pairs.as_ref(), &whole).unwrap();
+                let off =
+                    got[0].to_f64().iter().zip(want[0].to_f64()).fold(0.0, |m, (a, b)| (a - b).abs().max(m));
+                assert!(off < 2e-5, "{what}: off by {off}");
+                let plainly = eval(plain, &whole).unwrap();
+                assert!(!large || plainly[0].bytes() != got[0].bytes(), "{what}: nothing was rounded");
+            };
+            pairs_of(&Gemm { alpha: 0.5, beta: 2.0, trans_a, trans_b, pairs: false }, &[Some(&more)]);
+            let [da, db, y] = [da, db, [m, n]].map(|d| Dims::from_slice(&d));
+            pairs_of(&MatMulAs { a: da, b: db, trans_a, trans_b, alpha: 0.5, y, pairs: false }, &[Some(&x)]);
+            if !trans_a && !trans_b {
+                pairs_of(&MatMul::scaled(0.5), &[Some(&more), Some(&x)]);
+            }
+        }
     }
 }
 

@@ -30,7 +30,7 @@ pub(super) fn gradients(
     let reshape = |g: &mut GradBuilder, v: ValueId, dims: &[usize]| {
         g.emit(ReshapeTo { dims: Dims::from_slice(dims) }, &[v])
     };
-    let product = |trans_a| Gemm { alpha: 1.0, beta: 0.0, trans_a, trans_b: false };
+    let product = |trans_a| Gemm { alpha: 1.0, beta: 0.0, trans_a, trans_b: false, pairs: false };
     if g.wants(0) {
         // dX = dZ·W   (rows, input)
         let w = reshape(g, w, &[columns, s.input])?;
