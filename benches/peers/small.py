@@ -2,8 +2,8 @@
 
     python small.py [--retune target/release/retune]
 
-Peak anonymous memory, plain and by ICP, beside PyTorch's above what importing it takes, measured in one run. retune is given
-32 MiB where that does, else the smallest budget that it says would do.
+Peak anonymous memory, plain and by ICP (with all taps, and with the last four), beside PyTorch's above what importing it takes,
+measured in one run. retune is given 32 MiB where that does, else the smallest budget that it says would do.
 """
 
 import argparse
@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 def retune(args, mode, budget):
     """The peak, and the error where it is refused."""
-    command = [args.retune, "bench", args.models / "mobilenetv2.onnx", "--mode", mode, "--batch", 1, "--train", "bias"]
+    command = [args.retune, "bench", args.models / "mobilenetv2.onnx", "--batch", 1, "--train", "bias", "--mode", *mode]
     command += ["--threads", 1, "--runs", 3, "--memory-budget", budget, "--json"]
     process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with peak_memory(process.pid) as peak:
@@ -37,11 +37,11 @@ if __name__ == "__main__":
     args.env = dict(os.environ)
     theirs, _, times = torch_memory(Case("mobilenetv2", "train", 1, 1), "bias", args)
     print(f"PyTorch, plain: {theirs / MIB:.1f} MiB above its import, {statistics.median(times):.0f} ms")
-    for mode in ("train", "icp"):
+    for mode in (["train"], ["icp"], ["icp", "--icp-taps", "last:4"]):
         budget = "32MiB"
         peak, found = retune(args, mode, budget)
         if isinstance(found, str):
-            print(f"retune, {mode}, {budget}: {found}")
+            print(f"retune, {' '.join(mode)}, {budget}: {found}")
             budget = re.search(r"at least ([0-9.]+ [KMG]iB)", found)
             if budget is None:
                 continue
@@ -49,4 +49,4 @@ if __name__ == "__main__":
             peak, found = retune(args, mode, budget)
         if isinstance(found, str):
             raise SystemExit(found)
-        print(f"retune, {mode}, {budget}: {peak / MIB:.1f} MiB, {found:.0f} ms: 1/{theirs / peak:.1f} of PyTorch's plain step")
+        print(f"retune, {' '.join(mode)}, {budget}: {peak / MIB:.1f} MiB, {found:.0f} ms: 1/{theirs / peak:.1f} of PyTorch's plain step")

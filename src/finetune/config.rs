@@ -471,6 +471,8 @@ impl Config {
             method: Box::new(|| self.training_method(false)),
             epochs: self.epochs,
             batches: Vec::new(),
+            // One that is written wrongly is said where the run is planned.
+            memory: self.memory_budget().ok().flatten(),
         }
     }
 

@@ -19,7 +19,7 @@ pub struct Record {
     pub point: Vec<(String, String)>,
     pub arm: String,
     pub seed: u64,
-    /// On the samples to measure on, before and after.
+    /// On the samples to measure on: before, loss and accuracy; and after.
     pub before: Metrics,
     pub after: Metrics,
     /// Other measures of the network after.

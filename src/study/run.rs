@@ -16,6 +16,7 @@ use crate::tensor::{DType, Tensor};
 use crate::train::data::split::{chosen, relabelled};
 use crate::train::data::{Dataset, degrade, open, split};
 use crate::train::fit::Progress;
+use crate::train::metrics::Metrics;
 
 use super::config::{Cell, Study, Task};
 use super::images;
@@ -189,13 +190,14 @@ impl Runner {
             point: cell.point.clone(),
             arm: cell.arm.clone(),
             seed: cell.seed,
-            before,
+            // Records are committed: what no table tells of the network before stays out.
+            before: Metrics { precision: None, recall: None, f1: None, ..before },
             after,
             measures,
             steps: s.steps,
             skipped_steps: s.skipped_steps,
-            seconds: started.elapsed().as_secs_f64(),
-            step_ms: median(steps).as_secs_f64() * 1e3,
+            seconds: thousandths(started.elapsed().as_secs_f64()),
+            step_ms: thousandths(median(steps).as_secs_f64() * 1e3),
             threads: done.session.threads(),
             isa: format!("{:?}", isa()).to_lowercase(),
         })
@@ -250,6 +252,10 @@ impl Runner {
             ("Fréchet".to_string(), images::frechet(&a, &b, d)),
         ]))
     }
+}
+
+fn thousandths(x: f64) -> f64 {
+    (x * 1e3).round() / 1e3
 }
 
 fn median(mut times: Vec<Duration>) -> Duration {

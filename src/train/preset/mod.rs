@@ -36,6 +36,8 @@ pub struct Ask<'a> {
     /// Batches of `shapes` for a sparse update to measure contributions on; none: each number is taken to contribute as
     /// much as any other.
     pub batches: Vec<Batch>,
+    /// Bytes that measuring must do with, if the run keeps to a budget.
+    pub memory: Option<usize>,
 }
 
 /// What learns.

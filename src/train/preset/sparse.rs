@@ -8,14 +8,16 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, OpError, Result};
 use crate::exec::{Options, Part, Session};
+use crate::float_dispatch;
 use crate::graph::{Graph, Node, Source, ValueId, WeightId, grad};
 use crate::import::{Model, Role};
 use crate::ops::conv::Conv;
 use crate::ops::matmul::Gemm;
 use crate::ops::part::Inset;
 use crate::plan::Request;
+use crate::tensor::{Float, View};
 use crate::train::optimizer::Optimizer;
 use crate::train::preset::knapsack::{self, pack};
 use crate::train::preset::{Amount, Ask, Budget, Chosen};
@@ -81,6 +83,28 @@ fn axis(graph: &Graph, node: &Node, weight: &[usize]) -> Option<usize> {
         return (!gemm.trans_a).then_some(usize::from(gemm.trans_b));
     }
     (node.op.name() == "MatMul" && weight.len() == 2 && x.rank() >= 2).then_some(0)
+}
+
+/// Adds, per channel along `axis`, how far a step of the optimizer should bring the loss down: a step goes along the gradient
+/// (`squares`), or, as far as each element's size goes, along its sign.
+fn add_falls(
+    g: &View,
+    axis: Option<usize>,
+    squares: bool,
+    sums: &mut [f64],
+) -> std::result::Result<(), OpError> {
+    let inner: usize = axis.map_or(1, |a| g.dims[a + 1..].iter().product()).max(1);
+    let channels = sums.len();
+    float_dispatch!(g.dtype, T => {
+        for (i, x) in g.get::<T>()?.iter().enumerate() {
+            let x = x.to64();
+            let fall = if squares { x * x } else { x.abs() };
+            if fall.is_finite() {
+                sums[i / inner % channels] += fall;
+            }
+        }
+        Ok(())
+    })
 }
 
 /// The layers of an inferred graph whose weight can be trained.
@@ -201,7 +225,8 @@ pub(super) fn add(
 impl Search<'_> {
     /// A session to plan in: for one thread, so that what is chosen does not depend on their number.
     fn scratch(&self) -> Result<Session> {
-        Session::new(self.session.model().clone(), Options { threads: 1, ..self.session.options().clone() })
+        let options = Options { threads: 1, dry: true, ..self.session.options().clone() };
+        Session::new(self.session.model().clone(), options)
     }
 
     fn forward(&self) -> Result<Taken> {
@@ -299,7 +324,10 @@ impl Search<'_> {
         chunk: &[(WeightId, Option<usize>)],
         values: &mut HashMap<WeightId, Vec<f64>>,
     ) -> Result<()> {
-        let mut session = Session::new(self.session.model().clone(), self.session.options().clone())?;
+        // Within a budget gradients are computed as the run will be: the rest of it is what they and the process take.
+        let arena = self.ask.memory.map(|b| b / 2);
+        let options = Options { arena, ..self.session.options().clone() };
+        let mut session = Session::new(self.session.model().clone(), options)?;
         let params: Vec<WeightId> = chunk.iter().map(|c| c.0).collect();
         for w in &params {
             session.make_mutable(*w)?;
@@ -316,16 +344,9 @@ impl Search<'_> {
             session.run(&program, &feeds(&net.inputs, attached.target, batch)?, self.ask.seed)?;
             for ((w, axis), v) in chunk.iter().zip(&wrt) {
                 let (Some(g), Some(sums)) = (grads.get(v), values.get_mut(w)) else { continue };
-                let g = session.output(&program, *g)?.to_tensor();
-                let inner: usize = axis.map_or(1, |a| g.dims()[a + 1..].iter().product()).max(1);
-                let channels = sums.len();
-                for (i, x) in g.to_f64().into_iter().enumerate() {
-                    // A step goes along the gradient, or (as far as each element's size goes) along its sign.
-                    let fall = if squares { x * x } else { x.abs() };
-                    if fall.is_finite() {
-                        sums[i / inner % channels] += fall;
-                    }
-                }
+                let g = session.output(&program, *g)?;
+                add_falls(&g, *axis, squares, sums)
+                    .map_err(|source| Error::Op { node: "a gradient that is measured".into(), source })?;
             }
         }
         Ok(())
