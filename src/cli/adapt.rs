@@ -240,7 +240,7 @@ fn report(s: &Summary) {
         s.samples,
         s.resets,
         s.trained_parameters,
-        super::human_bytes(s.peak_bytes)
+        crate::size::human(s.peak_bytes)
     );
     for unmet in &s.unmet {
         eprintln!("not met: {unmet}");

@@ -7,7 +7,7 @@ use clap::ValueEnum;
 use rand::{RngExt, SeedableRng};
 use serde::Serialize;
 
-use crate::exec::{Precision, Program, Session, Usage};
+use crate::exec::{OptimizerState, Precision, Program, Session, Usage};
 use crate::finetune::budget::{Fitted, Job, with_batch};
 use crate::finetune::{Config, MethodName};
 use crate::kernels::peak;
@@ -36,6 +36,9 @@ pub struct Args {
     /// Keep the trained weights in that half precision too, without an f32 copy
     #[arg(long)]
     master_free: bool,
+    /// What the optimizer's moments are kept in: f32, bf16 or 8bit
+    #[arg(long, default_value = "f32")]
+    optimizer_state: OptimizerState,
     /// What trains: all, head, last:N, bias, norm, or globs over parameter names
     #[arg(long, default_value = "all")]
     train: String,
@@ -120,6 +123,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
         threads: args.threads,
         precision: args.precision,
         master_free: args.master_free,
+        optimizer_state: args.optimizer_state,
         method: if matches!(args.mode, ModeName::Icp) { MethodName::Icp } else { MethodName::Supervised },
         train: args.train.clone(),
         memory_budget: args.memory_budget.clone(),
@@ -164,6 +168,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
                     held: 0,
                     data: 0,
                     train: &args.train,
+                    copies: 0,
                 };
                 let found = job.fit(budget)?;
                 found.describe().iter().for_each(|note| eprintln!("note: {note}"));
@@ -242,7 +247,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
             report.runs,
             report.samples_per_second,
             report.threads,
-            super::human_bytes(report.peak_bytes)
+            crate::size::human(report.peak_bytes)
         );
         outln!(
             "{:.1} GFLOP/s of {:.1} ({:.0}%); first run finished {:.1} ms after the start",

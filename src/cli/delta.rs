@@ -8,7 +8,7 @@ use crate::delta::{Delta, DeltaType, Described, apply};
 use crate::export::Options;
 use crate::import::load;
 
-use super::human_bytes;
+use crate::size::human;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -82,6 +82,6 @@ pub fn report(d: &Described) {
         "wrote {}: {} tensors in {}, {share:.1}% of the model, {exact}",
         d.path.display(),
         d.tensors,
-        human_bytes(d.bytes as usize)
+        human(d.bytes as usize)
     );
 }

@@ -101,7 +101,7 @@ pub fn report(s: &Summary) {
         s.seconds,
         s.training_samples,
         s.trained_parameters,
-        super::human_bytes(s.peak_bytes)
+        crate::size::human(s.peak_bytes)
     );
     for unmet in &s.unmet {
         eprintln!("not met: {unmet}");

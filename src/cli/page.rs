@@ -101,7 +101,7 @@ fn facts(s: &Summary) -> Vec<(String, String)> {
         fact("held-out samples", s.heldout_samples.to_string()),
         fact("steps", format!("{} ({} skipped)", s.steps, s.skipped_steps)),
         fact("time", format!("{:.1} s", s.seconds)),
-        fact("peak memory", super::human_bytes(s.peak_bytes)),
+        fact("peak memory", crate::size::human(s.peak_bytes)),
     ];
     if !s.taps.is_empty() {
         facts.push(fact("features compared at", s.taps.join(", ")));

@@ -14,9 +14,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::export;
+use crate::export::{self, Given, Source};
 use crate::graph::WeightId;
-use crate::import::wire::{self, Segment};
 use crate::import::{Model, SourceFile};
 use crate::tensor::Tensor;
 
@@ -101,15 +100,19 @@ impl Delta {
     ///
     /// Fails when a change does not fit its weight, and when a difference does not fit the type.
     pub fn of(model: &Model, changes: &[(WeightId, &Tensor)], kind: DeltaType) -> Result<Delta> {
-        Delta::of_stored(model, &export::stored(model, changes)?, kind)
+        Delta::from_source(model, &Given(changes), kind)
     }
 
-    fn of_stored(model: &Model, stored: &BTreeMap<WeightId, Vec<u8>>, kind: DeltaType) -> Result<Delta> {
+    /// The same of weights that are taken from their source one by one.
+    pub fn from_source(model: &Model, source: &dyn Source, kind: DeltaType) -> Result<Delta> {
         let mut delta = Delta { kind, base: base_of(&model.files), tensors: Vec::new(), max_error: 0.0 };
-        for (id, new) in stored {
-            let weight = model.weight(*id);
+        let mut weights = source.weights();
+        weights.sort();
+        for id in weights {
+            let Some(new) = source.stored(model, id)? else { continue };
+            let weight = model.weight(id);
             let old = weight.stored(&model.files)?;
-            let (values, error) = encode::encode(weight, &old, new, kind)?;
+            let (values, error) = encode::encode(weight, &old, &new, kind)?;
             delta.max_error = delta.max_error.max(error);
             delta.tensors.push((weight.name.clone(), values));
         }
@@ -135,18 +138,15 @@ impl Delta {
                 stored.insert(WeightId(i as u32), values.into_owned());
             }
         }
-        let mut edits = export::edits_by_file(base, stored.clone())?;
         if base.files.len() != new.files.len() {
             return Err(other("it has another number of files".into()));
         }
         for (i, (a, b)) in base.files.iter().zip(&new.files).enumerate() {
-            let segments = wire::segments(&a.bytes, edits.remove(&i).unwrap_or_default())
-                .map_err(|e| Error::file(&a.path, e.to_string()))?;
-            if a.location != b.location || !equal(&a.bytes, &segments, &b.bytes) {
+            if a.location != b.location || !export::equals(base, &stored, i, &b.bytes)? {
                 return Err(other("more than values of weights differs".into()));
             }
         }
-        Delta::of_stored(base, &stored, kind)
+        Delta::from_source(base, &stored, kind)
     }
 
     /// Writes the file, whole or not at all.
@@ -207,22 +207,6 @@ impl Delta {
     }
 }
 
-/// Is `other` what the segments make of `original`?
-fn equal(original: &[u8], segments: &[Segment], other: &[u8]) -> bool {
-    let mut at = 0;
-    for s in segments {
-        let part = match s {
-            Segment::New(bytes) => bytes.as_slice(),
-            Segment::Copy(range) => original.get(range.clone()).unwrap_or_default(),
-        };
-        if other.get(at..at + part.len()) != Some(part) {
-            return false;
-        }
-        at += part.len();
-    }
-    at == other.len()
-}
-
 /// Puts a delta onto the model it was made for, and writes the result.
 ///
 /// Fails, with nothing written, when the model is another file, and as an export does.
@@ -233,7 +217,7 @@ pub fn apply(
     options: export::Options,
 ) -> Result<export::Written> {
     delta.check_base(model)?;
-    export::stage_stored(model, delta.stored(model)?, output, options)?.commit()
+    export::stage_from(model, &delta.stored(model)?, output, options)?.commit()
 }
 
 #[cfg(test)]

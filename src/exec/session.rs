@@ -331,9 +331,20 @@ impl Session {
 
     /// The weights that can change and their present values.
     pub fn changes(&self) -> Result<Vec<(WeightId, Tensor)>> {
+        self.changing().into_iter().map(|w| Ok((w, self.weight(w)?))).collect()
+    }
+
+    /// The weights that can change.
+    pub fn changing(&self) -> Vec<WeightId> {
         let ids = (0..self.states.len() as u32).map(WeightId);
-        let changing = |w: &WeightId| self.states[w.index()].is_some() || self.is_in_parts(*w);
-        ids.filter(changing).map(|w| Ok((w, self.weight(w)?))).collect()
+        ids.filter(|w| self.states[w.index()].is_some() || self.is_in_parts(*w)).collect()
+    }
+
+    /// The state of a weight that is held as the file stores it.
+    pub fn held_as_stored(&self, id: WeightId) -> Option<StateId> {
+        let weight = self.model.weight(id);
+        let same = |s: &StateId| weight.quantised.is_none() && self.store.meta(*s).dtype == weight.dtype;
+        self.states[id.index()].filter(same)
     }
 
     /// The type in which a state, or a weight that is read as the file has it, is kept.

@@ -1,7 +1,8 @@
 //! Files that appear whole or not at all.
 
+use std::borrow::Cow;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
@@ -50,8 +51,14 @@ impl Stage {
         Ok(path)
     }
 
-    /// Writes and syncs `original` with its edits.
-    pub fn write(&mut self, relative: &Path, original: &[u8], segments: &[Segment]) -> Result<()> {
+    /// Writes and syncs `original` with its edits, and over them what `placed` says: where, and the bytes.
+    pub fn write<'a>(
+        &mut self,
+        relative: &Path,
+        original: &[u8],
+        segments: &[Segment],
+        placed: impl Iterator<Item = Result<(usize, Cow<'a, [u8]>)>>,
+    ) -> Result<()> {
         let path = self.prepare(relative)?;
         let target = self.folder.join(relative);
         let fail = |e| Error::io(&target, e);
@@ -62,6 +69,11 @@ impl Stage {
                 Segment::Copy(range) => original.get(range.clone()).unwrap_or_default(),
             };
             file.write_all(bytes).map_err(fail)?;
+        }
+        for part in placed {
+            let (at, bytes) = part?;
+            file.seek(SeekFrom::Start(at as u64)).map_err(fail)?;
+            file.write_all(&bytes).map_err(fail)?;
         }
         // A file that is replaced keeps its permissions.
         if let Ok(before) = fs::metadata(&target) {

@@ -8,8 +8,10 @@
 mod atomic;
 mod patch;
 mod rename;
+mod source;
 pub mod verify;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -17,9 +19,10 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::graph::WeightId;
 use crate::import::Model;
-use crate::import::wire::{Edit, Segment};
+use crate::import::wire::{self, Edit, Segment};
 use crate::tensor::Tensor;
 
+pub use source::{Given, Learned, Source};
 pub use verify::{Verification, verify};
 
 /// Choices of an export.
@@ -56,30 +59,12 @@ pub fn stage(
     output: &Path,
     options: Options,
 ) -> Result<Staged> {
-    stage_stored(model, stored(model, changes)?, output, options)
+    stage_from(model, &Given(changes), output, options)
 }
 
-/// The bytes that the file will hold of the weights that change, in their stored types.
-pub fn stored(model: &Model, changes: &[(WeightId, &Tensor)]) -> Result<BTreeMap<WeightId, Vec<u8>>> {
-    patch::stored(model, changes)
-}
-
-/// What stored bytes of weights change in each of the model's files.
-pub(crate) fn edits_by_file(
-    model: &Model,
-    new: BTreeMap<WeightId, Vec<u8>>,
-) -> Result<BTreeMap<usize, Vec<Edit>>> {
-    Ok(patch::edits(model, new)?.by_file)
-}
-
-/// As [`stage`], with values as the file stores them.
-pub fn stage_stored(
-    model: &Model,
-    new: BTreeMap<WeightId, Vec<u8>>,
-    output: &Path,
-    options: Options,
-) -> Result<Staged> {
-    let mut edits = patch::edits(model, new)?;
+/// As [`stage`], with weights that are taken from their source one by one as they are written.
+pub fn stage_from(model: &Model, source: &dyn Source, output: &Path, options: Options) -> Result<Staged> {
+    let mut edits = patch::edits(model, source)?;
     let (folder, name) = split(output)?;
     let mut stage = atomic::Stage::new(folder)?;
 
@@ -94,7 +79,7 @@ pub fn stage_stored(
         }
     }
     for (i, file) in model.files.iter().enumerate().skip(1) {
-        let own = edits.by_file.remove(&i).unwrap_or_default();
+        let (own, later) = edits.take(i);
         let target = folder.join(&file.location);
         let mut location = file.location.clone();
         if target == output || location == *name.to_string_lossy() {
@@ -104,7 +89,7 @@ pub fn stage_stored(
             ));
         }
         if is_source(&target) {
-            if own.is_empty() {
+            if own.is_empty() && later.is_empty() {
                 stage.refer(&location, &file.path)?;
                 continue;
             }
@@ -119,13 +104,13 @@ pub fn stage_stored(
             entries.names.insert(file.location.clone(), location.clone());
         }
         let segments = segments(&file.path, &file.bytes, own)?;
-        stage.write(Path::new(&location), &file.bytes, &segments)?;
+        stage.write(Path::new(&location), &file.bytes, &segments, placed(model, source, later, &segments))?;
     }
     let file = &model.files[0];
-    let mut own = edits.by_file.remove(&0).unwrap_or_default();
+    let (mut own, later) = edits.take(0);
     own.extend(rename::edits(&file.bytes, &entries).map_err(|e| Error::file(&file.path, e.to_string()))?);
     let segments = segments(&file.path, &file.bytes, own)?;
-    stage.write(Path::new(name), &file.bytes, &segments)?;
+    stage.write(Path::new(name), &file.bytes, &segments, placed(model, source, later, &segments))?;
     Ok(Staged { stage, changed: edits.changed })
 }
 
@@ -144,10 +129,48 @@ pub fn to_bytes(model: &Model, changes: &[(WeightId, &Tensor)]) -> Result<Vec<u8
     if model.files.len() > 1 {
         return Err(Error::file(&model.path, "has external data, which cannot go into one run of bytes"));
     }
-    let mut edits = patch::edits(model, stored(model, changes)?)?;
+    let source = Given(changes);
     let file = &model.files[0];
-    let segments = segments(&file.path, &file.bytes, edits.by_file.remove(&0).unwrap_or_default())?;
-    Ok(crate::import::wire::concat(&file.bytes, &segments))
+    let (own, later) = patch::edits(model, &source)?.take(0);
+    let segments = segments(&file.path, &file.bytes, own)?;
+    let mut out = wire::concat(&file.bytes, &segments);
+    for part in placed(model, &source, later, &segments) {
+        let (at, bytes) = part?;
+        out[at..at + bytes.len()].copy_from_slice(&bytes);
+    }
+    Ok(out)
+}
+
+/// Is `other` the model's file `index` with new weights, and nothing else?
+pub(crate) fn equals(model: &Model, source: &dyn Source, index: usize, other: &[u8]) -> Result<bool> {
+    let file = &model.files[index];
+    let (own, later) = patch::edits(model, source)?.take(index);
+    let segments = segments(&file.path, &file.bytes, own)?;
+    let mut places = Vec::new();
+    for part in placed(model, source, later, &segments) {
+        let (at, bytes) = part?;
+        if other.get(at..at + bytes.len()) != Some(&*bytes) {
+            return Ok(false);
+        }
+        places.push(at..at + bytes.len());
+    }
+    Ok(wire::equal(&file.bytes, &segments, &places, other))
+}
+
+/// What is written over the segments' bytes: where, and with what.
+fn placed<'a>(
+    model: &'a Model,
+    source: &'a dyn Source,
+    later: Vec<patch::Later>,
+    segments: &'a [Segment],
+) -> impl Iterator<Item = Result<(usize, Cow<'a, [u8]>)>> {
+    later.into_iter().map(move |l| {
+        let name = || &model.weight(l.weight).name;
+        let bytes = source.stored(model, l.weight)?.filter(|b| b.len() == l.range.len());
+        let bytes = bytes.ok_or_else(|| Error::value(name(), "has changed while it was written"))?;
+        let at = wire::moved(segments, &l.range);
+        Ok((at.ok_or_else(|| Error::value(name(), "lies in an edit of the file"))?, bytes))
+    })
 }
 
 impl Staged {

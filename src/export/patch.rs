@@ -1,10 +1,11 @@
 //! Changed weights as edits of the files they lie in.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use prost::Message;
 
+use super::Source;
 use crate::error::{Error, Result};
 use crate::graph::WeightId;
 use crate::import::proto::NodeProto;
@@ -12,42 +13,88 @@ use crate::import::splice::{self, Constant};
 use crate::import::tree;
 use crate::import::wire::{self, Edit};
 use crate::import::{Encoding, Model, Reader, Weight};
-use crate::tensor::Tensor;
 
 pub(super) struct Edits {
-    pub by_file: BTreeMap<usize, Vec<Edit>>,
+    by_file: BTreeMap<usize, Vec<Edit>>,
+    later: BTreeMap<usize, Vec<Later>>,
+    /// In order.
     pub changed: Vec<WeightId>,
 }
 
-/// The stored bytes of the weights that change.
-pub(super) fn stored(model: &Model, changes: &[(WeightId, &Tensor)]) -> Result<BTreeMap<WeightId, Vec<u8>>> {
-    let mut new: BTreeMap<WeightId, Vec<u8>> = BTreeMap::new();
-    let mut seen = HashSet::new();
-    for &(id, tensor) in changes {
+/// A weight whose bytes are overwritten where they lie, when all else of the file is written: nearly all are.
+pub(super) struct Later {
+    pub weight: WeightId,
+    pub range: Range<usize>,
+}
+
+impl Edits {
+    /// Those of a file.
+    pub fn take(&mut self, file: usize) -> (Vec<Edit>, Vec<Later>) {
+        (self.by_file.remove(&file).unwrap_or_default(), self.later.remove(&file).unwrap_or_default())
+    }
+}
+
+pub(super) fn edits(model: &Model, source: &dyn Source) -> Result<Edits> {
+    let mut p = Patch { model, nodes: None, by_file: BTreeMap::new() };
+    let (mut new, mut later) = (BTreeMap::new(), BTreeMap::<usize, Vec<Later>>::new());
+    let (mut seen, bound) = (BTreeSet::new(), bound(model));
+    let mut changed = Vec::new();
+    for id in source.weights() {
         let weight = get(model, id)?;
         if !seen.insert(id) {
             return Err(Error::value(&weight.name, "is changed twice"));
         }
-        let old = weight.stored(&model.files)?;
-        if let Some(bytes) = weight.restore(&old, tensor)? {
-            new.insert(id, bytes);
+        let Some(bytes) = source.stored(model, id)? else { continue };
+        changed.push(id);
+        match in_place(weight, bytes.len()).filter(|_| !bound.contains(&id)) {
+            Some(range) => later.entry(weight.location.file).or_default().push(Later { weight: id, range }),
+            None => {
+                new.insert(id, bytes.into_owned());
+            }
         }
     }
-    Ok(new)
-}
-
-pub(super) fn edits(model: &Model, mut new: BTreeMap<WeightId, Vec<u8>>) -> Result<Edits> {
-    let mut p = Patch { model, nodes: None, by_file: BTreeMap::new() };
-    let changed = new.keys().copied().collect();
+    changed.sort();
     p.splits(&mut new)?;
     p.aliases(&mut new)?;
     for (id, bytes) in new {
         p.overwrite(get(model, id)?, bytes)?;
     }
-    Ok(Edits { by_file: p.by_file, changed })
+    Ok(Edits { by_file: p.by_file, later, changed })
 }
 
-fn get(model: &Model, id: WeightId) -> Result<&Weight> {
+/// Weights whose bytes must be compared with others' before they are written.
+fn bound(model: &Model) -> BTreeSet<WeightId> {
+    let splits = model.weights.iter().enumerate();
+    let splits = splits.filter_map(|(i, w)| Some([WeightId(i as u32), w.split.as_ref()?.source]));
+    splits.chain(overlaps(model)).flatten().collect()
+}
+
+/// Neighbours among external tensors that lie over each other.
+fn overlaps(model: &Model) -> Vec<[WeightId; 2]> {
+    let outside = model.weights.iter().enumerate().filter(|(_, w)| w.location.file > 0 && w.split.is_none());
+    let mut ordered: Vec<(usize, &Weight)> = outside.filter(|(_, w)| !w.is_empty()).collect();
+    ordered.sort_by_key(|(i, w)| (w.location.file, w.location.offset, w.location.len, *i));
+    let over = |pair: &&[(usize, &Weight)]| {
+        let [a, b] = [pair[0].1, pair[1].1];
+        a.location.file == b.location.file && range(a).end > range(b).start
+    };
+    let pairs = ordered.windows(2).filter(over);
+    pairs.map(|p| [p[0].0, p[1].0].map(|i| WeightId(i as u32))).collect()
+}
+
+fn range(w: &Weight) -> Range<usize> {
+    w.location.offset..w.location.offset.saturating_add(w.location.len)
+}
+
+/// Where the file's bytes of a weight are its elements, one after the other.
+fn in_place(weight: &Weight, bytes: usize) -> Option<Range<usize>> {
+    match weight.location.encoding {
+        Encoding::Scattered(_) | Encoding::Varints { .. } | Encoding::Filled { .. } => None,
+        _ => Some(weight.location.offset..weight.location.offset + bytes),
+    }
+}
+
+pub(super) fn get(model: &Model, id: WeightId) -> Result<&Weight> {
     let weight = model.weights.get(id.index());
     weight.ok_or_else(|| Error::Config(format!("the model has no weight {}", id.index())))
 }
@@ -111,17 +158,8 @@ impl<'a> Patch<'a> {
     /// External tensors may lie over each other, as tied weights do: they can only change together.
     fn aliases(&mut self, new: &mut BTreeMap<WeightId, Vec<u8>>) -> Result<()> {
         let model = self.model;
-        let range = |w: &Weight| w.location.offset..w.location.offset.saturating_add(w.location.len);
-        let outside =
-            model.weights.iter().enumerate().filter(|(_, w)| w.location.file > 0 && w.split.is_none());
-        let mut ordered: Vec<(usize, &Weight)> = outside.filter(|(_, w)| !w.is_empty()).collect();
-        ordered.sort_by_key(|(i, w)| (w.location.file, w.location.offset, w.location.len, *i));
-        for pair in ordered.windows(2) {
-            let [(i, a), (j, b)] = pair else { continue };
-            if a.location.file != b.location.file || range(a).end <= range(b).start {
-                continue;
-            }
-            let (i, j) = (WeightId(*i as u32), WeightId(*j as u32));
+        for [i, j] in overlaps(model) {
+            let (a, b) = (get(model, i)?, get(model, j)?);
             match (new.get(&i), new.get(&j)) {
                 (None, None) => {}
                 // The first of the two is enough; a third is compared with the second.
@@ -181,8 +219,9 @@ impl<'a> Patch<'a> {
             }
             Encoding::Filled { node, .. } => self.replace(*node, weight, bytes)?,
             _ => {
-                let range = location.offset..location.offset + bytes.len();
-                self.push(location.file, Edit { path: Vec::new(), range, bytes });
+                if let Some(range) = in_place(weight, bytes.len()) {
+                    self.push(location.file, Edit { path: Vec::new(), range, bytes });
+                }
             }
         }
         Ok(())

@@ -30,6 +30,8 @@ const PROCESS: usize = 5 << 19;
 const PER_KERNEL: usize = 6 << 10;
 /// Kernel calls that computing again adds, about.
 const MORE_KERNELS: usize = 24;
+/// Copies of a weight while it is made and written.
+const AT_ONCE: usize = 6;
 /// Threads that every plan has room for.
 const THREADS: usize = 4;
 /// Samples of a channel that the statistics of a part of a batch must at least be over.
@@ -79,6 +81,8 @@ pub struct Job<'a> {
     pub data: usize,
     /// As it was asked for, for advice.
     pub train: &'a str,
+    /// Of all weights that change: made while the result is written.
+    pub copies: usize,
 }
 
 /// How a run keeps to its budget.
@@ -121,6 +125,25 @@ impl Probe {
 
     fn total(&self) -> usize {
         (self.usage.total() + self.beside).max(self.export)
+    }
+
+    /// What takes how much, for people.
+    fn holdings(&self) -> String {
+        let summed = match self.usage.gradients {
+            0 => String::new(),
+            bytes => format!("{} of gradients that are summed, ", human(bytes)),
+        };
+        let written = match self.export == self.total() {
+            true => format!("; most, {}, while the result is written", human(self.export)),
+            false => String::new(),
+        };
+        format!(
+            "{} of weights that train, {} of optimizer state, {summed}{} of arena, {} of data, batches and the process{written}",
+            human(self.usage.weights + self.usage.statistics),
+            human(self.usage.optimizer),
+            human(self.usage.arena),
+            human(self.beside + self.usage.step)
+        )
     }
 }
 
@@ -177,12 +200,23 @@ impl Job<'_> {
             beside = beside.max(bytes(&with_batch(self.shapes, n)));
         }
         let process = process(kernels);
-        let changed = usage.weights + usage.statistics;
+        let changing = session.changing();
+        let copies = self.copies * changing.iter().map(|w| self.bytes_of(*w)).sum::<usize>();
+        // Those that are not held as the file stores them are written one after the other: what the value is put together
+        // of, the value, its bytes, and what the allocator keeps of those before.
+        let made = changing.into_iter().filter(|w| session.held_as_stored(*w).is_none());
+        let written = copies + AT_ONCE * made.map(|w| self.bytes_of(w)).max().unwrap_or(0);
         Ok(Probe {
             usage,
             again,
             beside: beside + process + self.data,
-            export: 3 * changed + usage.step + usage.frozen + process + self.data,
+            export: usage.weights
+                + usage.statistics
+                + usage.step
+                + usage.frozen
+                + written
+                + process
+                + self.data,
             evaluated,
         })
     }
@@ -269,10 +303,14 @@ impl Job<'_> {
             }
             found = self.within(self.recipe, micro, budget)?.map(|(arena, p)| fitted(micro, Some(arena), &p));
         }
-        let smallest = self.smallest(self.recipe, &micros)?;
+        let (micro, least) = self.smallest(self.recipe, &micros)?;
+        let smallest = least.total();
+        if found.is_none() && smallest <= budget {
+            found = Some(fitted(micro, Some(0), &least));
+        }
         match found {
             Some(f) => Ok(Fitted { smallest: smallest.min(f.bytes), ..f }),
-            None => Err(self.refuse(budget, smallest, &micros)?),
+            None => Err(self.refuse(budget, &least, &micros)?),
         }
     }
 
@@ -303,22 +341,25 @@ impl Job<'_> {
         Ok(None)
     }
 
-    /// The least that a run can do with, over parts of all sizes.
-    fn smallest(&self, recipe: &Recipe, micros: &[usize]) -> Result<usize> {
-        let mut least = usize::MAX;
-        for micro in micros.iter().take(1).chain(micros.iter().skip(1).last()) {
-            least = least.min(self.probe(recipe, *micro, Some(0))?.total());
+    /// Of the whole batch and of its smallest parts, the samples of what takes least, and what that is.
+    fn smallest(&self, recipe: &Recipe, micros: &[usize]) -> Result<(usize, Probe)> {
+        let whole = (self.batch(), self.probe(recipe, self.batch(), Some(0))?);
+        match micros.last().filter(|m| **m < whole.0) {
+            Some(&micro) => {
+                let parts = (micro, self.probe(recipe, micro, Some(0))?);
+                Ok(if parts.1.total() < whole.1.total() { parts } else { whole })
+            }
+            None => Ok(whole),
         }
-        Ok(least)
     }
 
     /// The error that says what would fit.
-    fn refuse(&self, budget: usize, smallest: usize, micros: &[usize]) -> Result<Error> {
+    fn refuse(&self, budget: usize, least: &Probe, micros: &[usize]) -> Result<Error> {
         let mut text = format!(
             "--memory-budget {}: the run takes at least {}; {}",
             human(budget),
-            human(smallest),
-            self.holdings(micros.last().copied().unwrap_or(1))?
+            human(least.total()),
+            least.holdings()
         );
         // Of whole weights.
         let options = self.session.options().clone();
@@ -341,19 +382,6 @@ impl Job<'_> {
     fn bytes_of(&self, w: WeightId) -> usize {
         let weight = self.model().weight(w);
         weight.len() * weight.working().size()
-    }
-
-    fn holdings(&self, micro: usize) -> Result<String> {
-        let p = self.probe(self.recipe, micro, Some(0))?;
-        Ok(format!(
-            "{} of weights that train, {} of optimizer state, {} of gradients that are summed, {} of arena, {} of data, \
-             batches and the process",
-            human(p.usage.weights + p.usage.statistics),
-            human(p.usage.optimizer),
-            human(p.usage.gradients),
-            human(p.usage.arena),
-            human(p.beside + p.usage.step)
-        ))
     }
 
     /// The parameters that `select` chooses of those that the loss depends on.

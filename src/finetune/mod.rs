@@ -279,6 +279,7 @@ pub fn finetune(
         held: held_indices.len(),
         data: data.bytes() + held.as_ref().map_or(0, Dataset::bytes),
         train: &config.train,
+        copies: usize::from(reinserted.is_some()) + if config.delta.is_some() { 2 } else { 0 },
     };
     let budget = config.memory_budget()?.map(|b| job.fit(b)).transpose()?;
     let (mut batch, mut evaluated) = (config.batch, EVAL_BATCH);
@@ -360,7 +361,7 @@ pub fn finetune(
     let kept = unmet.is_empty() && (!config.guard || verdict.is_none_or(|v| v.better));
     let (usage, mut verified, mut delta) = (session.usage(), "original kept".to_string(), None);
     drop(method);
-    if budget.as_ref().is_some_and(|b| b.arena.is_some()) {
+    if budget.is_some() {
         session.release();
     }
     if kept {

@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::delta::{Delta, Described};
 use crate::error::{Error, Result};
 use crate::exec::Session;
-use crate::export::{self, Staged, Verification};
+use crate::export::{self, Learned, Staged, Verification};
 use crate::finetune::{Config, budget, norms};
 use crate::graph::{Dim, WeightId};
 use crate::import::Model;
@@ -27,11 +27,11 @@ pub(super) fn write(
     output: &Path,
     budget: Option<&budget::Fitted>,
 ) -> Result<(String, Option<Described>)> {
-    let (model, changes) = match reinserted {
-        Some(r) => r.folded(session)?,
-        None => (session.model().clone(), session.changes()?),
+    let (model, folded) = match reinserted {
+        Some(r) => r.folded(session).map(|(model, changes)| (model, Some(changes)))?,
+        None => (session.model().clone(), None),
     };
-    let changes: Vec<(WeightId, &Tensor)> = changes.iter().map(|(w, t)| (*w, t)).collect();
+    let folded: Option<Vec<_>> = folded.as_ref().map(|all| all.iter().map(|(w, t)| (*w, t)).collect());
     let options = export::Options { rename_data: config.rename_data };
     // Where the delta is all that is wanted, the file is made to be verified, and left.
     let aside = match config.delta.as_deref() == Some(output) {
@@ -39,7 +39,10 @@ pub(super) fn write(
         false => None,
     };
     let target = aside.as_ref().map_or(output.to_path_buf(), |dir| dir.path().join("new.onnx"));
-    let staged = export::stage(&model, &changes, &target, options)?;
+    let staged = match &folded {
+        Some(changes) => export::stage(&model, changes, &target, options)?,
+        None => export::stage_from(&model, &Learned(session), &target, options)?,
+    };
     let verified = match budget.is_some_and(|b| b.budget < b.to_verify(&model)) {
         true => "unavailable: tract would take more than the memory budget".to_string(),
         false => {
@@ -50,7 +53,13 @@ pub(super) fn write(
         }
     };
     let delta = match &config.delta {
-        Some(path) => Some(Delta::of(&model, &changes, config.delta_type)?.write(path)?),
+        Some(path) => {
+            let delta = match &folded {
+                Some(changes) => Delta::of(&model, changes, config.delta_type)?,
+                None => Delta::from_source(&model, &Learned(session), config.delta_type)?,
+            };
+            Some(delta.write(path)?)
+        }
         None => None,
     };
     if aside.is_none() {

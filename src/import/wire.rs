@@ -310,6 +310,45 @@ pub fn segments(original: &[u8], edits: Vec<Edit>) -> Result<Vec<Segment>, WireE
     Ok(out)
 }
 
+/// Where the segments put a range of the original; `None` where they do not copy all of it.
+pub fn moved(segments: &[Segment], range: &Range<usize>) -> Option<usize> {
+    let mut at = 0;
+    for s in segments {
+        match s {
+            Segment::Copy(r) if r.start <= range.start && range.end <= r.end => {
+                return Some(at + range.start - r.start);
+            }
+            Segment::Copy(r) => at += r.len(),
+            Segment::New(bytes) => at += bytes.len(),
+        }
+    }
+    None
+}
+
+/// Is `other` what the segments make of `original`, but for some places of it?
+pub fn equal(original: &[u8], segments: &[Segment], places: &[Range<usize>], other: &[u8]) -> bool {
+    let mut places = places.to_vec();
+    places.sort_by_key(|p| p.start);
+    let (mut places, mut at) = (places.into_iter().peekable(), 0);
+    for s in segments {
+        let part = match s {
+            Segment::New(bytes) => bytes.as_slice(),
+            Segment::Copy(range) => original.get(range.clone()).unwrap_or_default(),
+        };
+        let (end, mut from) = (at + part.len(), at);
+        while from < end {
+            let place = places.next_if(|p| p.start < end);
+            let to = place.as_ref().map_or(end, |p| p.start);
+            if to > from && other.get(from..to) != Some(&part[from - at..to - at]) {
+                return false;
+            }
+            from = place.map_or(end, |p| p.end);
+        }
+        at = end;
+    }
+    at == other.len()
+}
+
 /// The edited file as bytes.
 pub fn apply(original: &[u8], edits: Vec<Edit>) -> Result<Vec<u8>, WireError> {
     Ok(concat(original, &segments(original, edits)?))
@@ -335,6 +374,28 @@ mod tests {
         let mut out = Vec::new();
         put_field(&mut out, number, payload);
         out
+    }
+
+    #[test]
+    fn what_is_copied_is_found_again_after_a_splice() {
+        let original = b"abcdefghij";
+        let segments = [Segment::Copy(0..3), Segment::New(b"XYZW".to_vec()), Segment::Copy(5..10)];
+        let out = concat(original, &segments);
+        assert_eq!(out, b"abcXYZWfghij");
+        for range in [0..3, 1..2, 5..10, 6..9] {
+            let at = moved(&segments, &range).unwrap();
+            assert_eq!(out[at..at + range.len()], original[range]);
+        }
+        for range in [2..4, 3..5, 4..6, 2..6] {
+            assert_eq!(moved(&segments, &range), None);
+        }
+        assert!(equal(original, &segments, &[], &out));
+        assert!(equal(original, &segments, &[8..10, 0..2], b"..cXYZWf..ij"));
+        for other in
+            [&b"..cXYZWf..ik"[..], b"..cXYZwf..ij", b"..dXYZWf..ij", b"..cXYZWf..i", b"..cXYZWf..ijk"]
+        {
+            assert!(!equal(original, &segments, &[8..10, 0..2], other));
+        }
     }
 
     #[test]

@@ -10,8 +10,12 @@ struct Line([u8; 64]);
 
 /// Alignment of every tensor in bytes.
 pub const ALIGN: usize = 64;
-/// Bytes from which on memory is asked for in huge pages: a step that streams through hundreds of megabytes otherwise
+/// Bytes from which on memory is mapped, and so given back when it is no longer used: an allocator may keep it, and what a
+/// process takes is then more than what it holds.
+const MAPPED: usize = 1 << 19;
+/// Bytes from which on it is asked for in huge pages: a step that streams through hundreds of megabytes otherwise
 /// waits for page tables more than for memory.
+#[cfg(target_os = "linux")]
 const HUGE: usize = 1 << 22;
 
 /// A zero-initialised, 64-byte-aligned run of bytes.
@@ -64,17 +68,15 @@ impl Buffer {
     }
 }
 
-/// Memory of its own in huge pages, where it is large and the system has them.
-#[cfg(target_os = "linux")]
+/// Pages of its own, where it is large.
 fn pages(bytes: usize) -> Option<MmapMut> {
-    let map = (bytes >= HUGE).then(|| MmapMut::map_anon(bytes).ok()).flatten()?;
-    map.advise(memmap2::Advice::HugePage).ok().map(|()| map)
-}
-
-#[cfg(not(target_os = "linux"))]
-fn pages(bytes: usize) -> Option<MmapMut> {
-    let _ = (bytes, HUGE);
-    None
+    let map = (bytes >= MAPPED).then(|| MmapMut::map_anon(bytes).ok()).flatten()?;
+    #[cfg(target_os = "linux")]
+    if bytes >= HUGE {
+        // A system without them gives small ones.
+        let _ = map.advise(memmap2::Advice::HugePage);
+    }
+    Some(map)
 }
 
 impl Default for Buffer {

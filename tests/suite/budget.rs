@@ -263,6 +263,37 @@ fn finetuning_within_a_budget() {
     assert!(least.exists());
 }
 
+/// A sentence encoder of 90 MB learns by low-rank additions. They are merged, and each whole weight is written, one by one.
+#[test]
+fn a_merged_network_is_written_within_its_budget() {
+    let Some(model) = crate::common::fetched("minilm/model.onnx") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (data, new) = (dir.path().join("data.npz"), dir.path().join("new.onnx"));
+    let tokens = |f: &dyn Fn(i64) -> i64| {
+        let all: Vec<i64> = (0..16 * 16).map(f).collect();
+        Tensor::from_slice(&[16, 16], &all).unwrap()
+    };
+    let (words, ones, zeros) = (tokens(&|i| 1000 + 37 * i % 9000), tokens(&|_| 1), tokens(&|_| 0));
+    let y = Tensor::ints(&(0..16).map(|i| i % 2).collect::<Vec<i64>>());
+    let arrays = [("input_ids", &words), ("attention_mask", &ones), ("token_type_ids", &zeros), ("y", &y)];
+    retune::train::data::write_npz(&data, &arrays).unwrap();
+    let headed = dir.path().join("headed.onnx");
+    let length = ["--method", "supervised", "--epochs", "1", "--batch", "8", "--holdout", "0", "--no-guard"];
+    let base = ["finetune", text(&model), "--data", text(&data), "--output", text(&headed)];
+    run(&[&base[..], &length, &["--head", "2", "--at", "461", "--train", "head"]].concat(), 0);
+    let base = ["finetune", text(&headed), "--data", text(&data), "--output", text(&new)];
+    let base = [&base[..], &length, &["--train", "lora:4", "--memory-budget"]].concat();
+    let refused = run(&[&base[..], &["1MiB"]].concat(), 1);
+    let why = String::from_utf8_lossy(&refused.stderr);
+    let least = why.split("at least ").nth(1).unwrap().split(';').next().unwrap().replace(' ', "");
+    let size = (least.trim_end_matches("MiB").parse::<f64>().unwrap() * 1048576.0) as usize;
+    let above = peak(&[&base[..], &[&least]].concat()).saturating_sub(start());
+    println!("{least} asked for, {above} bytes taken");
+    assert!(new.exists() && above <= size, "{above} of {size}: {why}");
+    // No copy of all that was merged.
+    assert!(size < std::fs::metadata(&model).unwrap().len() as usize * 2 / 3, "{size}");
+}
+
 /// Two gigabytes of weights in a data file of their own: only the last layers learn, and what the process takes beside the
 /// mapping does not grow with the file.
 #[test]

@@ -33,15 +33,15 @@ impl Tuned {
 fn compare(task: &str, before: f64, full: &Tuned, preset: &str, tuned: &Tuned) {
     let share = (tuned.accuracy - before) / (full.accuracy - before);
     println!(
-        "{task}, {preset}: {:.4} of {:.4} (from {before:.4}): {:.1}% of the gain; {} of {} numbers, peak {:.1} of {:.1} MB ({:.0}% \
+        "{task}, {preset}: {:.4} of {:.4} (from {before:.4}): {:.1}% of the gain; {} of {} numbers, peak {:.1} of {:.1} MiB ({:.0}% \
          saved), {:.1} of {:.1} s ({:.0}% saved)",
         tuned.accuracy,
         full.accuracy,
         100.0 * share,
         tuned.trained,
         full.trained,
-        tuned.peak / 1e6,
-        full.peak / 1e6,
+        tuned.peak / 1048576.0,
+        full.peak / 1048576.0,
         100.0 - 100.0 * tuned.peak / full.peak,
         tuned.seconds,
         full.seconds,

@@ -6,10 +6,10 @@ use anyhow::Context;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use crate::cli::human_bytes;
 use crate::exec::{Program, Usage};
 use crate::graph::{Graph, Source};
 use crate::plan::{Block, Kind};
+use crate::size::human;
 
 const SIZE: (u32, u32) = (1400, 860);
 /// Tensors that are named in the picture, at most.
@@ -70,7 +70,7 @@ pub fn draw(
     memory: &Usage,
     limit: Option<usize>,
 ) -> anyhow::Result<()> {
-    let mb = |bytes: usize| bytes as f64 / 1e6;
+    let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
     let standing =
         [memory.weights + memory.statistics, memory.optimizer, memory.gradients, memory.step, memory.frozen];
     let lengths: Vec<usize> =
@@ -79,27 +79,27 @@ pub fn draw(
     let mut rects = Vec::new();
     let mut floor = 0.0;
     for (k, bytes) in standing.into_iter().enumerate().filter(|s| s.1 > 0) {
-        let top = floor + mb(bytes);
-        let text = format!("{} {}", KINDS[k].0, human_bytes(bytes));
+        let top = floor + mib(bytes);
+        let text = format!("{} {}", KINDS[k].0, human(bytes));
         rects.push(Rect { x: (0.0, width), y: (floor, top), kind: k, text });
         floor = top;
     }
     let mut begin = 0;
     for ((_, p), length) in programs.iter().zip(&lengths) {
         for b in p.plan.blocks.iter().filter(|b| b.bytes > 0) {
-            let low = floor + mb(b.offset);
+            let low = floor + mib(b.offset);
             rects.push(Rect {
                 x: ((begin + b.born) as f64, (begin + b.dies + 1) as f64),
-                y: (low, low + mb(b.bytes)),
+                y: (low, low + mib(b.bytes)),
                 kind: kind(&p.graph, b),
-                text: format!("{} {}", short(&p.graph.value(b.name).name), human_bytes(b.bytes)),
+                text: format!("{} {}", short(&p.graph.value(b.name).name), human(b.bytes)),
             });
         }
         begin += length;
     }
-    let top = rects.iter().map(|r| r.y.1).chain(limit.map(mb)).fold(0.0, f64::max).max(1e-3) * 1.02;
+    let top = rects.iter().map(|r| r.y.1).chain(limit.map(mib)).fold(0.0, f64::max).max(1e-3) * 1.02;
     let mut svg = String::new();
-    plot(&mut svg, title, &rects, (width, top), programs, &lengths, limit.map(mb))
+    plot(&mut svg, title, &rects, (width, top), programs, &lengths, limit.map(mib))
         .map_err(|e| anyhow::anyhow!("the picture: {e}"))?;
     std::fs::write(path, svg).with_context(|| path.display().to_string())
 }
@@ -141,7 +141,7 @@ fn plot(
         .axis_style(INK)
         .label_style(label.clone())
         .x_desc("kernel calls, in order")
-        .y_desc("MB")
+        .y_desc("MiB")
         .x_label_formatter(&|x| format!("{x:.0}"))
         .y_label_formatter(&|y| format!("{y:.0}"))
         .draw()?;
@@ -182,7 +182,7 @@ fn plot(
     }
     if let Some(limit) = limit {
         chart.draw_series([PathElement::new([(0.0, limit), (width, limit)], RED.stroke_width(2))])?;
-        let text = format!("{limit:.0} MB");
+        let text = format!("{limit:.0} MiB");
         chart.draw_series([Text::new(text, (width * 0.955, limit), label.color(&RED))])?;
     }
     root.present()?;

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::cli::human_bytes;
 use crate::exec::{Precision, Program};
 use crate::finetune::budget::process;
 use crate::finetune::{Config, MethodName};
 use crate::import::Model;
 use crate::kernels::peak;
 use crate::plan::work;
+use crate::size::human;
 
 /// Share of what the processor can do that products and convolutions reach, about.
 const REACHED: f64 = 0.5;
@@ -128,7 +128,7 @@ pub fn print(rows: &[Row], device: Option<usize>) {
         return;
     }
     outln!();
-    let head = device.map_or(String::new(), |d| format!("fits {}", human_bytes(d)));
+    let head = device.map_or(String::new(), |d| format!("fits {}", human(d)));
     outln!(
         "{:18} {:>6} {:>9}  {:12} {:>10} {:>9}  {head}",
         "train",
@@ -149,7 +149,7 @@ pub fn print(rows: &[Row], device: Option<usize>) {
             r.batch,
             r.precision,
             r.method,
-            human_bytes(r.peak_bytes),
+            human(r.peak_bytes),
             r.step_ms,
             r.fits.map_or("", |f| if f { "yes" } else { "no" })
         );

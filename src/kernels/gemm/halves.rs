@@ -38,17 +38,14 @@ pub fn gemm_halves<T: Vectors>(
     c: &mut [T],
     scratch: &mut [T],
 ) {
-    let need = p.extents();
-    assert!(a.len() >= need[0] && b.len() >= need[1] && c.len() >= need[2], "operands of a product");
-    assert!(p.m <= 1 || p.ldc >= p.n, "rows of a product overlap");
-    assert!(plus.row.is_none_or(|r| r.len() >= p.n), "operands of a product");
-    assert!(plus.all.is_none_or(|x| x.len() >= need[2]), "operands of a product");
-    if need[2] == 0 {
+    p.check([a.len(), b.len(), c.len()], &plus);
+    if p.m * p.n == 0 {
         return;
     }
     if p.widens([!a.is_whole(), !b.is_whole()]) {
         return divided(p, a, b, plus, c, scratch);
     }
+    let need = p.extents();
     let (a_near, rest) = scratch.split_at_mut(if a.is_whole() { 0 } else { need[0] });
     let (b_near, rest) = rest.split_at_mut(if b.is_whole() { 0 } else { need[1] });
     let widened = |x: Elements<T>, near: &mut [T]| par::pieces(near, |start, near| x.copy(start, near));

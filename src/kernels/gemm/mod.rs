@@ -11,6 +11,7 @@ mod pack;
 mod pairs;
 #[cfg(test)]
 mod tests;
+mod tile;
 mod vector;
 
 use std::ops::Range;
@@ -19,13 +20,14 @@ use rayon::prelude::*;
 
 use crate::kernels::half::Elements;
 use crate::kernels::par::{self, Shared};
-use crate::kernels::simd::{Kernel, Level, Simd, Vectors, load_up_to, store_up_to};
-use crate::kernels::tile::{Acc, Pieces, Positions, along_columns, along_rows};
+use crate::kernels::simd::{Kernel, Level, Simd, Vectors};
+use crate::kernels::tile::Pieces;
 use crate::tensor::Float;
 use crate::tile_sizes;
 
-pub use halves::{gemm_halves, room_halves};
-pub use pairs::{gemm_pairs, room_pairs};
+pub use self::halves::{gemm_halves, room_halves};
+pub use self::pairs::{gemm_pairs, room_pairs};
+use self::tile::{Target, Tile, tile_run};
 
 /// Multiply-adds worth a task of their own.
 const WORK: usize = 1 << 19;
@@ -95,6 +97,15 @@ impl<T: Float> Product<T> {
         let a = if self.trans_a { extent(k, m, self.lda) } else { extent(m, k, self.lda) };
         let b = if self.trans_b { extent(n, k, self.ldb) } else { extent(k, n, self.ldb) };
         [a, b, extent(m, n, self.ldc)]
+    }
+
+    /// Are the operands, of so many elements, as large as the product says? Kernels rely on it.
+    fn check(&self, [a, b, c]: [usize; 3], plus: &Plus<T>) {
+        let need = self.extents();
+        assert!(a >= need[0] && b >= need[1] && c >= need[2], "operands of a product");
+        assert!(self.m <= 1 || self.ldc >= self.n, "rows of a product overlap");
+        assert!(plus.row.is_none_or(|r| r.len() >= self.n), "operands of a product");
+        assert!(plus.all.is_none_or(|x| x.len() >= need[2]), "operands of a product");
     }
 }
 
@@ -246,16 +257,14 @@ pub fn many<T: Vectors>(
     if batch == 0 || need[2] == 0 {
         return;
     }
-    assert!(p.m <= 1 || p.ldc >= p.n, "rows of a product overlap");
     assert!(batch == 1 || c_stride >= need[2], "products overlap");
-    assert!(c.len() >= (batch - 1) * c_stride + need[2], "operands of a product");
-    assert!(plus.row.is_none_or(|r| r.len() >= p.n), "operands of a product");
-    assert!(plus.all.is_none_or(|x| x.len() >= (batch - 1) * c_stride + need[2]), "operands of a product");
+    let in_c = c.len();
     let added = |i: usize| Plus { all: plus.all.map(|x| &x[i * c_stride..]), ..plus };
     let operands = |i: usize| {
-        let [i, j] = at(i);
-        assert!(a.len() >= i + need[0] && b.len() >= j + need[1], "operands of a product");
-        (&a[i..], &b[j..])
+        let [from_a, from_b] = at(i);
+        let (a, b) = (&a[from_a..], &b[from_b..]);
+        p.check([a.len(), b.len(), in_c.saturating_sub(i * c_stride)], &added(i));
+        (a, b)
     };
     let elements = |i: usize| {
         let (a, b) = operands(i);
@@ -279,7 +288,7 @@ pub fn many<T: Vectors>(
             let c = shared.ptr().wrapping_add(i * c_stride);
             let (strips, panels) = (0..p.strips().count, 0..p.panels());
             let part = Part { p, a, b, packed, near: &mut [], plus: added(i), c, strips, panels };
-            // SAFETY: the extents were checked above; no two products share elements of C.
+            // SAFETY: `operands` checked the extents; no two products share elements of C.
             unsafe { T::dispatch(part) }
         });
     }
@@ -300,15 +309,11 @@ pub fn prepare<T: Vectors>(p: &Product<T>, b: &[T], packed: &mut [T]) {
 
 /// As [`gemm`], with B packed beforehand for a product of the same extents.
 pub fn gemm_prepared<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], packed: &[T], c: &mut [T]) {
-    let need = p.extents();
-    if need[2] == 0 {
+    if p.m * p.n == 0 {
         return;
     }
-    assert!(!p.trans_a && (p.m <= 1 || p.ldc >= p.n), "rows of a product overlap");
-    assert!(
-        a.len() >= need[0] && b.len() >= need[1] && c.len() >= need[2] && packed.len() >= prepared(p),
-        "operands of a product"
-    );
+    p.check([a.len(), b.len(), c.len()], &Plus::NOTHING);
+    assert!(!p.trans_a && packed.len() >= prepared(p), "operands of a product");
     match p.is_vector() {
         true => vector::vector(p, a, b, Plus::NOTHING, c),
         false => {
@@ -475,133 +480,6 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                 from = to;
             }
             k += steps;
-        }
-    }
-}
-
-struct Tile<'a, T> {
-    /// A's elements of one step are neighbours.
-    across: bool,
-    packed: bool,
-    a: *const T,
-    lda: usize,
-    b: *const T,
-    b_step: usize,
-    steps: usize,
-    to: Target<'a, T>,
-}
-
-/// # Safety
-/// `a` must be valid for `M` rows of `steps`, `b` for as many rows of `N` vectors (if packed) or of `to.lanes`
-/// elements, and the target for `M` rows.
-#[inline(always)]
-unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(t: &Tile<S::Elem>) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        t.to.fetch::<S, M, N>();
-        let acc = if t.across {
-            let positions = Positions {
-                blocks: 1,
-                rows: 1,
-                steps: t.steps,
-                a_block: 0,
-                a_row: 0,
-                a_step: t.lda,
-                b_block: 0,
-                b_row: 0,
-                b_step: t.b_step,
-            };
-            let tail = if t.packed { S::LANES } else { t.to.lanes - (N - 1) * S::LANES };
-            along_columns::<S, M, N>(&positions, t.a, t.b, tail)
-        } else {
-            let mut rows = [t.a; M];
-            for i in 0..M {
-                rows[i] = t.a.wrapping_add(i * t.lda);
-            }
-            along_rows::<S, M, N>(&[(0, t.steps)], rows, t.b, t.b_step)
-        };
-        t.to.write::<S, M, N>(&acc);
-    }
-}
-
-/// Where a tile's sums go, and what is added to them.
-struct Target<'a, T> {
-    p: &'a Product<T>,
-    beta: T,
-    /// What is added: `lanes` elements, and rows of them as C's.
-    row: Option<*const T>,
-    all: Option<*const T>,
-    c: *mut T,
-    lanes: usize,
-}
-
-impl<'a, T: Float> Target<'a, T> {
-    /// Of the tile at `row` and column `first` of C.
-    #[inline(always)]
-    fn of(
-        p: &'a Product<T>,
-        plus: Plus<T>,
-        c: *mut T,
-        row: usize,
-        first: usize,
-        panel: usize,
-        beta: T,
-    ) -> Self {
-        let at = row * p.ldc + first;
-        Target {
-            p,
-            beta,
-            row: plus.row.map(|r| r.as_ptr().wrapping_add(first)),
-            all: plus.all.map(|x| x.as_ptr().wrapping_add(at)),
-            c: c.wrapping_add(at),
-            lanes: panel.min(p.n - first),
-        }
-    }
-
-    /// Brings C near, while sums are added up.
-    ///
-    /// # Safety
-    /// The processor must have `S`'s instructions.
-    #[inline(always)]
-    unsafe fn fetch<S: Simd<Elem = T>, const M: usize, const N: usize>(&self) {
-        for i in 0..M {
-            for j in 0..N {
-                // SAFETY: the caller's promise.
-                unsafe { S::prefetch(self.c.wrapping_add(i * self.p.ldc + j * S::LANES)) }
-            }
-        }
-    }
-
-    /// # Safety
-    /// `row` must be valid for `lanes` elements, `all` and `c` for `M` rows of as many.
-    #[inline(always)]
-    unsafe fn write<S: Simd<Elem = T>, const M: usize, const N: usize>(&self, acc: &Acc<S, M, N>) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let (alpha, beta) = (S::splat(self.p.alpha), S::splat(self.beta));
-            let keep = self.beta != num_traits::zero();
-            for j in 0..N {
-                let part = (self.lanes - j * S::LANES).min(S::LANES);
-                let mut row = S::splat(num_traits::zero());
-                if let Some(r) = self.row {
-                    row = load_up_to::<S>(r.add(j * S::LANES), part);
-                }
-                for i in 0..M {
-                    let at = i * self.p.ldc + j * S::LANES;
-                    let c = self.c.add(at);
-                    let mut v = S::mul(acc[i][j], alpha);
-                    if self.row.is_some() {
-                        v = S::add(v, row);
-                    }
-                    if let Some(all) = self.all {
-                        v = S::add(v, load_up_to::<S>(all.add(at), part));
-                    }
-                    if keep {
-                        v = S::fma(load_up_to::<S>(c, part), beta, v);
-                    }
-                    store_up_to::<S>(c, v, part);
-                }
-            }
         }
     }
 }

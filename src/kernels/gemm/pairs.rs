@@ -9,7 +9,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Plus, Product, Target, tasks};
+use super::tile::Target;
+use super::{Plus, Product, tasks};
 use crate::kernels::half::{Elements, Half};
 use crate::kernels::isa::has_pair_products;
 use crate::kernels::par::Shared;
@@ -59,12 +60,8 @@ pub fn gemm_pairs(
     c: &mut [f32],
     scratch: &mut [f32],
 ) {
-    let need = p.extents();
-    assert!(a.len() >= need[0] && b.len() >= need[1] && c.len() >= need[2], "operands of a product");
-    assert!(p.m <= 1 || p.ldc >= p.n, "rows of a product overlap");
-    assert!(plus.row.is_none_or(|r| r.len() >= p.n), "operands of a product");
-    assert!(plus.all.is_none_or(|x| x.len() >= need[2]), "operands of a product");
-    if need[2] == 0 {
+    p.check([a.len(), b.len(), c.len()], &plus);
+    if p.m * p.n == 0 {
         return;
     }
     let [in_a, in_b] = p.pairs();

@@ -50,6 +50,24 @@ fn operands(p: &Product<f32>) -> [Vec<f32>; 3] {
     [random(a, 1), random(b, 2), random(c, 3)]
 }
 
+/// Element (i, j) of `alpha · op(A) · op(B) + beta · C`.
+fn element(p: &Product<f32>, a: &[f32], b: &[f32], c: &[f32], i: usize, j: usize) -> f64 {
+    let term = |k: usize| {
+        let a = if p.trans_a { a[k * p.lda + i] } else { a[i * p.lda + k] };
+        let b = if p.trans_b { b[j * p.ldb + k] } else { b[k * p.ldb + j] };
+        f64::from(a) * f64::from(b)
+    };
+    let sum: f64 = (0..p.k).map(term).sum();
+    f64::from(p.alpha) * sum + f64::from(p.beta) * f64::from(c[i * p.ldc + j])
+}
+
+fn keeps_what_lies_between_rows(p: &Product<f32>, before: &[f32], after: &[f32]) {
+    for i in 0..p.m.saturating_sub(1) {
+        let between = i * p.ldc + p.n..(i + 1) * p.ldc;
+        assert_eq!(before[between.clone()], after[between], "{p:?} wrote between rows");
+    }
+}
+
 #[test]
 fn equals_the_sum_it_stands_for() {
     each(|p| {
@@ -73,25 +91,13 @@ fn equals_the_sum_it_stands_for() {
         });
         for i in 0..p.m {
             for j in 0..p.n {
-                let sum: f64 = (0..p.k)
-                    .map(|k| {
-                        let a = if p.trans_a { a[k * p.lda + i] } else { a[i * p.lda + k] };
-                        let b = if p.trans_b { b[j * p.ldb + k] } else { b[k * p.ldb + j] };
-                        a as f64 * b as f64
-                    })
-                    .sum();
-                let at = i * p.ldc + j;
-                let want = p.alpha as f64 * sum + p.beta as f64 * c[at] as f64;
+                let (at, want) = (i * p.ldc + j, element(&p, &a, &b, &c, i, j));
                 let scale = (p.k as f64).sqrt().max(1.0);
                 assert!((want - wide[at]).abs() < 1e-13 * scale, "{p:?} {want} {}", wide[at]);
                 assert!((want - narrow[at] as f64).abs() < 2e-6 * scale, "{p:?} {want} {}", narrow[at]);
             }
         }
-        for i in 0..p.m.saturating_sub(1) {
-            for j in p.n..p.ldc {
-                assert_eq!(narrow[i * p.ldc + j], c[i * p.ldc + j], "{p:?} wrote between rows");
-            }
-        }
+        keeps_what_lies_between_rows(&p, &c, &narrow);
     });
 }
 
@@ -146,15 +152,15 @@ fn pairs_are_products_of_rounded_operands() {
     let round = |x: &[f32]| {
         let mut bits = vec![0; x.len()];
         Half::Bf16.round_all(x, &mut bits);
-        let wide: Vec<f64> = bits.iter().map(|b| f64::from(half::bf16::from_bits(*b).to_f32())).collect();
-        (bits, wide)
+        let near: Vec<f32> = bits.iter().map(|b| half::bf16::from_bits(*b).to_f32()).collect();
+        (bits, near)
     };
     each(|p| {
         if p.is_vector() || p.k < 2 {
             return;
         }
         let [a, b, c] = operands(&p);
-        let ((a_bits, a_wide), (b_bits, b_wide)) = (round(&a), round(&b));
+        let ((a_bits, a_near), (b_bits, b_near)) = (round(&a), round(&b));
         let (row, all) = (random(p.n, 4), random(c.len(), 5));
         let run = |a: Elements<f32>, b: Elements<f32>| {
             let mut y = c.clone();
@@ -169,24 +175,12 @@ fn pairs_are_products_of_rounded_operands() {
         assert!(y == one.install(|| run(Elements::Whole(&a), Elements::Whole(&b))), "{p:?}: one thread");
         for i in 0..p.m {
             for j in 0..p.n {
-                let sum: f64 = (0..p.k)
-                    .map(|k| {
-                        let a = if p.trans_a { a_wide[k * p.lda + i] } else { a_wide[i * p.lda + k] };
-                        let b = if p.trans_b { b_wide[j * p.ldb + k] } else { b_wide[k * p.ldb + j] };
-                        a * b
-                    })
-                    .sum();
                 let at = i * p.ldc + j;
-                let more = f64::from(row[j]) + f64::from(all[at]);
-                let want = f64::from(p.alpha) * sum + f64::from(p.beta) * f64::from(c[at]) + more;
+                let want = element(&p, &a_near, &b_near, &c, i, j) + f64::from(row[j]) + f64::from(all[at]);
                 let scale = (p.k as f64).sqrt().max(1.0);
                 assert!((want - f64::from(y[at])).abs() < 4e-6 * scale, "{p:?} {want} {}", y[at]);
             }
         }
-        for i in 0..p.m.saturating_sub(1) {
-            for j in p.n..p.ldc {
-                assert_eq!(y[i * p.ldc + j], c[i * p.ldc + j], "{p:?} wrote between rows");
-            }
-        }
+        keeps_what_lies_between_rows(&p, &c, &y);
     });
 }

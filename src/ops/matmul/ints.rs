@@ -2,7 +2,7 @@
 
 use num_traits::{WrappingAdd, WrappingMul};
 
-use super::{Gemm, spread};
+use super::gemm::{Gemm, spread};
 use crate::error::OpError;
 use crate::kernels::gemm::Product;
 use crate::tensor::{DType, Elem, View, ViewMut};

@@ -1,0 +1,133 @@
+//! A tile of a product: its sums in registers, and where they go.
+
+use super::{Plus, Product};
+use crate::kernels::simd::{Simd, load_up_to, store_up_to};
+use crate::kernels::tile::{Acc, Positions, along_columns, along_rows};
+use crate::tensor::Float;
+
+pub(super) struct Tile<'a, T> {
+    /// A's elements of one step are neighbours.
+    pub across: bool,
+    pub packed: bool,
+    pub a: *const T,
+    pub lda: usize,
+    pub b: *const T,
+    pub b_step: usize,
+    pub steps: usize,
+    pub to: Target<'a, T>,
+}
+
+/// # Safety
+/// `a` must be valid for `M` rows of `steps`, `b` for as many rows of `N` vectors (if packed) or of `to.lanes`
+/// elements, and the target for `M` rows.
+#[inline(always)]
+pub(super) unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(t: &Tile<S::Elem>) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        t.to.fetch::<S, M, N>();
+        let acc = if t.across {
+            let positions = Positions {
+                blocks: 1,
+                rows: 1,
+                steps: t.steps,
+                a_block: 0,
+                a_row: 0,
+                a_step: t.lda,
+                b_block: 0,
+                b_row: 0,
+                b_step: t.b_step,
+            };
+            let tail = if t.packed { S::LANES } else { t.to.lanes - (N - 1) * S::LANES };
+            along_columns::<S, M, N>(&positions, t.a, t.b, tail)
+        } else {
+            let mut rows = [t.a; M];
+            for i in 0..M {
+                rows[i] = t.a.wrapping_add(i * t.lda);
+            }
+            along_rows::<S, M, N>(&[(0, t.steps)], rows, t.b, t.b_step)
+        };
+        t.to.write::<S, M, N>(&acc);
+    }
+}
+
+/// Where a tile's sums go, and what is added to them.
+pub(super) struct Target<'a, T> {
+    p: &'a Product<T>,
+    beta: T,
+    /// What is added: `lanes` elements, and rows of them as C's.
+    row: Option<*const T>,
+    all: Option<*const T>,
+    c: *mut T,
+    pub lanes: usize,
+}
+
+impl<'a, T: Float> Target<'a, T> {
+    /// Of the tile at `row` and column `first` of C.
+    #[inline(always)]
+    pub fn of(
+        p: &'a Product<T>,
+        plus: Plus<T>,
+        c: *mut T,
+        row: usize,
+        first: usize,
+        panel: usize,
+        beta: T,
+    ) -> Self {
+        let at = row * p.ldc + first;
+        Target {
+            p,
+            beta,
+            row: plus.row.map(|r| r.as_ptr().wrapping_add(first)),
+            all: plus.all.map(|x| x.as_ptr().wrapping_add(at)),
+            c: c.wrapping_add(at),
+            lanes: panel.min(p.n - first),
+        }
+    }
+
+    /// Brings C near, while sums are added up.
+    ///
+    /// # Safety
+    /// The processor must have `S`'s instructions.
+    #[inline(always)]
+    pub unsafe fn fetch<S: Simd<Elem = T>, const M: usize, const N: usize>(&self) {
+        for i in 0..M {
+            for j in 0..N {
+                // SAFETY: the caller's promise.
+                unsafe { S::prefetch(self.c.wrapping_add(i * self.p.ldc + j * S::LANES)) }
+            }
+        }
+    }
+
+    /// # Safety
+    /// `row` must be valid for `lanes` elements, `all` and `c` for `M` rows of as many.
+    #[inline(always)]
+    pub unsafe fn write<S: Simd<Elem = T>, const M: usize, const N: usize>(&self, acc: &Acc<S, M, N>) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (alpha, beta) = (S::splat(self.p.alpha), S::splat(self.beta));
+            let keep = self.beta != num_traits::zero();
+            for j in 0..N {
+                let part = (self.lanes - j * S::LANES).min(S::LANES);
+                let mut row = S::splat(num_traits::zero());
+                if let Some(r) = self.row {
+                    row = load_up_to::<S>(r.add(j * S::LANES), part);
+                }
+                for i in 0..M {
+                    let at = i * self.p.ldc + j * S::LANES;
+                    let c = self.c.add(at);
+                    let mut v = S::mul(acc[i][j], alpha);
+                    if self.row.is_some() {
+                        v = S::add(v, row);
+                    }
+                    if let Some(all) = self.all {
+                        v = S::add(v, load_up_to::<S>(all.add(at), part));
+                    }
+                    if keep {
+                        v = S::fma(load_up_to::<S>(c, part), beta, v);
+                    }
+                    store_up_to::<S>(c, v, part);
+                }
+            }
+        }
+    }
+}
