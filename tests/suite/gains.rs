@@ -123,7 +123,7 @@ fn presets_learn_topics() {
         Tuned::of(&s, script(&["--measure", text(&new)]).unwrap())
     };
     let full = tuned("last:7", "2e-4");
-    for (preset, lr) in [("lora:8@*layer.2*+head", "2e-3"), ("sparse:20%+head", "4e-4")] {
+    for (preset, lr) in [("lora:8@*layer.2*+head", "2e-3"), ("sparse:15%+head", "4e-4")] {
         compare("MiniLM, topics", frozen, &full, preset, &tuned(preset, lr));
     }
 }
