@@ -169,6 +169,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
                     data: 0,
                     train: &args.train,
                     copies: 0,
+                    folded: false,
                 };
                 let found = job.fit(budget)?;
                 found.describe().iter().for_each(|note| eprintln!("note: {note}"));

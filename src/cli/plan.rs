@@ -213,6 +213,7 @@ fn training(
             data: 0,
             train: &config.train,
             copies: 0,
+            folded: false,
         };
         let fitted = job.fit(bytes)?;
         session = session.dry(fitted.arena)?;

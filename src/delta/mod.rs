@@ -141,10 +141,9 @@ impl Delta {
         if base.files.len() != new.files.len() {
             return Err(other("it has another number of files".into()));
         }
-        for (i, (a, b)) in base.files.iter().zip(&new.files).enumerate() {
-            if a.location != b.location || !export::equals(base, &stored, i, &b.bytes)? {
-                return Err(other("more than values of weights differs".into()));
-            }
+        let same_names = base.files.iter().zip(&new.files).all(|(a, b)| a.location == b.location);
+        if !same_names || !export::equals(base, &stored, &new.files)? {
+            return Err(other("more than values of weights differs".into()));
         }
         Delta::from_source(base, &stored, kind)
     }

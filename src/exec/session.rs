@@ -1,5 +1,7 @@
 //! A model being run and trained: its weights, its persistent state, one arena for all plans.
 
+mod weights;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -7,7 +9,7 @@ use bytes::Bytes;
 
 use crate::error::{Error, Result};
 use crate::exec::awake::awake;
-use crate::exec::parts::{self, Held, Part};
+use crate::exec::parts::{self, Held};
 use crate::exec::precision::{OptimizerState, Precision};
 use crate::exec::run::{self, Memory, Profile};
 use crate::exec::store::{Purpose, Store};
@@ -223,57 +225,6 @@ impl Session {
         if self.exact { Precision::F32 } else { self.options.precision }
     }
 
-    /// Makes a weight a state, initialised from the file, so that updates can change it.
-    pub fn make_mutable(&mut self, id: WeightId) -> Result<StateId> {
-        if let Some(s) = self.states[id.index()] {
-            return Ok(s);
-        }
-        if self.part(id).is_some() {
-            return Err(Error::value(&self.model.weight(id).name, "only a part of it learns"));
-        }
-        let weight = self.model.weight(id);
-        let meta = Meta::new(weight.working(), &weight.dims);
-        let purpose = match weight.role {
-            Role::RunningMean | Role::RunningVar => Purpose::Statistic,
-            _ => Purpose::Parameter,
-        };
-        let large =
-            purpose == Purpose::Parameter && meta.dtype == DType::F32 && meta.len() >= SMALL_PARAMETER;
-        let meta = match self.options.precision.half() {
-            Some(half) if large && self.options.master_free => Meta { dtype: half, ..meta },
-            _ => meta,
-        };
-        let dtype = meta.dtype;
-        let s = self.store.add(weight.name.clone(), meta, purpose);
-        if !self.options.dry {
-            let t = self.model.load_weight(id)?.cast(dtype);
-            self.store.set(s, t.bytes());
-        }
-        self.states[id.index()] = Some(s);
-        // What was made of the value that it had.
-        let value = Some(weight.value);
-        self.folded.retain(|(inputs, _), _| !inputs.contains(&value));
-        self.frozen.remove(&id);
-        Ok(s)
-    }
-
-    /// The state a weight lives in, if it can change.
-    pub fn state_of(&self, id: WeightId) -> Option<StateId> {
-        self.states[id.index()]
-    }
-
-    /// Lets a part of a weight learn, the rest being frozen; `seed` is of what begins at random.
-    ///
-    /// Fails when the weight can change already, and when it has no such part.
-    pub fn make_part(&mut self, id: WeightId, part: &Part, seed: u64) -> Result<()> {
-        if self.states[id.index()].is_some() || self.part(id).is_some() {
-            return Err(Error::value(&self.model.weight(id).name, "learns already"));
-        }
-        let held = Held::new(&self.model, &mut self.store, id, part, seed)?;
-        self.parts.push(held);
-        Ok(())
-    }
-
     /// A session like this one, with the same parts, for plans alone: it takes no memory and nothing can be run.
     pub fn dry(&self, arena: Option<usize>) -> Result<Session> {
         self.alike(Options { dry: true, arena, ..self.options.clone() })
@@ -296,55 +247,6 @@ impl Session {
             session.make_part(p.weight, &p.part, p.seed)?;
         }
         Ok(session)
-    }
-
-    fn part(&self, id: WeightId) -> Option<&Held> {
-        self.parts.iter().find(|p| p.weight == id)
-    }
-
-    /// Does only a part of the weight learn?
-    pub fn is_in_parts(&self, id: WeightId) -> bool {
-        self.part(id).is_some()
-    }
-
-    /// The values that learn of a weight, in every graph of the session: itself, or its part's.
-    pub fn trained_values(&self, id: WeightId) -> Vec<ValueId> {
-        parts::values(&self.model, &self.parts, id)
-    }
-
-    /// How many numbers of a weight learn, if it is trained.
-    pub fn trained_len(&self, id: WeightId) -> usize {
-        self.part(id).map_or(self.model.weight(id).len(), |p| p.len(&self.store))
-    }
-
-    /// The present value of a weight.
-    pub fn weight(&self, id: WeightId) -> Result<Tensor> {
-        match (self.states[id.index()], self.part(id)) {
-            (Some(s), _) => {
-                let t = self.store.tensor(s);
-                Ok(t.cast(t.dtype().working()))
-            }
-            (None, Some(part)) => self.install(|| part.whole(&self.model, &self.store)),
-            (None, None) => self.model.load_weight(id),
-        }
-    }
-
-    /// The weights that can change and their present values.
-    pub fn changes(&self) -> Result<Vec<(WeightId, Tensor)>> {
-        self.changing().into_iter().map(|w| Ok((w, self.weight(w)?))).collect()
-    }
-
-    /// The weights that can change.
-    pub fn changing(&self) -> Vec<WeightId> {
-        let ids = (0..self.states.len() as u32).map(WeightId);
-        ids.filter(|w| self.states[w.index()].is_some() || self.is_in_parts(*w)).collect()
-    }
-
-    /// The state of a weight that is held as the file stores it.
-    pub fn held_as_stored(&self, id: WeightId) -> Option<StateId> {
-        let weight = self.model.weight(id);
-        let same = |s: &StateId| weight.quantised.is_none() && self.store.meta(*s).dtype == weight.dtype;
-        self.states[id.index()].filter(same)
     }
 
     /// The type in which a state, or a weight that is read as the file has it, is kept.
@@ -480,23 +382,6 @@ impl Session {
             }
         }
         Ok(())
-    }
-
-    fn frozen(&mut self, id: WeightId) -> Result<Frozen> {
-        if let Some(f) = self.frozen.get(&id) {
-            return Ok(f.clone());
-        }
-        let weight = self.model.weight(id);
-        let in_file = |bytes| Frozen::Mapped(self.model.files[weight.location.file].bytes.slice_ref(bytes));
-        let frozen = match (weight.view(&self.model.files), super::frozen::anywhere(&self.model, id)) {
-            (Some(view), _) => in_file(view.bytes),
-            // All who read it there take it as it lies.
-            (None, Some(bytes)) if self.options.arena.is_some() => Frozen::Mapped(bytes),
-            _ if self.options.dry => Frozen::Owned(Arc::new(Tensor::zeros(weight.working(), &weight.dims))),
-            _ => Frozen::Owned(Arc::new(weight.load(&self.model.files)?)),
-        };
-        self.frozen.insert(id, frozen.clone());
-        Ok(frozen)
     }
 
     /// Sets [`Options::arena`] for what is compiled from now on.

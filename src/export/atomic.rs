@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 use crate::error::{Error, Result};
-use crate::import::wire::Segment;
+use crate::import::wire::{self, Segment};
 
 /// Files being made in a folder of their own, inside the one they are for. Dropping it removes them.
 pub(super) struct Stage {
@@ -63,13 +63,7 @@ impl Stage {
         let target = self.folder.join(relative);
         let fail = |e| Error::io(&target, e);
         let mut file = File::create_new(&path).map_err(fail)?;
-        for s in segments {
-            let bytes = match s {
-                Segment::New(bytes) => bytes,
-                Segment::Copy(range) => original.get(range.clone()).unwrap_or_default(),
-            };
-            file.write_all(bytes).map_err(fail)?;
-        }
+        wire::write(original, segments, &mut file).map_err(fail)?;
         for part in placed {
             let (at, bytes) = part?;
             file.seek(SeekFrom::Start(at as u64)).map_err(fail)?;

@@ -18,10 +18,11 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::graph::WeightId;
-use crate::import::Model;
+use crate::import::{Model, SourceFile};
 use crate::import::wire::{self, Edit, Segment};
 use crate::tensor::Tensor;
 
+pub(crate) use source::restored;
 pub use source::{Given, Learned, Source};
 pub use verify::{Verification, verify};
 
@@ -141,20 +142,25 @@ pub fn to_bytes(model: &Model, changes: &[(WeightId, &Tensor)]) -> Result<Vec<u8
     Ok(out)
 }
 
-/// Is `other` the model's file `index` with new weights, and nothing else?
-pub(crate) fn equals(model: &Model, source: &dyn Source, index: usize, other: &[u8]) -> Result<bool> {
-    let file = &model.files[index];
-    let (own, later) = patch::edits(model, source)?.take(index);
-    let segments = segments(&file.path, &file.bytes, own)?;
-    let mut places = Vec::new();
-    for part in placed(model, source, later, &segments) {
-        let (at, bytes) = part?;
-        if other.get(at..at + bytes.len()) != Some(&*bytes) {
+/// Are `others` the model's files with new weights, and nothing else?
+pub(crate) fn equals(model: &Model, source: &dyn Source, others: &[SourceFile]) -> Result<bool> {
+    let mut edits = patch::edits(model, source)?;
+    for (index, (file, other)) in model.files.iter().zip(others).enumerate() {
+        let (own, later) = edits.take(index);
+        let segments = segments(&file.path, &file.bytes, own)?;
+        let mut places = Vec::new();
+        for part in placed(model, source, later, &segments) {
+            let (at, bytes) = part?;
+            if other.bytes.get(at..at + bytes.len()) != Some(&*bytes) {
+                return Ok(false);
+            }
+            places.push(at..at + bytes.len());
+        }
+        if !wire::equal(&file.bytes, &segments, &places, &other.bytes) {
             return Ok(false);
         }
-        places.push(at..at + bytes.len());
     }
-    Ok(wire::equal(&file.bytes, &segments, &places, other))
+    Ok(others.len() == model.files.len())
 }
 
 /// What is written over the segments' bytes: where, and with what.

@@ -62,7 +62,8 @@ impl Source for BTreeMap<WeightId, Vec<u8>> {
     }
 }
 
-fn restored<'a>(model: &Model, id: WeightId, new: &Tensor) -> Result<Option<Cow<'a, [u8]>>> {
+/// The bytes that the file will hold for a value in the working type; `None`: those that it holds.
+pub(crate) fn restored<'a>(model: &Model, id: WeightId, new: &Tensor) -> Result<Option<Cow<'a, [u8]>>> {
     let weight = super::patch::get(model, id)?;
     let old = weight.stored(&model.files)?;
     Ok(weight.restore(&old, new)?.map(Cow::Owned))

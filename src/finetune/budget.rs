@@ -83,6 +83,8 @@ pub struct Job<'a> {
     pub train: &'a str,
     /// Of all weights that change: made while the result is written.
     pub copies: usize,
+    /// Weights are changed once more as they are written.
+    pub folded: bool,
 }
 
 /// How a run keeps to its budget.
@@ -204,7 +206,9 @@ impl Job<'_> {
         let copies = self.copies * changing.iter().map(|w| self.bytes_of(*w)).sum::<usize>();
         // Those that are not held as the file stores them are written one after the other: what the value is put together
         // of, the value, its bytes, and what the allocator keeps of those before.
-        let made = changing.into_iter().filter(|w| session.held_as_stored(*w).is_none());
+        let all = (0..session.model().weights.len() as u32).map(WeightId);
+        let written: Vec<WeightId> = if self.folded { all.collect() } else { changing };
+        let made = written.into_iter().filter(|w| self.folded || session.held_as_stored(*w).is_none());
         let written = copies + AT_ONCE * made.map(|w| self.bytes_of(w)).max().unwrap_or(0);
         Ok(Probe {
             usage,

@@ -279,7 +279,8 @@ pub fn finetune(
         held: held_indices.len(),
         data: data.bytes() + held.as_ref().map_or(0, Dataset::bytes),
         train: &config.train,
-        copies: usize::from(reinserted.is_some()) + if config.delta.is_some() { 2 } else { 0 },
+        copies: if config.delta.is_some() { 2 } else { 0 },
+        folded: reinserted.is_some(),
     };
     let budget = config.memory_budget()?.map(|b| job.fit(b)).transpose()?;
     let (mut batch, mut evaluated) = (config.batch, EVAL_BATCH);

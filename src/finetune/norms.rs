@@ -3,6 +3,7 @@
 //! A normalisation with the statistics of sample data, scale σ and shift μ is the identity; what training makes of it
 //! goes back into the weight and bias that the file has: `w·γ/√(var + ε)` and `(b − mean)·γ/√(var + ε) + β`.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -10,6 +11,7 @@ use prost::Message;
 
 use crate::error::{Error, Result};
 use crate::exec::Session;
+use crate::export::{self, Source};
 use crate::finetune::shapes_of;
 use crate::graph::{NodeId, WeightId};
 use crate::import::proto::{AttributeProto, NodeProto};
@@ -27,9 +29,6 @@ const SAMPLES: usize = 256;
 const BATCH: usize = 16;
 const EPSILON: f32 = 1e-5;
 
-/// New values of weights.
-type Changes = Vec<(WeightId, Tensor)>;
-
 /// A convolution that gets its normalisation back.
 struct Layer {
     weight: WeightId,
@@ -40,7 +39,8 @@ struct Layer {
 
 /// A model with normalisations that its file does not have.
 pub(super) struct Reinserted {
-    base: Arc<Model>,
+    /// The model of the file.
+    pub base: Arc<Model>,
     pub model: Arc<Model>,
     layers: Vec<Layer>,
 }
@@ -130,8 +130,7 @@ pub(super) fn reinsert(session: &mut Session, data: &Dataset, indices: &[usize])
         let end = field.whole.end;
         edits.push(Edit { path: vec![7], range: end..end, bytes: new });
     }
-    let new = wire::apply(bytes, edits).map_err(malformed)?;
-    let model = Arc::new(edited(&base, new)?);
+    let model = Arc::new(edited(&base, edits)?);
     Ok(Reinserted { base, model, layers })
 }
 
@@ -185,40 +184,61 @@ impl Reinserted {
     pub(super) fn len(&self) -> usize {
         self.layers.len()
     }
+}
 
-    /// The model of the file, and what changes in it for the session's weights.
-    pub(super) fn folded(&self, session: &Session) -> Result<(Arc<Model>, Changes)> {
-        let value = |name: &str| -> Result<Tensor> {
-            let id = self.model.find_weight(name).ok_or_else(|| Error::value(name, "is not in the model"))?;
-            session.weight(id)
-        };
-        let mut changes = Changes::new();
-        for l in &self.layers {
-            let floats = |name: &str| Ok::<_, Error>(value(name)?.to_f64());
-            let [scale, shift, mean, var] = names(&l.output);
-            let (scale, shift, mean, var) = (floats(&scale)?, floats(&shift)?, floats(&mean)?, floats(&var)?);
-            let gain: Vec<f64> =
-                scale.iter().zip(&var).map(|(s, v)| s / (v + f64::from(EPSILON)).sqrt()).collect();
-            let (mut w, mut b) =
-                (value(&self.base.weight(l.weight).name)?, value(&self.base.weight(l.bias).name)?);
-            let at = |source| Error::Op { node: l.output.clone(), source };
-            let per_channel = (w.len() / gain.len().max(1)).max(1);
-            for (row, g) in w.get_mut::<f32>().map_err(at)?.chunks_exact_mut(per_channel).zip(&gain) {
+/// The weights of the file with what a session has learned of the model with normalisations.
+pub(super) struct Folded<'a> {
+    pub of: &'a Reinserted,
+    pub session: &'a Session,
+}
+
+impl Folded<'_> {
+    /// A weight of the model with normalisations.
+    fn learned(&self, name: &str) -> Result<Tensor> {
+        let id = self.of.model.find_weight(name);
+        self.session.weight(id.ok_or_else(|| Error::value(name, "is not in the model"))?)
+    }
+
+    /// A weight of the file.
+    fn value(&self, id: WeightId) -> Result<Tensor> {
+        let mut new = self.learned(&self.of.base.weight(id).name)?;
+        let Some(layer) = self.of.layers.iter().find(|l| l.weight == id || l.bias == id) else { return Ok(new) };
+        let part = |name: &String| Ok::<_, Error>(self.learned(name)?.to_f64());
+        let [scale, shift, mean, var] = &names(&layer.output);
+        let gain: Vec<f64> = part(scale)?
+            .iter()
+            .zip(&part(var)?)
+            .map(|(s, v)| s / (v + f64::from(EPSILON)).sqrt())
+            .collect();
+        let at = |source| Error::Op { node: layer.output.clone(), source };
+        let per_channel = (new.len() / gain.len().max(1)).max(1);
+        let values = new.get_mut::<f32>().map_err(at)?;
+        if id == layer.weight {
+            for (row, g) in values.chunks_exact_mut(per_channel).zip(&gain) {
                 row.iter_mut().for_each(|x| *x = (f64::from(*x) * g) as f32);
             }
-            for (c, x) in b.get_mut::<f32>().map_err(at)?.iter_mut().enumerate() {
+        } else {
+            let (shift, mean) = (part(shift)?, part(mean)?);
+            for (c, x) in values.iter_mut().enumerate() {
                 *x = ((f64::from(*x) - mean[c]) * gain[c] + shift[c]) as f32;
             }
-            changes.push((l.weight, w));
-            changes.push((l.bias, b));
         }
-        let folded: Vec<WeightId> = changes.iter().map(|c| c.0).collect();
-        for (id, t) in session.changes()? {
-            let name = &self.model.weight(id).name;
-            if let Some(own) = self.base.find_weight(name).filter(|w| !folded.contains(w)) {
-                changes.push((own, t));
-            }
-        }
-        Ok((self.base.clone(), changes))
+        Ok(new)
+    }
+}
+
+impl Source for Folded<'_> {
+    fn weights(&self) -> Vec<WeightId> {
+        let of_layers = self.of.layers.iter().flat_map(|l| [l.weight, l.bias]);
+        let changing = self.session.changing().into_iter();
+        let others = changing.filter_map(|id| self.of.base.find_weight(&self.of.model.weight(id).name));
+        let mut all: Vec<WeightId> = of_layers.chain(others).collect();
+        all.sort();
+        all.dedup();
+        all
+    }
+
+    fn stored(&self, model: &Model, id: WeightId) -> Result<Option<Cow<'_, [u8]>>> {
+        export::restored(model, id, &self.value(id)?)
     }
 }

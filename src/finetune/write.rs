@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::delta::{Delta, Described};
 use crate::error::{Error, Result};
 use crate::exec::Session;
-use crate::export::{self, Learned, Staged, Verification};
+use crate::export::{self, Learned, Source, Staged, Verification};
 use crate::finetune::{Config, budget, norms};
 use crate::graph::{Dim, WeightId};
 use crate::import::Model;
@@ -27,11 +27,7 @@ pub(super) fn write(
     output: &Path,
     budget: Option<&budget::Fitted>,
 ) -> Result<(String, Option<Described>)> {
-    let (model, folded) = match reinserted {
-        Some(r) => r.folded(session).map(|(model, changes)| (model, Some(changes)))?,
-        None => (session.model().clone(), None),
-    };
-    let folded: Option<Vec<_>> = folded.as_ref().map(|all| all.iter().map(|(w, t)| (*w, t)).collect());
+    let model = reinserted.map_or(session.model(), |r| &r.base).clone();
     let options = export::Options { rename_data: config.rename_data };
     // Where the delta is all that is wanted, the file is made to be verified, and left.
     let aside = match config.delta.as_deref() == Some(output) {
@@ -39,10 +35,7 @@ pub(super) fn write(
         false => None,
     };
     let target = aside.as_ref().map_or(output.to_path_buf(), |dir| dir.path().join("new.onnx"));
-    let staged = match &folded {
-        Some(changes) => export::stage(&model, changes, &target, options)?,
-        None => export::stage_from(&model, &Learned(session), &target, options)?,
-    };
+    let staged = export::stage_from(&model, &*learned(session, reinserted), &target, options)?;
     let verified = match budget.is_some_and(|b| b.budget < b.to_verify(&model)) {
         true => "unavailable: tract would take more than the memory budget".to_string(),
         false => {
@@ -54,11 +47,8 @@ pub(super) fn write(
     };
     let delta = match &config.delta {
         Some(path) => {
-            let delta = match &folded {
-                Some(changes) => Delta::of(&model, changes, config.delta_type)?,
-                None => Delta::from_source(&model, &Learned(session), config.delta_type)?,
-            };
-            Some(delta.write(path)?)
+            let source = learned(session, reinserted);
+            Some(Delta::from_source(&model, &*source, config.delta_type)?.write(path)?)
         }
         None => None,
     };
@@ -66,6 +56,14 @@ pub(super) fn write(
         staged.commit()?;
     }
     Ok((verified, delta))
+}
+
+/// What the file will have of the session's weights.
+fn learned<'a>(session: &'a Session, reinserted: Option<&'a norms::Reinserted>) -> Box<dyn Source + 'a> {
+    match reinserted {
+        Some(of) => Box::new(norms::Folded { of, session }),
+        None => Box::new(Learned(session)),
+    }
 }
 
 /// Writes `model` with `changes`, after tract agreed (where it can be asked) with what the session computes of `inputs`.

@@ -68,18 +68,14 @@ pub fn replace(model: &Model, head: &NewHead, inputs: &[(String, Meta)]) -> Resu
         None => surgery.renew()?,
     };
     let (edits, outputs) = (surgery.edits, surgery.outputs);
-    let apply = |edits: Vec<Edit>| -> Result<Model> {
-        let new = wire::apply(bytes, edits).map_err(|e| Error::file(&model.path, e.to_string()))?;
-        edited(model, new)
-    };
-    let draft = apply(edits.clone())?;
+    let draft = edited(model, edits.clone())?;
     let after = inferred(&draft, inputs).map_err(|e| {
         Error::Config(format!("--head: what follows {what} cannot take {outputs} outputs: {e}"))
     })?;
     check(&before, &after, head.at.is_some(), outputs, &what)?;
     let mut all = edits;
     all.extend(declared(bytes, graph, &before, &after).map_err(|e| Error::file(&model.path, e.to_string()))?);
-    Ok((apply(all)?, what))
+    Ok((edited(model, all)?, what))
 }
 
 /// The graph with all shapes for these inputs.

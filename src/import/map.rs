@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use std::fs::File;
+use std::io;
 use std::path::Path;
 
 use bytes::Bytes;
@@ -24,12 +25,23 @@ pub fn map(path: &Path) -> Result<Bytes> {
         return Ok(Bytes::new());
     }
     let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    map_file(&file).map_err(|e| Error::io(path, e))
+}
+
+/// A mapped file without a name, of what `fill` writes.
+pub fn unnamed(fill: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<Bytes> {
+    let mut file = tempfile::tempfile()?;
+    fill(&mut file)?;
+    map_file(&file)
+}
+
+fn map_file(file: &File) -> io::Result<Bytes> {
     // SAFETY: the map is read-only and nothing in this crate writes to or truncates a file that may
     // be mapped: exports write a new file and rename it over the old name, which leaves the mapped
-    // inode as it was. Another process that changes the file in place while it is mapped is outside
-    // what a library can exclude; it is the documented condition of mapping.
-    let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
-    Ok(Bytes::from_owner(map))
+    // inode as it was, and nobody else knows an unnamed file. Another process that changes the file
+    // in place while it is mapped is outside what a library can exclude; it is the documented
+    // condition of mapping.
+    Ok(Bytes::from_owner(unsafe { Mmap::map(file) }?))
 }
 
 #[cfg(test)]

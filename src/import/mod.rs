@@ -74,14 +74,26 @@ pub fn load(path: impl AsRef<Path>) -> Result<Model> {
     from_source(file, Some(folder(path).to_path_buf()))
 }
 
+/// Bytes below which an edited file is held in memory.
+const HELD: usize = 1 << 20;
+
 /// Imports a model from memory; `name` is what messages call it. It can have no external data.
 pub fn from_bytes(name: &str, bytes: impl Into<Bytes>) -> Result<Model> {
     from_source(SourceFile::in_memory(name, bytes), None)
 }
 
-/// `model` with other bytes in its main file, which keeps its path and its external data.
-pub(crate) fn edited(model: &Model, bytes: Vec<u8>) -> Result<Model> {
-    let file = SourceFile::in_memory(&model.path, bytes);
+/// `model` with edits of its main file, which keeps its path and its external data.
+///
+/// A large one is written to an unnamed file in the system's folder for temporary files, and mapped from there.
+pub(crate) fn edited(model: &Model, edits: Vec<wire::Edit>) -> Result<Model> {
+    let original = &model.files[0].bytes;
+    let segments = wire::segments(original, edits).map_err(|e| Error::file(&model.path, e.to_string()))?;
+    let mapped = match original.len() < HELD {
+        true => None,
+        // Where there is no place for such a file, it is held in memory.
+        false => map::unnamed(|file| wire::write(original, &segments, file)).ok(),
+    };
+    let file = SourceFile::in_memory(&model.path, mapped.unwrap_or_else(|| wire::concat(original, &segments).into()));
     let folder = (model.files.len() > 1).then(|| folder(&model.path).to_path_buf());
     let mut new = from_source(file, folder)?;
     for (v, value) in &model.graph.fixed {

@@ -5,6 +5,7 @@
 //! everything else is copied verbatim.
 
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::ops::Range;
 
 /// Bytes that are not a well-formed protobuf message, or an edit that does not fit them.
@@ -225,6 +226,15 @@ pub enum Segment {
     New(Vec<u8>),
 }
 
+impl Segment {
+    pub fn bytes<'a>(&'a self, original: &'a [u8]) -> &'a [u8] {
+        match self {
+            Segment::New(bytes) => bytes,
+            Segment::Copy(range) => original.get(range.clone()).unwrap_or_default(),
+        }
+    }
+}
+
 struct Enclosing {
     depth: usize,
     length: Range<usize>,
@@ -331,10 +341,7 @@ pub fn equal(original: &[u8], segments: &[Segment], places: &[Range<usize>], oth
     places.sort_by_key(|p| p.start);
     let (mut places, mut at) = (places.into_iter().peekable(), 0);
     for s in segments {
-        let part = match s {
-            Segment::New(bytes) => bytes.as_slice(),
-            Segment::Copy(range) => original.get(range.clone()).unwrap_or_default(),
-        };
+        let part = s.bytes(original);
         let (end, mut from) = (at + part.len(), at);
         while from < end {
             let place = places.next_if(|p| p.start < end);
@@ -349,20 +356,15 @@ pub fn equal(original: &[u8], segments: &[Segment], places: &[Range<usize>], oth
     at == other.len()
 }
 
-/// The edited file as bytes.
-pub fn apply(original: &[u8], edits: Vec<Edit>) -> Result<Vec<u8>, WireError> {
-    Ok(concat(original, &segments(original, edits)?))
+/// Writes what `segments` of `original` stand for.
+pub fn write(original: &[u8], segments: &[Segment], to: &mut impl Write) -> io::Result<()> {
+    segments.iter().try_for_each(|s| to.write_all(s.bytes(original)))
 }
 
-/// The bytes that `segments` of `original` stand for.
+/// As [`write`], to memory.
 pub fn concat(original: &[u8], segments: &[Segment]) -> Vec<u8> {
     let mut out = Vec::with_capacity(original.len());
-    for s in segments {
-        match s {
-            Segment::Copy(r) => out.extend_from_slice(original.get(r.clone()).unwrap_or_default()),
-            Segment::New(b) => out.extend_from_slice(b),
-        }
-    }
+    segments.iter().for_each(|s| out.extend_from_slice(s.bytes(original)));
     out
 }
 
@@ -396,6 +398,10 @@ mod tests {
         {
             assert!(!equal(original, &segments, &[8..10, 0..2], other));
         }
+    }
+
+    fn apply(original: &[u8], edits: Vec<Edit>) -> Result<Vec<u8>, WireError> {
+        Ok(concat(original, &segments(original, edits)?))
     }
 
     #[test]

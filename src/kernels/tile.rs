@@ -13,12 +13,12 @@ use crate::kernels::simd::Simd;
 pub type Acc<S, const M: usize, const N: usize> = [[<S as Simd>::V; N]; M];
 
 /// `Σ` over the runs `(offset, steps)` of A's elements `a[i][offset..offset + steps]` times `N` vectors of B, which
-/// advances by `b_step` elements.
+/// advances by `b_step` elements. A round of the loop takes `ROUND` steps.
 ///
 /// # Safety
 /// `a[i]` must be valid at the runs' elements, `b` for `N·LANES` elements at each step, and `S`'s instructions be there.
 #[inline(always)]
-pub unsafe fn along_rows<S: Simd, const M: usize, const N: usize>(
+pub unsafe fn along_rows<S: Simd, const M: usize, const N: usize, const ROUND: usize>(
     runs: &[(isize, usize)],
     a: [*const S::Elem; M],
     mut b: *const S::Elem,
@@ -28,21 +28,45 @@ pub unsafe fn along_rows<S: Simd, const M: usize, const N: usize>(
     unsafe {
         let mut acc = [[S::splat(num_traits::zero()); N]; M];
         for &(offset, steps) in runs {
-            for o in offset..offset + steps as isize {
-                let mut row = [S::splat(num_traits::zero()); N];
-                for j in 0..N {
-                    row[j] = S::load(b.add(j * S::LANES));
+            let (mut o, end) = (offset, offset + steps as isize);
+            while o + ROUND as isize <= end {
+                for u in 0..ROUND {
+                    step_along::<S, M, N>(&mut acc, &a, o + u as isize, b.add(u * b_step));
                 }
+                b = b.wrapping_add(ROUND * b_step);
+                o += ROUND as isize;
+            }
+            while o < end {
+                step_along::<S, M, N>(&mut acc, &a, o, b);
                 b = b.wrapping_add(b_step);
-                for i in 0..M {
-                    let x = S::splat(*a[i].offset(o));
-                    for j in 0..N {
-                        acc[i][j] = S::fma(x, row[j], acc[i][j]);
-                    }
-                }
+                o += 1;
             }
         }
         acc
+    }
+}
+
+/// # Safety
+/// As of [`along_rows`], of one step.
+#[inline(always)]
+unsafe fn step_along<S: Simd, const M: usize, const N: usize>(
+    acc: &mut Acc<S, M, N>,
+    a: &[*const S::Elem; M],
+    o: isize,
+    b: *const S::Elem,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut row = [S::splat(num_traits::zero()); N];
+        for j in 0..N {
+            row[j] = S::load(b.add(j * S::LANES));
+        }
+        for i in 0..M {
+            let x = S::splat(*a[i].offset(o));
+            for j in 0..N {
+                acc[i][j] = S::fma(x, row[j], acc[i][j]);
+            }
+        }
     }
 }
 
@@ -68,7 +92,7 @@ pub unsafe fn multiply<S: Simd, const M: usize, const N: usize>(
         for i in 0..M {
             rows[i] = a.add(i * a_row);
         }
-        let acc = along_rows::<S, M, N>(runs, rows, b, 2 * S::LANES);
+        let acc = along_rows::<S, M, N, 1>(runs, rows, b, 2 * S::LANES);
         for i in 0..M {
             for j in 0..N {
                 let (c, v) = (c.add(i * c_row + j * S::LANES), acc[i][j]);
@@ -93,12 +117,12 @@ pub struct Positions {
 }
 
 /// `Σ` over positions of `M` adjacent elements of A times `N` vectors of B, the last of which has `tail` lanes
-/// (`LANES`: a whole one).
+/// (`LANES`: a whole one). A round of the loop takes `ROUND` steps.
 ///
 /// # Safety
 /// `a` and `b` must be valid at all positions, and `S`'s instructions be there.
 #[inline(always)]
-pub unsafe fn along_columns<S: Simd, const M: usize, const N: usize>(
+pub unsafe fn along_columns<S: Simd, const M: usize, const N: usize, const ROUND: usize>(
     p: &Positions,
     a: *const S::Elem,
     b: *const S::Elem,
@@ -107,14 +131,14 @@ pub unsafe fn along_columns<S: Simd, const M: usize, const N: usize>(
     // SAFETY: the caller's promise. (Two loops rather than a test in one: the masked one is slower.)
     unsafe {
         match tail == S::LANES {
-            true => columns::<S, M, N, true>(p, a, b, tail),
-            false => columns::<S, M, N, false>(p, a, b, tail),
+            true => columns::<S, M, N, ROUND, true>(p, a, b, tail),
+            false => columns::<S, M, N, ROUND, false>(p, a, b, tail),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn columns<S: Simd, const M: usize, const N: usize, const WHOLE: bool>(
+unsafe fn columns<S: Simd, const M: usize, const N: usize, const ROUND: usize, const WHOLE: bool>(
     p: &Positions,
     a: *const S::Elem,
     b: *const S::Elem,
@@ -127,26 +151,49 @@ unsafe fn columns<S: Simd, const M: usize, const N: usize, const WHOLE: bool>(
             for row in 0..p.rows {
                 let mut a = a.add(block * p.a_block + row * p.a_row);
                 let mut b = b.add(block * p.b_block + row * p.b_row);
-                for _ in 0..p.steps {
-                    let mut row = [S::splat(num_traits::zero()); N];
-                    for j in 0..N {
-                        row[j] = match WHOLE || j + 1 < N {
-                            true => S::load(b.add(j * S::LANES)),
-                            false => S::load_part(b.add(j * S::LANES), tail),
-                        };
+                for _ in 0..p.steps / ROUND {
+                    for u in 0..ROUND {
+                        let (a, b) = (a.add(u * p.a_step), b.add(u * p.b_step));
+                        step_across::<S, M, N, WHOLE>(&mut acc, a, b, tail);
                     }
-                    for i in 0..M {
-                        let x = S::splat(*a.add(i));
-                        for j in 0..N {
-                            acc[i][j] = S::fma(x, row[j], acc[i][j]);
-                        }
-                    }
+                    a = a.wrapping_add(ROUND * p.a_step);
+                    b = b.wrapping_add(ROUND * p.b_step);
+                }
+                for _ in 0..p.steps % ROUND {
+                    step_across::<S, M, N, WHOLE>(&mut acc, a, b, tail);
                     a = a.wrapping_add(p.a_step);
                     b = b.wrapping_add(p.b_step);
                 }
             }
         }
         acc
+    }
+}
+
+/// # Safety
+/// As of [`along_columns`], of one step.
+#[inline(always)]
+unsafe fn step_across<S: Simd, const M: usize, const N: usize, const WHOLE: bool>(
+    acc: &mut Acc<S, M, N>,
+    a: *const S::Elem,
+    b: *const S::Elem,
+    tail: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut row = [S::splat(num_traits::zero()); N];
+        for j in 0..N {
+            row[j] = match WHOLE || j + 1 < N {
+                true => S::load(b.add(j * S::LANES)),
+                false => S::load_part(b.add(j * S::LANES), tail),
+            };
+        }
+        for i in 0..M {
+            let x = S::splat(*a.add(i));
+            for j in 0..N {
+                acc[i][j] = S::fma(x, row[j], acc[i][j]);
+            }
+        }
     }
 }
 

@@ -207,7 +207,7 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
         for i in 0..M {
             rows[i] = a[i].wrapping_add(t.input);
         }
-        let mut acc = along_rows::<S, M, N>(t.runs, rows, t.b, t.b_step);
+        let mut acc = along_rows::<S, M, N, 1>(t.runs, rows, t.b, t.b_step);
         if t.plain {
             for i in 0..M {
                 for j in 0..N {

@@ -374,7 +374,7 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let acc = along_columns::<S, M, N>(p, a, b, tail);
+        let acc = along_columns::<S, M, N, 1>(p, a, b, tail);
         for i in 0..M {
             for j in 0..N {
                 let (c, v) = (c.add(i * c_row + j * S::LANES), acc[i][j]);

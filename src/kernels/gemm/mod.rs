@@ -438,13 +438,14 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                 let to = (from + block.max(1)).min(self.strips.end);
                 for q in self.panels.clone() {
                     let first = q * panel;
-                    let (b, b_step) = match packs {
-                        Packs::Nothing => (self.b.address(k * p.ldb + first), p.ldb),
+                    let b = match packs {
+                        Packs::Nothing => self.b.address(k * p.ldb + first),
                         Packs::B | Packs::BThenA => {
-                            (self.packed.as_ptr().wrapping_add((q * p.k + k) * panel), panel)
+                            let row = panel.min(p.n - first).next_multiple_of(S::LANES);
+                            self.packed.as_ptr().wrapping_add(q * p.k * panel + k * row)
                         }
                         Packs::AThenB => {
-                            (near.cast_const().wrapping_add((q - self.panels.start) * count * panel), panel)
+                            near.cast_const().wrapping_add((q - self.panels.start) * count * panel)
                         }
                     };
                     for i in from..to {
@@ -465,11 +466,10 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                         };
                         let tile = Tile {
                             across: p.trans_a,
-                            packed: packs != Packs::Nothing,
                             a,
                             lda,
                             b,
-                            b_step,
+                            ldb: (packs == Packs::Nothing).then_some(p.ldb),
                             steps: count,
                             to: Target::of(p, plus, self.c, row, first, panel, beta),
                         };

@@ -75,8 +75,8 @@ impl<T: Vectors> Kernel<T> for Strips<'_, T> {
     }
 }
 
-/// Some steps of panel `q` of op(B): for each step of the summed dimension one row of columns, zeros beyond the last. A
-/// transposed B is whole.
+/// Some steps of panel `q` of op(B): for each step of the summed dimension one row of columns in whole vectors, zeros beyond
+/// the last. A transposed B is whole.
 ///
 /// # Safety
 /// B must have the product's extents, `out` room for the steps, and `S`'s instructions be there.
@@ -88,9 +88,9 @@ pub(super) unsafe fn panel<S: Simd>(
     steps: Range<usize>,
     out: *mut S::Elem,
 ) {
-    let panel = Level::of::<S>().panel(p.n);
-    let first = q * panel;
-    let cols = panel.min(p.n - first);
+    let first = q * Level::of::<S>().panel(p.n);
+    let cols = Level::of::<S>().panel(p.n).min(p.n - first);
+    let panel = cols.next_multiple_of(S::LANES);
     // SAFETY: rows and columns of op(B), all of which B has; the panel has as many rows as there are steps.
     unsafe {
         if cols < panel {

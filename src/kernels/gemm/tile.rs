@@ -8,14 +8,18 @@ use crate::tensor::Float;
 pub(super) struct Tile<'a, T> {
     /// A's elements of one step are neighbours.
     pub across: bool,
-    pub packed: bool,
     pub a: *const T,
     pub lda: usize,
     pub b: *const T,
-    pub b_step: usize,
+    /// From one of B's rows to the next, where they are read as they lie.
+    pub ldb: Option<usize>,
     pub steps: usize,
     pub to: Target<'a, T>,
 }
+
+/// Steps of a round of the loop over packed operands. A processor that two threads share can begin so few instructions for
+/// each that the loop's own cost a tenth of the time; more steps take longer to decode.
+const ROUND: usize = 4;
 
 /// # Safety
 /// `a` must be valid for `M` rows of `steps`, `b` for as many rows of `N` vectors (if packed) or of `to.lanes`
@@ -35,16 +39,24 @@ pub(super) unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(t: &Tile<
                 a_step: t.lda,
                 b_block: 0,
                 b_row: 0,
-                b_step: t.b_step,
+                b_step: t.ldb.unwrap_or(N * S::LANES),
             };
-            let tail = if t.packed { S::LANES } else { t.to.lanes - (N - 1) * S::LANES };
-            along_columns::<S, M, N>(&positions, t.a, t.b, tail)
+            match t.ldb {
+                None => {
+                    let positions = Positions { b_step: N * S::LANES, ..positions };
+                    along_columns::<S, M, N, ROUND>(&positions, t.a, t.b, S::LANES)
+                }
+                Some(_) => {
+                    let tail = t.to.lanes - (N - 1) * S::LANES;
+                    along_columns::<S, M, N, 1>(&positions, t.a, t.b, tail)
+                }
+            }
         } else {
             let mut rows = [t.a; M];
             for i in 0..M {
                 rows[i] = t.a.wrapping_add(i * t.lda);
             }
-            along_rows::<S, M, N>(&[(0, t.steps)], rows, t.b, t.b_step)
+            along_rows::<S, M, N, ROUND>(&[(0, t.steps)], rows, t.b, N * S::LANES)
         };
         t.to.write::<S, M, N>(&acc);
     }

@@ -228,7 +228,7 @@ unsafe fn multiply<S: Simd, const M: usize, const N: usize>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let acc = along_columns::<S, M, N>(positions, a, b, S::LANES);
+        let acc = along_columns::<S, M, N, 1>(positions, a, b, S::LANES);
         for i in 0..M {
             for j in 0..N {
                 let (at, v) = (sum.add((2 * i + j) * S::LANES), acc[i][j]);
