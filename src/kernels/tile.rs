@@ -9,6 +9,10 @@
 
 use crate::kernels::simd::Simd;
 
+/// Steps of a round of the loops where B's rows are a known distance apart. A processor that two threads share can begin so
+/// few instructions for each that the loop's own cost a tenth of the time; more steps take longer to decode.
+pub const ROUND: usize = 4;
+
 /// A tile's accumulators.
 pub type Acc<S, const M: usize, const N: usize> = [[<S as Simd>::V; N]; M];
 
@@ -92,7 +96,7 @@ pub unsafe fn multiply<S: Simd, const M: usize, const N: usize>(
         for i in 0..M {
             rows[i] = a.add(i * a_row);
         }
-        let acc = along_rows::<S, M, N, 1>(runs, rows, b, 2 * S::LANES);
+        let acc = along_rows::<S, M, N, ROUND>(runs, rows, b, 2 * S::LANES);
         for i in 0..M {
             for j in 0..N {
                 let (c, v) = (c.add(i * c_row + j * S::LANES), acc[i][j]);

@@ -14,7 +14,7 @@ use crate::kernels::conv::{
 };
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Level, Simd, Vectors, load_up_to, store_up_to};
-use crate::kernels::tile::{Pieces, along_rows};
+use crate::kernels::tile::{Pieces, ROUND, along_rows};
 use crate::tile_sizes;
 
 /// Elements of packed weights that stay near while all of them are used for each tile.
@@ -126,7 +126,6 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                 let mut tile = Tile {
                     runs: &grid.runs,
                     b: self.weights.as_ptr(),
-                    b_step: panel,
                     bias: None,
                     residual: match self.epilogue.residual {
                         Residual::None => None,
@@ -151,9 +150,10 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                     for p in first..(first + together).min(self.panels.end) {
                         let (group, first) = (p / per_group, p % per_group * panel);
                         tile.lanes = panel.min(co - first);
+                        let row = plan.row(panel, p, S::LANES);
                         tile.input = group * ci;
                         tile.channel = group * co + first;
-                        tile.b = self.weights.as_ptr().wrapping_add(p * size + grid.first * ci * panel);
+                        tile.b = self.weights.as_ptr().wrapping_add(p * size + grid.first * ci * row);
                         tile.bias = self.epilogue.bias.map(|b| b.as_ptr().wrapping_add(tile.channel));
                         // What the next tile will write is fetched meanwhile: it lies in short runs, far apart.
                         for i in 0..if oc > panel { after } else { 0 } {
@@ -176,8 +176,6 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
 struct Tile<'a, T> {
     runs: &'a [(isize, usize)],
     b: *const T,
-    /// From a row of the packed weights to the next.
-    b_step: usize,
     bias: Option<*const T>,
     residual: Option<*const T>,
     low: T,
@@ -207,7 +205,7 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
         for i in 0..M {
             rows[i] = a[i].wrapping_add(t.input);
         }
-        let mut acc = along_rows::<S, M, N, 1>(t.runs, rows, t.b, t.b_step);
+        let mut acc = along_rows::<S, M, N, ROUND>(t.runs, rows, t.b, N * S::LANES);
         if t.plain {
             for i in 0..M {
                 for j in 0..N {

@@ -210,6 +210,11 @@ impl Plan {
         self.co.div_ceil(panel)
     }
 
+    /// Elements of a packed row of a panel, all groups' counted: whole vectors.
+    pub(super) fn row(&self, panel: usize, p: usize, lanes: usize) -> usize {
+        panel.min(self.co - p % self.panels(panel) * panel).next_multiple_of(lanes)
+    }
+
     /// Elements of all packed weights.
     pub(super) fn packed(&self, panel: usize) -> usize {
         self.groups * self.panels(panel) * panel * self.steps()
@@ -274,7 +279,10 @@ fn flat(at: [usize; 3], extents: [usize; 3]) -> usize {
 
 /// Weights of (M, C/groups, taps) in panels: see [`pack_panel`].
 pub(super) fn pack<T: Vectors>(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [T]) {
-    let one = |(p, out): (usize, &mut [T])| pack_panel(plan, forward, panel, p, 0..plan.ci, w, out);
+    let one = |(p, out): (usize, &mut [T])| {
+        let row = plan.row(panel, p, T::level().lanes);
+        pack_panel(plan, forward, [panel, row], p, 0..plan.ci, w, out);
+    };
     let size = plan.steps() * panel;
     if out.len() < CHUNK / 4 {
         out.chunks_mut(size.max(1)).enumerate().for_each(one);
@@ -284,11 +292,11 @@ pub(super) fn pack<T: Vectors>(plan: &Plan, forward: bool, panel: usize, w: &[T]
 }
 
 /// Panel `p` of the output channels, all groups' counted: for each of the plan's taps, in its order, and each of some
-/// input channels a row of `panel` outputs, zeros beyond the last.
+/// input channels a row of `row` elements, zeros beyond the last of the `panel`'s outputs.
 pub(super) fn pack_panel<T: Vectors>(
     plan: &Plan,
     forward: bool,
-    panel: usize,
+    [panel, row]: [usize; 2],
     p: usize,
     inputs: Range<usize>,
     w: &[T],
@@ -301,16 +309,17 @@ pub(super) fn pack_panel<T: Vectors>(
         false => (inputs.start * co + first) * taps,
     };
     let (lanes, inputs) = (panel.min(co - first), inputs.len());
-    assert!(out.len() >= plan.order.len() * inputs * panel, "packed weights");
+    assert!(out.len() >= plan.order.len() * inputs * row, "packed weights");
     let w = &w[group * ci * co * taps + start..];
     // SAFETY: the panel has its rows.
-    unsafe { T::dispatch(PackPanel { plan, forward, panel, lanes, inputs, w, out }) }
+    unsafe { T::dispatch(PackPanel { plan, forward, row, lanes, inputs, w, out }) }
 }
 
 struct PackPanel<'a, T> {
     plan: &'a Plan,
     forward: bool,
-    panel: usize,
+    /// Elements of a packed row.
+    row: usize,
     /// Columns of the panel that are outputs.
     lanes: usize,
     inputs: usize,
@@ -324,17 +333,17 @@ impl<T: Vectors> Kernel<T> for PackPanel<'_, T> {
     /// gradient the taps of one input.
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
-        let PackPanel { plan, forward, panel, lanes, inputs, w, out } = self;
+        let PackPanel { plan, forward, row, lanes, inputs, w, out } = self;
         let taps = plan.taps;
         let (o_step, i_step) = if forward { (plan.ci * taps, taps) } else { (taps, plan.co * taps) };
         let (blocks, columns) = if forward { (1, inputs * taps) } else { (inputs, taps) };
-        if lanes < panel {
+        if lanes < row {
             out.fill(T::zero());
         }
         if o_step == 1 {
             // In order already.
             for input in 0..if plan.order.is_empty() { 0 } else { inputs } {
-                out[input * panel..][..lanes].copy_from_slice(&w[input * i_step..][..lanes]);
+                out[input * row..][..lanes].copy_from_slice(&w[input * i_step..][..lanes]);
             }
             return;
         }
@@ -370,7 +379,7 @@ impl<T: Vectors> Kernel<T> for PackPanel<'_, T> {
                             None => plan.order.iter().position(|o| *o as usize == tap),
                         };
                         let Some(t) = place else { continue };
-                        let to = &mut out[(t * inputs + input) * panel + lane..][..height];
+                        let to = &mut out[(t * inputs + input) * row + lane..][..height];
                         // SAFETY: both have `height` elements.
                         unsafe {
                             let v = S::load(square.as_ptr().add(j * S::LANES));

@@ -2,7 +2,7 @@
 
 use super::{Plus, Product};
 use crate::kernels::simd::{Simd, load_up_to, store_up_to};
-use crate::kernels::tile::{Acc, Positions, along_columns, along_rows};
+use crate::kernels::tile::{Acc, Positions, ROUND, along_columns, along_rows};
 use crate::tensor::Float;
 
 pub(super) struct Tile<'a, T> {
@@ -16,10 +16,6 @@ pub(super) struct Tile<'a, T> {
     pub steps: usize,
     pub to: Target<'a, T>,
 }
-
-/// Steps of a round of the loop over packed operands. A processor that two threads share can begin so few instructions for
-/// each that the loop's own cost a tenth of the time; more steps take longer to decode.
-const ROUND: usize = 4;
 
 /// # Safety
 /// `a` must be valid for `M` rows of `steps`, `b` for as many rows of `N` vectors (if packed) or of `to.lanes`

@@ -94,7 +94,7 @@ impl<T: Vectors> Kernel<T> for Panel<'_, T> {
             let inputs = first..plan.ci.min(first + BLOCK);
             let step = inputs.len() * panel;
             let taps = &mut self.weights[(PRODUCTS - TAPS) * step..PRODUCTS * step];
-            pack_panel(plan, self.forward, panel, self.panel, inputs.clone(), self.w, taps);
+            pack_panel(plan, self.forward, [panel; 2], self.panel, inputs.clone(), self.w, taps);
             // SAFETY: the buffers have the layouts' sizes.
             unsafe {
                 transform_weights::<S>(self.weights.as_mut_ptr(), step);

@@ -268,7 +268,7 @@ pub(super) fn run<T: Vectors>(
     let (weights, slots) = scratch.split_at_mut(plan.panels(panel) * size);
     weights.par_chunks_exact_mut(size).enumerate().for_each(|(p, out)| {
         let taps = (PRODUCTS - TAPS) * plan.ci * panel;
-        pack_panel(plan, forward, panel, p, 0..plan.ci, w, &mut out[taps..]);
+        pack_panel(plan, forward, [panel; 2], p, 0..plan.ci, w, &mut out[taps..]);
         // SAFETY: the kernel has no promise of its own.
         unsafe { T::dispatch(TransformWeights { panel: out }) }
     });
