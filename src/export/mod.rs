@@ -18,8 +18,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::graph::WeightId;
-use crate::import::{Model, SourceFile};
 use crate::import::wire::{self, Edit, Segment};
+use crate::import::{Model, SourceFile};
 use crate::tensor::Tensor;
 
 pub(crate) use source::restored;

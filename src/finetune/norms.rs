@@ -202,14 +202,13 @@ impl Folded<'_> {
     /// A weight of the file.
     fn value(&self, id: WeightId) -> Result<Tensor> {
         let mut new = self.learned(&self.of.base.weight(id).name)?;
-        let Some(layer) = self.of.layers.iter().find(|l| l.weight == id || l.bias == id) else { return Ok(new) };
+        let Some(layer) = self.of.layers.iter().find(|l| l.weight == id || l.bias == id) else {
+            return Ok(new);
+        };
         let part = |name: &String| Ok::<_, Error>(self.learned(name)?.to_f64());
         let [scale, shift, mean, var] = &names(&layer.output);
-        let gain: Vec<f64> = part(scale)?
-            .iter()
-            .zip(&part(var)?)
-            .map(|(s, v)| s / (v + f64::from(EPSILON)).sqrt())
-            .collect();
+        let gain: Vec<f64> =
+            part(scale)?.iter().zip(&part(var)?).map(|(s, v)| s / (v + f64::from(EPSILON)).sqrt()).collect();
         let at = |source| Error::Op { node: layer.output.clone(), source };
         let per_channel = (new.len() / gain.len().max(1)).max(1);
         let values = new.get_mut::<f32>().map_err(at)?;

@@ -46,6 +46,8 @@ fn map_file(file: &File) -> io::Result<Bytes> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     #[test]
@@ -63,5 +65,12 @@ mod tests {
         assert!(map(&dir.path().join("empty")).unwrap().is_empty());
         assert!(map(dir.path()).is_err());
         assert!(map(&dir.path().join("absent")).is_err());
+    }
+
+    #[test]
+    fn an_unnamed_file_holds_what_was_written() {
+        let bytes = unnamed(|f| f.write_all(b"abc").and_then(|()| f.write_all(b"def"))).unwrap();
+        assert_eq!(&bytes[..], b"abcdef");
+        assert!(unnamed(|_| Err(io::Error::other("full"))).is_err());
     }
 }

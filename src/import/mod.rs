@@ -93,7 +93,10 @@ pub(crate) fn edited(model: &Model, edits: Vec<wire::Edit>) -> Result<Model> {
         // Where there is no place for such a file, it is held in memory.
         false => map::unnamed(|file| wire::write(original, &segments, file)).ok(),
     };
-    let file = SourceFile::in_memory(&model.path, mapped.unwrap_or_else(|| wire::concat(original, &segments).into()));
+    let file = SourceFile::in_memory(
+        &model.path,
+        mapped.unwrap_or_else(|| wire::concat(original, &segments).into()),
+    );
     let folder = (model.files.len() > 1).then(|| folder(&model.path).to_path_buf());
     let mut new = from_source(file, folder)?;
     for (v, value) in &model.graph.fixed {

@@ -35,16 +35,13 @@ pub(super) unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(t: &Tile<
                 a_step: t.lda,
                 b_block: 0,
                 b_row: 0,
-                b_step: t.ldb.unwrap_or(N * S::LANES),
+                b_step: N * S::LANES,
             };
             match t.ldb {
-                None => {
-                    let positions = Positions { b_step: N * S::LANES, ..positions };
-                    along_columns::<S, M, N, ROUND>(&positions, t.a, t.b, S::LANES)
-                }
-                Some(_) => {
+                None => along_columns::<S, M, N, ROUND>(&positions, t.a, t.b, S::LANES),
+                Some(b_step) => {
                     let tail = t.to.lanes - (N - 1) * S::LANES;
-                    along_columns::<S, M, N, 1>(&positions, t.a, t.b, tail)
+                    along_columns::<S, M, N, 1>(&Positions { b_step, ..positions }, t.a, t.b, tail)
                 }
             }
         } else {
