@@ -170,6 +170,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
                     train: &args.train,
                     copies: 0,
                     folded: false,
+                    edited: false,
                 };
                 let found = job.fit(budget)?;
                 found.describe().iter().for_each(|note| eprintln!("note: {note}"));

@@ -214,6 +214,7 @@ fn training(
             train: &config.train,
             copies: 0,
             folded: false,
+            edited: false,
         };
         let fitted = job.fit(bytes)?;
         session = session.dry(fitted.arena)?;

@@ -281,6 +281,7 @@ pub fn finetune(
         train: &config.train,
         copies: if config.delta.is_some() { 2 } else { 0 },
         folded: reinserted.is_some(),
+        edited: config.head.is_some() || reinserted.is_some(),
     };
     let budget = config.memory_budget()?.map(|b| job.fit(b)).transpose()?;
     let (mut batch, mut evaluated) = (config.batch, EVAL_BATCH);
