@@ -90,8 +90,12 @@ pub fn halve(
 
 /// Has products that can multiply pairs of bfloat16 do so; before [`halve`], since they read half precision as it is.
 pub fn multiply_pairs(graph: &mut Graph) {
-    for node in &mut graph.nodes {
-        if let Some(op) = node.op.by_pairs() {
+    let (nodes, values) = (&mut graph.nodes, &graph.values);
+    for node in nodes {
+        let made = node.outputs.iter().flatten().next().and_then(|v| values[v.index()].meta.as_ref());
+        if made.is_some_and(|m| m.dtype == DType::F32)
+            && let Some(op) = node.op.by_pairs()
+        {
             node.op = op;
         }
     }

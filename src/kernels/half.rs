@@ -195,8 +195,9 @@ pub fn wide_bf16(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 
+/// Bits of bfloat16, rounded to nearest, ties to even.
 #[inline(always)]
-fn to_bf16(x: f32) -> u16 {
+pub fn to_bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     let nearest = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
     let quiet = bits >> 16 | 0x40;

@@ -16,6 +16,7 @@ pub mod mask;
 pub mod math;
 pub mod norm;
 pub mod pad;
+pub mod pairs;
 pub mod par;
 pub mod peak;
 pub mod pool;

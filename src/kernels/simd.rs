@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use crate::kernels::isa::{Isa, isa};
+use crate::kernels::pairs::{self, PairKernel};
 use crate::tensor::Float;
 
 /// The vectors of one instruction set. All methods are inlined into kernels that were compiled for that set.
@@ -91,6 +92,12 @@ pub trait Vectors: Float {
     /// The kernel's own promises.
     unsafe fn dispatch<K: Kernel<Self>>(kernel: K);
 
+    /// Runs a kernel with vectors of pairs, see [`pairs`].
+    ///
+    /// # Safety
+    /// The kernel's own promises.
+    unsafe fn dispatch_pairs<K: PairKernel<Self>>(kernel: K);
+
     /// The vectors that `dispatch` will choose.
     fn level() -> Level;
 }
@@ -160,6 +167,11 @@ impl Vectors for f32 {
         unsafe { kernel.run::<Plain<f32>>() }
     }
 
+    unsafe fn dispatch_pairs<K: PairKernel<f32>>(kernel: K) {
+        // SAFETY: the caller's promise.
+        unsafe { pairs::dispatch(kernel) }
+    }
+
     fn level() -> Level {
         match isa() {
             #[cfg(target_arch = "x86_64")]
@@ -178,6 +190,11 @@ impl Vectors for f64 {
     unsafe fn dispatch<K: Kernel<f64>>(kernel: K) {
         // SAFETY: plain arithmetic runs everywhere; else the caller's promise.
         unsafe { kernel.run::<Plain<f64>>() }
+    }
+
+    unsafe fn dispatch_pairs<K: PairKernel<f64>>(kernel: K) {
+        // SAFETY: the caller's promise.
+        unsafe { pairs::dispatch_double(kernel) }
     }
 
     fn level() -> Level {

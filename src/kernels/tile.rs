@@ -16,32 +16,85 @@ pub const ROUND: usize = 4;
 /// A tile's accumulators.
 pub type Acc<S, const M: usize, const N: usize> = [[<S as Simd>::V; N]; M];
 
-/// `Σ` over the runs `(offset, steps)` of A's elements `a[i][offset..offset + steps]` times `N` vectors of B, which
-/// advances by `b_step` elements. A round of the loop takes `ROUND` steps.
+/// What tiles multiply: elements of the vectors' own type, or pairs of bfloat16 ([`pairs`](crate::kernels::pairs)).
 ///
 /// # Safety
-/// `a[i]` must be valid at the runs' elements, `b` for `N·LANES` elements at each step, and `S`'s instructions be there.
+/// As of [`Simd`].
+#[allow(clippy::missing_safety_doc)] // The trait's own section holds for every method.
+pub unsafe trait Terms: Copy + Send + Sync + 'static {
+    /// The vectors in which sums are added up.
+    type S: Simd;
+    /// Of A and B.
+    type Term: Copy;
+    /// As many terms as a vector has lanes.
+    type Row: Copy;
+    /// See [`Simd::ROWS`].
+    const ROWS: &'static [usize];
+
+    unsafe fn row(p: *const Self::Term) -> Self::Row;
+    /// The first `n` terms, zeros after them.
+    unsafe fn row_part(p: *const Self::Term, n: usize) -> Self::Row;
+    /// One term in all lanes.
+    unsafe fn broadcast(p: *const Self::Term) -> Self::Row;
+    /// `x·row + sum`
+    unsafe fn multiply(x: Self::Row, row: Self::Row, sum: <Self::S as Simd>::V) -> <Self::S as Simd>::V;
+}
+
+// SAFETY: as of the vectors.
+unsafe impl<V: Simd> Terms for V {
+    type S = V;
+    type Term = V::Elem;
+    type Row = V::V;
+    const ROWS: &'static [usize] = <V as Simd>::ROWS;
+
+    #[inline(always)]
+    unsafe fn row(p: *const V::Elem) -> V::V {
+        // SAFETY: the caller's promise, here and below.
+        unsafe { V::load(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn row_part(p: *const V::Elem, n: usize) -> V::V {
+        unsafe { V::load_part(p, n) }
+    }
+
+    #[inline(always)]
+    unsafe fn broadcast(p: *const V::Elem) -> V::V {
+        unsafe { V::splat(*p) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply(x: V::V, row: V::V, sum: V::V) -> V::V {
+        unsafe { V::fma(x, row, sum) }
+    }
+}
+
+/// `Σ` over the runs `(offset, steps)` of A's terms `a[i][offset..offset + steps]` times `N` vectors of B, which
+/// advances by `b_step` terms.
+///
+/// # Safety
+/// `a[i]` must be valid at the runs' terms, `b` for `N` vectors at each step, and `D`'s instructions be there.
 #[inline(always)]
-pub unsafe fn along_rows<S: Simd, const M: usize, const N: usize, const ROUND: usize>(
+pub unsafe fn along_rows<D: Terms, const M: usize, const N: usize>(
     runs: &[(isize, usize)],
-    a: [*const S::Elem; M],
-    mut b: *const S::Elem,
+    a: [*const D::Term; M],
+    mut b: *const D::Term,
     b_step: usize,
-) -> Acc<S, M, N> {
+) -> Acc<D::S, M, N> {
     // SAFETY: the caller's promise.
     unsafe {
-        let mut acc = [[S::splat(num_traits::zero()); N]; M];
+        let mut acc = [[D::S::splat(num_traits::zero()); N]; M];
         for &(offset, steps) in runs {
             let (mut o, end) = (offset, offset + steps as isize);
             while o + ROUND as isize <= end {
                 for u in 0..ROUND {
-                    step_along::<S, M, N>(&mut acc, &a, o + u as isize, b.add(u * b_step));
+                    step_along::<D, M, N>(&mut acc, &a, o + u as isize, b.add(u * b_step));
                 }
                 b = b.wrapping_add(ROUND * b_step);
                 o += ROUND as isize;
             }
             while o < end {
-                step_along::<S, M, N>(&mut acc, &a, o, b);
+                step_along::<D, M, N>(&mut acc, &a, o, b);
                 b = b.wrapping_add(b_step);
                 o += 1;
             }
@@ -53,24 +106,64 @@ pub unsafe fn along_rows<S: Simd, const M: usize, const N: usize, const ROUND: u
 /// # Safety
 /// As of [`along_rows`], of one step.
 #[inline(always)]
-unsafe fn step_along<S: Simd, const M: usize, const N: usize>(
-    acc: &mut Acc<S, M, N>,
-    a: &[*const S::Elem; M],
+unsafe fn step_along<D: Terms, const M: usize, const N: usize>(
+    acc: &mut Acc<D::S, M, N>,
+    a: &[*const D::Term; M],
     o: isize,
-    b: *const S::Elem,
+    b: *const D::Term,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let mut row = [S::splat(num_traits::zero()); N];
-        for j in 0..N {
-            row[j] = S::load(b.add(j * S::LANES));
+        let mut row = [D::row(b); N];
+        for j in 1..N {
+            row[j] = D::row(b.add(j * D::S::LANES));
         }
         for i in 0..M {
-            let x = S::splat(*a[i].offset(o));
+            let x = D::broadcast(a[i].offset(o));
             for j in 0..N {
-                acc[i][j] = S::fma(x, row[j], acc[i][j]);
+                acc[i][j] = D::multiply(x, row[j], acc[i][j]);
             }
         }
+    }
+}
+
+/// Neighbouring positions that a sum of [`slide`] is over.
+pub const WINDOW: usize = 3;
+
+/// As [`along_rows`] with one vector of B, where row `i` of A begins `i·step` terms after the first and each run is of `WINDOW·step`
+/// terms: those of as many neighbours, which most rows share. Each is loaded once for all of them.
+///
+/// # Safety
+/// As of [`along_rows`].
+#[inline(always)]
+pub unsafe fn slide<D: Terms, const M: usize>(
+    runs: &[(isize, usize)],
+    a: *const D::Term,
+    step: usize,
+    mut b: *const D::Term,
+) -> [<D::S as Simd>::V; M] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut acc = [D::S::splat(num_traits::zero()); M];
+        for &(offset, _) in runs {
+            let a = a.offset(offset);
+            for c in 0..step {
+                let mut row = [D::row(b.add(c * D::S::LANES)); WINDOW];
+                for w in 1..WINDOW {
+                    row[w] = D::row(b.add((w * step + c) * D::S::LANES));
+                }
+                for j in 0..M + WINDOW - 1 {
+                    let x = D::broadcast(a.add(j * step + c));
+                    for w in 0..WINDOW {
+                        if j >= w && j - w < M {
+                            acc[j - w] = D::multiply(x, row[w], acc[j - w]);
+                        }
+                    }
+                }
+            }
+            b = b.add(WINDOW * step * D::S::LANES);
+        }
+        acc
     }
 }
 
@@ -96,7 +189,7 @@ pub unsafe fn multiply<S: Simd, const M: usize, const N: usize>(
         for i in 0..M {
             rows[i] = a.add(i * a_row);
         }
-        let acc = along_rows::<S, M, N, ROUND>(runs, rows, b, 2 * S::LANES);
+        let acc = along_rows::<S, M, N>(runs, rows, b, 2 * S::LANES);
         for i in 0..M {
             for j in 0..N {
                 let (c, v) = (c.add(i * c_row + j * S::LANES), acc[i][j]);
@@ -120,37 +213,37 @@ pub struct Positions {
     pub b_step: usize,
 }
 
-/// `Σ` over positions of `M` adjacent elements of A times `N` vectors of B, the last of which has `tail` lanes
+/// `Σ` over positions of `M` adjacent terms of A times `N` vectors of B, the last of which has `tail` lanes
 /// (`LANES`: a whole one). A round of the loop takes `ROUND` steps.
 ///
 /// # Safety
-/// `a` and `b` must be valid at all positions, and `S`'s instructions be there.
+/// `a` and `b` must be valid at all positions, and `D`'s instructions be there.
 #[inline(always)]
-pub unsafe fn along_columns<S: Simd, const M: usize, const N: usize, const ROUND: usize>(
+pub unsafe fn along_columns<D: Terms, const M: usize, const N: usize, const ROUND: usize>(
     p: &Positions,
-    a: *const S::Elem,
-    b: *const S::Elem,
+    a: *const D::Term,
+    b: *const D::Term,
     tail: usize,
-) -> Acc<S, M, N> {
+) -> Acc<D::S, M, N> {
     // SAFETY: the caller's promise. (Two loops rather than a test in one: the masked one is slower.)
     unsafe {
-        match tail == S::LANES {
-            true => columns::<S, M, N, ROUND, true>(p, a, b, tail),
-            false => columns::<S, M, N, ROUND, false>(p, a, b, tail),
+        match tail == D::S::LANES {
+            true => columns::<D, M, N, ROUND, true>(p, a, b, tail),
+            false => columns::<D, M, N, ROUND, false>(p, a, b, tail),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn columns<S: Simd, const M: usize, const N: usize, const ROUND: usize, const WHOLE: bool>(
+unsafe fn columns<D: Terms, const M: usize, const N: usize, const ROUND: usize, const WHOLE: bool>(
     p: &Positions,
-    a: *const S::Elem,
-    b: *const S::Elem,
+    a: *const D::Term,
+    b: *const D::Term,
     tail: usize,
-) -> Acc<S, M, N> {
+) -> Acc<D::S, M, N> {
     // SAFETY: the caller's promise.
     unsafe {
-        let mut acc = [[S::splat(num_traits::zero()); N]; M];
+        let mut acc = [[D::S::splat(num_traits::zero()); N]; M];
         for block in 0..p.blocks {
             for row in 0..p.rows {
                 let mut a = a.add(block * p.a_block + row * p.a_row);
@@ -158,13 +251,13 @@ unsafe fn columns<S: Simd, const M: usize, const N: usize, const ROUND: usize, c
                 for _ in 0..p.steps / ROUND {
                     for u in 0..ROUND {
                         let (a, b) = (a.add(u * p.a_step), b.add(u * p.b_step));
-                        step_across::<S, M, N, WHOLE>(&mut acc, a, b, tail);
+                        step_across::<D, M, N, WHOLE>(&mut acc, a, b, tail);
                     }
                     a = a.wrapping_add(ROUND * p.a_step);
                     b = b.wrapping_add(ROUND * p.b_step);
                 }
                 for _ in 0..p.steps % ROUND {
-                    step_across::<S, M, N, WHOLE>(&mut acc, a, b, tail);
+                    step_across::<D, M, N, WHOLE>(&mut acc, a, b, tail);
                     a = a.wrapping_add(p.a_step);
                     b = b.wrapping_add(p.b_step);
                 }
@@ -177,25 +270,28 @@ unsafe fn columns<S: Simd, const M: usize, const N: usize, const ROUND: usize, c
 /// # Safety
 /// As of [`along_columns`], of one step.
 #[inline(always)]
-unsafe fn step_across<S: Simd, const M: usize, const N: usize, const WHOLE: bool>(
-    acc: &mut Acc<S, M, N>,
-    a: *const S::Elem,
-    b: *const S::Elem,
+unsafe fn step_across<D: Terms, const M: usize, const N: usize, const WHOLE: bool>(
+    acc: &mut Acc<D::S, M, N>,
+    a: *const D::Term,
+    b: *const D::Term,
     tail: usize,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let mut row = [S::splat(num_traits::zero()); N];
-        for j in 0..N {
+        let mut row = [match WHOLE || N > 1 {
+            true => D::row(b),
+            false => D::row_part(b, tail),
+        }; N];
+        for j in 1..N {
             row[j] = match WHOLE || j + 1 < N {
-                true => S::load(b.add(j * S::LANES)),
-                false => S::load_part(b.add(j * S::LANES), tail),
+                true => D::row(b.add(j * D::S::LANES)),
+                false => D::row_part(b.add(j * D::S::LANES), tail),
             };
         }
         for i in 0..M {
-            let x = S::splat(*a.add(i));
+            let x = D::broadcast(a.add(i));
             for j in 0..N {
-                acc[i][j] = S::fma(x, row[j], acc[i][j]);
+                acc[i][j] = D::multiply(x, row[j], acc[i][j]);
             }
         }
     }

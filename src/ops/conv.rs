@@ -47,6 +47,8 @@ pub struct Conv {
     pub clamp: Clamp<f64>,
     /// Of X and Y, and of their gradients; the weights lie as in the file.
     pub layout: Layout,
+    /// See [`Op::by_pairs`]; of one group.
+    pub pairs: bool,
 }
 
 /// Elements of scratch that a kernel takes, where X is computed as it is read or not.
@@ -68,12 +70,18 @@ impl Conv {
             normalises: None,
             clamp: Clamp::NONE,
             layout: Layout::First,
+            pairs: false,
         }))
     }
 
     /// This convolution with the channels of X and Y last.
     fn last(&self) -> Conv {
         Conv { layout: Layout::Last, ..self.clone() }
+    }
+
+    /// The same by pairs, where it is of one group: see [`Op::by_pairs`].
+    fn paired(&self) -> Option<Conv> {
+        (self.groups == 1).then(|| Conv { pairs: true, ..self.clone() })
     }
 
     /// Nothing is fused with it.
@@ -170,6 +178,7 @@ impl Conv {
             stride: r.stride,
             dilation: r.dilation,
             pad: r.pad,
+            pairs: self.pairs,
         };
         let y = self.layout.of(&r.output([x[0], w[0]]));
         Ok((g, y))
@@ -290,6 +299,10 @@ impl Op for Conv {
         Some(ChannelsLast::by(self.last(), &[true, false, false, true], &[true]).wanted())
     }
 
+    fn by_pairs(&self) -> Option<Arc<dyn Op>> {
+        Some(Arc::new(self.paired()?))
+    }
+
     fn in_place(&self) -> &[(usize, usize)] {
         if self.normalises.is_some() { &[(7, 0)] } else { &[(3, 0)] }
     }
@@ -376,6 +389,10 @@ impl Op for ConvInputGrad {
         Some(ChannelsLast::by(op, &[true, false, true], &[true]).wanted())
     }
 
+    fn by_pairs(&self) -> Option<Arc<dyn Op>> {
+        Some(Arc::new(ConvInputGrad { conv: self.conv.paired()?, x: self.x.clone() }))
+    }
+
     fn in_place(&self) -> &[(usize, usize)] {
         &[(2, 0)]
     }
@@ -444,6 +461,10 @@ impl Op for ConvWeightGrad {
         Some(ChannelsLast::by(op, &[true, true], &[]).wanted())
     }
 
+    fn by_pairs(&self) -> Option<Arc<dyn Op>> {
+        Some(Arc::new(ConvWeightGrad { conv: self.conv.paired()?, w: self.w.clone() }))
+    }
+
     fn reads_half(&self, input: usize) -> bool {
         input == 1 && self.conv.layout == Layout::Last
     }
@@ -474,7 +495,7 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
     let clamped = |name: &str, (low, high): (f64, f64)| {
         let window = Window::of(&crate::ops::Attrs::default()).unwrap();
         let clamp = Clamp { low, high };
-        let op = Conv { window, groups: 1, normalises: None, clamp, layout: Layout::First };
+        let op = Conv { window, groups: 1, normalises: None, clamp, layout: Layout::First, pairs: false };
         Case::of(op).named(name).input(&[2, 3, 5, 6]).input(&[4, 3, 3, 3])
     };
     vec![

@@ -4,17 +4,20 @@
 //! the forward pass, one for each residue of the stride for the gradient). A register tile holds several positions
 //! by a few vectors of output channels; its rows of A are read where they lie in the input, or, where the kernel
 //! reaches beyond the edge, in a zero-padded copy of the few rows that a task needs. Taps that are neighbours in
-//! memory form one run of the summed dimension.
+//! memory form one run of the summed dimension. In pairs of bfloat16, the input is always copied, rounded.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
-use crate::kernels::conv::grids::{Division, Plan, pack, pad};
-use crate::kernels::conv::load::Operand;
+use std::ops::Range;
+
+use crate::kernels::conv::grids::{Division, Plan, TILE, pack, pad};
+use crate::kernels::conv::load::{Load, Operand};
 use crate::kernels::conv::{
-    Done, Epilogue, Geometry, Residual, in_slots, pointwise, slots, split, strides, volume,
+    Done, Epilogue, Geometry, Residual, in_slots, paired, pointwise, slots, split, strides, volume,
 };
+use crate::kernels::pairs::{PairKernel, Pairs};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Level, Simd, Vectors, load_up_to, store_up_to};
-use crate::kernels::tile::{Pieces, ROUND, along_rows};
+use crate::kernels::tile::{Pieces, Terms, along_rows, slide};
 use crate::tile_sizes;
 
 /// Elements of packed weights that stay near while all of them are used for each tile.
@@ -23,16 +26,117 @@ fn scaled(a: [usize; 3], b: [usize; 3]) -> [usize; 3] {
     [a[0] * b[0], a[1] * b[1], a[2] * b[2]]
 }
 
+/// What A and the packed weights are made of: elements, or pairs of bfloat16 of neighbouring channels.
+trait Form<T: Vectors>: Copy + Send + Sync {
+    /// Room for them.
+    fn room(scratch: &mut [T]) -> &mut [Self];
+
+    /// Packs the weights; see [`pack_scratch`].
+    fn pack(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [Self], scratch: &mut [T]);
+
+    /// A for some images and rows of positions, and the extents of one image of it; `slot`: [`slot`] elements.
+    fn source(
+        plan: &Plan,
+        d: &Division,
+        x: &Operand<T>,
+        images: Range<usize>,
+        rows: Range<usize>,
+        slot: &mut [T],
+    ) -> (*const Self, [usize; 3]);
+
+    /// # Safety
+    /// The task's own promises.
+    unsafe fn dispatch(task: Task<Self, T>);
+}
+
+impl<T: Vectors> Form<T> for T {
+    fn room(scratch: &mut [T]) -> &mut [T] {
+        scratch
+    }
+
+    fn pack(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [T], _: &mut [T]) {
+        pack(plan, forward, panel, w, out);
+    }
+
+    fn source(
+        plan: &Plan,
+        d: &Division,
+        x: &Operand<T>,
+        images: Range<usize>,
+        rows: Range<usize>,
+        slot: &mut [T],
+    ) -> (*const T, [usize; 3]) {
+        let row = rows.start * plan.in_step[plan.axis];
+        match (plan.copies(), x.is_plain()) {
+            (true, _) => {
+                let window = plan.window(d.rows);
+                pad(plan, x.data.whole(), images, row, window, slot);
+                (slot.as_ptr(), window)
+            }
+            (false, true) => {
+                let start = images.start * volume(plan.source) + row * strides(plan.source, 1)[plan.axis];
+                (x.data.whole()[start * plan.groups * plan.ci..].as_ptr(), plan.source)
+            }
+            // Pointwise: one image, whose positions are rows.
+            (false, false) => (x.near(row, rows.len(), slot).as_ptr(), [1, 1, rows.len()]),
+        }
+    }
+
+    unsafe fn dispatch(task: Task<T, T>) {
+        // SAFETY: the caller's promise.
+        unsafe { T::dispatch(task) }
+    }
+}
+
+impl<T: Vectors> Form<T> for u32 {
+    fn room(scratch: &mut [T]) -> &mut [u32] {
+        paired::room(scratch)
+    }
+
+    fn pack(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [u32], scratch: &mut [T]) {
+        paired::pack(plan, forward, panel, w, out, scratch);
+    }
+
+    fn source(
+        plan: &Plan,
+        d: &Division,
+        x: &Operand<T>,
+        images: Range<usize>,
+        rows: Range<usize>,
+        slot: &mut [T],
+    ) -> (*const u32, [usize; 3]) {
+        let (out, near) = slot.split_at_mut(plan.slot(d));
+        let (out, row) = (paired::room(out), rows.start * plan.in_step[plan.axis]);
+        let a = out.as_ptr();
+        if matches!(x.load, Load::Plain) {
+            let window = plan.window(d.rows);
+            // SAFETY: the kernel has no promise of its own.
+            unsafe { T::dispatch_pairs(paired::Pad { plan, x: x.data, images, row, window, out }) }
+            return (a, window);
+        }
+        // Pointwise, as above.
+        let (x, out) = (x.near(row, rows.len(), near), &mut out[..rows.len() * plan.ci]);
+        // SAFETY: as above.
+        unsafe { T::dispatch_pairs(paired::Positions { plan, x, out }) }
+        (a, [1, 1, rows.len()])
+    }
+
+    unsafe fn dispatch(task: Task<u32, T>) {
+        // SAFETY: the caller's promise.
+        unsafe { T::dispatch_pairs(task) }
+    }
+}
+
 /// What a task computes: some panels of the outputs of some images and rows.
-struct Task<'a, T> {
+struct Task<'a, E, T> {
     plan: &'a Plan,
     /// A at the first image and row of the task, extents of one image of it.
-    a: *const T,
+    a: *const E,
     window: [usize; 3],
-    weights: &'a [T],
-    panels: std::ops::Range<usize>,
-    images: std::ops::Range<usize>,
-    rows: std::ops::Range<usize>,
+    weights: &'a [E],
+    panels: Range<usize>,
+    images: Range<usize>,
+    rows: Range<usize>,
     epilogue: Epilogue<'a, T>,
     y: *mut T,
 }
@@ -78,10 +182,26 @@ impl Walk {
     }
 }
 
-impl<T: Vectors> Task<'_, T> {
+impl<T: Vectors> Kernel<T> for Task<'_, T, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(self) {
+        // SAFETY: the caller's promise.
+        unsafe { self.tiles::<S>() }
+    }
+}
+
+impl<T: Vectors> PairKernel<T> for Task<'_, u32, T> {
+    #[inline(always)]
+    unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
+        // SAFETY: the caller's promise.
+        unsafe { self.tiles::<D>() }
+    }
+}
+
+impl<E: Copy, T: Vectors> Task<'_, E, T> {
     /// Where a tile of `m` positions begins in A and in the result.
     #[inline(always)]
-    fn rows_of(&self, walk: &mut Walk, y0: usize, m: usize) -> ([*const T; 8], [usize; 8]) {
+    fn rows_of(&self, walk: &mut Walk, y0: usize, m: usize) -> ([*const E; 8], [usize; 8]) {
         let (mut a, mut y) = ([self.a; 8], [0usize; 8]);
         for i in 0..m {
             a[i] = self.a.wrapping_add(walk.a);
@@ -90,13 +210,13 @@ impl<T: Vectors> Task<'_, T> {
         }
         (a, y)
     }
-}
 
-impl<T: Vectors> Kernel<T> for Task<'_, T> {
+    /// # Safety
+    /// The task's positions and weights must lie inside the plan's, and the processor have `D`'s instructions.
     #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(self) {
-        let plan = self.plan;
-        let (ci, co, panel) = (plan.ci, plan.co, Level::of::<S>().panel(plan.co));
+    unsafe fn tiles<D: Terms<Term = E, S: Simd<Elem = T>>>(self) {
+        let (plan, lanes) = (self.plan, D::S::LANES);
+        let (ci, co, panel) = (plan.ci, plan.co, Level::of::<D::S>().panel(plan.co));
         let per_group = plan.panels(panel);
         let (c, oc) = (plan.groups * ci, plan.groups * co);
         let a_strides = strides(self.window, c);
@@ -125,6 +245,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                     self.images.start * walk.y_image + grid.origin + rows.start * grid.out_step[plan.axis];
                 let mut tile = Tile {
                     runs: &grid.runs,
+                    slides: plan.slides(grid, lanes).then_some(ci),
                     b: self.weights.as_ptr(),
                     bias: None,
                     residual: match self.epilogue.residual {
@@ -140,7 +261,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                     channel: 0,
                     lanes: 0,
                 };
-                let pieces = Pieces::of(total, Level::of::<S>().rows(panel));
+                let pieces = Pieces::of(total, Level::of::<D::S>().rows(panel));
                 let mut next = self.rows_of(&mut walk, y0, pieces.len(0));
                 for i in 0..pieces.count {
                     let m = pieces.len(i);
@@ -150,22 +271,22 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                     for p in first..(first + together).min(self.panels.end) {
                         let (group, first) = (p / per_group, p % per_group * panel);
                         tile.lanes = panel.min(co - first);
-                        let row = plan.row(panel, p, S::LANES);
+                        let row = plan.row(panel, p, lanes);
                         tile.input = group * ci;
                         tile.channel = group * co + first;
                         tile.b = self.weights.as_ptr().wrapping_add(p * size + grid.first * ci * row);
                         tile.bias = self.epilogue.bias.map(|b| b.as_ptr().wrapping_add(tile.channel));
                         // What the next tile will write is fetched meanwhile: it lies in short runs, far apart.
                         for i in 0..if oc > panel { after } else { 0 } {
-                            for at in (0..tile.lanes).step_by(S::LANES) {
+                            for at in (0..tile.lanes).step_by(lanes) {
                                 let y = self.y.wrapping_add(next.1[i] + tile.channel + at);
                                 // SAFETY: fetching is allowed anywhere.
-                                unsafe { S::prefetch_write(y) }
+                                unsafe { D::S::prefetch_write(y) }
                             }
                         }
-                        let n = tile.lanes.div_ceil(S::LANES);
+                        let n = tile.lanes.div_ceil(lanes);
                         // SAFETY: the walk stays inside the task's rows, whose windows `a` holds; see `tile_run`.
-                        unsafe { tile_sizes!(m, n, S, tile_run(&tile, &a, &y)) }
+                        unsafe { tile_sizes!(m, n, D, tile_run(&tile, &a, &y)) }
                     }
                 }
             }
@@ -173,9 +294,11 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
     }
 }
 
-struct Tile<'a, T> {
+struct Tile<'a, E, T> {
     runs: &'a [(isize, usize)],
-    b: *const T,
+    /// See [`Plan::slides`]: elements from a position to the next.
+    slides: Option<usize>,
+    b: *const E,
     bias: Option<*const T>,
     residual: Option<*const T>,
     low: T,
@@ -194,9 +317,9 @@ struct Tile<'a, T> {
 /// # Safety
 /// `a` must be readable at all runs, `y` writable (and the residual readable) at each offset for `lanes` elements.
 #[inline(always)]
-unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
-    t: &Tile<S::Elem>,
-    a: &[*const S::Elem; 8],
+unsafe fn tile_run<D: Terms, const M: usize, const N: usize>(
+    t: &Tile<D::Term, <D::S as Simd>::Elem>,
+    a: &[*const D::Term; 8],
     y: &[usize; 8],
 ) {
     // SAFETY: the caller's promise.
@@ -205,34 +328,44 @@ unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
         for i in 0..M {
             rows[i] = a[i].wrapping_add(t.input);
         }
-        let mut acc = along_rows::<S, M, N, ROUND>(t.runs, rows, t.b, N * S::LANES);
+        let mut acc = match t.slides {
+            Some(step) if M == TILE && N == 1 => {
+                let mut acc = [[D::S::splat(num_traits::zero()); N]; M];
+                let sums = slide::<D, M>(t.runs, rows[0], step, t.b);
+                for i in 0..M {
+                    acc[i][0] = sums[i];
+                }
+                acc
+            }
+            _ => along_rows::<D, M, N>(t.runs, rows, t.b, N * D::S::LANES),
+        };
         if t.plain {
             for i in 0..M {
                 for j in 0..N {
-                    let at = j * S::LANES;
-                    let part = (t.lanes - at).min(S::LANES);
-                    store_up_to::<S>(t.y.add(y[i] + t.channel + at), acc[i][j], part);
+                    let at = j * D::S::LANES;
+                    let part = (t.lanes - at).min(D::S::LANES);
+                    store_up_to::<D::S>(t.y.add(y[i] + t.channel + at), acc[i][j], part);
                 }
             }
             return;
         }
-        let (low, high) = (S::splat(t.low), S::splat(t.high));
+        let (low, high) = (D::S::splat(t.low), D::S::splat(t.high));
         for j in 0..N {
-            let at = j * S::LANES;
-            let part = (t.lanes - at).min(S::LANES);
+            let at = j * D::S::LANES;
+            let part = (t.lanes - at).min(D::S::LANES);
             if let Some(bias) = t.bias {
-                let v = load_up_to::<S>(bias.add(at), part);
+                let v = load_up_to::<D::S>(bias.add(at), part);
                 for i in 0..M {
-                    acc[i][j] = S::add(acc[i][j], v);
+                    acc[i][j] = D::S::add(acc[i][j], v);
                 }
             }
             for i in 0..M {
                 let mut v = acc[i][j];
                 if let Some(r) = t.residual {
-                    v = S::add(v, load_up_to::<S>(r.add(y[i] + t.channel + at), part));
+                    v = D::S::add(v, load_up_to::<D::S>(r.add(y[i] + t.channel + at), part));
                 }
-                v = S::min(high, S::max(low, v));
-                store_up_to::<S>(t.y.add(y[i] + t.channel + at), v, part);
+                v = D::S::min(high, D::S::max(low, v));
+                store_up_to::<D::S>(t.y.add(y[i] + t.channel + at), v, part);
             }
         }
     }
@@ -272,14 +405,31 @@ fn run<T: Vectors>(
     scratch: &mut [T],
     done: Option<&Done<T>>,
 ) {
+    match plan.pairs {
+        false => run_form::<T, T>(plan, forward, x, w, epilogue, y, scratch, done),
+        true => run_form::<u32, T>(plan, forward, x, w, epilogue, y, scratch, done),
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+fn run_form<E: Form<T>, T: Vectors>(
+    plan: &Plan,
+    forward: bool,
+    x: Operand<T>,
+    w: &[T],
+    epilogue: Epilogue<T>,
+    y: &mut [T],
+    scratch: &mut [T],
+    done: Option<&Done<T>>,
+) {
     let panel = plan.panel::<T>();
     let (weights, slots) = scratch.split_at_mut(plan.packed(panel));
-    pack(plan, forward, panel, w, weights);
-    let weights: &[T] = weights;
+    let weights = E::room(weights);
+    E::pack(plan, forward, panel, w, weights, slots);
+    let weights: &[E] = weights;
     let d = plan.division(panel);
     let (rows, panels) = (plan.rows(), plan.groups * plan.panels(panel));
     let blocks = plan.blocks(&d, panel);
-    let c = plan.groups * plan.ci;
     // Results of a row.
     let line = volume(plan.target) / plan.target[plan.axis] * plan.groups * plan.co;
     let y = Shared::new(y);
@@ -288,27 +438,14 @@ fn run<T: Vectors>(
         let images = i * d.images..plan.n.min((i + 1) * d.images);
         let rows = r * d.rows..rows.min((r + 1) * d.rows);
         let panels = p * d.panels..panels.min((p + 1) * d.panels);
-        let row = rows.start * plan.in_step[plan.axis];
         // Rows of one image, or whole images.
         let first = (images.start * plan.rows() + rows.start) * line;
         let count = images.len() * rows.len() * line;
-        let (a, window) = match (plan.copies(), x.is_plain()) {
-            (true, _) => {
-                let window = plan.window(d.rows);
-                pad(plan, x.data.whole(), images.clone(), row, window, slot);
-                (slot.as_ptr(), window)
-            }
-            (false, true) => {
-                let start = images.start * volume(plan.source) + row * strides(plan.source, 1)[plan.axis];
-                (x.data.whole()[start * c..].as_ptr(), plan.source)
-            }
-            // Pointwise: one image, whose positions are rows.
-            (false, false) => (x.near(row, rows.len(), slot).as_ptr(), [1, 1, rows.len()]),
-        };
+        let (a, window) = E::source(plan, &d, &x, images.clone(), rows.clone(), slot);
         // SAFETY: the slices have the plan's extents (checked by the callers), so all windows of the task's
         // positions lie in `a`; no two tasks write the same elements of `y`.
         unsafe {
-            T::dispatch(Task { plan, a, window, weights, panels, images, rows, epilogue, y: y.ptr() });
+            E::dispatch(Task { plan, a, window, weights, panels, images, rows, epilogue, y: y.ptr() });
         }
         if let Some(done) = done {
             // SAFETY: with all panels in one task, this one has written all of these results, and it alone.
@@ -317,9 +454,9 @@ fn run<T: Vectors>(
     });
 }
 
-/// Elements of a task's copy of its input.
+/// Elements of a task's copy of its input, and of what it computes of it.
 fn slot(plan: &Plan, d: &Division, plain: bool) -> usize {
-    if plain { plan.slot(d) } else { d.rows * plan.ci }
+    plan.slot(d) + if plain { 0 } else { d.rows * plan.inputs }
 }
 
 /// The forward pass; of a pointwise convolution all images' positions in a row.
@@ -338,7 +475,8 @@ pub fn forward_scratch<T: Vectors>(g: &Geometry, plain: bool) -> usize {
 fn scratch<T: Vectors>(plan: &Plan, plain: bool) -> usize {
     let panel = plan.panel::<T>();
     let d = plan.division(panel);
-    plan.packed(panel) + slots(volume(plan.blocks(&d, panel)), slot(plan, &d, plain))
+    let tasks = slots(volume(plan.blocks(&d, panel)), slot(plan, &d, plain));
+    plan.packed(panel) + if plan.pairs { tasks.max(paired::pack_scratch(plan, panel)) } else { tasks }
 }
 
 /// Blocks of whole positions in which [`forward`] computes, if it does so.

@@ -9,6 +9,7 @@ use smallvec::SmallVec;
 
 use crate::kernels::conv::{Geometry, split, strides, volume};
 use crate::kernels::simd::{Kernel, Simd, Vectors, store_up_to};
+use crate::kernels::tile::WINDOW;
 
 /// Elements of input and output that a task should keep in the second-level cache.
 const CHUNK: usize = 1 << 16;
@@ -19,7 +20,7 @@ const SQUARE: usize = 16 * 16;
 /// Taps of kernels for which the places of taps are looked up in a table.
 const PLACES: usize = 32;
 /// Positions of a register tile.
-const TILE: usize = 8;
+pub(super) const TILE: usize = 8;
 /// Multiply-adds worth a task of their own.
 const WORK: usize = 1 << 19;
 
@@ -40,9 +41,12 @@ pub(super) struct Grid {
 pub(super) struct Plan {
     pub(super) n: usize,
     pub(super) groups: usize,
-    /// Input and output channels of a group.
+    /// Input channels of a group, or pairs of them, and output channels.
     pub(super) ci: usize,
     pub(super) co: usize,
+    /// Input channels of a group, and whether they are taken in pairs.
+    pub(super) inputs: usize,
+    pub(super) pairs: bool,
     pub(super) axis: usize,
     /// Input extents, those with zeros around, and the zeros before the input.
     pub(super) source: [usize; 3],
@@ -71,8 +75,10 @@ impl Plan {
         let mut plan = Plan {
             n: g.n,
             groups: g.groups,
-            ci: g.cg(),
+            ci: g.terms(g.cg()),
             co: g.og(),
+            inputs: g.cg(),
+            pairs: g.pairs,
             axis: g.axis,
             source: g.x,
             padded,
@@ -114,8 +120,10 @@ impl Plan {
         let mut plan = Plan {
             n: g.n,
             groups: g.groups,
-            ci: g.og(),
+            ci: g.terms(g.og()),
             co: g.cg(),
+            inputs: g.og(),
+            pairs: g.pairs,
             axis: g.axis,
             source: g.y,
             padded,
@@ -177,9 +185,9 @@ impl Plan {
         });
     }
 
-    /// Does the kernel reach beyond the input?
+    /// Is A a copy of the input: does the kernel reach beyond it, or is it taken in pairs?
     pub(super) fn copies(&self) -> bool {
-        self.padded != self.source
+        self.pairs || self.padded != self.source
     }
 
     /// Rows of a grid along the axis.
@@ -195,6 +203,17 @@ impl Plan {
                 ((rows - 1) * self.in_step[self.axis] + self.reach[self.axis] + 1).min(w[self.axis]);
         }
         w
+    }
+
+    /// Do tiles of a grid's positions slide over the input, each element of which is loaded once for all of its neighbours? In pairs,
+    /// with one vector of outputs, loads take longer than multiplications.
+    #[inline(always)]
+    pub(super) fn slides(&self, grid: &Grid, lanes: usize) -> bool {
+        self.pairs
+            && self.co <= lanes
+            && self.in_step[2] == 1
+            && grid.extents[2].is_multiple_of(TILE)
+            && grid.runs.iter().all(|run| run.1 == WINDOW * self.ci)
     }
 
     pub(super) fn steps(&self) -> usize {
@@ -281,7 +300,7 @@ fn flat(at: [usize; 3], extents: [usize; 3]) -> usize {
 pub(super) fn pack<T: Vectors>(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [T]) {
     let one = |(p, out): (usize, &mut [T])| {
         let row = plan.row(panel, p, T::level().lanes);
-        pack_panel(plan, forward, [panel, row], p, 0..plan.ci, w, out);
+        pack_panel(plan, forward, [panel, row], p, 0..plan.inputs, w, out);
     };
     let size = plan.steps() * panel;
     if out.len() < CHUNK / 4 {
@@ -302,7 +321,7 @@ pub(super) fn pack_panel<T: Vectors>(
     w: &[T],
     out: &mut [T],
 ) {
-    let (ci, co, taps) = (plan.ci, plan.co, plan.taps);
+    let (ci, co, taps) = (plan.inputs, plan.co, plan.taps);
     let (group, first) = (p / plan.panels(panel), p % plan.panels(panel) * panel);
     let start = match forward {
         true => (first * ci + inputs.start) * taps,
@@ -335,7 +354,7 @@ impl<T: Vectors> Kernel<T> for PackPanel<'_, T> {
     unsafe fn run<S: Simd<Elem = T>>(self) {
         let PackPanel { plan, forward, row, lanes, inputs, w, out } = self;
         let taps = plan.taps;
-        let (o_step, i_step) = if forward { (plan.ci * taps, taps) } else { (taps, plan.co * taps) };
+        let (o_step, i_step) = if forward { (plan.inputs * taps, taps) } else { (taps, plan.co * taps) };
         let (blocks, columns) = if forward { (1, inputs * taps) } else { (inputs, taps) };
         if lanes < row {
             out.fill(T::zero());
@@ -392,6 +411,49 @@ impl<T: Vectors> Kernel<T> for PackPanel<'_, T> {
     }
 }
 
+/// The copy that a task makes of images `images` of the input, padded rows `row..`: line by line.
+pub(super) struct Lines<'a> {
+    plan: &'a Plan,
+    images: Range<usize>,
+    /// The padded position that is the first.
+    first: [usize; 3],
+    window: [usize; 3],
+    /// Positions of a line that lie inside.
+    from: usize,
+    to: usize,
+}
+
+impl<'a> Lines<'a> {
+    #[inline(always)]
+    pub(super) fn of(plan: &'a Plan, images: Range<usize>, row: usize, window: [usize; 3]) -> Self {
+        let mut first = [0; 3];
+        first[plan.axis] = row;
+        let from = plan.low[2].saturating_sub(first[2]).min(window[2]);
+        let to = (plan.low[2] + plan.source[2]).saturating_sub(first[2]).clamp(from, window[2]);
+        Lines { plan, images, first, window, from, to }
+    }
+
+    #[inline(always)]
+    pub(super) fn count(&self) -> usize {
+        self.images.len() * self.window[0] * self.window[1]
+    }
+
+    /// Of a line: the input's first position in it, its place in the line, and how many there are.
+    #[inline(always)]
+    pub(super) fn line(&self, nth: usize) -> [usize; 3] {
+        let (plan, window) = (self.plan, self.window);
+        let image = self.images.start + nth / (window[0] * window[1]);
+        // (Beyond the input where it would be before it.)
+        let i = (self.first[0] + nth / window[1] % window[0]).wrapping_sub(plan.low[0]);
+        let j = (self.first[1] + nth % window[1]).wrapping_sub(plan.low[1]);
+        if i >= plan.source[0] || j >= plan.source[1] || self.from == self.to {
+            return [0; 3];
+        }
+        let at = [i, j, self.from + self.first[2] - plan.low[2]];
+        [image * volume(plan.source) + flat(at, plan.source), self.from, self.to - self.from]
+    }
+}
+
 /// Copies images `images` of the input, padded rows `row..` of the window, with zeros where they lie outside.
 pub(super) fn pad<T: Vectors>(
     plan: &Plan,
@@ -402,27 +464,13 @@ pub(super) fn pad<T: Vectors>(
     out: &mut [T],
 ) {
     let c = plan.groups * plan.ci;
-    let mut first = [0; 3];
-    first[plan.axis] = row;
-    // Positions of the window's lines that lie inside, and where the first of them is in the input.
-    let from = plan.low[2].saturating_sub(first[2]).min(window[2]);
-    let to = (plan.low[2] + plan.source[2]).saturating_sub(first[2]).clamp(from, window[2]);
-    let inside =
-        |d: usize, at: usize| (first[d] + at).checked_sub(plan.low[d]).filter(|i| *i < plan.source[d]);
-    let mut lines = out.chunks_exact_mut(window[2] * c);
-    for image in images {
-        let x = &x[image * volume(plan.source) * c..][..volume(plan.source) * c];
-        for line in 0..window[0] * window[1] {
-            let Some(out) = lines.next() else { return };
-            match (inside(0, line / window[1]), inside(1, line % window[1])) {
-                (Some(i), Some(j)) if from < to => {
-                    let start = flat([i, j, from + first[2] - plan.low[2]], plan.source) * c;
-                    out[..from * c].fill(T::zero());
-                    out[from * c..to * c].copy_from_slice(&x[start..start + (to - from) * c]);
-                    out[to * c..].fill(T::zero());
-                }
-                _ => out.fill(T::zero()),
-            }
-        }
+    let lines = Lines::of(plan, images, row, window);
+    let out = out.chunks_exact_mut((window[2] * c).max(1));
+    for (nth, out) in out.take(lines.count()).enumerate() {
+        let [position, at, n] = lines.line(nth);
+        let (at, n) = (at * c, n * c);
+        out[..at].fill(T::zero());
+        out[at..at + n].copy_from_slice(&x[position * c..][..n]);
+        out[at + n..].fill(T::zero());
     }
 }

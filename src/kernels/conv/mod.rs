@@ -10,6 +10,7 @@ mod depthwise;
 mod grids;
 mod load;
 mod narrow;
+mod paired;
 mod pointwise;
 mod statistics;
 mod weight;
@@ -48,6 +49,9 @@ pub struct Geometry {
     pub dilation: [usize; 3],
     /// Zeros before the input.
     pub pad: [usize; 3],
+    /// Dense convolutions of one group may round their operands to bfloat16 and multiply them in pairs, where that is faster: see
+    /// [`pairs`](crate::kernels::pairs).
+    pub pairs: bool,
 }
 
 /// What is added to a result while it is in registers.
@@ -138,6 +142,11 @@ impl Geometry {
 
     fn taps(&self) -> usize {
         volume(self.k)
+    }
+
+    /// Terms of the sum over `channels` of a group: of pairs, half as many.
+    fn terms(&self, channels: usize) -> usize {
+        if self.pairs { channels.div_ceil(2) } else { channels }
     }
 
     /// Of the convolution and of each of its gradients; padding counts.

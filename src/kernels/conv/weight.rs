@@ -7,14 +7,18 @@
 //! The positions are divided into slabs with a sum each, by the sizes alone; the sums are added in order.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
+use crate::kernels::conv::paired::{self, PadImages, Strips};
 use crate::kernels::conv::{Geometry, in_slots, pointwise, slots, split, strides, volume};
 use crate::kernels::gemm::{self, Product};
 use crate::kernels::half::Elements;
+use crate::kernels::pairs::{PairKernel, Pairs};
 use crate::kernels::par::{self, Shared};
 use crate::kernels::simd::{Kernel, Level, Simd, Vectors};
-use crate::kernels::tile::{Pieces, Positions, along_columns};
+use crate::kernels::tile::{Pieces, Positions, Terms, along_columns};
 use crate::tile_sizes;
 
 /// Elements of X and dY that a task should sweep over at a time, for the second-level cache; more of them where the
@@ -37,7 +41,9 @@ const NEAR: usize = 1 << 12;
 
 /// The sum as this file computes it: X perhaps padded, a kernel row's taps perhaps merged.
 struct Plan {
+    /// Images, or pairs of them.
     n: usize,
+    pairs: bool,
     groups: usize,
     /// Rows and columns of dW a group and tap.
     m: usize,
@@ -69,7 +75,8 @@ impl Plan {
     fn new(g: &Geometry) -> Plan {
         let merged = g.groups == 1 && g.c < FEW && g.dilation[2] == 1 && g.k[2] > 1;
         let mut p = Plan {
-            n: g.n,
+            n: g.terms(g.n),
+            pairs: g.pairs,
             groups: g.groups,
             m: g.cg(),
             og: g.og(),
@@ -115,7 +122,7 @@ impl Plan {
     }
 
     /// The positions of X that the taps of some rows along the axis read, or all of several images.
-    fn reach(&self, image: usize, images: usize, first: usize, rows: usize) -> std::ops::Range<usize> {
+    fn reach(&self, image: usize, images: usize, first: usize, rows: usize) -> Range<usize> {
         let (d, all) = (self.axis, volume(self.x));
         if images > 1 {
             return image * all..(image + images) * all;
@@ -140,6 +147,26 @@ impl Plan {
             }
     }
 
+    /// The positions of dY of some rows along the axis, or all of several images.
+    fn put(&self, image: usize, images: usize, first: usize, rows: usize) -> Range<usize> {
+        let all = volume(self.y);
+        if images > 1 {
+            return image * all..(image + images) * all;
+        }
+        let row = all / self.y[self.axis];
+        let last = (first + rows).min(self.y[self.axis]);
+        image * all + first * row..image * all + last * row
+    }
+
+    /// Pairs of dY and X that a chunk has near.
+    fn near_room<T: Vectors>(&self, d: &Division, panel: usize) -> usize {
+        let positions = d.images * d.rows * (volume(self.y) / self.y[self.axis]);
+        let in_y = d.panels * panel * positions;
+        let height = T::level().rows(panel);
+        let in_x = self.reach_room(d) / self.c * self.m.div_ceil(height) * height;
+        in_y + if self.merged { 0 } else { in_x }
+    }
+
     fn tasks(&self, d: &Division, panel: usize) -> usize {
         d.slabs * self.panels(panel).div_ceil(d.panels) * d.pieces
     }
@@ -152,7 +179,7 @@ impl Plan {
     /// Are X and dY worth packing? Each strip of them is used for many others where dW is large, and positions far
     /// apart compete for the same cache lines. Merged taps of neighbouring positions overlap.
     fn packs(&self, panel: usize) -> bool {
-        let separate = self.groups == 1 && !self.merged;
+        let separate = self.groups == 1 && !self.merged && !self.pairs;
         separate && self.size(panel) >= LARGE && self.division(panel).slabs == 1
     }
 
@@ -195,20 +222,25 @@ impl Plan {
 
 /// X or dY: some channels of each position, in strips of neighbours.
 #[derive(Clone, Copy)]
-struct Side<'a, T> {
-    data: &'a [T],
+struct Side<'a, E> {
+    data: &'a [E],
     /// Elements from a position to the next.
     step: usize,
-    /// Each strip has its positions next to one another, so many elements after those of the strip before.
-    packed: Option<usize>,
+    /// Each strip has its positions next to one another, so many elements after those of the strip before; which strip is the first.
+    packed: Option<(usize, usize)>,
 }
 
-impl<T: Vectors> Side<'_, T> {
+impl<'a, E> Side<'a, E> {
+    /// As it lies.
+    fn plain(data: &'a [E], step: usize) -> Self {
+        Side { data, step, packed: None }
+    }
+
     /// Strip `i`, which begins at `channel`, of the position `at`.
     #[inline(always)]
-    fn at(&self, i: usize, channel: usize, at: usize) -> *const T {
+    fn at(&self, i: usize, channel: usize, at: usize) -> *const E {
         let strip = match self.packed {
-            Some(size) => i * size,
+            Some((size, first)) => (i - first) * size,
             None => channel,
         };
         self.data.as_ptr().wrapping_add(strip + at * self.step)
@@ -250,38 +282,57 @@ fn pack<'a, T: Vectors>(
             }
         }
     });
-    Side { data: out, step: width, packed: Some(size) }
+    Side { data: out, step: width, packed: Some((size, 0)) }
 }
 
+/// What a task adds up.
 struct Task<'a, T> {
     plan: &'a Plan,
-    x: Side<'a, T>,
-    /// Where X is of half precision instead: it, and room for what a chunk reads of it, widened.
-    widens: Option<(Elements<'a, T>, &'a mut [T])>,
-    dy: Side<'a, T>,
     /// (images, rows along the axis) of each chunk, in order.
-    chunks: std::ops::Range<usize>,
+    chunks: Range<usize>,
     division: &'a Division,
-    taps: std::ops::Range<usize>,
-    panels: std::ops::Range<usize>,
+    taps: Range<usize>,
+    panels: Range<usize>,
     /// To what the sum holds.
     add: bool,
     /// (panels, taps, rows, panel); this task's elements of it are written.
     sum: *mut T,
 }
 
-impl<T: Vectors> Kernel<T> for Task<'_, T> {
+/// Both sides of a chunk, and the positions that are first in them.
+struct Chunk<'a, E> {
+    image: usize,
+    images: usize,
+    first_row: usize,
+    x: Side<'a, E>,
+    dy: Side<'a, E>,
+    origins: [usize; 2],
+}
+
+impl Plan {
+    /// First image, images and first row of a chunk.
+    fn chunk(&self, d: &Division, chunk: usize) -> [usize; 3] {
+        let row_blocks = self.y[self.axis].div_ceil(d.rows);
+        let image = chunk / row_blocks * d.images;
+        [image, d.images.min(self.n - image), chunk % row_blocks * d.rows]
+    }
+}
+
+/// A task whose operands are read as they are, X widened where it is of half precision.
+struct Direct<'a, T> {
+    task: Task<'a, T>,
+    x: Side<'a, T>,
+    /// X, and room for what a chunk reads of it, widened.
+    widens: Option<(Elements<'a, T>, &'a mut [T])>,
+    dy: Side<'a, T>,
+}
+
+impl<T: Vectors> Kernel<T> for Direct<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(mut self) {
-        let (p, d) = (self.plan, self.division);
-        let panel = Level::of::<S>().panel(p.og);
-        let per_group = p.og.div_ceil(panel);
-        let row_blocks = p.y[p.axis].div_ceil(d.rows);
-        let (xs, ys) = (strides(p.x, 1), strides(p.y, 1));
-        for (nth, chunk) in self.chunks.clone().enumerate() {
-            let image = chunk / row_blocks * d.images;
-            let images = d.images.min(p.n - image);
-            let first_row = chunk % row_blocks * d.rows;
+        let (p, d) = (self.task.plan, self.task.division);
+        for (nth, chunk) in self.task.chunks.clone().enumerate() {
+            let [image, images, first_row] = p.chunk(d, chunk);
             let mut x = self.x;
             let mut origin = 0;
             if let Some((all, near)) = &mut self.widens {
@@ -290,69 +341,126 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                 all.copy(reach.start * p.c, near);
                 (x.data, origin) = (&*near, reach.start);
             }
-            for t in self.taps.clone() {
-                let tap = split(t, p.k);
-                // Output positions for which the tap lies inside.
-                let (mut lo, mut hi) = ([0usize; 3], p.y);
-                lo[p.axis] = first_row;
-                hi[p.axis] = (first_row + d.rows).min(p.y[p.axis]);
-                let mut x_at = [0usize; 3];
-                for i in 0..3 {
-                    let o = tap[i] * p.dilation[i];
-                    lo[i] = lo[i].max(p.pad[i].saturating_sub(o).div_ceil(p.stride[i]));
-                    hi[i] = hi[i].min((p.x[i] + p.pad[i]).saturating_sub(o).div_ceil(p.stride[i])).max(lo[i]);
-                    x_at[i] = (lo[i] * p.stride[i] + o).saturating_sub(p.pad[i]);
+            let chunk = Chunk { image, images, first_row, x, dy: self.dy, origins: [origin, 0] };
+            // SAFETY: the caller's promise.
+            unsafe { self.task.add_up::<S>(&chunk, nth > 0) }
+        }
+    }
+}
+
+/// A task whose operands are put near in pairs of images, a chunk at a time, unless X is so already (its taps merged).
+struct Paired<'a, T> {
+    task: Task<'a, T>,
+    x: Result<Side<'a, u32>, Strips<'a, T>>,
+    dy: Strips<'a, T>,
+    near: &'a mut [u32],
+}
+
+impl<T: Vectors> PairKernel<T> for Paired<'_, T> {
+    #[inline(always)]
+    unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
+        let Paired { task, x, dy, near } = self;
+        let (p, d) = (task.plan, task.division);
+        for (nth, chunk) in task.chunks.clone().enumerate() {
+            let [image, images, first_row] = p.chunk(d, chunk);
+            let put = p.put(image, images, first_row, d.rows);
+            let in_y = put.len() * dy.width;
+            let (to, rest) = near.split_at_mut(task.panels.len() * in_y);
+            // SAFETY: there is room for the chunk's positions; the caller's promise.
+            unsafe { dy.write::<D>(put.clone(), task.panels.clone(), to.as_mut_ptr()) }
+            let dy = Side { data: &*to, step: dy.width, packed: Some((in_y, task.panels.start)) };
+            let (x, origin) = match &x {
+                Ok(x) => (*x, 0),
+                Err(x) => {
+                    let reach = p.reach(image, images, first_row, d.rows);
+                    let in_x = reach.len() * x.width;
+                    let to = &mut rest[..x.strips.count * in_x];
+                    // SAFETY: as above.
+                    unsafe { x.write::<D>(reach.clone(), 0..x.strips.count, to.as_mut_ptr()) }
+                    (Side { data: &*to, step: x.width, packed: Some((in_x, 0)) }, reach.start)
                 }
-                let count = [hi[0] - lo[0], hi[1] - lo[1], hi[2] - lo[2]];
-                let empty = volume(count) == 0;
-                if empty && (nth > 0 || self.add) {
-                    continue;
-                }
-                // One block an image, unless there are three dimensions: then one a plane of one image.
-                for plane in 0..if p.axis == 0 { images * count[0].max(1) } else { 1 } {
-                    let (im, depth) = match p.axis {
-                        0 => (image + plane / count[0].max(1), plane % count[0].max(1)),
-                        _ => (image, 0),
-                    };
-                    let positions = Positions {
-                        blocks: if empty {
-                            0
-                        } else if p.axis == 0 {
-                            1
-                        } else {
-                            images
-                        },
-                        rows: count[1],
-                        steps: count[2],
-                        a_block: volume(p.x) * x.step,
-                        a_row: xs[1] * p.stride[1] * x.step,
-                        a_step: p.stride[2] * x.step,
-                        b_block: volume(p.y) * self.dy.step,
-                        b_row: ys[1] * self.dy.step,
-                        b_step: self.dy.step,
-                    };
-                    let x0 = im * volume(p.x) + dot(x_at, xs) + depth * p.stride[0] * xs[0];
-                    // (Before what was widened where there is no position.)
-                    let x0 = x0.saturating_sub(origin);
-                    let y0 = im * volume(p.y) + dot(lo, ys) + depth * ys[0];
-                    for q in self.panels.clone() {
-                        let (group, col) = (q / per_group, q % per_group * panel);
-                        let lanes = panel.min(p.og - col);
-                        let n = lanes.div_ceil(S::LANES);
-                        // Packed rows are whole.
-                        let tail =
-                            if self.dy.packed.is_some() { S::LANES } else { lanes - (n - 1) * S::LANES };
-                        let pieces = Pieces::of(p.m, Level::of::<S>().rows(panel));
-                        for i in 0..pieces.count {
-                            let (row, m) = (pieces.start(i), pieces.len(i));
-                            let a = x.at(i, group * p.m + row, x0);
-                            let b = self.dy.at(q, group * p.og + col, y0);
-                            let c = self.sum.wrapping_add(((q * p.taps() + t) * p.m + row) * panel);
-                            let add = self.add || nth > 0 || plane > 0;
-                            // SAFETY: `lo..hi` are positions whose operands lie inside; the sum's elements are
-                            // this task's.
-                            unsafe { tile_sizes!(m, n, S, tile_run(&positions, a, b, c, panel, tail, add)) }
-                        }
+            };
+            let chunk = Chunk { image, images, first_row, x, dy, origins: [origin, put.start] };
+            // SAFETY: the caller's promise.
+            unsafe { task.add_up::<D>(&chunk, nth > 0) }
+        }
+    }
+}
+
+impl<T: Vectors> Task<'_, T> {
+    /// Adds a chunk's positions to the sum, or, unless `more`, writes their sum.
+    ///
+    /// # Safety
+    /// The sides must have the chunk's positions, and the processor `D`'s instructions.
+    #[inline(always)]
+    unsafe fn add_up<D: Terms<S: Simd<Elem = T>>>(&self, chunk: &Chunk<D::Term>, more: bool) {
+        let (p, d) = (self.plan, self.division);
+        let (lanes, level) = (D::S::LANES, Level::of::<D::S>());
+        let panel = level.panel(p.og);
+        let per_group = p.og.div_ceil(panel);
+        let (xs, ys) = (strides(p.x, 1), strides(p.y, 1));
+        let &Chunk { image, images, first_row, x, dy, origins } = chunk;
+        for t in self.taps.clone() {
+            let tap = split(t, p.k);
+            // Output positions for which the tap lies inside.
+            let (mut lo, mut hi) = ([0usize; 3], p.y);
+            lo[p.axis] = first_row;
+            hi[p.axis] = (first_row + d.rows).min(p.y[p.axis]);
+            let mut x_at = [0usize; 3];
+            for i in 0..3 {
+                let o = tap[i] * p.dilation[i];
+                lo[i] = lo[i].max(p.pad[i].saturating_sub(o).div_ceil(p.stride[i]));
+                hi[i] = hi[i].min((p.x[i] + p.pad[i]).saturating_sub(o).div_ceil(p.stride[i])).max(lo[i]);
+                x_at[i] = (lo[i] * p.stride[i] + o).saturating_sub(p.pad[i]);
+            }
+            let count = [hi[0] - lo[0], hi[1] - lo[1], hi[2] - lo[2]];
+            let empty = volume(count) == 0;
+            if empty && (more || self.add) {
+                continue;
+            }
+            // One block an image, unless there are three dimensions: then one a plane of one image.
+            for plane in 0..if p.axis == 0 { images * count[0].max(1) } else { 1 } {
+                let (im, depth) = match p.axis {
+                    0 => (image + plane / count[0].max(1), plane % count[0].max(1)),
+                    _ => (image, 0),
+                };
+                let positions = Positions {
+                    blocks: if empty {
+                        0
+                    } else if p.axis == 0 {
+                        1
+                    } else {
+                        images
+                    },
+                    rows: count[1],
+                    steps: count[2],
+                    a_block: volume(p.x) * x.step,
+                    a_row: xs[1] * p.stride[1] * x.step,
+                    a_step: p.stride[2] * x.step,
+                    b_block: volume(p.y) * dy.step,
+                    b_row: ys[1] * dy.step,
+                    b_step: dy.step,
+                };
+                let x0 = im * volume(p.x) + dot(x_at, xs) + depth * p.stride[0] * xs[0];
+                let y0 = im * volume(p.y) + dot(lo, ys) + depth * ys[0];
+                // (Before what is near where there is no position.)
+                let (x0, y0) = (x0.saturating_sub(origins[0]), y0.saturating_sub(origins[1]));
+                for q in self.panels.clone() {
+                    let (group, col) = (q / per_group, q % per_group * panel);
+                    let columns = panel.min(p.og - col);
+                    let n = columns.div_ceil(lanes);
+                    // Packed rows are whole.
+                    let tail = if dy.packed.is_some() { lanes } else { columns - (n - 1) * lanes };
+                    let pieces = Pieces::of(p.m, level.rows(panel));
+                    for i in 0..pieces.count {
+                        let (row, m) = (pieces.start(i), pieces.len(i));
+                        let a = x.at(i, group * p.m + row, x0);
+                        let b = dy.at(q, group * p.og + col, y0);
+                        let c = self.sum.wrapping_add(((q * p.taps() + t) * p.m + row) * panel);
+                        let add = self.add || more || plane > 0;
+                        // SAFETY: `lo..hi` are positions whose operands lie inside; the sum's elements are
+                        // this task's.
+                        unsafe { tile_sizes!(m, n, D, tile_run(&positions, a, b, c, panel, tail, add)) }
                     }
                 }
             }
@@ -363,22 +471,22 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
 /// # Safety
 /// `a` and `b` must be valid at all positions, `c` for `M` rows of `N` vectors, `c_row` apart.
 #[inline(always)]
-unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(
+unsafe fn tile_run<D: Terms, const M: usize, const N: usize>(
     p: &Positions,
-    a: *const S::Elem,
-    b: *const S::Elem,
-    c: *mut S::Elem,
+    a: *const D::Term,
+    b: *const D::Term,
+    c: *mut <D::S as Simd>::Elem,
     c_row: usize,
     tail: usize,
     add: bool,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let acc = along_columns::<S, M, N, 1>(p, a, b, tail);
+        let acc = along_columns::<D, M, N, 1>(p, a, b, tail);
         for i in 0..M {
             for j in 0..N {
-                let (c, v) = (c.add(i * c_row + j * S::LANES), acc[i][j]);
-                S::store(c, if add { S::add(S::load(c), v) } else { v });
+                let (c, v) = (c.add(i * c_row + j * D::S::LANES), acc[i][j]);
+                D::S::store(c, if add { D::S::add(D::S::load(c), v) } else { v });
             }
         }
     }
@@ -397,28 +505,46 @@ fn product<T: Vectors>(g: &Geometry) -> Option<Product<T>> {
 /// Elements of scratch that [`weight_grad`] needs; `half`: is X of half precision?
 pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
     if let Some(product) = product::<T>(g) {
-        return gemm::room_halves(&product, [false, half]);
+        return match g.pairs {
+            true => gemm::room_pairs(&product),
+            false => gemm::room_halves(&product, [false, half]),
+        };
     }
     let p = Plan::new(g);
     let panel = p.panel::<T>();
     let packed = if p.packs(panel) { p.strips::<T>().iter().map(|s| s.1).sum() } else { 0 };
     let (d, widens) = (p.division(panel), half && packed == 0 && !p.merged);
-    let near = if widens { slots(p.tasks(&d, panel), p.reach_room(&d)) } else { 0 };
-    p.copy() + packed + d.slabs * p.size(panel) + near
+    let each = match () {
+        _ if p.pairs => p.near_room::<T>(&d, panel),
+        _ if widens => p.reach_room(&d),
+        _ => 0,
+    };
+    p.copy() + packed + d.slabs * p.size(panel) + slots(p.tasks(&d, panel), each)
 }
 
 /// dW (M, C/groups, k…) from dY (N, spatial…, M) and X (N, spatial…, C).
 pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut [T], scratch: &mut [T]) {
     g.check_sizes(x.len(), dy.len());
     if let Some(product) = product(g) {
-        return gemm::gemm_halves(&product, Elements::Whole(dy), x, gemm::Plus::NOTHING, dw, scratch);
+        let dy = Elements::Whole(dy);
+        return match g.pairs {
+            true => gemm::gemm_pairs(&product, dy, x, gemm::Plus::NOTHING, dw, scratch),
+            false => gemm::gemm_halves(&product, dy, x, gemm::Plus::NOTHING, dw, scratch),
+        };
     }
     let p = Plan::new(g);
+    match p.pairs {
+        true => by_pairs(g, &p, dy, x, dw, scratch),
+        false => directly(g, &p, dy, x, dw, scratch),
+    }
+}
+
+fn directly<T: Vectors>(g: &Geometry, p: &Plan, dy: &[T], x: Elements<T>, dw: &mut [T], scratch: &mut [T]) {
     let panel = p.panel::<T>();
     let d = p.division(panel);
     let (copy, sums) = scratch.split_at_mut(p.copy());
     let x = if p.merged {
-        pad(g, &p, x, copy);
+        pad(g, p, x, copy);
         Elements::Whole(&*copy)
     } else {
         x
@@ -431,40 +557,84 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut 
         let x = pack(x, p.n * volume(p.x), p.c, rows, T::level().rows(panel), pa);
         (x, pack(Elements::Whole(dy), p.n * volume(p.y), p.og, columns, panel, pb), sums)
     } else {
-        let plain = |data, step| Side { data, step, packed: None };
         match x {
-            Elements::Whole(x) => (plain(x, p.c), plain(dy, g.oc), sums),
+            Elements::Whole(x) => (Side::plain(x, p.c), Side::plain(dy, g.oc), sums),
             half => {
                 widens = Some(half);
-                (plain(&[], p.c), plain(dy, g.oc), sums)
+                (Side::plain(&[], p.c), Side::plain(dy, g.oc), sums)
             }
         }
     };
+    let room = if widens.is_some() { p.reach_room(&d) } else { 0 };
+    in_slabs(g, p, &d, room, dw, sums, |task, near| {
+        let direct = Direct { task, x, widens: widens.map(|x| (x, near)), dy };
+        // SAFETY: the operands have the geometry's extents; tasks write different elements of the sums.
+        unsafe { T::dispatch(direct) }
+    });
+}
+
+fn by_pairs<T: Vectors>(g: &Geometry, p: &Plan, dy: &[T], x: Elements<T>, dw: &mut [T], scratch: &mut [T]) {
+    let panel = p.panel::<T>();
+    let d = p.division(panel);
+    let height = T::level().rows(panel);
+    let (copy, sums) = scratch.split_at_mut(p.copy());
+    let copy = &mut paired::room(copy)[..p.copy()];
+    let x = match p.merged {
+        true => {
+            pad_pairs(g, p, x, copy);
+            Ok(Side::plain(&*copy, p.c))
+        }
+        false => {
+            let strips = Pieces::of(p.m, height);
+            Err(Strips { x, n: g.n, positions: volume(g.x), channels: g.c, strips, width: height })
+        }
+    };
+    let strips = Pieces::by(p.og, panel);
+    let dy = Strips {
+        x: Elements::Whole(dy),
+        n: g.n,
+        positions: volume(g.y),
+        channels: g.oc,
+        strips,
+        width: panel,
+    };
+    in_slabs(g, p, &d, p.near_room::<T>(&d, panel), dw, sums, |task, near| {
+        // SAFETY: as of what is done directly.
+        unsafe { T::dispatch_pairs(Paired { task, x, dy, near: paired::room(near) }) }
+    });
+}
+
+/// Has each task add up its part of dW, with `room` elements of its own.
+fn in_slabs<T: Vectors>(
+    g: &Geometry,
+    p: &Plan,
+    d: &Division,
+    room: usize,
+    dw: &mut [T],
+    scratch: &mut [T],
+    run: impl Fn(Task<T>, &mut [T]) + Sync,
+) {
+    let panel = p.panel::<T>();
     let size = p.size(panel);
-    let (sums, near) = sums.split_at_mut(d.slabs * size);
+    let (sums, near) = scratch.split_at_mut(d.slabs * size);
     let chunks = p.n.div_ceil(d.images) * p.y[p.axis].div_ceil(d.rows);
     let panels = p.panels(panel);
     let per_slab = panels.div_ceil(d.panels) * d.pieces;
     let shared = Shared::new(sums);
-    let room = if widens.is_some() { p.reach_room(&d) } else { 0 };
-    in_slots(p.tasks(&d, panel), room, near, |task, near| {
+    in_slots(p.tasks(d, panel), room, near, |task, near| {
         let (slab, rest) = (task / per_slab, task % per_slab);
         let (piece, q) = (rest % d.pieces, rest / d.pieces);
         let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
         let task = Task {
-            plan: &p,
-            x,
-            widens: widens.map(|x| (x, near)),
-            dy,
+            plan: p,
             chunks: share(slab, d.slabs, chunks),
-            division: &d,
+            division: d,
             taps: share(piece, d.pieces, p.taps()),
             panels: q * d.panels..panels.min((q + 1) * d.panels),
             add: false,
             sum: shared.ptr().wrapping_add(slab * size),
         };
-        // SAFETY: the operands have the geometry's extents; tasks write different elements of the sums.
-        unsafe { T::dispatch(task) }
+        run(task, near);
     });
     finish(g, sums, dw);
 }
@@ -483,12 +653,8 @@ pub(super) fn add_positions<T: Vectors>(g: &Geometry, x: &[T], dy: &[T], add: bo
     assert!(g.n == 1 && !plan.merged && sum.len() == plan.size(panel), "positions");
     let panels = plan.panels(panel);
     let division = Division { slabs: 1, images: 1, rows: plan.y[plan.axis], pieces: 1, panels };
-    let plain = |data, step| Side { data, step, packed: None };
     let task = Task {
         plan: &plan,
-        x: plain(x, g.c),
-        widens: None,
-        dy: plain(dy, g.oc),
         chunks: 0..1,
         division: &division,
         taps: 0..plan.taps(),
@@ -496,8 +662,9 @@ pub(super) fn add_positions<T: Vectors>(g: &Geometry, x: &[T], dy: &[T], add: bo
         add,
         sum: sum.as_mut_ptr(),
     };
+    let direct = Direct { task, x: Side::plain(x, g.c), widens: None, dy: Side::plain(dy, g.oc) };
     // SAFETY: the operands have the geometry's extents, and the sum is the caller's.
-    unsafe { T::dispatch(task) }
+    unsafe { T::dispatch(direct) }
 }
 
 /// Adds the slabs' sums in order, for dW (M, C/groups, k…).
@@ -524,6 +691,24 @@ fn pad<T: Vectors>(g: &Geometry, p: &Plan, x: Elements<T>, out: &mut [T]) {
                 }
                 _ => out.fill(T::zero()),
             }
+        }
+    });
+}
+
+/// The same of pairs of images.
+fn pad_pairs<T: Vectors>(g: &Geometry, p: &Plan, x: Elements<T>, out: &mut [u32]) {
+    let lines = p.x[0] * p.x[1];
+    let line = p.x[2] * g.c;
+    out.par_chunks_mut(lines * line).enumerate().for_each(|(pair, out)| {
+        for (i, out) in out.chunks_mut(line).enumerate() {
+            let inside = |d: usize, at: usize| at.checked_sub(g.pad[d]).filter(|i| *i < g.x[d]);
+            let len = g.x[2] * g.c;
+            let starts = [2 * pair, 2 * pair + 1].map(|image| {
+                let (a, b) = (inside(0, i / p.x[1])?, inside(1, i % p.x[1])?);
+                (image < g.n).then_some(image * volume(g.x) * g.c + (a * g.x[1] + b) * len)
+            });
+            // SAFETY: the kernel has no promise of its own.
+            unsafe { T::dispatch_pairs(PadImages { x, starts, at: g.pad[2] * g.c, len, out }) }
         }
     });
 }

@@ -38,6 +38,8 @@ fn applies(g: &Geometry, ci: usize, co: usize, extents: [usize; 3]) -> bool {
         && g.pad[1..].iter().all(|p| *p <= 2);
     let tiles = Tiles::of(g.n, extents).total;
     let vectors = co.div_ceil(VECTOR);
+    // In pairs, direct sums take half as many multiplications; with more channels they still take longer, in tiles of more vectors.
+    let fits = fits && !(g.pairs && vectors == 1);
     let direct = g.n * extents[1] * extents[2] * TAPS * ci * vectors;
     let products = PRODUCTS * ci * vectors + INPUT * ci.div_ceil(VECTOR) + OUTPUT * vectors;
     fits && 8 * direct > 9 * (tiles * products + WEIGHT * ci * vectors)
@@ -209,9 +211,14 @@ unsafe fn transform_inputs<S: Simd<Elem: Vectors>>(
     }
 }
 
+/// The convolution of whole elements, which these products are of.
+fn whole(g: &Geometry) -> Geometry {
+    Geometry { pairs: false, ..g.clone() }
+}
+
 /// Elements of scratch that [`forward`] needs.
 pub(super) fn forward_scratch<T: Vectors>(g: &Geometry) -> usize {
-    forward::scratch::<T>(&Plan::forward(g))
+    forward::scratch::<T>(&Plan::forward(&whole(g)))
 }
 
 /// `y = clamp(conv(x, w) + bias + residual)` with x (N, spatial…, C) and y (N, spatial…, M), w (M, C, 3, 3).
@@ -224,12 +231,12 @@ pub(super) fn forward<T: Vectors>(
     scratch: &mut [T],
 ) {
     g.check(x, y);
-    forward::run(&Plan::forward(g), true, x, w, epilogue, y, scratch);
+    forward::run(&Plan::forward(&whole(g)), true, x, w, epilogue, y, scratch);
 }
 
 /// Elements of scratch that [`input_grad`] needs.
 pub(super) fn input_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
-    forward::scratch::<T>(&Plan::input_grad(g))
+    forward::scratch::<T>(&Plan::input_grad(&whole(g)))
 }
 
 /// `dx = addend + Σ_t W[t]ᵀ·dy[…]`: the convolution with the kernel turned round.
@@ -242,5 +249,5 @@ pub(super) fn input_grad<T: Vectors>(
     scratch: &mut [T],
 ) {
     g.check(dx, dy);
-    forward::run(&Plan::input_grad(g), false, dy, w, epilogue, dx, scratch);
+    forward::run(&Plan::input_grad(&whole(g)), false, dy, w, epilogue, dx, scratch);
 }

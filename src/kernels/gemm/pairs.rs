@@ -1,9 +1,9 @@
-//! Products of bfloat16 pairs: `C = alpha · op(A) · op(B) + beta · C` of operands rounded to bfloat16, summed in `f32`, by the
-//! instruction that multiplies two pairs a lane and adds both products (AVX512-BF16's `vdpbf16ps`, Arm's `bfdot`).
+//! Products of bfloat16 pairs ([`pairs`](crate::kernels::pairs)): `C = alpha · op(A) · op(B) + beta · C` of operands rounded to
+//! bfloat16, summed in `f32`.
 //!
-//! Two consecutive steps of the summed dimension are a pair, of 32 bits. op(B) is packed in panels of a row of pairs a step; A in
-//! rows of pairs, or, where it is read across its rows, in strips; register tiles as of `gemm` do the rest. Where the processor
-//! has no such instruction the same sums are computed in plain arithmetic, which nothing but tests asks for.
+//! Two consecutive steps of the summed dimension are a pair. op(B) is packed in panels of a row of pairs a step; A in rows of
+//! pairs, or, where it is read across its rows, in strips; register tiles as of `gemm` do the rest.
+#![allow(clippy::needless_range_loop)]
 
 use std::ops::Range;
 
@@ -11,11 +11,12 @@ use rayon::prelude::*;
 
 use super::tile::Target;
 use super::{Plus, Product, tasks};
-use crate::kernels::half::{Elements, Half};
-use crate::kernels::isa::has_pair_products;
+use crate::kernels::half::Elements;
+use crate::kernels::pairs::{PairKernel, Pairs, across, neighbours};
 use crate::kernels::par::Shared;
-use crate::kernels::simd::{Kernel, Level, Simd, Vectors};
-use crate::kernels::tile::{Acc, Pieces};
+use crate::kernels::simd::{Level, Simd, Vectors};
+use crate::kernels::tile::{Pieces, Positions, ROUND, along_columns, along_rows};
+use crate::tensor::Float;
 use crate::tile_sizes;
 
 /// Multiply-adds that pay for packing.
@@ -24,8 +25,15 @@ const LEAST: usize = 1 << 18;
 const STEPS: usize = 256;
 /// Rows of A that are packed by a task.
 const ROWS: usize = 64;
+/// Steps of strips that are packed by a task.
+const BLOCK: usize = 32;
+/// Strips that are packed at a time, and rows of the highest.
+const GROUP: usize = 64;
+const HIGHEST: usize = 8;
+/// Lanes of the widest vectors.
+const SQUARE: usize = 16;
 
-impl Product<f32> {
+impl<T: Vectors> Product<T> {
     /// Is the product large enough for [`gemm_pairs`]?
     pub fn suits_pairs(&self) -> bool {
         !self.is_vector() && self.work() >= LEAST && self.k > 1
@@ -36,10 +44,15 @@ impl Product<f32> {
         self.k.div_ceil(2)
     }
 
+    /// From one strip of A to the next.
+    fn strip_of_pairs(&self) -> usize {
+        self.in_strip(self.steps())
+    }
+
     /// Numbers of 32 bits that A and B are packed in.
     fn pairs(&self) -> [usize; 2] {
         let a = match self.trans_a {
-            true => self.strips().count * self.tile().1 * self.steps(),
+            true => self.strips().count * self.strip_of_pairs(),
             false => self.m * self.steps(),
         };
         [a, self.in_panels(self.panels(), self.steps())]
@@ -47,311 +60,233 @@ impl Product<f32> {
 }
 
 /// Elements of scratch that [`gemm_pairs`] needs.
-pub fn room_pairs(p: &Product<f32>) -> usize {
+pub fn room_pairs<T: Vectors>(p: &Product<T>) -> usize {
     p.pairs().iter().sum()
 }
 
 /// As [`gemm`](super::gemm), of operands rounded to bfloat16, with something added.
-pub fn gemm_pairs(
-    p: &Product<f32>,
-    a: Elements<f32>,
-    b: Elements<f32>,
-    plus: Plus<f32>,
-    c: &mut [f32],
-    scratch: &mut [f32],
+pub fn gemm_pairs<T: Vectors>(
+    p: &Product<T>,
+    a: Elements<T>,
+    b: Elements<T>,
+    plus: Plus<T>,
+    c: &mut [T],
+    scratch: &mut [T],
 ) {
     p.check([a.len(), b.len(), c.len()], &plus);
     if p.m * p.n == 0 {
         return;
     }
     let [in_a, in_b] = p.pairs();
-    let scratch: &mut [u32] = bytemuck::cast_slice_mut(&mut scratch[..in_a + in_b]);
-    let (a_pairs, b_pairs) = scratch.split_at_mut(in_a);
+    let scratch: &mut [u32] = bytemuck::cast_slice_mut(scratch);
+    let (a_pairs, b_pairs) = scratch[..in_a + in_b].split_at_mut(in_a);
     pack_b(p, b, b_pairs);
     pack_a(p, a, a_pairs);
     let (a, b, c) = (&*a_pairs, &*b_pairs, Shared::new(c));
     let (rows, cols) = Product { trans_a: false, ..*p }.pieces();
     let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
-    tasks::<f32>(rows * cols, 0, &mut [], |task, _| {
+    tasks::<T>(rows * cols, 0, &mut [], |task, _| {
         let strips = share(task / cols, rows, p.strips().count);
         let panels = share(task % cols, cols, p.panels());
         let part = Part { p, a, b, plus, c: c.ptr(), strips, panels };
         // SAFETY: the extents were checked above; no two tasks share elements of C.
-        unsafe { part.dispatch() }
+        unsafe { T::dispatch_pairs(part) }
     });
 }
 
-/// A panel of op(B) is, for each step, its columns' pairs.
-fn pack_b(p: &Product<f32>, b: Elements<f32>, out: &mut [u32]) {
-    let panel = p.tile().0;
-    let size = p.in_panels(1, p.steps());
-    out.par_chunks_exact_mut(size).enumerate().for_each(|(q, out)| {
+/// A panel of op(B) is, for each step, its columns' pairs in whole vectors.
+fn pack_b<T: Vectors>(p: &Product<T>, b: Elements<T>, out: &mut [u32]) {
+    assert!(b.len() >= p.extents()[1], "operands of a product");
+    out.par_chunks_exact_mut(p.in_panels(1, p.steps())).enumerate().for_each(|(q, out)| {
+        // SAFETY: B's length was checked; a panel has its size.
+        unsafe { T::dispatch_pairs(Panel { p, b, q, out }) }
+    });
+}
+
+/// A's rows as rows of pairs; of an A that is read across its rows, strips as B's panels.
+fn pack_a<T: Vectors>(p: &Product<T>, a: Elements<T>, out: &mut [u32]) {
+    assert!(a.len() >= p.extents()[0], "operands of a product");
+    if p.trans_a {
+        let out = Shared::new(out);
+        return (0..p.steps().div_ceil(BLOCK)).into_par_iter().for_each(|block| {
+            let steps = block * BLOCK..p.steps().min((block + 1) * BLOCK);
+            // SAFETY: A's length was checked; each task writes its own steps.
+            unsafe { T::dispatch_pairs(Strips { p, a, steps, out: out.ptr() }) }
+        });
+    }
+    out.par_chunks_mut(ROWS * p.steps()).enumerate().for_each(|(i, out)| {
+        // SAFETY: A's length was checked; the rows are whole.
+        unsafe { T::dispatch_pairs(Rows { p, a, first: i * ROWS, out }) }
+    });
+}
+
+struct Panel<'a, T> {
+    p: &'a Product<T>,
+    b: Elements<'a, T>,
+    q: usize,
+    out: &'a mut [u32],
+}
+
+impl<T: Vectors> PairKernel<T> for Panel<'_, T> {
+    #[inline(always)]
+    unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
+        let Panel { p, b, q, out } = self;
+        let lanes = D::S::LANES;
+        let panel = Level::of::<D::S>().panel(p.n);
         let first = q * panel;
         let cols = panel.min(p.n - first);
-        match p.trans_b {
-            false => interleave(b, p.ldb, p.k, first, cols, panel, out),
-            true => {
-                if cols < panel {
-                    out.fill(0);
+        let row = cols.next_multiple_of(lanes);
+        if cols < row {
+            out.fill(0);
+        }
+        let out = out.as_mut_ptr();
+        // SAFETY: rows and columns of op(B), all of which B has; the panel has as many rows as there are steps.
+        unsafe {
+            if !p.trans_b {
+                for step in 0..p.steps() {
+                    let at = 2 * step * p.ldb + first;
+                    let second = if 2 * step + 1 < p.k { Some(at + p.ldb) } else { None };
+                    across::<D>(b, [Some(at), second], cols, out.add(step * row));
                 }
-                let mut few = [0; RUN / 2];
-                for (run, out) in out.chunks_mut(RUN / 2 * panel).enumerate() {
-                    let (steps, done) = (out.len() / panel, run * RUN);
-                    for j in 0..cols {
-                        adjacent(b, (first + j) * p.ldb + done, p.k - done, &mut few[..steps]);
-                        for (to, pair) in out[j..].iter_mut().step_by(panel).zip(&few) {
-                            *to = *pair;
+                return;
+            }
+            // Squares of pairs are transposed in registers.
+            let mut square = [0u32; SQUARE * SQUARE];
+            for step in (0..p.steps()).step_by(lanes) {
+                let steps = lanes.min(p.steps() - step);
+                let elements = (2 * steps).min(p.k - 2 * step);
+                for col in (0..cols).step_by(lanes) {
+                    let count = lanes.min(cols - col);
+                    for i in 0..count {
+                        let at = (first + col + i) * p.ldb + 2 * step;
+                        neighbours::<D>(b, at, elements, square.as_mut_ptr().add(i * lanes));
+                    }
+                    let to = out.add(step * row + col);
+                    if steps == lanes && count == lanes {
+                        D::S::transpose(square.as_ptr().cast(), lanes, to.cast(), row);
+                        continue;
+                    }
+                    for k in 0..steps {
+                        for i in 0..count {
+                            *to.add(k * row + i) = square[i * lanes + k];
                         }
                     }
                 }
             }
         }
-    });
-}
-
-/// A's rows as rows of pairs; of an A that is read across its rows, strips as B's panels.
-fn pack_a(p: &Product<f32>, a: Elements<f32>, out: &mut [u32]) {
-    if !p.trans_a {
-        let rows = out.par_chunks_mut(ROWS * p.steps()).enumerate();
-        return rows.for_each(|(i, out)| {
-            for (r, row) in out.chunks_exact_mut(p.steps()).enumerate() {
-                adjacent(a, (i * ROWS + r) * p.lda, p.k, row);
-            }
-        });
-    }
-    let (height, strips) = (p.tile().1, p.strips());
-    out.par_chunks_exact_mut(height * p.steps()).enumerate().for_each(|(i, out)| {
-        interleave(a, p.lda, p.k, strips.start(i), strips.len(i), height, out);
-    });
-}
-
-/// Neighbouring elements from `start` on, `k` of them at most, in pairs; an odd one is beside a zero.
-fn adjacent(x: Elements<f32>, start: usize, k: usize, out: &mut [u32]) {
-    let mut bits = [0; RUN];
-    for (run, out) in out.chunks_mut(RUN / 2).enumerate() {
-        let done = run * RUN;
-        let n = (2 * out.len()).min(k - done);
-        bits[n..2 * out.len()].fill(0);
-        rounded(x, start + done, &mut bits[..n]);
-        for (pair, b) in out.iter_mut().zip(bits.chunks_exact(2)) {
-            *pair = u32::from(b[0]) | u32::from(b[1]) << 16;
-        }
     }
 }
 
-/// Of `k` rows, `ld` apart, `cols` columns from `first` on: each two rows become one of pairs, `width` wide, zeros after the last
-/// column.
-fn interleave(
-    x: Elements<f32>,
-    ld: usize,
-    k: usize,
+struct Rows<'a, T> {
+    p: &'a Product<T>,
+    a: Elements<'a, T>,
     first: usize,
-    cols: usize,
-    width: usize,
-    out: &mut [u32],
-) {
-    let mut bits = [[0; RUN]; 2];
-    for (step, out) in out.chunks_exact_mut(width).enumerate() {
-        for (half, bits) in bits.iter_mut().enumerate() {
-            match 2 * step + half < k {
-                true => rounded(x, (2 * step + half) * ld + first, &mut bits[..cols]),
-                false => bits.fill(0),
-            }
-        }
-        for (j, pair) in out.iter_mut().enumerate() {
-            *pair = match j < cols {
-                true => u32::from(bits[0][j]) | u32::from(bits[1][j]) << 16,
-                false => 0,
-            };
-        }
-    }
+    out: &'a mut [u32],
 }
 
-/// Elements that are rounded at a time; no panel is wider.
-const RUN: usize = 256;
-
-/// Some elements as bits of bfloat16.
-fn rounded(x: Elements<f32>, start: usize, out: &mut [u16]) {
-    match x {
-        Elements::Whole(x) => Half::Bf16.round_near(&x[start..start + out.len()], out),
-        Elements::Half(Half::Bf16, x) => out.copy_from_slice(&x[start..start + out.len()]),
-        half => {
-            let mut wide = [0.0; RUN];
-            half.copy(start, &mut wide[..out.len()]);
-            Half::Bf16.round_near(&wide[..out.len()], out);
-        }
-    }
-}
-
-/// Vectors that multiply pairs.
-///
-/// # Safety
-/// As of [`Simd`].
-unsafe trait Pairs {
-    type S: Simd<Elem = f32>;
-    const ROWS: &'static [usize] = Self::S::ROWS;
-
-    /// `c + a₀·b₀ + a₁·b₁` a lane, of the pair `a` and a vector of pairs.
-    unsafe fn dot(a: u32, b: *const u32, c: <Self::S as Simd>::V) -> <Self::S as Simd>::V;
-}
-
-/// In plain arithmetic, on any vectors.
-struct Plainly<S>(std::marker::PhantomData<S>);
-
-// SAFETY: vectors are written to arrays of as many elements, and read from them.
-unsafe impl<S: Simd<Elem = f32>> Pairs for Plainly<S> {
-    type S = S;
-
+impl<T: Vectors> PairKernel<T> for Rows<'_, T> {
     #[inline(always)]
-    unsafe fn dot(a: u32, b: *const u32, c: S::V) -> S::V {
-        let (low, high) = (f32::from_bits(a << 16), f32::from_bits(a & 0xFFFF_0000));
-        let mut sum = [0.0; 16];
-        // SAFETY: the caller's promise; no vector has more than 16 lanes.
-        unsafe {
-            S::store(sum.as_mut_ptr(), c);
-            for (i, sum) in sum.iter_mut().enumerate().take(S::LANES) {
-                let b = *b.add(i);
-                *sum += low * f32::from_bits(b << 16) + high * f32::from_bits(b & 0xFFFF_0000);
-            }
-            S::load(sum.as_ptr())
+    unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
+        let p = self.p;
+        for (i, row) in self.out.chunks_exact_mut(p.steps()).enumerate() {
+            // SAFETY: a row's elements, which A has, and its pairs.
+            unsafe { neighbours::<D>(self.a, (self.first + i) * p.lda, p.k, row.as_mut_ptr()) }
         }
     }
 }
 
-/// By one instruction.
-struct Instruction;
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::*;
-
-    use super::{Instruction, Pairs};
-    use crate::kernels::simd::x86::Avx512;
-
-    // SAFETY: one instruction of AVX512-BF16, which the caller has.
-    unsafe impl Pairs for Instruction {
-        type S = Avx512;
-
-        #[inline(always)]
-        unsafe fn dot(a: u32, b: *const u32, c: __m512) -> __m512 {
-            // SAFETY: the caller's promise; all are 512 bits.
-            unsafe {
-                let a: __m512bh = std::mem::transmute(_mm512_set1_epi32(a.cast_signed()));
-                let b: __m512bh = std::mem::transmute(_mm512_loadu_si512(b.cast()));
-                _mm512_dpbf16_ps(c, a, b)
-            }
-        }
-    }
+struct Strips<'a, T> {
+    p: &'a Product<T>,
+    a: Elements<'a, T>,
+    steps: Range<usize>,
+    /// Of all strips, with all steps.
+    out: *mut u32,
 }
 
-#[cfg(target_arch = "aarch64")]
-mod arm {
-    use std::arch::aarch64::*;
-    use std::arch::asm;
-
-    use super::{Instruction, Pairs};
-    use crate::kernels::simd::arm::Neon;
-
-    // SAFETY: one instruction of Arm's BF16 extension, which the caller has.
-    unsafe impl Pairs for Instruction {
-        type S = Neon;
-
-        #[inline(always)]
-        unsafe fn dot(a: u32, b: *const u32, c: float32x4_t) -> float32x4_t {
-            let mut sum = c;
-            // SAFETY: the caller's promise.
-            unsafe {
-                let (a, b) = (vdupq_n_u32(a), vld1q_u32(b));
-                asm!(
-                    ".arch_extension bf16",
-                    "bfdot {sum:v}.4s, {b:v}.8h, {a:v}.8h",
-                    sum = inout(vreg) sum,
-                    a = in(vreg) a,
-                    b = in(vreg) b,
-                    options(pure, nomem, nostack, preserves_flags)
-                );
+impl<T: Vectors> PairKernel<T> for Strips<'_, T> {
+    #[inline(always)]
+    unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
+        let p = self.p;
+        let level = Level::of::<D::S>();
+        let height = level.rows(level.panel(p.n));
+        let (strips, size) = (Pieces::of(p.m, height), p.strip_of_pairs());
+        // A step's pairs of a group of strips.
+        let mut near = [0u32; GROUP * HIGHEST];
+        for group in (0..strips.count).step_by(GROUP) {
+            let count = GROUP.min(strips.count - group);
+            let first = strips.start(group);
+            let through = strips.start(group + count - 1) + strips.len(group + count - 1) - first;
+            for step in self.steps.clone() {
+                let at = 2 * step * p.lda + first;
+                let second = if 2 * step + 1 < p.k { Some(at + p.lda) } else { None };
+                // SAFETY: the step's rows of A, which A has, and room for as many.
+                unsafe { across::<D>(self.a, [Some(at), second], through, near.as_mut_ptr()) }
+                // As many for each strip: what is too much is written over by the next step.
+                let last = step + 1 == self.steps.end;
+                for i in group..group + count {
+                    let start = strips.start(i) - first;
+                    // SAFETY: the strip's place for the step, and for the next one's.
+                    unsafe {
+                        let to = self.out.add(i * size + step * height);
+                        match last || start + HIGHEST > near.len() {
+                            false => to.cast::<[u32; HIGHEST]>().write_unaligned(
+                                near.as_ptr().add(start).cast::<[u32; HIGHEST]>().read_unaligned(),
+                            ),
+                            true => {
+                                for j in 0..strips.len(i) {
+                                    *to.add(j) = near[start + j];
+                                }
+                            }
+                        }
+                    }
+                }
             }
-            sum
         }
     }
 }
 
 /// Some strips and panels of one product whose operands are packed.
-struct Part<'a> {
-    p: &'a Product<f32>,
+struct Part<'a, T> {
+    p: &'a Product<T>,
     a: &'a [u32],
     b: &'a [u32],
-    plus: Plus<'a, f32>,
-    c: *mut f32,
+    plus: Plus<'a, T>,
+    c: *mut T,
     strips: Range<usize>,
     panels: Range<usize>,
 }
 
-impl Kernel<f32> for Part<'_> {
+impl<T: Vectors> PairKernel<T> for Part<'_, T> {
     #[inline(always)]
-    unsafe fn run<S: Simd<Elem = f32>>(self) {
-        // SAFETY: the caller's promise.
-        unsafe { self.tiles::<Plainly<S>>() }
-    }
-}
-
-impl Part<'_> {
-    /// # Safety
-    /// The part must lie inside the product, whose packed operands and C have its extents.
-    unsafe fn dispatch(self) {
-        #[cfg(target_arch = "x86_64")]
-        if has_pair_products() {
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-            unsafe fn by_instruction(part: Part) {
-                // SAFETY: the caller's promise.
-                unsafe { part.tiles::<Instruction>() }
-            }
-            // SAFETY: the processor has the instruction; else the caller's promise.
-            return unsafe { by_instruction(self) };
-        }
-        #[cfg(target_arch = "aarch64")]
-        if has_pair_products() {
-            // SAFETY: as above.
-            return unsafe { self.tiles::<Instruction>() };
-        }
-        // SAFETY: the caller's promise.
-        unsafe { f32::dispatch(self) }
-    }
-
-    /// # Safety
-    /// As of [`dispatch`](Self::dispatch), and the processor must have `D`'s instructions.
-    #[inline(always)]
-    unsafe fn tiles<D: Pairs>(self) {
+    unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
         let (p, steps) = (self.p, self.p.steps());
         let panel = Level::of::<D::S>().panel(p.n);
         let height = Level::of::<D::S>().rows(panel);
-        let strips = Pieces::of(p.m, height);
+        let (strips, strip) = (Pieces::of(p.m, height), p.strip_of_pairs());
         let mut k = 0;
         while k < steps {
             let count = STEPS.min(steps - k);
-            let (beta, plus) = if k == 0 { (p.beta, self.plus) } else { (1.0, Plus::NOTHING) };
+            let (beta, plus) = if k == 0 { (p.beta, self.plus) } else { (T::one(), Plus::NOTHING) };
             for q in self.panels.clone() {
                 let first = q * panel;
-                let b = self.b.as_ptr().wrapping_add((q * steps + k) * panel);
+                let width = panel.min(p.n - first).next_multiple_of(D::S::LANES);
+                let b = self.b.as_ptr().wrapping_add(q * steps * panel + k * width);
                 for i in self.strips.clone() {
                     let row = strips.start(i);
-                    let (a, a_row, a_step) = match p.trans_a {
-                        true => ((i * steps + k) * height, 1, height),
-                        false => (row * steps + k, steps, 1),
+                    let (a, a_step) = match p.trans_a {
+                        true => (i * strip + k * height, height),
+                        false => (row * steps + k, steps),
                     };
                     let tile = Tile {
+                        across: p.trans_a,
                         a: self.a.as_ptr().wrapping_add(a),
-                        a_row,
                         a_step,
                         b,
-                        b_step: panel,
                         steps: count,
                         to: Target::of(p, plus, self.c, row, first, panel, beta),
                     };
-                    // SAFETY: the part lies inside the product; its operands are packed with whole panels.
-                    unsafe {
-                        tile_sizes!(strips.len(i), tile.to.lanes.div_ceil(D::S::LANES), D, run_tile(&tile))
-                    }
+                    // SAFETY: the part lies inside the product; its operands are packed.
+                    unsafe { tile_sizes!(strips.len(i), width / D::S::LANES, D, tile_run(&tile)) }
                 }
             }
             k += STEPS;
@@ -359,36 +294,46 @@ impl Part<'_> {
     }
 }
 
-struct Tile<'a> {
-    /// Pairs of one row are `a_step` apart, rows `a_row`.
+struct Tile<'a, T> {
+    /// A's pairs of one step are neighbours; else those of one row.
+    across: bool,
     a: *const u32,
-    a_row: usize,
+    /// From one step, or one row, to the next.
     a_step: usize,
     b: *const u32,
-    b_step: usize,
     steps: usize,
-    to: Target<'a, f32>,
+    to: Target<'a, T>,
 }
 
 /// # Safety
 /// `a` must be valid for `M` rows of `steps` pairs, `b` for as many rows of `N` vectors, the target for `M` rows.
 #[inline(always)]
-unsafe fn run_tile<D: Pairs, const M: usize, const N: usize>(t: &Tile) {
+unsafe fn tile_run<D: Pairs<S: Simd<Elem: Float>>, const M: usize, const N: usize>(
+    t: &Tile<<D::S as Simd>::Elem>,
+) {
     // SAFETY: the caller's promise.
     unsafe {
         t.to.fetch::<D::S, M, N>();
-        let mut acc: Acc<D::S, M, N> = [[D::S::splat(0.0); N]; M];
-        let (mut a, mut b) = (t.a, t.b);
-        for _ in 0..t.steps {
+        let acc = if t.across {
+            let positions = Positions {
+                blocks: 1,
+                rows: 1,
+                steps: t.steps,
+                a_block: 0,
+                a_row: 0,
+                a_step: t.a_step,
+                b_block: 0,
+                b_row: 0,
+                b_step: N * D::S::LANES,
+            };
+            along_columns::<D, M, N, ROUND>(&positions, t.a, t.b, D::S::LANES)
+        } else {
+            let mut rows = [t.a; M];
             for i in 0..M {
-                let x = *a.add(i * t.a_row);
-                for j in 0..N {
-                    acc[i][j] = D::dot(x, b.add(j * D::S::LANES), acc[i][j]);
-                }
+                rows[i] = t.a.wrapping_add(i * t.a_step);
             }
-            a = a.wrapping_add(t.a_step);
-            b = b.wrapping_add(t.b_step);
-        }
+            along_rows::<D, M, N>(&[(0, t.steps)], rows, t.b, N * D::S::LANES)
+        };
         t.to.write::<D::S, M, N>(&acc);
     }
 }

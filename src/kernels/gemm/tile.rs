@@ -49,7 +49,7 @@ pub(super) unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(t: &Tile<
             for i in 0..M {
                 rows[i] = t.a.wrapping_add(i * t.lda);
             }
-            along_rows::<S, M, N, ROUND>(&[(0, t.steps)], rows, t.b, N * S::LANES)
+            along_rows::<S, M, N>(&[(0, t.steps)], rows, t.b, N * S::LANES)
         };
         t.to.write::<S, M, N>(&acc);
     }

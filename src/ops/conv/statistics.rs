@@ -81,6 +81,10 @@ impl Op for ConvStatistics {
         Some(Arc::new(ConvStatistics { conv: self.conv.clone(), rounds: Some(to) }))
     }
 
+    fn by_pairs(&self) -> Option<Arc<dyn Op>> {
+        Some(Arc::new(ConvStatistics { conv: self.conv.paired()?, rounds: self.rounds }))
+    }
+
     fn in_place(&self) -> &[(usize, usize)] {
         self.conv.in_place()
     }

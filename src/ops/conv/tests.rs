@@ -23,6 +23,7 @@ fn conv_is_its_definition() {
             normalises: None,
             clamp: Clamp::NONE,
             layout: Layout::First,
+            pairs: false,
         };
         let (x, w) = (wave(&dims[0], 0.7), wave(&dims[1], 1.3));
         let y = eval(&conv, &[Some(&x), Some(&w)]).unwrap().remove(0);
@@ -57,7 +58,8 @@ fn many_weights_few_positions() {
     let (x, w) = (wave(&[1, 370, 8, 7], 0.7), wave(&[360, 370, 3, 3], 1.3));
     let pads = crate::ops::window::AutoPad::SameUpper;
     let window = Window { auto_pad: pads, ..Window::of(&crate::ops::Attrs::default()).unwrap() };
-    let conv = Conv { window, groups: 1, normalises: None, clamp: Clamp::NONE, layout: Layout::First };
+    let conv =
+        Conv { window, groups: 1, normalises: None, clamp: Clamp::NONE, layout: Layout::First, pairs: false };
     // The same convolution in parts that are small enough for the others.
     let y = eval(&conv, &[Some(&x), Some(&w)]).unwrap().remove(0);
     let part = Tensor::from_slice(&[2, 370, 3, 3], &w.to_f64()[358 * 3330..]).unwrap();
@@ -103,7 +105,14 @@ fn bits_do_not_depend_on_threads() {
             ceil: false,
             output: vec![],
         };
-        let conv = Conv { window, groups, normalises: None, clamp: Clamp::NONE, layout: Layout::First };
+        let conv = Conv {
+            window,
+            groups,
+            normalises: None,
+            clamp: Clamp::NONE,
+            layout: Layout::First,
+            pairs: false,
+        };
         let (tx, tw) = (wave(&x, 0.7).cast(DType::F32), wave(&w, 1.3).cast(DType::F32));
         let (_, y) = conv.geometry(&x, &w).unwrap();
         let dy = wave(&y, 0.9).cast(DType::F32);
@@ -155,7 +164,7 @@ fn statistics_are_of_the_results() {
                 ..Window::of(&crate::ops::Attrs::default()).unwrap()
             };
             let clamp = Clamp { low: -0.5, high: 9.0 };
-            let conv = Conv { window, groups, normalises: None, clamp, layout };
+            let conv = Conv { window, groups, normalises: None, clamp, layout, pairs: false };
             let bias = Tensor::from_slice(&[w[0]], &vec![7.0; w[0]]).unwrap().cast(DType::F32);
             let (x, w) = (wave(&layout.of(&x), 0.7).cast(DType::F32), wave(&w, 1.3).cast(DType::F32));
             let inputs = [&x, &w, &bias].map(Some);
@@ -184,7 +193,7 @@ fn statistics_are_of_the_results() {
 fn last(kernel: usize, stride: usize, groups: usize) -> Conv {
     let mut window = Window::of(&crate::ops::Attrs::default()).unwrap();
     (window.strides, window.pads) = (vec![stride; 2], vec![kernel / 2; 4]);
-    Conv { window, groups, normalises: None, clamp: Clamp::NONE, layout: Layout::Last }
+    Conv { window, groups, normalises: None, clamp: Clamp::NONE, layout: Layout::Last, pairs: false }
 }
 
 /// `f(element, channel)` of a tensor whose channels are last.

@@ -96,6 +96,7 @@ impl ConvTranspose {
             stride: [1; 3],
             dilation: [1; 3],
             pad: [0; 3],
+            pairs: false,
         };
         let shape = &self.output_shape[self.output_shape.len().saturating_sub(rank)..];
         let at = |v: &[usize], i: usize, default: usize| v.get(i).copied().unwrap_or(default);
@@ -146,7 +147,14 @@ impl ConvTranspose {
             ceil: false,
             output: of(&g.y),
         };
-        Conv { window, groups: self.groups, normalises: None, clamp: Clamp::NONE, layout: self.layout }
+        Conv {
+            window,
+            groups: self.groups,
+            normalises: None,
+            clamp: Clamp::NONE,
+            layout: self.layout,
+            pairs: false,
+        }
     }
 }
 

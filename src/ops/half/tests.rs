@@ -4,7 +4,7 @@ use crate::kernels::layout::Layout;
 use crate::kernels::norm::{Channels, RowNorm, Stat};
 use crate::ops::attention::{FusedAttention, FusedAttentionGrad};
 use crate::ops::batch_norm::{BatchNormInputGrad, BatchNormParamGrad, ChannelParamGrad};
-use crate::ops::conv::{Conv, ConvGrads, ConvStatistics, ConvWeightGrad};
+use crate::ops::conv::{Conv, ConvGrads, ConvInputGrad, ConvStatistics, ConvWeightGrad};
 use crate::ops::matmul::{Gemm, MatMul, MatMulAs};
 use crate::ops::norm::SampleNormInputGrad;
 use crate::ops::window::Window;
@@ -62,38 +62,82 @@ fn reads(what: &str, op: &dyn Op, operands: &[Option<&Tensor>]) {
 fn last(strides: &[usize], pads: &[usize], groups: usize) -> Conv {
     let mut window = Window::of(&Attrs::default()).unwrap();
     (window.strides, window.pads) = (strides.to_vec(), pads.to_vec());
-    Conv { window, groups, normalises: None, clamp: Clamp::NONE, layout: Layout::Last }
+    Conv { window, groups, normalises: None, clamp: Clamp::NONE, layout: Layout::Last, pairs: false }
+}
+
+/// X and W in ONNX's order; groups, stride, pads.
+type Shape = (&'static [usize], &'static [usize], usize, usize, usize);
+const SHAPES: &[Shape] = &[
+    (&[3, 16, 32, 32], &[16, 16, 3, 3], 1, 1, 1),
+    (&[1, 3, 40, 41], &[16, 3, 3, 3], 1, 2, 1),
+    (&[3, 3, 30, 31], &[64, 3, 7, 7], 1, 2, 3),
+    (&[9, 32, 16, 16], &[64, 32, 3, 3], 1, 2, 1),
+    (&[40, 17, 9, 8], &[18, 17, 3, 3], 1, 2, 1),
+    (&[2, 18, 60, 70], &[20, 18, 5, 3], 1, 1, 2),
+    (&[2, 128, 14, 14], &[256, 128, 3, 3], 1, 2, 1),
+    (&[2, 100, 9, 9], &[96, 100, 1, 1], 1, 2, 0),
+    (&[2, 36, 5, 5], &[34, 18, 3, 3], 2, 1, 1),
+    (&[2, 256, 7, 7], &[256, 256, 1, 1], 1, 1, 0),
+    (&[2, 370, 8, 8], &[360, 370, 3, 3], 1, 1, 1),
+    (&[3, 64, 9, 10], &[70, 64, 3, 3], 1, 1, 0),
+    (&[2, 18, 600], &[16, 18, 3], 1, 1, 1),
+    (&[1, 17, 4, 5, 6], &[16, 17, 3, 2, 3], 1, 1, 1),
+    (&[2, 20, 9, 9, 9], &[16, 20, 3, 3, 3], 1, 2, 1),
+    (&[5, 24, 14, 14], &[24, 1, 3, 3], 24, 1, 1),
+    (&[2, 19, 9, 11], &[19, 1, 5, 5], 19, 2, 2),
+    (&[2, 24, 30, 31], &[80, 24, 1, 1], 1, 1, 0),
+    (&[1, 600, 20, 20], &[8, 600, 1, 1], 1, 1, 0),
+    (&[1, 600, 9, 9], &[600, 1, 3, 3], 600, 1, 1),
+];
+
+/// The convolution of a shape, its input and its weights.
+fn convolution((x, w, groups, stride, pad): Shape) -> (Conv, Tensor, Tensor) {
+    let spatial = x.len() - 2;
+    let conv = last(&vec![stride; spatial], &vec![pad; 2 * spatial], groups);
+    (conv, wave(&Layout::Last.of(x), 0.7), wave(w, 1.3))
+}
+
+#[test]
+fn convolutions_multiply_pairs() {
+    for shape in SHAPES.iter().filter(|s| s.2 == 1) {
+        let (conv, input, weights) = convolution(*shape);
+        let (x, w) = (Dims::from_slice(input.dims()), Dims::from_slice(weights.dims()));
+        let dy = wave(eval(&conv, &[Some(&input), Some(&weights)]).unwrap()[0].dims(), 0.9);
+        // The same sums of operands that rounding does not change, in double precision; and pairs of them, added up in it.
+        let check = |op: &dyn Op, operands: [&Tensor; 2]| {
+            let pairs = op.by_pairs().unwrap();
+            let [rounded, exact] =
+                [DType::F32, DType::F64].map(|to| operands.map(|t| t.cast(DType::BF16).cast(to)));
+            let of = |op: &dyn Op, [a, b]: [&Tensor; 2]| eval(op, &[Some(a), Some(b)]).unwrap()[0].to_f64();
+            let want = of(op, [&exact[0], &exact[1]]);
+            let most = want.iter().fold(1e-3, |m: f64, x| m.max(x.abs()));
+            for (got, tolerance) in [
+                (of(pairs.as_ref(), [&rounded[0], &rounded[1]]), 1e-5 * most),
+                (of(pairs.as_ref(), [&exact[0], &exact[1]]), 1e-12 * most),
+            ] {
+                for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                    assert!((got - want).abs() <= tolerance, "{} of {shape:?}, {i}: {got} {want}", op.name());
+                }
+            }
+        };
+        check(&conv, [&input, &weights]);
+        check(&ConvInputGrad { conv: conv.clone(), x }, [&dy, &weights]);
+        let weight = ConvWeightGrad { conv: conv.clone(), w };
+        check(&weight, [&dy, &input]);
+        // Operands that are rounded already are taken as they are.
+        reads(
+            &format!("pairs of {shape:?}"),
+            weight.by_pairs().unwrap().as_ref(),
+            &[Some(&dy), Some(&input)],
+        );
+    }
 }
 
 #[test]
 fn convolutions_read_it() {
-    // X and W in ONNX's order; groups, stride, pads.
-    type Shape = (&'static [usize], &'static [usize], usize, usize, usize);
-    let shapes: &[Shape] = &[
-        (&[3, 16, 32, 32], &[16, 16, 3, 3], 1, 1, 1),
-        (&[1, 3, 40, 41], &[16, 3, 3, 3], 1, 2, 1),
-        (&[9, 32, 16, 16], &[64, 32, 3, 3], 1, 2, 1),
-        (&[40, 17, 9, 8], &[18, 17, 3, 3], 1, 2, 1),
-        (&[2, 18, 60, 70], &[20, 18, 5, 3], 1, 1, 2),
-        (&[2, 128, 14, 14], &[256, 128, 3, 3], 1, 2, 1),
-        (&[2, 100, 9, 9], &[96, 100, 1, 1], 1, 2, 0),
-        (&[2, 36, 5, 5], &[34, 18, 3, 3], 2, 1, 1),
-        (&[2, 256, 7, 7], &[256, 256, 1, 1], 1, 1, 0),
-        (&[2, 370, 8, 8], &[360, 370, 3, 3], 1, 1, 1),
-        (&[3, 64, 9, 10], &[70, 64, 3, 3], 1, 1, 0),
-        (&[2, 18, 600], &[16, 18, 3], 1, 1, 1),
-        (&[1, 17, 4, 5, 6], &[16, 17, 3, 2, 3], 1, 1, 1),
-        (&[2, 20, 9, 9, 9], &[16, 20, 3, 3, 3], 1, 2, 1),
-        (&[5, 24, 14, 14], &[24, 1, 3, 3], 24, 1, 1),
-        (&[2, 19, 9, 11], &[19, 1, 5, 5], 19, 2, 2),
-        (&[2, 24, 30, 31], &[80, 24, 1, 1], 1, 1, 0),
-        (&[1, 600, 20, 20], &[8, 600, 1, 1], 1, 1, 0),
-        (&[1, 600, 9, 9], &[600, 1, 3, 3], 600, 1, 1),
-    ];
-    for (x, w, groups, stride, pad) in shapes {
-        let what = format!("{x:?} by {w:?} / {stride}");
-        let conv = last(&vec![*stride; x.len() - 2], &vec![*pad; 2 * (x.len() - 2)], *groups);
-        let (input, weights) = (wave(&Layout::Last.of(x), 0.7), wave(w, 1.3));
+    for shape in SHAPES {
+        let (what, (x, w, ..)) = (format!("{shape:?}"), *shape);
+        let (conv, input, weights) = convolution(*shape);
         let y = eval(&conv, &[Some(&input), Some(&weights)]).unwrap().remove(0);
         let (c, oc) = (x[1], w[0]);
         let dy = wave(y.dims(), 0.9);

@@ -4,6 +4,7 @@ use crate::error::OpError;
 use crate::float_dispatch;
 use crate::kernels::gemm::{Plus, Product, gemm_halves, gemm_pairs, many, room, room_halves, room_pairs};
 use crate::kernels::half::{Elements, Half};
+use crate::kernels::simd::Vectors;
 use crate::ops::half::elements;
 use crate::ops::{Cx, get, need};
 use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut, broadcast};
@@ -140,28 +141,18 @@ impl Stacked {
     }
 }
 
-/// The product by pairs, if it is one of `f32` and large enough; else `false`, and nothing has been done.
-pub(super) fn by_pairs<T: Float>(
+/// The product by pairs, if it is large enough; else `false`, and nothing has been done.
+pub(super) fn by_pairs<T: Vectors>(
     cx: &mut Cx,
     p: &Product<T>,
     [a, b]: [Elements<T>; 2],
     plus: Plus<T>,
     y: &mut [T],
 ) -> Result<bool, OpError> {
-    let single = Product::<f32>::dense(p.trans_a, p.trans_b, p.m, p.n, p.k);
-    if size_of::<T>() != size_of::<f32>() || !single.suits_pairs() {
+    if !p.suits_pairs() {
         return Ok(false);
     }
-    fn narrow<T: Float>(x: Elements<'_, T>) -> Elements<'_, f32> {
-        match x {
-            Elements::Whole(x) => Elements::Whole(bytemuck::cast_slice(x)),
-            Elements::Half(half, x) => Elements::Half(half, x),
-        }
-    }
-    let plus = Plus { row: plus.row.map(bytemuck::cast_slice), all: plus.all.map(bytemuck::cast_slice) };
-    let p = Product { alpha: p.alpha.to64() as f32, beta: p.beta.to64() as f32, ..single };
-    let scratch = cx.room(room_pairs(&p))?;
-    gemm_pairs(&p, narrow(a), narrow(b), plus, bytemuck::cast_slice_mut(y), scratch);
+    gemm_pairs(p, a, b, plus, y, cx.room(room_pairs(p))?);
     Ok(true)
 }
 

@@ -1,0 +1,224 @@
+//! Operands of convolutions of one group rounded to bfloat16, in pairs: of input channels, or, for weight gradients, of images.
+#![allow(unsafe_code)]
+
+use std::ops::Range;
+
+use crate::kernels::conv::grids::{Lines, Plan, pack_panel};
+use crate::kernels::conv::{in_slots, slots};
+use crate::kernels::half::Elements;
+use crate::kernels::pairs::{PairKernel, Pairs, across, neighbours};
+use crate::kernels::par::Shared;
+use crate::kernels::simd::{Simd, Vectors};
+use crate::kernels::tile::Pieces;
+
+/// Input channels whose weights are put in order at a time.
+const BLOCK: usize = 16;
+
+/// Room for pairs.
+pub(super) fn room<T: Vectors>(scratch: &mut [T]) -> &mut [u32] {
+    bytemuck::cast_slice_mut(scratch)
+}
+
+/// Panels, and elements of scratch for one of them.
+fn panels(plan: &Plan, panel: usize) -> [usize; 2] {
+    [plan.panels(panel), plan.order.len() * BLOCK * panel]
+}
+
+/// Elements of scratch that [`pack`] needs.
+pub(super) fn pack_scratch(plan: &Plan, panel: usize) -> usize {
+    let [panels, size] = panels(plan, panel);
+    slots(panels, size)
+}
+
+/// Weights in panels, as of [`grids::pack`](super::grids::pack), a row for each pair of input channels.
+pub(super) fn pack<T: Vectors>(
+    plan: &Plan,
+    forward: bool,
+    panel: usize,
+    w: &[T],
+    out: &mut [u32],
+    scratch: &mut [T],
+) {
+    let size = plan.steps() * panel;
+    let [panels, near] = panels(plan, panel);
+    assert!(out.len() >= panels * size, "packed weights");
+    let out = Shared::new(out);
+    in_slots(panels, near, scratch, |p, near| {
+        let row = plan.row(panel, p, T::level().lanes);
+        for first in (0..plan.inputs).step_by(BLOCK) {
+            let inputs = first..plan.inputs.min(first + BLOCK);
+            pack_panel(plan, forward, [panel, row], p, inputs.clone(), w, near);
+            let out = out.ptr().wrapping_add(p * size + first / 2 * row);
+            let taps = plan.order.len();
+            // SAFETY: a panel's rows, which no other task writes.
+            unsafe { T::dispatch_pairs(PairRows { near, taps, rows: inputs.len(), step: plan.ci, row, out }) }
+        }
+    });
+}
+
+/// Pairs of neighbouring rows of some input channels, for each tap.
+struct PairRows<'a, T> {
+    near: &'a [T],
+    taps: usize,
+    rows: usize,
+    /// Rows of pairs from a tap to the next, and elements of each.
+    step: usize,
+    row: usize,
+    out: *mut u32,
+}
+
+impl<T: Vectors> PairKernel<T> for PairRows<'_, T> {
+    #[inline(always)]
+    unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
+        let PairRows { near, taps, rows, step, row, out } = self;
+        for tap in 0..taps {
+            for i in (0..rows).step_by(2) {
+                let at = (tap * rows + i) * row;
+                let second = if i + 1 < rows { Some(at + row) } else { None };
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let to = out.add((tap * step + i / 2) * row);
+                    across::<D>(Elements::Whole(near), [Some(at), second], row, to);
+                }
+            }
+        }
+    }
+}
+
+/// As [`grids::pad`](super::grids::pad): some rows of the input with zeros around, in pairs of channels.
+pub(super) struct Pad<'a, T> {
+    pub(super) plan: &'a Plan,
+    pub(super) x: Elements<'a, T>,
+    pub(super) images: Range<usize>,
+    pub(super) row: usize,
+    pub(super) window: [usize; 3],
+    pub(super) out: &'a mut [u32],
+}
+
+impl<T: Vectors> PairKernel<T> for Pad<'_, T> {
+    #[inline(always)]
+    unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
+        let Pad { plan, x, images, row, window, out } = self;
+        let c = plan.ci;
+        let line = window[2] * c;
+        let lines = Lines::of(plan, images, row, window);
+        for nth in 0..lines.count() {
+            let [position, at, n] = lines.line(nth);
+            let out = &mut out[nth * line..][..line];
+            out[..at * c].fill(0);
+            // SAFETY: the caller's promise.
+            unsafe { pair_positions::<D>(plan, x, position, n, &mut out[at * c..(at + n) * c]) };
+            out[(at + n) * c..].fill(0);
+        }
+    }
+}
+
+/// Some positions, one after the other.
+pub(super) struct Positions<'a, T> {
+    pub(super) plan: &'a Plan,
+    pub(super) x: &'a [T],
+    pub(super) out: &'a mut [u32],
+}
+
+impl<T: Vectors> PairKernel<T> for Positions<'_, T> {
+    #[inline(always)]
+    unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
+        let positions = self.x.len() / self.plan.inputs;
+        // SAFETY: the caller's promise.
+        unsafe { pair_positions::<D>(self.plan, Elements::Whole(self.x), 0, positions, self.out) }
+    }
+}
+
+/// Positions from the `first` on in pairs of channels.
+///
+/// # Safety
+/// `D`'s instructions must be there.
+#[inline(always)]
+unsafe fn pair_positions<D: Pairs<S: Simd<Elem: Vectors>>>(
+    plan: &Plan,
+    x: Elements<<D::S as Simd>::Elem>,
+    first: usize,
+    n: usize,
+    out: &mut [u32],
+) {
+    let (c, pairs, out) = (plan.inputs, plan.ci, &mut out[..n * plan.ci]);
+    // SAFETY: as many pairs as there is room for; the caller's promise.
+    unsafe {
+        if c.is_multiple_of(2) {
+            return neighbours::<D>(x, first * c, n * c, out.as_mut_ptr());
+        }
+        for i in 0..n {
+            neighbours::<D>(x, (first + i) * c, c, out.as_mut_ptr().add(i * pairs));
+        }
+    }
+}
+
+/// Images in pairs, their channels in strips that lie each by itself, `width` pairs a position. The second image of an odd number's
+/// last pair is zeros.
+#[derive(Clone, Copy)]
+pub(super) struct Strips<'a, T> {
+    pub(super) x: Elements<'a, T>,
+    /// Images, and positions and channels of each.
+    pub(super) n: usize,
+    pub(super) positions: usize,
+    pub(super) channels: usize,
+    pub(super) strips: Pieces,
+    pub(super) width: usize,
+}
+
+impl<T: Vectors> Strips<'_, T> {
+    /// Writes some positions, counted through the pairs of images, of some strips, one strip after the other.
+    ///
+    /// # Safety
+    /// `to` must be writable for them, and `D`'s instructions be there.
+    #[inline(always)]
+    pub(super) unsafe fn write<D: Pairs<S: Simd<Elem = T>>>(
+        &self,
+        positions: Range<usize>,
+        strips: Range<usize>,
+        to: *mut u32,
+    ) {
+        let size = positions.len() * self.width;
+        let (mut pair, mut position) = (positions.start / self.positions, positions.start % self.positions);
+        for i in 0..positions.len() {
+            let first = (2 * pair * self.positions + position) * self.channels;
+            let whole = 2 * pair + 1 < self.n;
+            for strip in strips.clone() {
+                let at = first + self.strips.start(strip);
+                let second = if whole { Some(at + self.positions * self.channels) } else { None };
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let to = to.add((strip - strips.start) * size + i * self.width);
+                    across::<D>(self.x, [Some(at), second], self.strips.len(strip), to);
+                }
+            }
+            position += 1;
+            if position == self.positions {
+                (pair, position) = (pair + 1, 0);
+            }
+        }
+    }
+}
+
+/// Lines of images in pairs, those that lie outside of the images and what is beside them being zeros.
+pub(super) struct PadImages<'a, T> {
+    pub(super) x: Elements<'a, T>,
+    /// Where each line of either image begins, if there is one, and where its elements go.
+    pub(super) starts: [Option<usize>; 2],
+    pub(super) at: usize,
+    pub(super) len: usize,
+    pub(super) out: &'a mut [u32],
+}
+
+impl<T: Vectors> PairKernel<T> for PadImages<'_, T> {
+    #[inline(always)]
+    unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
+        let PadImages { x, starts, at, len, out } = self;
+        let (before, rest) = out.split_at_mut(at);
+        let (line, after) = rest.split_at_mut(len);
+        before.fill(0);
+        // SAFETY: the line has its elements.
+        unsafe { across::<D>(x, starts, len, line.as_mut_ptr()) }
+        after.fill(0);
+    }
+}

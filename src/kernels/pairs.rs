@@ -1,0 +1,493 @@
+//! Pairs of bfloat16, multiplied and summed in `f32` by the instruction that multiplies two pairs a lane and adds both products
+//! (AVX512-BF16's `vdpbf16ps`, Arm's `bfdot`).
+//!
+//! A pair is two consecutive terms of a sum in 32 bits, the first in the lower half: of a matrix product two steps of the summed
+//! dimension, of a convolution two input channels, of its weight gradient the same position of two images. Operands are rounded and
+//! paired where they are put into the order in which tiles read them; tiles are those of `f32` ([`tile`](crate::kernels::tile)).
+//! Where the processor has no such instruction the same sums are computed in plain arithmetic, which nothing but tests asks for.
+#![allow(unsafe_code)]
+
+use crate::kernels::half::{Elements, Half, to_bf16};
+use crate::kernels::isa::has_pair_products;
+use crate::kernels::simd::{Kernel, Plain, Simd, Vectors};
+use crate::kernels::tile::Terms;
+use crate::tensor::Float;
+
+/// Elements that are widened or rounded at a time where there is no shorter way.
+const RUN: usize = 64;
+
+/// Vectors that multiply pairs.
+///
+/// # Safety
+/// As of [`Simd`].
+#[allow(clippy::missing_safety_doc)] // The trait's own section holds for every method.
+pub unsafe trait Pairs: Terms<Term = u32> {
+    /// Writes `LANES` pairs of neighbours, from `x` on.
+    #[inline(always)]
+    unsafe fn neighbours(x: *const <Self::S as Simd>::Elem, to: *mut u32) {
+        for i in 0..Self::S::LANES {
+            // SAFETY: the caller's promise, here and below.
+            unsafe { *to.add(i) = pair([*x.add(2 * i), *x.add(2 * i + 1)]) }
+        }
+    }
+
+    /// Writes `n` pairs, at most `LANES`, of one element each of two rows.
+    #[inline(always)]
+    unsafe fn across(x: [*const <Self::S as Simd>::Elem; 2], n: usize, to: *mut u32) {
+        for i in 0..n {
+            unsafe { *to.add(i) = pair([*x[0].add(i), *x[1].add(i)]) }
+        }
+    }
+
+    /// The same of elements that are rounded already.
+    #[inline(always)]
+    unsafe fn across_rounded(x: [*const u16; 2], n: usize, to: *mut u32) {
+        for i in 0..n {
+            unsafe { *to.add(i) = u32::from(*x[0].add(i)) | u32::from(*x[1].add(i)) << 16 }
+        }
+    }
+}
+
+/// A loop nest over pairs. Write `run` as `#[inline(always)]`.
+pub trait PairKernel<T> {
+    /// # Safety
+    /// The processor must have `D`'s instructions, and the kernel's own promises must hold.
+    unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self);
+}
+
+/// Runs a kernel with vectors of pairs of the level in use.
+///
+/// # Safety
+/// The kernel's own promises.
+pub unsafe fn dispatch<K: PairKernel<f32>>(kernel: K) {
+    #[cfg(target_arch = "x86_64")]
+    if has_pair_products() {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+        unsafe fn by_instruction<K: PairKernel<f32>>(kernel: K) {
+            // SAFETY: the caller's promise.
+            unsafe { kernel.run::<x86::Instruction>() }
+        }
+        // SAFETY: the processor has the instruction; else the caller's promise.
+        return unsafe { by_instruction(kernel) };
+    }
+    #[cfg(target_arch = "aarch64")]
+    if has_pair_products() {
+        // SAFETY: as above.
+        return unsafe { kernel.run::<arm::Instruction>() };
+    }
+    // SAFETY: the caller's promise.
+    unsafe { f32::dispatch(OnAnyVectors(kernel)) }
+}
+
+/// As [`dispatch`], of pairs that are summed in `f64`.
+///
+/// # Safety
+/// The kernel's own promises.
+pub unsafe fn dispatch_double<K: PairKernel<f64>>(kernel: K) {
+    // SAFETY: plain arithmetic runs everywhere; else the caller's promise.
+    unsafe { kernel.run::<Plainly<Plain<f64>>>() }
+}
+
+struct OnAnyVectors<K>(K);
+
+impl<K: PairKernel<f32>> Kernel<f32> for OnAnyVectors<K> {
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = f32>>(self) {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.run::<Plainly<S>>() }
+    }
+}
+
+/// Two elements, rounded.
+#[inline(always)]
+pub fn pair<T: Float>([a, b]: [T; 2]) -> u32 {
+    u32::from(to_bf16(a.to64() as f32)) | u32::from(to_bf16(b.to64() as f32)) << 16
+}
+
+/// Pairs of `n` neighbours from element `start` on; an odd one is beside a zero.
+///
+/// # Safety
+/// `to` must be writable for `n.div_ceil(2)` pairs, and `D`'s instructions be there.
+#[inline(always)]
+pub unsafe fn neighbours<D: Pairs<S: Simd<Elem: Vectors>>>(
+    x: Elements<<D::S as Simd>::Elem>,
+    start: usize,
+    n: usize,
+    to: *mut u32,
+) {
+    // SAFETY: the slices have the elements; the caller's promise.
+    unsafe {
+        match x {
+            Elements::Whole(x) => {
+                let x = x[start..start + n].as_ptr();
+                let mut i = 0;
+                while i + 2 * D::S::LANES <= n {
+                    D::neighbours(x.add(i), to.add(i / 2));
+                    i += 2 * D::S::LANES;
+                }
+                while i < n {
+                    let second = if i + 1 < n { *x.add(i + 1) } else { num_traits::zero() };
+                    *to.add(i / 2) = pair([*x.add(i), second]);
+                    i += 2;
+                }
+            }
+            Elements::Half(Half::Bf16, x) => {
+                let x = x[start..start + n].as_ptr();
+                for i in 0..n / 2 {
+                    *to.add(i) = u32::from(*x.add(2 * i)) | u32::from(*x.add(2 * i + 1)) << 16;
+                }
+                if n % 2 == 1 {
+                    *to.add(n / 2) = u32::from(*x.add(n - 1));
+                }
+            }
+            half => {
+                let mut near = [num_traits::zero(); RUN];
+                let mut i = 0;
+                while i < n {
+                    let count = RUN.min(n - i);
+                    half.copy(start + i, &mut near[..count]);
+                    near[count..].fill(num_traits::zero());
+                    for j in 0..count.div_ceil(2) {
+                        *to.add(i / 2 + j) = pair([near[2 * j], near[2 * j + 1]]);
+                    }
+                    i += count;
+                }
+            }
+        }
+    }
+}
+
+/// Pairs of one element each of two rows of `n`, which begin at these elements; where there is no second, of zeros.
+///
+/// # Safety
+/// `to` must be writable for `n` pairs, and `D`'s instructions be there.
+#[inline(always)]
+pub unsafe fn across<D: Pairs<S: Simd<Elem: Vectors>>>(
+    x: Elements<<D::S as Simd>::Elem>,
+    [first, second]: [Option<usize>; 2],
+    n: usize,
+    to: *mut u32,
+) {
+    // SAFETY: the slices have the elements; the caller's promise.
+    unsafe {
+        match (x, first, second) {
+            (Elements::Whole(x), Some(first), Some(second)) => {
+                let x = [x[first..first + n].as_ptr(), x[second..second + n].as_ptr()];
+                let mut i = 0;
+                while i < n {
+                    D::across([x[0].add(i), x[1].add(i)], D::S::LANES.min(n - i), to.add(i));
+                    i += D::S::LANES;
+                }
+            }
+            (Elements::Half(Half::Bf16, x), Some(first), Some(second)) => {
+                let x = [x[first..first + n].as_ptr(), x[second..second + n].as_ptr()];
+                let mut i = 0;
+                while i < n {
+                    D::across_rounded([x[0].add(i), x[1].add(i)], D::S::LANES.min(n - i), to.add(i));
+                    i += D::S::LANES;
+                }
+            }
+            (half, first, second) => {
+                let mut near = [[num_traits::zero(); RUN]; 2];
+                let mut i = 0;
+                while i < n {
+                    let count = RUN.min(n - i);
+                    for (near, start) in near.iter_mut().zip([first, second]) {
+                        match start {
+                            Some(start) => half.copy(start + i, &mut near[..count]),
+                            None => near[..count].fill(num_traits::zero()),
+                        }
+                    }
+                    for j in 0..count {
+                        *to.add(i + j) = pair([near[0][j], near[1][j]]);
+                    }
+                    i += count;
+                }
+            }
+        }
+    }
+}
+
+/// The first element of a pair.
+#[inline(always)]
+fn low<T: Float>(pair: u32) -> T {
+    T::of(f64::from(f32::from_bits(pair << 16)))
+}
+
+/// The second element of a pair.
+#[inline(always)]
+fn high<T: Float>(pair: u32) -> T {
+    T::of(f64::from(f32::from_bits(pair & 0xFFFF_0000)))
+}
+
+/// In plain arithmetic, on any vectors.
+#[derive(Clone, Copy)]
+pub struct Plainly<S>(std::marker::PhantomData<fn() -> S>);
+
+/// Lanes of the widest vectors.
+const WIDEST: usize = 16;
+
+// SAFETY: vectors are written to arrays of as many elements, and read from them.
+unsafe impl<S: Simd> Terms for Plainly<S> {
+    type S = S;
+    type Term = u32;
+    type Row = [u32; WIDEST];
+    const ROWS: &'static [usize] = S::ROWS;
+
+    #[inline(always)]
+    unsafe fn row(p: *const u32) -> [u32; WIDEST] {
+        // SAFETY: the caller's promise, here and below.
+        unsafe { Self::row_part(p, S::LANES) }
+    }
+
+    #[inline(always)]
+    unsafe fn row_part(p: *const u32, n: usize) -> [u32; WIDEST] {
+        let mut row = [0; WIDEST];
+        for (i, row) in row.iter_mut().enumerate().take(n) {
+            *row = unsafe { *p.add(i) };
+        }
+        row
+    }
+
+    #[inline(always)]
+    unsafe fn broadcast(p: *const u32) -> [u32; WIDEST] {
+        unsafe { [*p; WIDEST] }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply(x: [u32; WIDEST], row: [u32; WIDEST], sum: S::V) -> S::V {
+        let mut all = [num_traits::zero(); WIDEST];
+        unsafe {
+            S::store(all.as_mut_ptr(), sum);
+            for i in 0..S::LANES {
+                all[i] += low::<S::Elem>(x[i]) * low(row[i]) + high::<S::Elem>(x[i]) * high(row[i]);
+            }
+            S::load(all.as_ptr())
+        }
+    }
+}
+
+// SAFETY: as above.
+unsafe impl<S: Simd> Pairs for Plainly<S> {}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{Pairs, Terms};
+    use crate::kernels::simd::x86::Avx512;
+
+    /// AVX512-BF16.
+    #[derive(Clone, Copy)]
+    pub struct Instruction;
+
+    /// A mask of the first `n` lanes.
+    #[inline(always)]
+    fn first(n: usize) -> __mmask16 {
+        ((1u32 << n) - 1) as u16
+    }
+
+    /// The elements of two vectors of 16, those of equal number beside each other.
+    const BESIDE: [u16; 32] = {
+        let mut at = [0; 32];
+        let mut i = 0;
+        while i < 32 {
+            at[i] = (i / 2 + i % 2 * 16) as u16;
+            i += 1;
+        }
+        at
+    };
+
+    // SAFETY: instructions of AVX512-BF16, which the caller has.
+    unsafe impl Terms for Instruction {
+        type S = Avx512;
+        type Term = u32;
+        type Row = __m512i;
+        const ROWS: &'static [usize] = <Avx512 as crate::kernels::simd::Simd>::ROWS;
+
+        #[inline(always)]
+        unsafe fn row(p: *const u32) -> __m512i {
+            // SAFETY: the caller's promise, here and below.
+            unsafe { _mm512_loadu_si512(p.cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn row_part(p: *const u32, n: usize) -> __m512i {
+            unsafe { _mm512_maskz_loadu_epi32(first(n), p.cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn broadcast(p: *const u32) -> __m512i {
+            unsafe { _mm512_set1_epi32((*p).cast_signed()) }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply(x: __m512i, row: __m512i, sum: __m512) -> __m512 {
+            // SAFETY: all are 512 bits.
+            unsafe {
+                let (x, row): (__m512bh, __m512bh) = (std::mem::transmute(x), std::mem::transmute(row));
+                _mm512_dpbf16_ps(sum, x, row)
+            }
+        }
+    }
+
+    // SAFETY: as above.
+    unsafe impl Pairs for Instruction {
+        #[inline(always)]
+        unsafe fn neighbours(x: *const f32, to: *mut u32) {
+            unsafe {
+                let (a, b) = (_mm512_loadu_ps(x), _mm512_loadu_ps(x.add(16)));
+                let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(b, a));
+                _mm512_storeu_si512(to.cast(), both);
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn across(x: [*const f32; 2], n: usize, to: *mut u32) {
+            unsafe {
+                let some = first(n);
+                let (a, b) = (_mm512_maskz_loadu_ps(some, x[0]), _mm512_maskz_loadu_ps(some, x[1]));
+                let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(b, a));
+                let at = _mm512_loadu_si512(BESIDE.as_ptr().cast());
+                _mm512_mask_storeu_epi32(to.cast(), some, _mm512_permutexvar_epi16(at, both));
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn across_rounded(x: [*const u16; 2], n: usize, to: *mut u32) {
+            unsafe {
+                let some = first(n);
+                let a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x[0].cast()));
+                let b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x[1].cast()));
+                _mm512_mask_storeu_epi32(to.cast(), some, _mm512_or_si512(a, _mm512_slli_epi32::<16>(b)));
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    use std::arch::aarch64::*;
+    use std::arch::asm;
+
+    use super::{Pairs, Terms};
+    use crate::kernels::simd::arm::Neon;
+
+    /// Arm's BF16 extension.
+    #[derive(Clone, Copy)]
+    pub struct Instruction;
+
+    // SAFETY: instructions of Arm's BF16 extension, which the caller has.
+    unsafe impl Terms for Instruction {
+        type S = Neon;
+        type Term = u32;
+        type Row = uint32x4_t;
+        const ROWS: &'static [usize] = <Neon as crate::kernels::simd::Simd>::ROWS;
+
+        #[inline(always)]
+        unsafe fn row(p: *const u32) -> uint32x4_t {
+            // SAFETY: the caller's promise, here and below.
+            unsafe { vld1q_u32(p) }
+        }
+
+        #[inline(always)]
+        unsafe fn row_part(p: *const u32, n: usize) -> uint32x4_t {
+            let mut row = [0; 4];
+            unsafe {
+                for (i, row) in row.iter_mut().enumerate().take(n) {
+                    *row = *p.add(i);
+                }
+                vld1q_u32(row.as_ptr())
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn broadcast(p: *const u32) -> uint32x4_t {
+            unsafe { vdupq_n_u32(*p) }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply(x: uint32x4_t, row: uint32x4_t, mut sum: float32x4_t) -> float32x4_t {
+            unsafe {
+                asm!(
+                    ".arch_extension bf16",
+                    "bfdot {sum:v}.4s, {row:v}.8h, {x:v}.8h",
+                    sum = inout(vreg) sum,
+                    row = in(vreg) row,
+                    x = in(vreg) x,
+                    options(pure, nomem, nostack, preserves_flags)
+                );
+            }
+            sum
+        }
+    }
+
+    // SAFETY: as above.
+    unsafe impl Pairs for Instruction {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both ways of pairing, of some elements.
+    struct Both<'a, T> {
+        x: Elements<'a, T>,
+        start: usize,
+        n: usize,
+        out: [&'a mut [u32]; 3],
+    }
+
+    impl<T: Vectors> PairKernel<T> for Both<'_, T> {
+        #[inline(always)]
+        unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
+            let Both { x, start, n, out: [beside, rows, alone] } = self;
+            // SAFETY: the test's slices are long enough.
+            unsafe {
+                neighbours::<D>(x, start, n, beside.as_mut_ptr());
+                across::<D>(x, [Some(start), Some(start + n)], n, rows.as_mut_ptr());
+                across::<D>(x, [Some(start), None], n, alone.as_mut_ptr());
+            }
+        }
+    }
+
+    #[test]
+    fn pairs_are_rounded_elements() {
+        let x: Vec<f32> = (0..300).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
+        let wide: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+        let bits: Vec<u16> = x.iter().map(|x| to_bf16(*x)).collect();
+        let mut small = vec![0; x.len()];
+        Half::F16.round_all(&x, &mut small);
+        let mut of_small = vec![0.0; x.len()];
+        Half::F16.widen_all(&small, &mut of_small);
+        for n in [1usize, 2, 7, 16, 31, 32, 33, 64, 65, 130] {
+            let start = 3;
+            let check = |what: &str, bits: &dyn Fn(usize) -> u16, got: [Vec<u32>; 3]| {
+                let pair = |a: u16, b: u16| u32::from(a) | u32::from(b) << 16;
+                for i in 0..n.div_ceil(2) {
+                    let second = if 2 * i + 1 < n { bits(start + 2 * i + 1) } else { 0 };
+                    assert_eq!(got[0][i], pair(bits(start + 2 * i), second), "{what}, {i} of {n}");
+                }
+                for i in 0..n {
+                    assert_eq!(got[1][i], pair(bits(start + i), bits(start + n + i)), "{what}, {i} of {n}");
+                    assert_eq!(got[2][i], pair(bits(start + i), 0), "{what}, {i} of {n}");
+                }
+                assert!(got.iter().all(|all| all[n..].iter().all(|x| *x == 7)), "{what}: {n}");
+            };
+            let mut made = [vec![7; 140], vec![7; 140], vec![7; 140]];
+            let mut run = |x: Elements<f32>| {
+                let out = made.each_mut().map(|v| &mut v[..]);
+                // SAFETY: there is room.
+                unsafe { f32::dispatch_pairs(Both { x, start, n, out }) }
+                made.clone()
+            };
+            check("f32", &|i| bits[i], run(Elements::Whole(&x)));
+            check("bf16", &|i| bits[i], run(Elements::Half(Half::Bf16, &bits)));
+            check("f16", &|i| to_bf16(of_small[i]), run(Elements::Half(Half::F16, &small)));
+            let out = made.each_mut().map(|v| &mut v[..]);
+            // SAFETY: as above.
+            unsafe { f64::dispatch_pairs(Both { x: Elements::Whole(&wide), start, n, out }) }
+            check("f64", &|i| bits[i], made);
+        }
+    }
+}
