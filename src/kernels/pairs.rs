@@ -7,10 +7,13 @@
 //! Where the processor has no such instruction the same sums are computed in plain arithmetic, which nothing but tests asks for.
 #![allow(unsafe_code)]
 
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
 use crate::kernels::half::{Elements, Half, to_bf16};
 use crate::kernels::isa::has_pair_products;
 use crate::kernels::simd::{Kernel, Plain, Simd, Vectors};
-use crate::kernels::tile::Terms;
+use crate::kernels::tile::{Pieces, Terms};
 use crate::tensor::Float;
 
 /// Elements that are widened or rounded at a time where there is no shorter way.
@@ -205,6 +208,52 @@ pub unsafe fn across<D: Pairs<S: Simd<Elem: Vectors>>>(
                 }
             }
         }
+    }
+}
+
+/// Columns of the widest strips that [`in_strips`] writes.
+pub const STRIP: usize = 8;
+/// Strips that are written at a time.
+const GROUP: usize = 64;
+
+/// As [`across`], of some strips of the columns, which lie `size` pairs apart, from the first of `some` on. Unless `exact`, `STRIP` pairs
+/// are written for each: what is too much belongs to what is written next.
+///
+/// # Safety
+/// `to` must be writable for the strips, whose columns the rows have, and `D`'s instructions be there.
+#[inline(always)]
+pub unsafe fn in_strips<D: Pairs<S: Simd<Elem: Vectors>>>(
+    x: Elements<<D::S as Simd>::Elem>,
+    [first, second]: [Option<usize>; 2],
+    strips: &Pieces,
+    some: Range<usize>,
+    size: usize,
+    exact: bool,
+    to: *mut u32,
+) {
+    let mut near = MaybeUninit::<[u32; (GROUP + 1) * STRIP]>::uninit();
+    let near = near.as_mut_ptr().cast::<u32>();
+    let mut group = some.start;
+    while group < some.end {
+        let last = some.end.min(group + GROUP) - 1;
+        let start = strips.start(group);
+        let columns = strips.start(last) + strips.len(last) - start;
+        let first = if let Some(at) = first { Some(at + start) } else { None };
+        let second = if let Some(at) = second { Some(at + start) } else { None };
+        // SAFETY: there is room for as many columns, and for a whole strip after the last.
+        unsafe {
+            across::<D>(x, [first, second], columns, near);
+            for i in group..last + 1 {
+                let from = near.add(strips.start(i) - start);
+                let to = to.add((i - some.start) * size);
+                match exact {
+                    // (Whatever lies behind the columns.)
+                    false => std::ptr::copy_nonoverlapping(from, to, STRIP),
+                    true => std::ptr::copy_nonoverlapping(from, to, strips.len(i)),
+                }
+            }
+        }
+        group = last + 1;
     }
 }
 

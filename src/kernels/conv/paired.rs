@@ -6,7 +6,7 @@ use std::ops::Range;
 use crate::kernels::conv::grids::{Lines, Plan, pack_panel};
 use crate::kernels::conv::{in_slots, slots};
 use crate::kernels::half::Elements;
-use crate::kernels::pairs::{PairKernel, Pairs, across, neighbours};
+use crate::kernels::pairs::{PairKernel, Pairs, STRIP, across, in_strips, neighbours};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Simd, Vectors};
 use crate::kernels::tile::Pieces;
@@ -183,13 +183,20 @@ impl<T: Vectors> Strips<'_, T> {
         for i in 0..positions.len() {
             let first = (2 * pair * self.positions + position) * self.channels;
             let whole = 2 * pair + 1 < self.n;
-            for strip in strips.clone() {
-                let at = first + self.strips.start(strip);
-                let second = if whole { Some(at + self.positions * self.channels) } else { None };
-                // SAFETY: the caller's promise.
-                unsafe {
-                    let to = to.add((strip - strips.start) * size + i * self.width);
-                    across::<D>(self.x, [Some(at), second], self.strips.len(strip), to);
+            let second = if whole { Some(first + self.positions * self.channels) } else { None };
+            // SAFETY: the caller's promise.
+            unsafe {
+                let to = to.add(i * self.width);
+                if self.width <= STRIP {
+                    let (rows, exact) = ([Some(first), second], i + 1 == positions.len());
+                    in_strips::<D>(self.x, rows, &self.strips, strips.clone(), size, exact, to);
+                } else {
+                    for strip in strips.clone() {
+                        let at = self.strips.start(strip);
+                        let second = if let Some(second) = second { Some(second + at) } else { None };
+                        let to = to.add((strip - strips.start) * size);
+                        across::<D>(self.x, [Some(first + at), second], self.strips.len(strip), to);
+                    }
                 }
             }
             position += 1;

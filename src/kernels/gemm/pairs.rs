@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use super::tile::Target;
 use super::{Plus, Product, tasks};
 use crate::kernels::half::Elements;
-use crate::kernels::pairs::{PairKernel, Pairs, across, neighbours};
+use crate::kernels::pairs::{PairKernel, Pairs, across, in_strips, neighbours};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Level, Simd, Vectors};
 use crate::kernels::tile::{Pieces, Positions, ROUND, along_columns, along_rows};
@@ -27,9 +27,6 @@ const STEPS: usize = 256;
 const ROWS: usize = 64;
 /// Steps of strips that are packed by a task.
 const BLOCK: usize = 32;
-/// Strips that are packed at a time, and rows of the highest.
-const GROUP: usize = 64;
-const HIGHEST: usize = 8;
 /// Lanes of the widest vectors.
 const SQUARE: usize = 16;
 
@@ -210,36 +207,14 @@ impl<T: Vectors> PairKernel<T> for Strips<'_, T> {
         let level = Level::of::<D::S>();
         let height = level.rows(level.panel(p.n));
         let (strips, size) = (Pieces::of(p.m, height), p.strip_of_pairs());
-        // A step's pairs of a group of strips.
-        let mut near = [0u32; GROUP * HIGHEST];
-        for group in (0..strips.count).step_by(GROUP) {
-            let count = GROUP.min(strips.count - group);
-            let first = strips.start(group);
-            let through = strips.start(group + count - 1) + strips.len(group + count - 1) - first;
-            for step in self.steps.clone() {
-                let at = 2 * step * p.lda + first;
-                let second = if 2 * step + 1 < p.k { Some(at + p.lda) } else { None };
-                // SAFETY: the step's rows of A, which A has, and room for as many.
-                unsafe { across::<D>(self.a, [Some(at), second], through, near.as_mut_ptr()) }
-                // As many for each strip: what is too much is written over by the next step.
-                let last = step + 1 == self.steps.end;
-                for i in group..group + count {
-                    let start = strips.start(i) - first;
-                    // SAFETY: the strip's place for the step, and for the next one's.
-                    unsafe {
-                        let to = self.out.add(i * size + step * height);
-                        match last || start + HIGHEST > near.len() {
-                            false => to.cast::<[u32; HIGHEST]>().write_unaligned(
-                                near.as_ptr().add(start).cast::<[u32; HIGHEST]>().read_unaligned(),
-                            ),
-                            true => {
-                                for j in 0..strips.len(i) {
-                                    *to.add(j) = near[start + j];
-                                }
-                            }
-                        }
-                    }
-                }
+        for step in self.steps.clone() {
+            let at = 2 * step * p.lda;
+            let second = if 2 * step + 1 < p.k { Some(at + p.lda) } else { None };
+            let exact = step + 1 == self.steps.end;
+            // SAFETY: the step's rows of A, which A has, and the strips' place for them.
+            unsafe {
+                let to = self.out.add(step * height);
+                in_strips::<D>(self.a, [Some(at), second], &strips, 0..strips.count, size, exact, to);
             }
         }
     }
