@@ -99,10 +99,10 @@ def mode(name):
     return ["--mode", name, *(["--icp-steps", 5, "--icp-epsilon", 0.002, "--icp-ema", 0] if name == "icp" else [])]
 
 
-def bench(case, args, count):
+def bench(case, args, count, precision="f32"):
     """The command that times retune."""
     command = [args.retune, "bench", args.models / f"{case.model}.onnx", *mode(case.mode), "--batch", case.batch]
-    return [*command, "--threads", case.threads, "--runs", count, "--json"]
+    return [*command, "--threads", case.threads, "--precision", precision, "--runs", count, "--json"]
 
 
 def report(command, args):
@@ -135,6 +135,8 @@ def peers(case, args, stack):
     if case.mode == "forward" and args.tract:
         found["tract"] = lambda n: report([args.tract, args.models / f"{case.model}.onnx", case.batch, case.threads, n], args)
     found["retune"] = lambda n: [report(bench(case, args, n), args)["median_ms"]]
+    if case.mode != "forward":
+        found["retune-bf16"] = lambda n: [report(bench(case, args, n, "bf16"), args)["median_ms"]]
     for w in workers:  # none loads its libraries while another is timed
         with contextlib.suppress(Failed):
             w.wait_ready()

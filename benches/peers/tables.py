@@ -15,11 +15,9 @@ def number(ms):
     return "–" if ms is None else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"
 
 
-def ratio(ms, peer):
+def ratio(ms, peer, own):
     """How many times as fast as the peer retune is."""
-    if peer not in ms or "retune" not in ms:
-        return "–"
-    return f"{ms[peer] / ms['retune']:.2f}×"
+    return f"{ms[peer] / ms[own]:.2f}×" if peer in ms and own in ms else "–"
 
 
 def table(head, rows):
@@ -36,22 +34,25 @@ def label(case):
 
 
 def compared(title, cases, columns, against):
-    """`columns` and `against`: heading by peer; the first in milliseconds, the second as ratios."""
-    head = [title, "threads", *columns.values(), *(f"retune to {name}" for name in against.values())]
+    """`columns` and `against`: heading by peer, or by peer and retune's form; the first in milliseconds, the second as ratios."""
+    head = [title, "threads", *columns.values(), *against.values()]
     rows = []
     for case in cases:
         ms = times(case)
         row = [label(case), str(case["threads"]), *(number(ms.get(name)) for name in columns)]
-        rows.append(row + [ratio(ms, name) for name in against])
+        rows.append(row + [ratio(ms, *pair) for pair in against])
     return table(head, rows)
 
 
 def training(cases):
     columns = {
         "eager": "PyTorch eager", "best": "its best f32", "bf16": "its bf16",
-        "onnxruntime-training": "onnxruntime-training", "retune": "retune",
+        "onnxruntime-training": "onnxruntime-training", "retune": "retune", "retune-bf16": "retune bf16",
     }  # fmt: skip
-    against = {"eager": "eager", "best": "best f32", "bf16": "bf16"}
+    against = {
+        ("eager", "retune"): "retune to eager", ("best", "retune"): "to best f32", ("bf16", "retune-bf16"): "bf16 to bf16",
+        ("retune", "retune-bf16"): "bf16 to own f32",
+    }  # fmt: skip
     return compared("training step, ms", [c for c in cases if c["mode"] != "forward"], columns, against)
 
 
@@ -60,7 +61,7 @@ def forward(cases):
         "onnxruntime": "onnxruntime", "eager": "PyTorch eager", "best": "its best f32", "bf16": "its bf16",
         "tract": "tract", "retune": "retune",
     }  # fmt: skip
-    against = {"onnxruntime": "onnxruntime", "best": "best f32", "tract": "tract"}
+    against = {("onnxruntime", "retune"): "retune to onnxruntime", ("best", "retune"): "to best f32", ("tract", "retune"): "to tract"}
     return compared("forward, ms", [c for c in cases if c["mode"] == "forward"], columns, against)
 
 
