@@ -73,9 +73,13 @@ pub fn replace(model: &Model, head: &NewHead, inputs: &[(String, Meta)]) -> Resu
         Error::Config(format!("--head: what follows {what} cannot take {outputs} outputs: {e}"))
     })?;
     check(&before, &after, head.at.is_some(), outputs, &what)?;
-    let mut all = edits;
-    all.extend(declared(bytes, graph, &before, &after).map_err(|e| Error::file(&model.path, e.to_string()))?);
-    Ok((edited(model, all)?, what))
+    let more =
+        declared(bytes, graph, &before, &after).map_err(|e| Error::file(&model.path, e.to_string()))?;
+    if more.is_empty() {
+        return Ok((draft, what));
+    }
+    drop(draft);
+    Ok((edited(model, edits.into_iter().chain(more).collect())?, what))
 }
 
 /// The graph with all shapes for these inputs.

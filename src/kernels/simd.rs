@@ -128,6 +128,11 @@ impl Level {
         2 * self.lanes
     }
 
+    /// Has a register tile of that width as many rows?
+    pub fn has_rows(&self, panel: usize, rows: usize) -> bool {
+        self.rows.get(panel / self.lanes - 1).is_some_and(|most| *most >= rows)
+    }
+
     /// Rows of a register tile on panels of that width.
     #[inline(always)]
     pub fn rows(&self, panel: usize) -> usize {

@@ -99,6 +99,12 @@ impl<T: Float> Product<T> {
         [a, b, extent(m, n, self.ldc)]
     }
 
+    /// Elements of a packed row of panel `q`: its columns in whole vectors.
+    #[inline(always)]
+    fn row(&self, panel: usize, q: usize, lanes: usize) -> usize {
+        panel.min(self.n - q * panel).next_multiple_of(lanes)
+    }
+
     /// Are the operands, of so many elements, as large as the product says? Kernels rely on it.
     fn check(&self, [a, b, c]: [usize; 3], plus: &Plus<T>) {
         let need = self.extents();
@@ -441,7 +447,7 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                     let b = match packs {
                         Packs::Nothing => self.b.address(k * p.ldb + first),
                         Packs::B | Packs::BThenA => {
-                            let row = panel.min(p.n - first).next_multiple_of(S::LANES);
+                            let row = p.row(panel, q, S::LANES);
                             self.packed.as_ptr().wrapping_add(q * p.k * panel + k * row)
                         }
                         Packs::AThenB => {

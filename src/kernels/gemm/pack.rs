@@ -88,17 +88,17 @@ pub(super) unsafe fn panel<S: Simd>(
     steps: Range<usize>,
     out: *mut S::Elem,
 ) {
-    let first = q * Level::of::<S>().panel(p.n);
-    let cols = Level::of::<S>().panel(p.n).min(p.n - first);
-    let panel = cols.next_multiple_of(S::LANES);
+    let panel = Level::of::<S>().panel(p.n);
+    let first = q * panel;
+    let (cols, width) = (panel.min(p.n - first), p.row(panel, q, S::LANES));
     // SAFETY: rows and columns of op(B), all of which B has; the panel has as many rows as there are steps.
     unsafe {
-        if cols < panel {
-            std::slice::from_raw_parts_mut(out, steps.len() * panel).fill(num_traits::zero());
+        if cols < width {
+            std::slice::from_raw_parts_mut(out, steps.len() * width).fill(num_traits::zero());
         }
         if !p.trans_b && !b.is_whole() {
             for k in 0..steps.len() {
-                let row = std::slice::from_raw_parts_mut(out.add(k * panel), cols);
+                let row = std::slice::from_raw_parts_mut(out.add(k * width), cols);
                 b.copy((steps.start + k) * p.ldb + first, row);
             }
             return;
@@ -106,7 +106,7 @@ pub(super) unsafe fn panel<S: Simd>(
         if !p.trans_b {
             let b = b.address(steps.start * p.ldb + first);
             for k in 0..steps.len() {
-                let (from, to) = (b.add(k * p.ldb), out.add(k * panel));
+                let (from, to) = (b.add(k * p.ldb), out.add(k * width));
                 let mut j = 0;
                 while j < cols {
                     S::prefetch(from.wrapping_add(AHEAD * p.ldb + j));
@@ -127,19 +127,19 @@ pub(super) unsafe fn panel<S: Simd>(
                 let rows = b.add(j * p.ldb);
                 let mut k = from;
                 while k + S::LANES <= to {
-                    S::transpose(rows.add(k), p.ldb, out.add(k * panel + j), panel);
+                    S::transpose(rows.add(k), p.ldb, out.add(k * width + j), width);
                     k += S::LANES;
                 }
                 for k in k..to {
                     for i in 0..S::LANES {
-                        *out.add(k * panel + j + i) = *rows.add(i * p.ldb + k);
+                        *out.add(k * width + j + i) = *rows.add(i * p.ldb + k);
                     }
                 }
                 j += S::LANES;
             }
             for j in j..cols {
                 for k in from..to {
-                    *out.add(k * panel + j) = *b.add(j * p.ldb + k);
+                    *out.add(k * width + j) = *b.add(j * p.ldb + k);
                 }
             }
             from = to;

@@ -132,7 +132,7 @@ impl<T: Vectors> PairKernel<T> for Panel<'_, T> {
         let panel = Level::of::<D::S>().panel(p.n);
         let first = q * panel;
         let cols = panel.min(p.n - first);
-        let row = cols.next_multiple_of(lanes);
+        let row = p.row(panel, q, lanes);
         if cols < row {
             out.fill(0);
         }
@@ -244,7 +244,7 @@ impl<T: Vectors> PairKernel<T> for Part<'_, T> {
             let (beta, plus) = if k == 0 { (p.beta, self.plus) } else { (T::one(), Plus::NOTHING) };
             for q in self.panels.clone() {
                 let first = q * panel;
-                let width = panel.min(p.n - first).next_multiple_of(D::S::LANES);
+                let width = p.row(panel, q, D::S::LANES);
                 let b = self.b.as_ptr().wrapping_add(q * steps * panel + k * width);
                 for i in self.strips.clone() {
                     let row = strips.start(i);
