@@ -50,19 +50,18 @@ def moves(kind, epsilon, b1=0.9, b2=0.999, b3=0.9999, slow=5.0, delta=1e-8):
 
 
 def perturb(net, x, y, kind, epsilon):
-    """x^K, the loss at x^0 … x^K, and the first gradient."""
+    """x^K, and the loss at x^0 … x^K."""
     net.eval()
-    move, losses, first = moves(kind, epsilon), [], None
+    move, losses = moves(kind, epsilon), []
     for k in range(STEPS):
         x = x.detach().requires_grad_()
         loss = cross_entropy(net, x, y)
         (g,) = torch.autograd.grad(loss, x)
-        first = g if first is None else first
         losses.append(loss.item())
         x = x.detach() - move(g, k)
     with torch.no_grad():
         losses.append(cross_entropy(net, x, y).item())
-    return x, losses, first
+    return x, losses
 
 
 def taps(net, x):
@@ -81,7 +80,7 @@ def cosine_weights(count):
 
 def step(net, x, y, kind, clip=None):
     """One ICP step; the network is updated in place."""
-    xk, losses, first = perturb(net, x, y, kind, EPSILON[kind])
+    xk, losses = perturb(net, x, y, kind, EPSILON[kind])
     net.train()
     with torch.no_grad():
         _, teacher = taps(net, xk)
@@ -98,7 +97,7 @@ def step(net, x, y, kind, clip=None):
         nn.utils.clip_grad_norm_(net.parameters(), clip)
     torch.optim.SGD(net.parameters(), lr=LR).step()
     return {
-        "xk": xk, "perturb_losses": np.array(losses), "g0": first, "mse": torch.stack(mse).detach(),
+        "xk": xk, "perturb_losses": np.array(losses), "mse": torch.stack(mse).detach(),
         "loss_task": task.detach(), "loss_feat": feat.detach(), "loss": loss.detach(), "grad_norm": norm,
         "delta": {name: p.detach() - before[name] for name, p in net.named_parameters()},
         "running": {name: b.clone() for name, b in net.named_buffers() if "running" in name},
@@ -179,7 +178,7 @@ def fixture(kind, net, path, x, y, names, found):
     first = rounded[0]
     out = {"x": x, "y": y, "model_sha256": sha256(path), "taps": text(names), "weights": cosine_weights(len(names))}
     out |= {"epsilon": EPSILON[kind], "steps": STEPS, "alpha": ALPHA, "lr": LR, "stable": stable}
-    out |= {key: first[key] for key in ("xk", "g0", *LOSSES)}
+    out |= {key: first[key] for key in ("xk", *LOSSES)}
     out |= {f"step2.{key}": first["second"][key] for key in LOSSES}
     out |= stored("delta", [r["delta"] for r in rounded], found["exact"]["delta"])
     out |= {f"drift.{key}": found["drift"][key] for key in ("xk", *LOSSES, *(f"step2.{key}" for key in LOSSES))}

@@ -327,8 +327,14 @@ pub fn transposed<T: Vectors>(
     transpose(g.n, xs, g.c, x_last, dx);
 }
 
+/// The convolution of a weight gradient: of one image there are no pairs, but of the positions of a pointwise one.
+fn paired_images(g: &Geometry) -> Geometry {
+    Geometry { pairs: g.pairs && (g.n > 1 || pointwise::applies(g)), ..g.clone() }
+}
+
 /// Elements of scratch that [`weight_grad`] needs, X being computed as it is read, or of half precision.
 pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, computed: bool, half: bool) -> usize {
+    let g = &paired_images(g);
     if g.is_empty() {
         return 0;
     }
@@ -343,6 +349,7 @@ pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, computed: bool, half: bool)
 
 /// `dW[t] = Σ_{n,i} dY[i]·X[stride·i + dilation·t − pad]ᵀ` (M, C/groups, k…).
 pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Operand<T>, dw: &mut [T], scratch: &mut [T]) {
+    let g = &paired_images(g);
     if g.is_empty() {
         return dw.fill(T::zero());
     }
