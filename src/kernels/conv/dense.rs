@@ -31,7 +31,7 @@ trait Form<T: Vectors>: Copy + Send + Sync {
     /// Room for them.
     fn room(scratch: &mut [T]) -> &mut [Self];
 
-    /// Packs the weights; see [`pack_scratch`].
+    /// Packs the weights; `scratch`: [`paired::pack_scratch`] elements for pairs.
     fn pack(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [Self], scratch: &mut [T]);
 
     /// A for some images and rows of positions, and the extents of one image of it; `slot`: [`slot`] elements.

@@ -9,14 +9,13 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::tile::Target;
+use super::tile::{Target, Tile, tile_run};
 use super::{Plus, Product, tasks};
 use crate::kernels::half::Elements;
 use crate::kernels::pairs::{PairKernel, Pairs, across, in_strips, neighbours};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Level, Simd, Vectors};
-use crate::kernels::tile::{Pieces, Positions, ROUND, along_columns, along_rows};
-use crate::tensor::Float;
+use crate::kernels::tile::Pieces;
 use crate::tile_sizes;
 
 /// Multiply-adds that pay for packing.
@@ -248,15 +247,16 @@ impl<T: Vectors> PairKernel<T> for Part<'_, T> {
                 let b = self.b.as_ptr().wrapping_add(q * steps * panel + k * width);
                 for i in self.strips.clone() {
                     let row = strips.start(i);
-                    let (a, a_step) = match p.trans_a {
+                    let (a, lda) = match p.trans_a {
                         true => (i * strip + k * height, height),
                         false => (row * steps + k, steps),
                     };
                     let tile = Tile {
                         across: p.trans_a,
                         a: self.a.as_ptr().wrapping_add(a),
-                        a_step,
+                        lda,
                         b,
+                        ldb: None,
                         steps: count,
                         to: Target::of(p, plus, self.c, row, first, panel, beta),
                     };
@@ -266,49 +266,5 @@ impl<T: Vectors> PairKernel<T> for Part<'_, T> {
             }
             k += STEPS;
         }
-    }
-}
-
-struct Tile<'a, T> {
-    /// A's pairs of one step are neighbours; else those of one row.
-    across: bool,
-    a: *const u32,
-    /// From one step, or one row, to the next.
-    a_step: usize,
-    b: *const u32,
-    steps: usize,
-    to: Target<'a, T>,
-}
-
-/// # Safety
-/// `a` must be valid for `M` rows of `steps` pairs, `b` for as many rows of `N` vectors, the target for `M` rows.
-#[inline(always)]
-unsafe fn tile_run<D: Pairs<S: Simd<Elem: Float>>, const M: usize, const N: usize>(
-    t: &Tile<<D::S as Simd>::Elem>,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        t.to.fetch::<D::S, M, N>();
-        let acc = if t.across {
-            let positions = Positions {
-                blocks: 1,
-                rows: 1,
-                steps: t.steps,
-                a_block: 0,
-                a_row: 0,
-                a_step: t.a_step,
-                b_block: 0,
-                b_row: 0,
-                b_step: N * D::S::LANES,
-            };
-            along_columns::<D, M, N, ROUND>(&positions, t.a, t.b, D::S::LANES)
-        } else {
-            let mut rows = [t.a; M];
-            for i in 0..M {
-                rows[i] = t.a.wrapping_add(i * t.a_step);
-            }
-            along_rows::<D, M, N>(&[(0, t.steps)], rows, t.b, N * D::S::LANES)
-        };
-        t.to.write::<D::S, M, N>(&acc);
     }
 }

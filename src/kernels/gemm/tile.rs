@@ -2,15 +2,16 @@
 
 use super::{Plus, Product};
 use crate::kernels::simd::{Simd, load_up_to, store_up_to};
-use crate::kernels::tile::{Acc, Positions, ROUND, along_columns, along_rows};
+use crate::kernels::tile::{Acc, Positions, ROUND, Terms, along_columns, along_rows};
 use crate::tensor::Float;
 
-pub(super) struct Tile<'a, T> {
+/// Of terms `E`, which are summed up in `T`.
+pub(super) struct Tile<'a, E, T> {
     /// A's elements of one step are neighbours.
     pub across: bool,
-    pub a: *const T,
+    pub a: *const E,
     pub lda: usize,
-    pub b: *const T,
+    pub b: *const E,
     /// From one of B's rows to the next, where they are read as they lie.
     pub ldb: Option<usize>,
     pub steps: usize,
@@ -21,10 +22,13 @@ pub(super) struct Tile<'a, T> {
 /// `a` must be valid for `M` rows of `steps`, `b` for as many rows of `N` vectors (if packed) or of `to.lanes`
 /// elements, and the target for `M` rows.
 #[inline(always)]
-pub(super) unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(t: &Tile<S::Elem>) {
+pub(super) unsafe fn tile_run<D: Terms, const M: usize, const N: usize>(
+    t: &Tile<D::Term, <D::S as Simd>::Elem>,
+) {
     // SAFETY: the caller's promise.
     unsafe {
-        t.to.fetch::<S, M, N>();
+        let lanes = D::S::LANES;
+        t.to.fetch::<D::S, M, N>();
         let acc = if t.across {
             let positions = Positions {
                 blocks: 1,
@@ -35,13 +39,13 @@ pub(super) unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(t: &Tile<
                 a_step: t.lda,
                 b_block: 0,
                 b_row: 0,
-                b_step: N * S::LANES,
+                b_step: N * lanes,
             };
             match t.ldb {
-                None => along_columns::<S, M, N, ROUND>(&positions, t.a, t.b, S::LANES),
+                None => along_columns::<D, M, N, ROUND>(&positions, t.a, t.b, lanes),
                 Some(b_step) => {
-                    let tail = t.to.lanes - (N - 1) * S::LANES;
-                    along_columns::<S, M, N, 1>(&Positions { b_step, ..positions }, t.a, t.b, tail)
+                    let tail = t.to.lanes - (N - 1) * lanes;
+                    along_columns::<D, M, N, 1>(&Positions { b_step, ..positions }, t.a, t.b, tail)
                 }
             }
         } else {
@@ -49,9 +53,9 @@ pub(super) unsafe fn tile_run<S: Simd, const M: usize, const N: usize>(t: &Tile<
             for i in 0..M {
                 rows[i] = t.a.wrapping_add(i * t.lda);
             }
-            along_rows::<S, M, N>(&[(0, t.steps)], rows, t.b, N * S::LANES)
+            along_rows::<D, M, N>(&[(0, t.steps)], rows, t.b, N * lanes)
         };
-        t.to.write::<S, M, N>(&acc);
+        t.to.write::<D::S, M, N>(&acc);
     }
 }
 
