@@ -78,7 +78,14 @@ fn setup(s: &Shape) -> Setup {
         ceil: false,
         output: vec![],
     };
-    let conv = Conv { window, groups: s.groups, normalises: None, clamp: Clamp::NONE, layout: Layout::First };
+    let conv = Conv {
+        window,
+        groups: s.groups,
+        normalises: None,
+        clamp: Clamp::NONE,
+        layout: Layout::First,
+        pairs: false,
+    };
     let wave = |dims: &[usize]| {
         let data: Vec<f32> = (0..dims.iter().product()).map(|i| (i as f32 * 0.37).sin()).collect();
         Tensor::from_slice(dims, &data).expect("as many elements as the shape has")

@@ -5,7 +5,7 @@
 //! dimension, of a convolution two input channels, of its weight gradient the same position of two images. Operands are rounded and
 //! paired where they are put into the order in which tiles read them; tiles are those of `f32` ([`tile`](crate::kernels::tile)).
 //! Where the processor has no such instruction the same sums are computed in plain arithmetic, which nothing but tests asks for.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, clippy::needless_range_loop)]
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -238,8 +238,8 @@ pub unsafe fn in_strips<D: Pairs<S: Simd<Elem: Vectors>>>(
         let last = some.end.min(group + GROUP) - 1;
         let start = strips.start(group);
         let columns = strips.start(last) + strips.len(last) - start;
-        let first = if let Some(at) = first { Some(at + start) } else { None };
-        let second = if let Some(at) = second { Some(at + start) } else { None };
+        let first = first.map(|at| at + start);
+        let second = second.map(|at| at + start);
         // SAFETY: there is room for as many columns, and for a whole strip after the last.
         unsafe {
             across::<D>(x, [first, second], columns, near);
@@ -374,7 +374,8 @@ mod x86 {
         unsafe fn multiply(x: __m512i, row: __m512i, sum: __m512) -> __m512 {
             // SAFETY: all are 512 bits.
             unsafe {
-                let (x, row): (__m512bh, __m512bh) = (std::mem::transmute(x), std::mem::transmute(row));
+                let x = std::mem::transmute::<__m512i, __m512bh>(x);
+                let row = std::mem::transmute::<__m512i, __m512bh>(row);
                 _mm512_dpbf16_ps(sum, x, row)
             }
         }
@@ -386,7 +387,7 @@ mod x86 {
         unsafe fn neighbours(x: *const f32, to: *mut u32) {
             unsafe {
                 let (a, b) = (_mm512_loadu_ps(x), _mm512_loadu_ps(x.add(16)));
-                let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(b, a));
+                let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a));
                 _mm512_storeu_si512(to.cast(), both);
             }
         }
@@ -396,7 +397,7 @@ mod x86 {
             unsafe {
                 let some = first(n);
                 let (a, b) = (_mm512_maskz_loadu_ps(some, x[0]), _mm512_maskz_loadu_ps(some, x[1]));
-                let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(b, a));
+                let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a));
                 let at = _mm512_loadu_si512(BESIDE.as_ptr().cast());
                 _mm512_mask_storeu_epi32(to.cast(), some, _mm512_permutexvar_epi16(at, both));
             }

@@ -193,7 +193,7 @@ impl<T: Vectors> Strips<'_, T> {
                 } else {
                     for strip in strips.clone() {
                         let at = self.strips.start(strip);
-                        let second = if let Some(second) = second { Some(second + at) } else { None };
+                        let second = second.map(|second| second + at);
                         let to = to.add((strip - strips.start) * size);
                         across::<D>(self.x, [Some(first + at), second], self.strips.len(strip), to);
                     }
