@@ -11,11 +11,9 @@ use crate::kernels::half::Elements;
 use crate::kernels::par;
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
 
-/// Positions whose elements of a channel share its coefficients.
-const POSITIONS: usize = 4;
 /// Elements of half precision that are widened at a time, and channels of them of a position.
 const NEAR: usize = 2048;
-const STRIP: usize = NEAR / POSITIONS;
+const STRIP: usize = 512;
 /// Elements from what is read to what is fetched meanwhile.
 const AHEAD: usize = 1 << 10;
 
@@ -135,7 +133,7 @@ impl<'a, T: Vectors> Operand<'a, T> {
             false => &mut [],
         };
         let (block, strip) = match widens_x || !self.data.is_whole() {
-            true => (NEAR / c.clamp(1, STRIP) / POSITIONS * POSITIONS, c.clamp(1, STRIP)),
+            true => (NEAR / c.clamp(1, STRIP), c.clamp(1, STRIP)),
             false => (positions.max(1), c.max(1)),
         };
         for p in (0..positions).step_by(block) {
@@ -166,97 +164,83 @@ impl<'a, T: Vectors> Operand<'a, T> {
                     Load::NormGrad(n) => (n.x.address(at), c),
                     _ => (from, c),
                 };
-                // SAFETY: the positions lie inside; the caller's promise.
-                unsafe {
-                    let mut p = 0;
-                    while p + POSITIONS <= count {
+                // In the order in which they lie, which memory is read fastest in.
+                for p in 0..count {
+                    // SAFETY: the positions lie inside; the caller's promise.
+                    unsafe {
                         let x = x.wrapping_add(p * x_step);
-                        self.positions::<S, POSITIONS>(
-                            channels.clone(),
-                            from.add(p * c),
-                            (x, x_step),
-                            out.add(p * c),
-                        );
-                        p += POSITIONS;
-                    }
-                    while p < count {
-                        let x = x.wrapping_add(p * x_step);
-                        self.positions::<S, 1>(
-                            channels.clone(),
-                            from.add(p * c),
-                            (x, x_step),
-                            out.add(p * c),
-                        );
-                        p += 1;
+                        self.position::<S>(channels.clone(), from.add(p * c), x, out.add(p * c));
                     }
                 }
             }
         }
     }
 
-    /// Some channels of `P` positions, which lie at `from`, and, `x_step` elements a position, the normalisation's
-    /// input at `x`. What is written may lie where it is read from.
+    /// Some channels of a position, which lies at `from`, and the normalisation's input at `x`. What is written may lie
+    /// where it is read from.
     #[inline(always)]
-    unsafe fn positions<S: Simd<Elem = T>, const P: usize>(
+    unsafe fn position<S: Simd<Elem = T>>(
         &self,
         channels: Range<usize>,
         from: *const T,
-        (x, x_step): (*const T, usize),
+        x: *const T,
         out: *mut T,
     ) {
-        let (c, last) = (self.channels, channels.end);
         let mut channel = channels.start;
         // SAFETY: the caller's promise; vectors end at the last channel.
         unsafe {
-            while channel < last {
-                let n = S::LANES.min(last - channel);
-                for i in 0..P {
-                    S::prefetch(from.wrapping_add(i * c + channel + AHEAD));
-                }
-                match &self.load {
-                    // Was copied.
-                    Load::Plain => {}
-                    Load::Norm(f) => {
-                        let mean = load_up_to::<S>(f.mean.as_ptr().add(channel), n);
-                        let factor = load_up_to::<S>(f.factor.as_ptr().add(channel), n);
-                        let shift = load_up_to::<S>(f.shift.as_ptr().add(channel), n);
-                        let (low, high) = (S::splat(f.clamp.low), S::splat(f.clamp.high));
-                        for i in 0..P {
-                            let at = i * c + channel;
-                            let x = S::sub(load_up_to::<S>(from.add(at), n), mean);
-                            let y = S::add(S::mul(x, factor), shift);
-                            store_up_to::<S>(out.add(at), S::min(high, S::max(low, y)), n);
-                        }
-                    }
-                    Load::NormGrad(f) => {
-                        for i in 0..P {
-                            S::prefetch(x.wrapping_add(i * x_step + channel + AHEAD));
-                        }
-                        let mean = load_up_to::<S>(f.mean.as_ptr().add(channel), n);
-                        let factor = load_up_to::<S>(f.factor.as_ptr().add(channel), n);
-                        let k1 = load_up_to::<S>(f.k1.as_ptr().add(channel), n);
-                        let k2 = load_up_to::<S>(f.k2.as_ptr().add(channel), n);
-                        let (shift, clamp) = match f.passed {
-                            Some((shift, clamp)) => {
-                                (load_up_to::<S>(shift.as_ptr().add(channel), n), Some(clamp))
-                            }
-                            None => (mean, None),
-                        };
-                        for i in 0..P {
-                            let at = i * c + channel;
-                            let x = S::sub(load_up_to::<S>(x.wrapping_add(i * x_step + channel), n), mean);
-                            let mut dz = load_up_to::<S>(from.add(at), n);
-                            if let Some(clamp) = clamp {
-                                let y = S::add(S::mul(x, factor), shift);
-                                dz = S::pass(y, S::splat(clamp.low), S::splat(clamp.high), dz);
-                            }
-                            let dx = S::mul(factor, S::sub(S::sub(dz, k1), S::mul(x, k2)));
-                            store_up_to::<S>(out.add(at), dx, n);
-                        }
-                    }
-                }
-                channel += n;
+            while channel + S::LANES <= channels.end {
+                self.vector::<S>(channel, S::LANES, from, x, out);
+                channel += S::LANES;
             }
+            if channel < channels.end {
+                self.vector::<S>(channel, channels.end - channel, from, x, out);
+            }
+        }
+    }
+
+    /// A vector of channels, or its first `n` lanes.
+    #[inline(always)]
+    unsafe fn vector<S: Simd<Elem = T>>(
+        &self,
+        channel: usize,
+        n: usize,
+        from: *const T,
+        x: *const T,
+        out: *mut T,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (from, x, out) = (from.add(channel), x.wrapping_add(channel), out.add(channel));
+            S::prefetch(from.wrapping_add(AHEAD));
+            let y = match &self.load {
+                // Was copied.
+                Load::Plain => return,
+                Load::Norm(f) => {
+                    let mean = load_up_to::<S>(f.mean.as_ptr().add(channel), n);
+                    let factor = load_up_to::<S>(f.factor.as_ptr().add(channel), n);
+                    let shift = load_up_to::<S>(f.shift.as_ptr().add(channel), n);
+                    let x = S::sub(load_up_to::<S>(from, n), mean);
+                    let y = S::add(S::mul(x, factor), shift);
+                    S::min(S::splat(f.clamp.high), S::max(S::splat(f.clamp.low), y))
+                }
+                Load::NormGrad(f) => {
+                    S::prefetch(x.wrapping_add(AHEAD));
+                    let mean = load_up_to::<S>(f.mean.as_ptr().add(channel), n);
+                    let factor = load_up_to::<S>(f.factor.as_ptr().add(channel), n);
+                    let k1 = load_up_to::<S>(f.k1.as_ptr().add(channel), n);
+                    let k2 = load_up_to::<S>(f.k2.as_ptr().add(channel), n);
+                    let x = S::sub(load_up_to::<S>(x, n), mean);
+                    let mut dz = load_up_to::<S>(from, n);
+                    if let Some((shift, clamp)) = f.passed {
+                        let shift = load_up_to::<S>(shift.as_ptr().add(channel), n);
+                        let y = S::add(S::mul(x, factor), shift);
+                        dz = S::pass(y, S::splat(clamp.low), S::splat(clamp.high), dz);
+                    }
+                    S::mul(factor, S::sub(S::sub(dz, k1), S::mul(x, k2)))
+                }
+            };
+            store_up_to::<S>(out, y, n);
         }
     }
 }
