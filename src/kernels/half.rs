@@ -174,6 +174,12 @@ impl<'a, T: Float> Elements<'a, T> {
         }
     }
 
+    /// Where some elements lie, and their bytes: for fetching.
+    pub fn bytes(&self, range: std::ops::Range<usize>) -> (*const u8, usize) {
+        let size = if self.is_whole() { size_of::<T>() } else { 2 };
+        (self.address(range.start).cast(), range.len() * size)
+    }
+
     /// Where an element, perhaps none of these, lies: for fetching.
     #[inline(always)]
     pub fn address(&self, i: usize) -> *const T {

@@ -1,5 +1,6 @@
 //! Kernels: they know slices and dimensions, nothing else. All SIMD and nearly all `unsafe` is here.
 
+pub mod ahead;
 pub mod attention;
 pub mod conv;
 pub mod distill;

@@ -84,6 +84,12 @@ pub fn slots(tasks: usize, size: usize) -> usize {
     tasks.min(rayon::current_num_threads()) * size
 }
 
+/// The task that a thread will probably run after `task` of those that [`in_slots`] runs.
+pub fn next(task: usize, tasks: usize, size: usize) -> Option<usize> {
+    let step = if size == 0 { 1 } else { tasks.min(rayon::current_num_threads()) };
+    Some(task + step).filter(|next| *next < tasks)
+}
+
 /// Runs tasks `0..tasks`, each with a slot of `size` elements of `scratch`, as many at a time as there are slots.
 /// Which slot a task gets is left to chance; what it computes may not depend on the slot's content.
 pub fn in_slots<T: Send>(tasks: usize, size: usize, scratch: &mut [T], f: impl Fn(usize, &mut [T]) + Sync) {

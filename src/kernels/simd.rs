@@ -43,6 +43,8 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn keep(bits: u32, x: Self::V) -> Self::V;
     /// Brings the cache line at `p`, any address, near.
     unsafe fn prefetch(p: *const Self::Elem);
+    /// The same, no nearer than the second-level cache.
+    unsafe fn prefetch_far(p: *const Self::Elem);
     /// Writes the transpose of `LANES` vectors, `ld` elements apart, as `LANES` vectors `ld_to` apart.
     #[inline(always)]
     unsafe fn transpose(p: *const Self::Elem, ld: usize, to: *mut Self::Elem, ld_to: usize) {
@@ -288,6 +290,8 @@ unsafe impl<T: Float> Simd for Plain<T> {
     #[inline(always)]
     unsafe fn prefetch(_: *const T) {}
     #[inline(always)]
+    unsafe fn prefetch_far(_: *const T) {}
+    #[inline(always)]
     unsafe fn prefetch_write(_: *const T) {}
 }
 
@@ -300,6 +304,7 @@ macro_rules! vectors {
      inside: |$iy:ident, $il:ident, $ih:ident| $inside:expr,
      keep: |$bits:ident, $kx:ident| $keep:expr,
      prefetch: |$at:ident| $prefetch:expr,
+     prefetch_far: |$far:ident| $prefetch_far:expr,
      prefetch_write: |$to:ident| $prefetch_write:expr,
      load_part: |$lp:ident, $ln:ident| $load_part:expr,
      store_part: |$sp:ident, $sv:ident, $sn:ident| $store_part:expr
@@ -390,6 +395,11 @@ macro_rules! vectors {
                 // SAFETY: see `splat`.
                 unsafe { $prefetch }
             }
+            #[inline(always)]
+            unsafe fn prefetch_far($far: *const f32) {
+                // SAFETY: see `splat`.
+                unsafe { $prefetch_far }
+            }
             $(#[inline(always)]
             unsafe fn transpose(p: *const f32, ld: usize, to: *mut f32, ld_to: usize) {
                 // SAFETY: see `splat`.
@@ -425,6 +435,7 @@ pub mod x86 {
         },
         keep: |bits, x| _mm512_maskz_mov_ps(bits as u16, x),
         prefetch: |p| _mm_prefetch::<_MM_HINT_T0>(p.cast()),
+        prefetch_far: |p| _mm_prefetch::<_MM_HINT_T1>(p.cast()),
         prefetch_write: |p| _mm_prefetch::<_MM_HINT_ET0>(p.cast()),
         load_part: |p, n| _mm512_maskz_loadu_ps((1u32 << n) as u16 - 1, p),
         store_part: |p, v, n| _mm512_mask_storeu_ps(p, (1u32 << n) as u16 - 1, v),
@@ -490,6 +501,7 @@ pub mod x86 {
             _mm256_and_ps(_mm256_castsi256_ps(set), x)
         },
         prefetch: |p| _mm_prefetch::<_MM_HINT_T0>(p.cast()),
+        prefetch_far: |p| _mm_prefetch::<_MM_HINT_T1>(p.cast()),
         prefetch_write: |p| _mm_prefetch::<_MM_HINT_ET0>(p.cast()),
         load_part: |p, n| _mm256_maskload_ps(p, below(n)),
         store_part: |p, v, n| _mm256_maskstore_ps(p, below(n), v),
@@ -548,6 +560,9 @@ pub mod arm {
         },
         prefetch: |p| {
             std::arch::asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))
+        },
+        prefetch_far: |p| {
+            std::arch::asm!("prfm pldl2keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))
         },
         prefetch_write: |p| {
             std::arch::asm!("prfm pstl1keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))

@@ -7,6 +7,7 @@
 //! function of its own would be compiled without the instruction set.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
+use crate::kernels::ahead::Steps;
 use crate::kernels::simd::Simd;
 
 /// Steps of a round of the loops where B's rows are a known distance apart. A processor that two threads share can begin so
@@ -199,7 +200,8 @@ pub unsafe fn multiply<S: Simd, const M: usize, const N: usize>(
     }
 }
 
-/// The positions that [`along_columns`] sums over: `blocks` of `rows` of `steps`, and how far A and B advance.
+/// The positions that [`along_columns`] sums over: `blocks` of `rows` of `steps`, how far A and B advance, and what is fetched at
+/// each row meanwhile.
 #[derive(Debug, Clone, Copy)]
 pub struct Positions {
     pub blocks: usize,
@@ -211,6 +213,7 @@ pub struct Positions {
     pub b_block: usize,
     pub b_row: usize,
     pub b_step: usize,
+    pub ahead: Steps,
 }
 
 /// `Σ` over positions of `M` adjacent terms of A times `N` vectors of B, the last of which has `tail` lanes
@@ -248,6 +251,7 @@ unsafe fn columns<D: Terms, const M: usize, const N: usize, const ROUND: usize, 
             for row in 0..p.rows {
                 let mut a = a.add(block * p.a_block + row * p.a_row);
                 let mut b = b.add(block * p.b_block + row * p.b_row);
+                p.ahead.fetch::<D::S>(block * p.rows + row);
                 for _ in 0..p.steps / ROUND {
                     for u in 0..ROUND {
                         let (a, b) = (a.add(u * p.a_step), b.add(u * p.b_step));

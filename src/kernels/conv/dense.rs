@@ -9,13 +9,14 @@
 
 use std::ops::Range;
 
+use crate::kernels::ahead::Ahead;
 use crate::kernels::conv::grids::{Division, Plan, TILE, pack, pad};
 use crate::kernels::conv::load::{Load, Operand};
 use crate::kernels::conv::{
     Done, Epilogue, Geometry, Residual, in_slots, paired, pointwise, slots, split, strides, volume,
 };
 use crate::kernels::pairs::{PairKernel, Pairs};
-use crate::kernels::par::Shared;
+use crate::kernels::par::{Shared, next};
 use crate::kernels::simd::{Kernel, Level, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::{Pieces, Terms, along_rows, slide};
 use crate::tile_sizes;
@@ -139,6 +140,8 @@ struct Task<'a, E, T> {
     rows: Range<usize>,
     epilogue: Epilogue<'a, T>,
     y: *mut T,
+    /// What is fetched meanwhile.
+    ahead: Ahead,
 }
 
 /// Walks over the positions of a grid in order.
@@ -262,12 +265,15 @@ impl<E: Copy, T: Vectors> Task<'_, E, T> {
                     lanes: 0,
                 };
                 let pieces = Pieces::of(total, Level::of::<D::S>().rows(panel));
+                let ahead = self.ahead.in_steps(pieces.count);
                 let mut next = self.rows_of(&mut walk, y0, pieces.len(0));
                 for i in 0..pieces.count {
                     let m = pieces.len(i);
                     let (a, y) = next;
                     let after = if i + 1 < pieces.count { pieces.len(i + 1) } else { 0 };
                     next = self.rows_of(&mut walk, y0, after);
+                    // SAFETY: the caller's promise.
+                    unsafe { ahead.fetch::<D::S>(i) }
                     for p in first..(first + together).min(self.panels.end) {
                         let (group, first) = (p / per_group, p % per_group * panel);
                         tile.lanes = panel.min(co - first);
@@ -371,8 +377,15 @@ unsafe fn tile_run<D: Terms, const M: usize, const N: usize>(
     }
 }
 
-/// `result = clamp(W·a + bias + residual)` of some positions of a pointwise plan, its weights packed.
-pub(super) fn positions<T: Vectors>(plan: &Plan, a: &[T], weights: &[T], epilogue: Epilogue<T>, y: &mut [T]) {
+/// `result = clamp(W·a + bias + residual)` of some positions of a pointwise plan, its weights packed; `ahead` is fetched meanwhile.
+pub(super) fn positions<T: Vectors>(
+    plan: &Plan,
+    a: &[T],
+    weights: &[T],
+    epilogue: Epilogue<T>,
+    y: &mut [T],
+    ahead: Ahead,
+) {
     let rows = a.len() / plan.ci.max(1);
     let window = [1, 1, rows];
     assert!(plan.n == 1 && plan.groups == 1 && plan.source == plan.target && rows <= volume(plan.source));
@@ -389,6 +402,7 @@ pub(super) fn positions<T: Vectors>(plan: &Plan, a: &[T], weights: &[T], epilogu
         rows: 0..rows,
         epilogue,
         y: y.as_mut_ptr(),
+        ahead,
     };
     // SAFETY: each of these positions has its elements in `a` and `y`.
     unsafe { T::dispatch(task) }
@@ -433,10 +447,19 @@ fn run_form<E: Form<T>, T: Vectors>(
     // Results of a row.
     let line = volume(plan.target) / plan.target[plan.axis] * plan.groups * plan.co;
     let y = Shared::new(y);
-    in_slots(volume(blocks), slot(plan, &d, x.is_plain()), slots, |task, slot| {
+    let (tasks, room) = (volume(blocks), slot(plan, &d, x.is_plain()));
+    // Images and rows of a task.
+    let part = |task: usize| {
+        let [i, r, _] = split(task, blocks);
+        (i * d.images..plan.n.min((i + 1) * d.images), r * d.rows..rows.min((r + 1) * d.rows))
+    };
+    in_slots(tasks, room, slots, |task, slot| {
         let [i, r, p] = split(task, blocks);
-        let images = i * d.images..plan.n.min((i + 1) * d.images);
-        let rows = r * d.rows..rows.min((r + 1) * d.rows);
+        let (images, rows) = part(task);
+        let ahead = next(task, tasks, room).map_or(Ahead::NOTHING, |task| {
+            let (images, rows) = part(task);
+            x.ahead(plan.reads(images, rows))
+        });
         let panels = p * d.panels..panels.min((p + 1) * d.panels);
         // Rows of one image, or whole images.
         let first = (images.start * plan.rows() + rows.start) * line;
@@ -445,7 +468,7 @@ fn run_form<E: Form<T>, T: Vectors>(
         // SAFETY: the slices have the plan's extents (checked by the callers), so all windows of the task's
         // positions lie in `a`; no two tasks write the same elements of `y`.
         unsafe {
-            E::dispatch(Task { plan, a, window, weights, panels, images, rows, epilogue, y: y.ptr() });
+            E::dispatch(Task { plan, a, window, weights, panels, images, rows, epilogue, y: y.ptr(), ahead });
         }
         if let Some(done) = done {
             // SAFETY: with all panels in one task, this one has written all of these results, and it alone.

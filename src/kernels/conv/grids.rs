@@ -205,6 +205,19 @@ impl Plan {
         w
     }
 
+    /// Positions of the input that some rows of images are computed from, those between them counted.
+    pub(super) fn reads(&self, images: Range<usize>, rows: Range<usize>) -> Range<usize> {
+        let (d, all) = (self.axis, volume(self.source));
+        if images.len() != 1 {
+            return images.start * all..images.end * all;
+        }
+        let (row, inside) =
+            (all / self.source[d].max(1), |i: usize| i.saturating_sub(self.low[d]).min(self.source[d]));
+        let last = inside((rows.end.max(1) - 1) * self.in_step[d] + self.reach[d] + 1);
+        let first = inside(rows.start * self.in_step[d]).min(last);
+        images.start * all + first * row..images.start * all + last * row
+    }
+
     /// Do tiles of a grid's positions slide over the input, each element of which is loaded once for all of its neighbours? In pairs,
     /// with one vector of outputs, loads take longer than multiplications.
     #[inline(always)]
@@ -411,11 +424,13 @@ impl<T: Vectors> Kernel<T> for PackPanel<'_, T> {
     }
 }
 
-/// The copy that a task makes of images `images` of the input, padded rows `row..`: line by line.
-pub(super) struct Lines<'a> {
-    plan: &'a Plan,
+/// Images with zeros around, or the part of them from some padded position on: line by line.
+pub(super) struct Lines {
+    source: [usize; 3],
+    /// Zeros before the input.
+    low: [usize; 3],
     images: Range<usize>,
-    /// The padded position that is the first.
+    /// The padded position that is the first, and the extents of the part.
     first: [usize; 3],
     window: [usize; 3],
     /// Positions of a line that lie inside.
@@ -423,14 +438,26 @@ pub(super) struct Lines<'a> {
     to: usize,
 }
 
-impl<'a> Lines<'a> {
+impl Lines {
     #[inline(always)]
-    pub(super) fn of(plan: &'a Plan, images: Range<usize>, row: usize, window: [usize; 3]) -> Self {
+    pub(super) fn new(
+        source: [usize; 3],
+        low: [usize; 3],
+        images: Range<usize>,
+        first: [usize; 3],
+        window: [usize; 3],
+    ) -> Self {
+        let from = low[2].saturating_sub(first[2]).min(window[2]);
+        let to = (low[2] + source[2]).saturating_sub(first[2]).clamp(from, window[2]);
+        Lines { source, low, images, first, window, from, to }
+    }
+
+    /// The copy that a task makes of the input, padded rows `row..`.
+    #[inline(always)]
+    pub(super) fn of(plan: &Plan, images: Range<usize>, row: usize, window: [usize; 3]) -> Self {
         let mut first = [0; 3];
         first[plan.axis] = row;
-        let from = plan.low[2].saturating_sub(first[2]).min(window[2]);
-        let to = (plan.low[2] + plan.source[2]).saturating_sub(first[2]).clamp(from, window[2]);
-        Lines { plan, images, first, window, from, to }
+        Lines::new(plan.source, plan.low, images, first, window)
     }
 
     #[inline(always)]
@@ -441,16 +468,16 @@ impl<'a> Lines<'a> {
     /// Of a line: the input's first position in it, its place in the line, and how many there are.
     #[inline(always)]
     pub(super) fn line(&self, nth: usize) -> [usize; 3] {
-        let (plan, window) = (self.plan, self.window);
+        let (low, source, window) = (self.low, self.source, self.window);
         let image = self.images.start + nth / (window[0] * window[1]);
         // (Beyond the input where it would be before it.)
-        let i = (self.first[0] + nth / window[1] % window[0]).wrapping_sub(plan.low[0]);
-        let j = (self.first[1] + nth % window[1]).wrapping_sub(plan.low[1]);
-        if i >= plan.source[0] || j >= plan.source[1] || self.from == self.to {
+        let i = (self.first[0] + nth / window[1] % window[0]).wrapping_sub(low[0]);
+        let j = (self.first[1] + nth % window[1]).wrapping_sub(low[1]);
+        if i >= source[0] || j >= source[1] || self.from == self.to {
             return [0; 3];
         }
-        let at = [i, j, self.from + self.first[2] - plan.low[2]];
-        [image * volume(plan.source) + flat(at, plan.source), self.from, self.to - self.from]
+        let at = [i, j, self.from + self.first[2] - low[2]];
+        [image * volume(source) + flat(at, source), self.from, self.to - self.from]
     }
 }
 

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use smallvec::{SmallVec, smallvec};
 
+use crate::kernels::ahead::Ahead;
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::half::Elements;
 use crate::kernels::par;
@@ -82,6 +83,16 @@ impl<'a, T: Vectors> Operand<'a, T> {
         // SAFETY: checked.
         unsafe { T::dispatch(Fill { operand: *self, first, out }) }
         out
+    }
+
+    /// What is read of some positions.
+    pub fn ahead(&self, positions: Range<usize>) -> Ahead {
+        let range = positions.start * self.channels..positions.end * self.channels;
+        let x = match &self.load {
+            Load::NormGrad(n) => n.x.bytes(range.clone()),
+            _ => (std::ptr::null(), 0),
+        };
+        Ahead::new([self.data.bytes(range), x])
     }
 
     /// All positions, computed to `out`.

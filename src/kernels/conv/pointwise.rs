@@ -3,6 +3,7 @@
 
 use super::both::{Both, Plain};
 use super::{Epilogue, Geometry, dense, grids, in_slots, slots, volume, weight};
+use crate::kernels::ahead::Ahead;
 use crate::kernels::par::Shared;
 use crate::kernels::simd::Vectors;
 use crate::kernels::tile::Pieces;
@@ -12,6 +13,8 @@ const SMALL: usize = 1 << 14;
 const SLABS: usize = 16;
 /// Elements of X, dX and dY that a chunk of positions has, to stay in the second-level cache with weights and sums.
 const CHUNK: usize = 1 << 15;
+/// Positions between which the weights' gradient fetches what is needed next.
+const ROW: usize = 8;
 /// Positions below which a chunk is not worth its while.
 const FEW: usize = 64;
 
@@ -23,6 +26,17 @@ pub fn applies(g: &Geometry) -> bool {
 /// The same with `positions` in a row.
 pub fn of(g: &Geometry, positions: usize) -> Geometry {
     Geometry { n: 1, axis: 2, x: [1, 1, positions], y: [1, 1, positions], ..g.clone() }
+}
+
+/// The same in rows of [`ROW`], where they fill them.
+fn in_rows(g: &Geometry, positions: usize) -> Geometry {
+    match positions.is_multiple_of(ROW) {
+        true => {
+            let extents = [1, positions / ROW, ROW];
+            Geometry { n: 1, axis: 1, x: extents, y: extents, ..g.clone() }
+        }
+        false => of(g, positions),
+    }
 }
 
 /// All of its positions.
@@ -80,17 +94,23 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
         // SAFETY: asked for here alone.
         let mut part = b.sums.as_ref().map(|sums| (sums, unsafe { sums.part(slab) }));
         let first = chunks.count * slab / slabs;
-        for i in first..chunks.count * (slab + 1) / slabs {
+        let last = chunks.count * (slab + 1) / slabs;
+        for i in first..last {
             let (start, n) = (chunks.start(i), chunks.len(i));
             let dy = b.dy.near(start, n, dy_slot);
             // SAFETY: the positions' elements of dX are this chunk's alone.
             let dx = unsafe { std::slice::from_raw_parts_mut(to.ptr().add(start * g.c), n * g.c) };
-            dense::positions(&back, dy, weights, epilogue.from(start * g.c, n * g.c), dx);
+            let ahead = b.x.ahead(start..start + n);
+            dense::positions(&back, dy, weights, epilogue.from(start * g.c, n * g.c), dx, ahead);
             if let Some((sums, part)) = &mut part {
                 sums.add(start * g.c, dx, x_slot, part);
             }
             let x = b.x.near(start, n, x_slot);
-            weight::add_positions(&of(g, n), x, dy, i > first, sum);
+            let ahead = match i + 1 < last {
+                true => b.dy.ahead(start + n..start + n + chunks.len(i + 1)),
+                false => Ahead::NOTHING,
+            };
+            weight::add_positions(&in_rows(g, n), x, dy, i > first, sum, ahead);
         }
     });
     weight::finish(g, sums, dw);

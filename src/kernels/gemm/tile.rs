@@ -1,6 +1,7 @@
 //! A tile of a product: its sums in registers, and where they go.
 
 use super::{Plus, Product};
+use crate::kernels::ahead::Steps;
 use crate::kernels::simd::{Simd, load_up_to, store_up_to};
 use crate::kernels::tile::{Acc, Positions, ROUND, Terms, along_columns, along_rows};
 use crate::tensor::Float;
@@ -40,6 +41,7 @@ pub(super) unsafe fn tile_run<D: Terms, const M: usize, const N: usize>(
                 b_block: 0,
                 b_row: 0,
                 b_step: N * lanes,
+                ahead: Steps::NOTHING,
             };
             match t.ldb {
                 None => along_columns::<D, M, N, ROUND>(&positions, t.a, t.b, lanes),

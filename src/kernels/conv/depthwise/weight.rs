@@ -184,10 +184,12 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
                 }
             }
             for p in 0..count {
+                // (Fetched in the order in which it lies, not in that in which it is read.)
                 let at = (o + p) * c + channel;
                 let v = load::<S, WHOLE>(self.dy.add(at), lanes);
-                S::prefetch(self.soon[0].wrapping_add(at));
-                S::prefetch(self.soon[1].wrapping_add(at));
+                let soon = (o * c).wrapping_add((channel / S::LANES * count + p) * S::LANES);
+                S::prefetch(self.soon[0].wrapping_add(soon));
+                S::prefetch(self.soon[1].wrapping_add(soon));
                 for r in 0..R {
                     for k in 0..K {
                         let x = load::<S, WHOLE>(x[r].wrapping_add(p * x_step + k * dilation), lanes);

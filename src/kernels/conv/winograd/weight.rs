@@ -13,6 +13,7 @@ use rayon::prelude::*;
 use super::few::{each, each_tasks};
 use super::transform::{OUT, PRODUCTS, output_grad_tile, weight_grad_tile};
 use super::{Source, TAPS, Tiles, Transformed, Widened, transform_inputs};
+use crate::kernels::ahead::Steps;
 use crate::kernels::conv::weight::in_order;
 use crate::kernels::conv::{Geometry, in_slots, slots};
 use crate::kernels::half::Elements;
@@ -199,6 +200,7 @@ impl<T: Vectors> Sum<T> {
             b_block: 0,
             b_row: 0,
             b_step: dy.tile,
+            ahead: Steps::NOTHING,
         };
         let pieces = Pieces::of(self.channels, S::ROWS[1]);
         for product in 0..PRODUCTS {

@@ -1,0 +1,62 @@
+//! Memory that will be read soon, fetched a little at a time by loops that compute meanwhile.
+#![allow(unsafe_code)]
+
+use crate::kernels::simd::Simd;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Parts of at most two tensors.
+#[derive(Debug, Clone, Copy)]
+pub struct Ahead([(*const u8, usize); 2]);
+
+impl Ahead {
+    pub const NOTHING: Ahead = Ahead([(std::ptr::null(), 0); 2]);
+
+    /// Each part begins at an address and has so many bytes.
+    pub fn new(parts: [(*const u8, usize); 2]) -> Ahead {
+        Ahead(parts)
+    }
+
+    /// Divided among so many steps.
+    #[inline(always)]
+    pub fn in_steps(self, steps: usize) -> Steps {
+        let each = |(_, bytes): (*const u8, usize)| bytes.div_ceil(steps.max(1));
+        Steps { at: [self.0[0].0, self.0[1].0], bytes: [each(self.0[0]), each(self.0[1])] }
+    }
+}
+
+/// Bytes that are fetched at each step.
+#[derive(Debug, Clone, Copy)]
+pub struct Steps {
+    at: [*const u8; 2],
+    bytes: [usize; 2],
+}
+
+impl Steps {
+    pub const NOTHING: Steps = Steps { at: [std::ptr::null(); 2], bytes: [0; 2] };
+
+    /// Those from step `i` on.
+    #[inline(always)]
+    pub fn after(self, i: usize) -> Steps {
+        let at = [0, 1].map(|k| self.at[k].wrapping_add(i * self.bytes[k]));
+        Steps { at, ..self }
+    }
+
+    /// Fetches the lines that begin within step `i`, to the second-level cache.
+    ///
+    /// # Safety
+    /// The processor must have `S`'s instructions. (Fetching is allowed anywhere.)
+    #[inline(always)]
+    pub unsafe fn fetch<S: Simd>(&self, i: usize) {
+        for k in 0..2 {
+            let end = (i + 1) * self.bytes[k];
+            let mut o = (i * self.bytes[k]).next_multiple_of(LINE);
+            while o < end {
+                // SAFETY: the caller's promise.
+                unsafe { S::prefetch_far(self.at[k].wrapping_add(o).cast()) }
+                o += LINE;
+            }
+        }
+    }
+}
