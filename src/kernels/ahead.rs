@@ -54,7 +54,7 @@ impl Steps {
             let mut o = (i * self.bytes[k]).next_multiple_of(LINE);
             while o < end {
                 // SAFETY: the caller's promise.
-                unsafe { S::prefetch_far(self.at[k].wrapping_add(o).cast()) }
+                unsafe { S::prefetch(self.at[k].wrapping_add(o).cast()) }
                 o += LINE;
             }
         }

@@ -41,10 +41,8 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn inside(y: Self::V, low: Self::V, high: Self::V) -> u32;
     /// `x` where the lane's bit is set, else 0.
     unsafe fn keep(bits: u32, x: Self::V) -> Self::V;
-    /// Brings the cache line at `p`, any address, near.
+    /// Brings the cache line at `p`, any address, to the second-level cache: the first holds what is computed with.
     unsafe fn prefetch(p: *const Self::Elem);
-    /// The same, no nearer than the second-level cache.
-    unsafe fn prefetch_far(p: *const Self::Elem);
     /// Writes the transpose of `LANES` vectors, `ld` elements apart, as `LANES` vectors `ld_to` apart.
     #[inline(always)]
     unsafe fn transpose(p: *const Self::Elem, ld: usize, to: *mut Self::Elem, ld_to: usize) {
@@ -55,8 +53,6 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
             }
         }
     }
-    /// The same for a line that will be written.
-    unsafe fn prefetch_write(p: *const Self::Elem);
 }
 
 /// A vector, or its first `n` lanes.
@@ -289,10 +285,6 @@ unsafe impl<T: Float> Simd for Plain<T> {
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const T) {}
-    #[inline(always)]
-    unsafe fn prefetch_far(_: *const T) {}
-    #[inline(always)]
-    unsafe fn prefetch_write(_: *const T) {}
 }
 
 /// Implements [`Simd`] for `f32` by one intrinsic a method.
@@ -304,8 +296,6 @@ macro_rules! vectors {
      inside: |$iy:ident, $il:ident, $ih:ident| $inside:expr,
      keep: |$bits:ident, $kx:ident| $keep:expr,
      prefetch: |$at:ident| $prefetch:expr,
-     prefetch_far: |$far:ident| $prefetch_far:expr,
-     prefetch_write: |$to:ident| $prefetch_write:expr,
      load_part: |$lp:ident, $ln:ident| $load_part:expr,
      store_part: |$sp:ident, $sv:ident, $sn:ident| $store_part:expr
      $(, transpose: $transpose:path)?) => {
@@ -395,21 +385,11 @@ macro_rules! vectors {
                 // SAFETY: see `splat`.
                 unsafe { $prefetch }
             }
-            #[inline(always)]
-            unsafe fn prefetch_far($far: *const f32) {
-                // SAFETY: see `splat`.
-                unsafe { $prefetch_far }
-            }
             $(#[inline(always)]
             unsafe fn transpose(p: *const f32, ld: usize, to: *mut f32, ld_to: usize) {
                 // SAFETY: see `splat`.
                 unsafe { $transpose(p, ld, to, ld_to) }
             })?
-            #[inline(always)]
-            unsafe fn prefetch_write($to: *const f32) {
-                // SAFETY: see `splat`.
-                unsafe { $prefetch_write }
-            }
         }
     };
 }
@@ -434,9 +414,7 @@ pub mod x86 {
             u32::from(_mm512_mask_cmp_ps_mask::<_CMP_LT_OQ>(above, y, high))
         },
         keep: |bits, x| _mm512_maskz_mov_ps(bits as u16, x),
-        prefetch: |p| _mm_prefetch::<_MM_HINT_T0>(p.cast()),
-        prefetch_far: |p| _mm_prefetch::<_MM_HINT_T1>(p.cast()),
-        prefetch_write: |p| _mm_prefetch::<_MM_HINT_ET0>(p.cast()),
+        prefetch: |p| _mm_prefetch::<_MM_HINT_T1>(p.cast()),
         load_part: |p, n| _mm512_maskz_loadu_ps((1u32 << n) as u16 - 1, p),
         store_part: |p, v, n| _mm512_mask_storeu_ps(p, (1u32 << n) as u16 - 1, v),
         transpose: transpose16
@@ -500,9 +478,7 @@ pub mod x86 {
             let set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits as i32), lanes), lanes);
             _mm256_and_ps(_mm256_castsi256_ps(set), x)
         },
-        prefetch: |p| _mm_prefetch::<_MM_HINT_T0>(p.cast()),
-        prefetch_far: |p| _mm_prefetch::<_MM_HINT_T1>(p.cast()),
-        prefetch_write: |p| _mm_prefetch::<_MM_HINT_ET0>(p.cast()),
+        prefetch: |p| _mm_prefetch::<_MM_HINT_T1>(p.cast()),
         load_part: |p, n| _mm256_maskload_ps(p, below(n)),
         store_part: |p, v, n| _mm256_maskstore_ps(p, below(n), v),
         transpose: transpose8
@@ -559,13 +535,7 @@ pub mod arm {
             vreinterpretq_f32_u32(vandq_u32(set, vreinterpretq_u32_f32(x)))
         },
         prefetch: |p| {
-            std::arch::asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))
-        },
-        prefetch_far: |p| {
             std::arch::asm!("prfm pldl2keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))
-        },
-        prefetch_write: |p| {
-            std::arch::asm!("prfm pstl1keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))
         },
         load_part: |p, n| {
             let mut all = [0.0f32; 4];

@@ -287,7 +287,7 @@ impl<E: Copy, T: Vectors> Task<'_, E, T> {
                             for at in (0..tile.lanes).step_by(lanes) {
                                 let y = self.y.wrapping_add(next.1[i] + tile.channel + at);
                                 // SAFETY: fetching is allowed anywhere.
-                                unsafe { D::S::prefetch_far(y) }
+                                unsafe { D::S::prefetch(y) }
                             }
                         }
                         let n = tile.lanes.div_ceil(lanes);

@@ -348,12 +348,12 @@ impl<T: Vectors> Line<'_, T> {
                 let from = soon.from.wrapping_add(q * soon.step + channel);
                 for r in 0..soon.rows {
                     for i in 0..P * soon.each {
-                        S::prefetch_far(from.wrapping_add(r * soon.row + i * (soon.step / soon.each)));
+                        S::prefetch(from.wrapping_add(r * soon.row + i * (soon.step / soon.each)));
                     }
                 }
                 let y = self.y.wrapping_add(self.y_row + q * self.y_step + AHEAD + channel);
                 for i in 0..P {
-                    S::prefetch_far(y.wrapping_add(i * self.y_step));
+                    S::prefetch(y.wrapping_add(i * self.y_step));
                 }
             }
             acc = match self.step {

@@ -223,7 +223,7 @@ impl<'a, T: Vectors> Operand<'a, T> {
         // SAFETY: the caller's promise.
         unsafe {
             let (from, x, out) = (from.add(channel), x.wrapping_add(channel), out.add(channel));
-            S::prefetch_far(from.wrapping_add(AHEAD));
+            S::prefetch(from.wrapping_add(AHEAD));
             let y = match &self.load {
                 // Was copied.
                 Load::Plain => return,
@@ -236,7 +236,7 @@ impl<'a, T: Vectors> Operand<'a, T> {
                     S::min(S::splat(f.clamp.high), S::max(S::splat(f.clamp.low), y))
                 }
                 Load::NormGrad(f) => {
-                    S::prefetch_far(x.wrapping_add(AHEAD));
+                    S::prefetch(x.wrapping_add(AHEAD));
                     let mean = load_up_to::<S>(f.mean.as_ptr().add(channel), n);
                     let factor = load_up_to::<S>(f.factor.as_ptr().add(channel), n);
                     let k1 = load_up_to::<S>(f.k1.as_ptr().add(channel), n);

@@ -67,7 +67,7 @@ unsafe impl<T: Float> Term<T> for Given<'_, T> {
     #[inline(always)]
     unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize) {
         // SAFETY: fetching is allowed anywhere.
-        unsafe { S::prefetch_far(self.0.as_ptr().wrapping_add(i)) }
+        unsafe { S::prefetch(self.0.as_ptr().wrapping_add(i)) }
     }
 }
 
@@ -110,7 +110,7 @@ unsafe impl<T: Float> Term<T> for Passed<'_, T> {
     #[inline(always)]
     unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize) {
         // SAFETY: fetching is allowed anywhere.
-        unsafe { S::prefetch_far(self.dy.as_ptr().wrapping_add(i)) }
+        unsafe { S::prefetch(self.dy.as_ptr().wrapping_add(i)) }
     }
 }
 
@@ -154,10 +154,10 @@ unsafe impl<T: Float> Term<T> for Written<'_, T> {
     unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize) {
         // SAFETY: fetching is allowed anywhere.
         unsafe {
-            S::prefetch_far(self.y.address(i));
-            S::prefetch_far(self.dz.as_ptr().wrapping_add(i));
+            S::prefetch(self.y.address(i));
+            S::prefetch(self.dz.as_ptr().wrapping_add(i));
             if let Some(dy) = self.dy {
-                S::prefetch_far(dy.as_ptr().wrapping_add(i));
+                S::prefetch(dy.as_ptr().wrapping_add(i));
             }
         }
     }
@@ -250,7 +250,7 @@ impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Fold<'_, T, F, PRODUCTS> {
                     let ahead = i + ROWS * self.step;
                     self.term.fetch::<S>(ahead);
                     if PRODUCTS {
-                        S::prefetch_far(self.x.address(ahead));
+                        S::prefetch(self.x.address(ahead));
                         let x = S::add(load_up_to::<S>(x.add(row * x_step + j), n), less[v]);
                         let dz = self.term.of::<S>(at, n, x);
                         products[v] = S::fma(dz, x, products[v]);

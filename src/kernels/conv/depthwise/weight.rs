@@ -188,8 +188,8 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
                 let at = (o + p) * c + channel;
                 let v = load::<S, WHOLE>(self.dy.add(at), lanes);
                 let soon = (o * c).wrapping_add((channel / S::LANES * count + p) * S::LANES);
-                S::prefetch_far(self.soon[0].wrapping_add(soon));
-                S::prefetch_far(self.soon[1].wrapping_add(soon));
+                S::prefetch(self.soon[0].wrapping_add(soon));
+                S::prefetch(self.soon[1].wrapping_add(soon));
                 for r in 0..R {
                     for k in 0..K {
                         let x = load::<S, WHOLE>(x[r].wrapping_add(p * x_step + k * dilation), lanes);
