@@ -107,6 +107,14 @@ pub fn pair<T: Float>([a, b]: [T; 2]) -> u32 {
     u32::from(to_bf16(a.to64() as f32)) | u32::from(to_bf16(b.to64() as f32)) << 16
 }
 
+/// Where both terms of a pair begin of which the first of all begins at `first` and the next ones `step` apart: the last of an
+/// odd number stands alone.
+#[inline(always)]
+pub fn both(pair: usize, terms: usize, first: usize, step: usize) -> [Option<usize>; 2] {
+    let at = first + 2 * pair * step;
+    [Some(at), if 2 * pair + 1 < terms { Some(at + step) } else { None }]
+}
+
 /// Pairs of `n` neighbours from element `start` on; an odd one is beside a zero.
 ///
 /// # Safety

@@ -6,7 +6,7 @@ use std::ops::Range;
 use crate::kernels::conv::grids::{Lines, Plan, pack_panel};
 use crate::kernels::conv::{in_slots, slots};
 use crate::kernels::half::Elements;
-use crate::kernels::pairs::{PairKernel, Pairs, STRIP, across, in_strips, neighbours};
+use crate::kernels::pairs::{PairKernel, Pairs, STRIP, across, both, in_strips, neighbours};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Simd, Vectors};
 use crate::kernels::tile::Pieces;
@@ -73,12 +73,11 @@ impl<T: Vectors> PairKernel<T> for PairRows<'_, T> {
         let PairRows { near, taps, rows, step, row, out } = self;
         for tap in 0..taps {
             for i in (0..rows).step_by(2) {
-                let at = (tap * rows + i) * row;
-                let second = if i + 1 < rows { Some(at + row) } else { None };
+                let starts = both(i / 2, rows, tap * rows * row, row);
                 // SAFETY: the caller's promise.
                 unsafe {
                     let to = out.add((tap * step + i / 2) * row);
-                    across::<D>(Elements::Whole(near), [Some(at), second], row, to);
+                    across::<D>(Elements::Whole(near), starts, row, to);
                 }
             }
         }
@@ -181,21 +180,20 @@ impl<T: Vectors> Strips<'_, T> {
         let size = positions.len() * self.width;
         let (mut pair, mut position) = (positions.start / self.positions, positions.start % self.positions);
         for i in 0..positions.len() {
-            let first = (2 * pair * self.positions + position) * self.channels;
-            let whole = 2 * pair + 1 < self.n;
-            let second = if whole { Some(first + self.positions * self.channels) } else { None };
+            let image = self.positions * self.channels;
+            let starts = both(pair, self.n, position * self.channels, image);
             // SAFETY: the caller's promise.
             unsafe {
                 let to = to.add(i * self.width);
                 if self.width <= STRIP {
-                    let (rows, exact) = ([Some(first), second], i + 1 == positions.len());
-                    in_strips::<D>(self.x, rows, &self.strips, strips.clone(), size, exact, to);
+                    let exact = i + 1 == positions.len();
+                    in_strips::<D>(self.x, starts, &self.strips, strips.clone(), size, exact, to);
                 } else {
                     for strip in strips.clone() {
                         let at = self.strips.start(strip);
-                        let second = second.map(|second| second + at);
+                        let starts = starts.map(|start| start.map(|start| start + at));
                         let to = to.add((strip - strips.start) * size);
-                        across::<D>(self.x, [Some(first + at), second], self.strips.len(strip), to);
+                        across::<D>(self.x, starts, self.strips.len(strip), to);
                     }
                 }
             }

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use super::tile::{Target, Tile, tile_run};
 use super::{Plus, Product, tasks};
 use crate::kernels::half::Elements;
-use crate::kernels::pairs::{PairKernel, Pairs, across, in_strips, neighbours};
+use crate::kernels::pairs::{PairKernel, Pairs, across, both, in_strips, neighbours};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Level, Simd, Vectors};
 use crate::kernels::tile::Pieces;
@@ -140,9 +140,7 @@ impl<T: Vectors> PairKernel<T> for Panel<'_, T> {
         unsafe {
             if !p.trans_b {
                 for step in 0..p.steps() {
-                    let at = 2 * step * p.ldb + first;
-                    let second = if 2 * step + 1 < p.k { Some(at + p.ldb) } else { None };
-                    across::<D>(b, [Some(at), second], cols, out.add(step * row));
+                    across::<D>(b, both(step, p.k, first, p.ldb), cols, out.add(step * row));
                 }
                 return;
             }
@@ -207,13 +205,11 @@ impl<T: Vectors> PairKernel<T> for Strips<'_, T> {
         let height = level.rows(level.panel(p.n));
         let (strips, size) = (Pieces::of(p.m, height), p.strip_of_pairs());
         for step in self.steps.clone() {
-            let at = 2 * step * p.lda;
-            let second = if 2 * step + 1 < p.k { Some(at + p.lda) } else { None };
             let exact = step + 1 == self.steps.end;
             // SAFETY: the step's rows of A, which A has, and the strips' place for them.
             unsafe {
                 let to = self.out.add(step * height);
-                in_strips::<D>(self.a, [Some(at), second], &strips, 0..strips.count, size, exact, to);
+                in_strips::<D>(self.a, both(step, p.k, 0, p.lda), &strips, 0..strips.count, size, exact, to);
             }
         }
     }

@@ -12,7 +12,7 @@ use crate::kernels::conv::grids::Lines;
 use crate::kernels::conv::paired::{self, PadImages, Strips};
 use crate::kernels::conv::{Geometry, volume};
 use crate::kernels::half::Elements;
-use crate::kernels::pairs::{PairKernel, Pairs};
+use crate::kernels::pairs::{PairKernel, Pairs, both};
 use crate::kernels::simd::{Level, Simd, Vectors};
 use crate::kernels::tile::{Pieces, Positions, Terms, WINDOW, along_columns};
 use crate::tile_sizes;
@@ -230,14 +230,15 @@ pub(super) fn by_pairs<T: Vectors>(
 
 /// X with zeros around it, in pairs of images.
 fn pad<T: Vectors>(g: &Geometry, p: &Plan, x: Elements<T>, out: &mut [u32]) {
-    let line = p.x[2] * g.c;
+    let (line, image) = (p.x[2] * g.c, volume(g.x) * g.c);
     out.par_chunks_mut(volume(p.x) * g.c).enumerate().for_each(|(pair, out)| {
         let lines = Lines::new(g.x, g.pad, 2 * pair..2 * pair + 1, [0; 3], p.x);
         for (i, out) in out.chunks_mut(line).enumerate() {
             let [first, at, len] = lines.line(i).map(|positions| positions * g.c);
-            let second = first + volume(g.x) * g.c;
-            let starts = [true, 2 * pair + 1 < g.n].map(|is| is && len > 0);
-            let starts = [starts[0].then_some(first), starts[1].then_some(second)];
+            let starts = match len {
+                0 => [None; 2],
+                _ => both(pair, g.n, first - 2 * pair * image, image),
+            };
             // SAFETY: the kernel has no promise of its own.
             unsafe { T::dispatch_pairs(PadImages { x, starts, at, len, out }) }
         }
