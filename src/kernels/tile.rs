@@ -191,9 +191,26 @@ pub unsafe fn multiply<S: Simd, const M: usize, const N: usize>(
             rows[i] = a.add(i * a_row);
         }
         let acc = along_rows::<S, M, N>(runs, rows, b, 2 * S::LANES);
-        for i in 0..M {
-            for j in 0..N {
-                let (c, v) = (c.add(i * c_row + j * S::LANES), acc[i][j]);
+        put::<S, M, N>(&acc, c, [c_row as isize, S::LANES as isize], add);
+    }
+}
+
+/// Writes a tile's sums, so many elements from row to row and from vector to vector, or, with `add`, adds them to what is there.
+///
+/// # Safety
+/// `c` must be valid for each of the vectors, and `S`'s instructions be there.
+#[inline(always)]
+pub unsafe fn put<S: Simd, const M: usize, const N: usize>(
+    acc: &Acc<S, M, N>,
+    c: *mut S::Elem,
+    [row, vector]: [isize; 2],
+    add: bool,
+) {
+    for i in 0..M {
+        for j in 0..N {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let (c, v) = (c.offset(i as isize * row + j as isize * vector), acc[i][j]);
                 S::store(c, if add { S::add(S::load(c), v) } else { v });
             }
         }

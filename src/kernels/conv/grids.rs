@@ -207,15 +207,8 @@ impl Plan {
 
     /// Positions of the input that some rows of images are computed from, those between them counted.
     pub(super) fn reads(&self, images: Range<usize>, rows: Range<usize>) -> Range<usize> {
-        let (d, all) = (self.axis, volume(self.source));
-        if images.len() != 1 {
-            return images.start * all..images.end * all;
-        }
-        let (row, inside) =
-            (all / self.source[d].max(1), |i: usize| i.saturating_sub(self.low[d]).min(self.source[d]));
-        let last = inside((rows.end.max(1) - 1) * self.in_step[d] + self.reach[d] + 1);
-        let first = inside(rows.start * self.in_step[d]).min(last);
-        images.start * all + first * row..images.start * all + last * row
+        let d = self.axis;
+        reads(self.source, d, [self.low[d], self.in_step[d], self.reach[d]], images, rows)
     }
 
     /// Do tiles of a grid's positions slide over the input, each element of which is loaded once for all of its neighbours? In pairs,
@@ -303,6 +296,26 @@ pub(super) struct Division {
     /// Rows of a grid, along the axis.
     pub(super) rows: usize,
     pub(super) panels: usize,
+}
+
+/// The positions, those between them counted, of all of several images, or of the rows along dimension `d` of one from which some
+/// rows of results are computed: row `i` from those from `i·step − low` on, up to `reach` further.
+pub(super) fn reads(
+    source: [usize; 3],
+    d: usize,
+    [low, step, reach]: [usize; 3],
+    images: Range<usize>,
+    rows: Range<usize>,
+) -> Range<usize> {
+    let all = volume(source);
+    if images.len() != 1 {
+        return images.start * all..images.end * all;
+    }
+    let row = all / source[d].max(1);
+    let inside = |i: usize| i.saturating_sub(low).min(source[d]);
+    let last = inside((rows.end.max(1) - 1) * step + reach + 1);
+    let first = inside(rows.start * step).min(last);
+    images.start * all + first * row..images.start * all + last * row
 }
 
 fn flat(at: [usize; 3], extents: [usize; 3]) -> usize {

@@ -8,6 +8,7 @@
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
 mod pairs;
+mod plan;
 
 use std::ops::Range;
 
@@ -20,187 +21,15 @@ use crate::kernels::gemm::{self, Product};
 use crate::kernels::half::Elements;
 use crate::kernels::par::{self, Shared};
 use crate::kernels::simd::{Kernel, Level, Simd, Vectors};
-use crate::kernels::tile::{Pieces, Positions, Terms, along_columns};
+use crate::kernels::tile::{Pieces, Positions, Terms, along_columns, put};
 use crate::tile_sizes;
 
-/// Elements of X and dY that a task should sweep over at a time, for the second-level cache; more of them where the
-/// sums, which are swept over each time, are large themselves.
-const CHUNK: usize = 1 << 16;
-const LARGE_CHUNK: usize = 1 << 18;
-/// Elements of all slabs' sums together, beyond which the outputs are divided instead of the positions.
-const SUMS: usize = 1 << 19;
-const TASKS: usize = 8;
-/// Elements of dW from which on its operands are packed, or it is one product.
-const LARGE: usize = 1 << 16;
-/// Multiply-adds worth a task of their own.
-const WORK: usize = 1 << 19;
-/// Input channels below which taps are merged.
-const FEW: usize = 8;
+use plan::{CHUNK, Division, LARGE, Plan};
+
 /// Output channels whose weights are put in order together.
 const OUTPUTS: usize = 16;
 /// Elements of the buffer in which they are.
 const NEAR: usize = 1 << 12;
-
-/// The sum as this file computes it: X perhaps padded, a kernel row's taps perhaps merged.
-struct Plan {
-    /// Images, or pairs of them.
-    n: usize,
-    pairs: bool,
-    groups: usize,
-    /// Rows and columns of dW a group and tap.
-    m: usize,
-    og: usize,
-    k: [usize; 3],
-    dilation: [usize; 3],
-    stride: [usize; 3],
-    pad: [usize; 3],
-    /// Extents of X, elements a position, and between positions that follow each other in the sum.
-    x: [usize; 3],
-    c: usize,
-    y: [usize; 3],
-    axis: usize,
-    merged: bool,
-}
-
-/// How the work is divided: slabs of positions, chunks within them, pieces of the outputs.
-struct Division {
-    slabs: usize,
-    /// Images a chunk, or rows along the axis of one image.
-    images: usize,
-    rows: usize,
-    /// Pieces of the rows of dW and of its panels of columns.
-    pieces: usize,
-    panels: usize,
-}
-
-impl Plan {
-    fn new(g: &Geometry) -> Plan {
-        let merged = g.groups == 1 && g.c < FEW && g.dilation[2] == 1 && g.k[2] > 1;
-        let mut p = Plan {
-            n: g.terms(g.n),
-            pairs: g.pairs,
-            groups: g.groups,
-            m: g.cg(),
-            og: g.og(),
-            k: g.k,
-            dilation: g.dilation,
-            stride: g.stride,
-            pad: g.pad,
-            x: g.x,
-            c: g.c,
-            y: g.y,
-            axis: g.axis,
-            merged,
-        };
-        if merged {
-            p.m = g.k[2] * g.c;
-            p.k[2] = 1;
-            p.x = std::array::from_fn(|d| {
-                let last = (g.y[d] - 1) * g.stride[d] + (g.k[d] - 1) * g.dilation[d] + 1;
-                last.max(g.x[d] + g.pad[d])
-            });
-            p.pad = [0; 3];
-        }
-        p
-    }
-
-    fn taps(&self) -> usize {
-        volume(self.k)
-    }
-
-    /// Output channels of a panel.
-    fn panel<T: Vectors>(&self) -> usize {
-        T::level().panel(self.og)
-    }
-
-    /// Panels of output channels.
-    fn panels(&self, panel: usize) -> usize {
-        self.groups * self.og.div_ceil(panel)
-    }
-
-    /// Elements of one sum: (panels, taps, rows, panel).
-    fn size(&self, panel: usize) -> usize {
-        self.panels(panel) * panel * self.taps() * self.m
-    }
-
-    /// The positions of X that the taps of some rows along the axis read, or all of several images.
-    fn reach(&self, image: usize, images: usize, first: usize, rows: usize) -> Range<usize> {
-        let (d, all) = (self.axis, volume(self.x));
-        if images > 1 {
-            return image * all..(image + images) * all;
-        }
-        let last = (first + rows).min(self.y[d]);
-        let after = (last * self.stride[d] + (self.k[d] - 1) * self.dilation[d] + 1)
-            .saturating_sub(self.stride[d] + self.pad[d])
-            .min(self.x[d]);
-        let low = (first * self.stride[d]).saturating_sub(self.pad[d]).min(after);
-        let row = all / self.x[d];
-        image * all + low * row..image * all + after * row
-    }
-
-    /// Elements of X that a chunk reads at most.
-    fn reach_room(&self, division: &Division) -> usize {
-        let (d, all) = (self.axis, volume(self.x));
-        let rows = (division.rows - 1) * self.stride[d] + (self.k[d] - 1) * self.dilation[d] + 1;
-        self.c
-            * match division.images {
-                1 => rows.min(self.x[d]) * (all / self.x[d]),
-                images => images * all,
-            }
-    }
-
-    fn tasks(&self, d: &Division, panel: usize) -> usize {
-        d.slabs * self.panels(panel).div_ceil(d.panels) * d.pieces
-    }
-
-    /// Elements of the padded copy of X.
-    fn copy(&self) -> usize {
-        if self.merged { self.n * volume(self.x) * self.c } else { 0 }
-    }
-
-    /// Are X and dY worth packing? Each strip of them is used for many others where dW is large, and positions far
-    /// apart compete for the same cache lines. Merged taps of neighbouring positions overlap.
-    fn packs(&self, panel: usize) -> bool {
-        let separate = self.groups == 1 && !self.merged && !self.pairs;
-        separate && self.size(panel) >= LARGE && self.division(panel).slabs == 1
-    }
-
-    /// The strips of X and of dY, and the elements that they take packed.
-    fn strips<T: Vectors>(&self) -> [(Pieces, usize); 2] {
-        let panel = self.panel::<T>();
-        let height = T::level().rows(panel);
-        let rows = Pieces::of(self.m, height);
-        let columns = Pieces::by(self.og, panel);
-        [
-            (rows, rows.count * self.n * volume(self.x) * height),
-            (columns, columns.count * self.n * volume(self.y) * panel),
-        ]
-    }
-
-    fn division(&self, panel: usize) -> Division {
-        let rows = self.y[self.axis];
-        let per_row = volume(self.x) * self.c / self.x[self.axis] * self.stride[self.axis]
-            + volume(self.y) / rows * self.groups * self.og;
-        let chunk = (self.size(panel) / 2).clamp(CHUNK, LARGE_CHUNK);
-        let (images, chunk) = match per_row * rows {
-            all if all <= chunk => ((chunk / all.max(1)).clamp(1, self.n), rows),
-            _ => (1, (chunk / per_row.max(1)).clamp(1, rows)),
-        };
-        let chunks = self.n.div_ceil(images) * rows.div_ceil(chunk);
-        let tasks = (self.n * volume(self.y) * self.size(panel) / WORK).clamp(1, TASKS);
-        let slabs = (SUMS / self.size(panel).max(1)).clamp(1, tasks.min(self.n * rows));
-        // Smaller chunks rather than fewer slabs.
-        let (images, chunk) = match slabs <= chunks {
-            true => (images, chunk),
-            false if slabs <= self.n => (self.n / slabs, rows),
-            false => (1, (rows / slabs.div_ceil(self.n)).max(1)),
-        };
-        let groups_panels = self.panels(panel);
-        let panels = tasks.div_ceil(slabs).min(groups_panels);
-        let pieces = tasks.div_ceil(slabs * panels).min(self.taps());
-        Division { slabs, images, rows: chunk, pieces, panels: groups_panels.div_ceil(panels) }
-    }
-}
 
 /// X or dY: some channels of each position, in strips of neighbours.
 #[derive(Clone, Copy)]
@@ -291,15 +120,6 @@ struct Chunk<'a, E> {
     x: Side<'a, E>,
     dy: Side<'a, E>,
     origins: [usize; 2],
-}
-
-impl Plan {
-    /// First image, images and first row of a chunk.
-    fn chunk(&self, d: &Division, chunk: usize) -> [usize; 3] {
-        let row_blocks = self.y[self.axis].div_ceil(d.rows);
-        let image = chunk / row_blocks * d.images;
-        [image, d.images.min(self.n - image), chunk % row_blocks * d.rows]
-    }
 }
 
 /// A task whose operands are read as they are, X widened where it is of half precision.
@@ -432,12 +252,7 @@ unsafe fn tile_run<D: Terms, const M: usize, const N: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         let acc = along_columns::<D, M, N, 1>(p, a, b, tail);
-        for i in 0..M {
-            for j in 0..N {
-                let (c, v) = (c.add(i * c_row + j * D::S::LANES), acc[i][j]);
-                D::S::store(c, if add { D::S::add(D::S::load(c), v) } else { v });
-            }
-        }
+        put::<D::S, M, N>(&acc, c, [c_row as isize, D::S::LANES as isize], add);
     }
 }
 

@@ -6,27 +6,22 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Chunk, Division, Plan, Side, Task, in_slabs};
+use super::plan::{Division, Plan};
+use super::{Chunk, Side, Task, in_slabs};
 use crate::kernels::ahead::Steps;
-use crate::kernels::conv::grids::Lines;
+use crate::kernels::conv::grids::{self, Lines};
 use crate::kernels::conv::paired::{self, PadImages, Strips};
 use crate::kernels::conv::{Geometry, volume};
 use crate::kernels::half::Elements;
 use crate::kernels::pairs::{PairKernel, Pairs, both};
 use crate::kernels::simd::{Level, Simd, Vectors};
-use crate::kernels::tile::{Pieces, Positions, Terms, WINDOW, along_columns};
+use crate::kernels::tile::{Pieces, Positions, Terms, WINDOW, along_columns, put};
 use crate::tile_sizes;
 
 impl Plan {
     /// The positions of dY of some rows along the axis, or all of several images.
     fn put(&self, image: usize, images: usize, first: usize, rows: usize) -> Range<usize> {
-        let all = volume(self.y);
-        if images > 1 {
-            return image * all..(image + images) * all;
-        }
-        let row = all / self.y[self.axis];
-        let last = (first + rows).min(self.y[self.axis]);
-        image * all + first * row..image * all + last * row
+        grids::reads(self.y, self.axis, [0, 1, 0], image..image + images, first..first + rows)
     }
 
     /// Are the taps of a kernel's row summed up together? Each element of X is then loaded once for all of them, where with one vector
@@ -180,12 +175,7 @@ unsafe fn slide_run<D: Terms, const M: usize, const N: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         let acc = along_columns::<D, M, N, 1>(p, a, b, D::S::LANES);
-        for i in 0..M {
-            for j in 0..N {
-                let (c, v) = (last.add(i * D::S::LANES).sub(j * tap), acc[i][j]);
-                D::S::store(c, if add { D::S::add(D::S::load(c), v) } else { v });
-            }
-        }
+        put::<D::S, M, N>(&acc, last, [D::S::LANES as isize, -(tap as isize)], add);
     }
 }
 

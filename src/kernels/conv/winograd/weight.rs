@@ -19,7 +19,7 @@ use crate::kernels::conv::{Geometry, in_slots, slots};
 use crate::kernels::half::Elements;
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors};
-use crate::kernels::tile::{Pieces, Positions, along_columns};
+use crate::kernels::tile::{Pieces, Positions, along_columns, put};
 use crate::tile_sizes;
 
 /// Elements of a task's transformed tiles.
@@ -231,12 +231,7 @@ unsafe fn multiply<S: Simd, const M: usize, const N: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         let acc = along_columns::<S, M, N, 1>(positions, a, b, S::LANES);
-        for i in 0..M {
-            for j in 0..N {
-                let (at, v) = (sum.add((2 * i + j) * S::LANES), acc[i][j]);
-                S::store(at, if add { S::add(S::load(at), v) } else { v });
-            }
-        }
+        put::<S, M, N>(&acc, sum, [2 * S::LANES as isize, S::LANES as isize], add);
     }
 }
 
