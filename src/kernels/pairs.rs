@@ -13,7 +13,7 @@ use std::ops::Range;
 use crate::kernels::half::{Elements, Half, to_bf16};
 use crate::kernels::isa::has_pair_products;
 use crate::kernels::simd::{Kernel, Plain, Simd, Vectors};
-use crate::kernels::tile::{Pieces, Terms};
+use crate::kernels::tile::{Form, Pieces, TermKernel, Terms};
 use crate::tensor::Float;
 
 /// Elements that are widened or rounded at a time where there is no shorter way.
@@ -56,6 +56,29 @@ pub trait PairKernel<T> {
     /// # Safety
     /// The processor must have `D`'s instructions, and the kernel's own promises must hold.
     unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self);
+}
+
+impl<T: Vectors> Form<T> for u32 {
+    const EACH: usize = 2;
+
+    fn room(scratch: &mut [T]) -> &mut [u32] {
+        bytemuck::cast_slice_mut(scratch)
+    }
+
+    unsafe fn dispatch_terms<K: TermKernel<u32, T>>(kernel: K) {
+        // SAFETY: the caller's promise.
+        unsafe { T::dispatch_pairs(OfPairs(kernel)) }
+    }
+}
+
+struct OfPairs<K>(K);
+
+impl<T: Vectors, K: TermKernel<u32, T>> PairKernel<T> for OfPairs<K> {
+    #[inline(always)]
+    unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.run::<D>() }
+    }
 }
 
 /// Runs a kernel with vectors of pairs of the level in use.
@@ -322,6 +345,49 @@ unsafe impl<S: Simd> Terms for Plainly<S> {
             S::load(all.as_ptr())
         }
     }
+
+    #[inline(always)]
+    unsafe fn put_beside(v: S::V, to: *mut u32) {
+        unsafe { beside_plainly::<S>(v, to) }
+    }
+
+    #[inline(always)]
+    unsafe fn put_across(nth: usize, v: S::V, to: *mut u32) {
+        unsafe { across_plainly::<S>(nth, v, to) }
+    }
+}
+
+/// See [`Terms::put_beside`].
+///
+/// # Safety
+/// As of the method.
+#[inline(always)]
+unsafe fn beside_plainly<S: Simd>(v: S::V, to: *mut u32) {
+    let mut all = [num_traits::zero(); WIDEST];
+    // SAFETY: the caller's promise.
+    unsafe {
+        S::store(all.as_mut_ptr(), v);
+        for i in 0..S::LANES / 2 {
+            *to.add(i) = pair([all[2 * i], all[2 * i + 1]]);
+        }
+    }
+}
+
+/// See [`Terms::put_across`].
+///
+/// # Safety
+/// As of the method.
+#[inline(always)]
+unsafe fn across_plainly<S: Simd>(nth: usize, v: S::V, to: *mut u32) {
+    let mut all = [num_traits::zero(); WIDEST];
+    // SAFETY: the caller's promise.
+    unsafe {
+        S::store(all.as_mut_ptr(), v);
+        for i in 0..S::LANES {
+            let rounded = pair([all[i], num_traits::zero()]);
+            *to.add(i) = if nth == 0 { rounded } else { *to.add(i) | rounded << 16 };
+        }
+    }
 }
 
 // SAFETY: as above.
@@ -387,6 +453,28 @@ mod x86 {
                 _mm512_dpbf16_ps(sum, x, row)
             }
         }
+
+        #[inline(always)]
+        unsafe fn put_beside(v: __m512, to: *mut u32) {
+            unsafe { _mm256_storeu_si256(to.cast(), rounded(v)) }
+        }
+
+        #[inline(always)]
+        unsafe fn put_across(nth: usize, v: __m512, to: *mut u32) {
+            unsafe {
+                let mut terms = _mm512_cvtepu16_epi32(rounded(v));
+                if nth > 0 {
+                    terms = _mm512_or_si512(Self::row(to), _mm512_slli_epi32::<16>(terms));
+                }
+                _mm512_storeu_si512(to.cast(), terms);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn rounded(v: __m512) -> __m256i {
+        // SAFETY: the caller's promise; both are 256 bits.
+        unsafe { std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v)) }
     }
 
     // SAFETY: as above.
@@ -428,7 +516,7 @@ mod arm {
     use std::arch::aarch64::*;
     use std::arch::asm;
 
-    use super::{Pairs, Terms};
+    use super::{Pairs, Terms, across_plainly, beside_plainly};
     use crate::kernels::simd::arm::Neon;
 
     /// Arm's BF16 extension.
@@ -477,6 +565,16 @@ mod arm {
                 );
             }
             sum
+        }
+
+        #[inline(always)]
+        unsafe fn put_beside(v: float32x4_t, to: *mut u32) {
+            unsafe { beside_plainly::<Neon>(v, to) }
+        }
+
+        #[inline(always)]
+        unsafe fn put_across(nth: usize, v: float32x4_t, to: *mut u32) {
+            unsafe { across_plainly::<Neon>(nth, v, to) }
         }
     }
 

@@ -8,7 +8,7 @@
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
 use crate::kernels::ahead::Steps;
-use crate::kernels::simd::Simd;
+use crate::kernels::simd::{Kernel, Simd, Vectors};
 
 /// Steps of a round of the loops where B's rows are a known distance apart. A processor that two threads share can begin so
 /// few instructions for each that the loop's own cost a tenth of the time; more steps take longer to decode.
@@ -39,6 +39,55 @@ pub unsafe trait Terms: Copy + Send + Sync + 'static {
     unsafe fn broadcast(p: *const Self::Term) -> Self::Row;
     /// `x·row + sum`
     unsafe fn multiply(x: Self::Row, row: Self::Row, sum: <Self::S as Simd>::V) -> <Self::S as Simd>::V;
+
+    /// Writes a vector as terms of neighbours.
+    unsafe fn put_beside(v: <Self::S as Simd>::V, to: *mut Self::Term);
+    /// Writes a vector as the elements number `nth` of `LANES` terms, whose first ones are to be written first: they have zeros
+    /// for those that follow.
+    unsafe fn put_across(nth: usize, v: <Self::S as Simd>::V, to: *mut Self::Term);
+}
+
+/// Loops over terms of type `E`, whose sums are vectors of `T`. Write `run` as `#[inline(always)]`.
+pub trait TermKernel<E, T> {
+    /// # Safety
+    /// The processor must have `D`'s instructions, and the kernel's own promises must hold.
+    unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(self);
+}
+
+/// Types of terms whose sums are of type `T`: `T` itself, or pairs.
+pub trait Form<T>: Copy + Send + Sync {
+    /// Elements of a term: consecutive ones of a sum.
+    const EACH: usize;
+
+    /// Room for as many terms as there are elements, at least.
+    fn room(scratch: &mut [T]) -> &mut [Self];
+
+    /// # Safety
+    /// The kernel's own promises.
+    unsafe fn dispatch_terms<K: TermKernel<Self, T>>(kernel: K);
+}
+
+impl<T: Vectors> Form<T> for T {
+    const EACH: usize = 1;
+
+    fn room(scratch: &mut [T]) -> &mut [T] {
+        scratch
+    }
+
+    unsafe fn dispatch_terms<K: TermKernel<T, T>>(kernel: K) {
+        // SAFETY: the caller's promise.
+        unsafe { T::dispatch(OfElements(kernel)) }
+    }
+}
+
+struct OfElements<K>(K);
+
+impl<T: Vectors, K: TermKernel<T, T>> Kernel<T> for OfElements<K> {
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(self) {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.run::<S>() }
+    }
 }
 
 // SAFETY: as of the vectors.
@@ -67,6 +116,16 @@ unsafe impl<V: Simd> Terms for V {
     #[inline(always)]
     unsafe fn multiply(x: V::V, row: V::V, sum: V::V) -> V::V {
         unsafe { V::fma(x, row, sum) }
+    }
+
+    #[inline(always)]
+    unsafe fn put_beside(v: V::V, to: *mut V::Elem) {
+        unsafe { V::store(to, v) }
+    }
+
+    #[inline(always)]
+    unsafe fn put_across(_: usize, v: V::V, to: *mut V::Elem) {
+        unsafe { V::store(to, v) }
     }
 }
 
@@ -172,15 +231,15 @@ pub unsafe fn slide<D: Terms, const M: usize>(
 /// it is added to what C holds.
 ///
 /// # Safety
-/// `a` must be readable for the runs' elements at each row, `b` for two vectors at each step, `c` writable for `N`
-/// vectors at each row, and `S`'s instructions be there.
+/// `a` must be readable for the runs' terms at each row, `b` for two vectors at each step, `c` writable for `N`
+/// vectors at each row, and `D`'s instructions be there.
 #[inline(always)]
-pub unsafe fn multiply<S: Simd, const M: usize, const N: usize>(
+pub unsafe fn multiply<D: Terms, const M: usize, const N: usize>(
     runs: &[(isize, usize)],
-    a: *const S::Elem,
+    a: *const D::Term,
     a_row: usize,
-    b: *const S::Elem,
-    c: *mut S::Elem,
+    b: *const D::Term,
+    c: *mut <D::S as Simd>::Elem,
     c_row: usize,
     add: bool,
 ) {
@@ -190,8 +249,8 @@ pub unsafe fn multiply<S: Simd, const M: usize, const N: usize>(
         for i in 0..M {
             rows[i] = a.add(i * a_row);
         }
-        let acc = along_rows::<S, M, N>(runs, rows, b, 2 * S::LANES);
-        put::<S, M, N>(&acc, c, [c_row as isize, S::LANES as isize], add);
+        let acc = along_rows::<D, M, N>(runs, rows, b, 2 * D::S::LANES);
+        put::<D::S, M, N>(&acc, c, [c_row as isize, D::S::LANES as isize], add);
     }
 }
 

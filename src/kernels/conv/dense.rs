@@ -15,10 +15,9 @@ use crate::kernels::conv::load::{Load, Operand};
 use crate::kernels::conv::{
     Done, Epilogue, Geometry, Residual, in_slots, paired, pointwise, slots, split, strides, volume,
 };
-use crate::kernels::pairs::{PairKernel, Pairs};
 use crate::kernels::par::{Shared, next};
-use crate::kernels::simd::{Kernel, Level, Simd, Vectors, load_up_to, store_up_to};
-use crate::kernels::tile::{Pieces, Terms, along_rows, slide};
+use crate::kernels::simd::{Level, Simd, Vectors, load_up_to, store_up_to};
+use crate::kernels::tile::{Form, Pieces, TermKernel, Terms, along_rows, slide};
 use crate::tile_sizes;
 
 /// Elements of packed weights that stay near while all of them are used for each tile.
@@ -28,10 +27,7 @@ fn scaled(a: [usize; 3], b: [usize; 3]) -> [usize; 3] {
 }
 
 /// What A and the packed weights are made of: elements, or pairs of bfloat16 of neighbouring channels.
-trait Form<T: Vectors>: Copy + Send + Sync {
-    /// Room for them.
-    fn room(scratch: &mut [T]) -> &mut [Self];
-
+trait Packs<T: Vectors>: Form<T> {
     /// Packs the weights; `scratch`: [`paired::pack_scratch`] elements for pairs.
     fn pack(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [Self], scratch: &mut [T]);
 
@@ -44,17 +40,9 @@ trait Form<T: Vectors>: Copy + Send + Sync {
         rows: Range<usize>,
         slot: &mut [T],
     ) -> (*const Self, [usize; 3]);
-
-    /// # Safety
-    /// The task's own promises.
-    unsafe fn dispatch(task: Task<Self, T>);
 }
 
-impl<T: Vectors> Form<T> for T {
-    fn room(scratch: &mut [T]) -> &mut [T] {
-        scratch
-    }
-
+impl<T: Vectors> Packs<T> for T {
     fn pack(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [T], _: &mut [T]) {
         pack(plan, forward, panel, w, out);
     }
@@ -82,18 +70,9 @@ impl<T: Vectors> Form<T> for T {
             (false, false) => (x.near(row, rows.len(), slot).as_ptr(), [1, 1, rows.len()]),
         }
     }
-
-    unsafe fn dispatch(task: Task<T, T>) {
-        // SAFETY: the caller's promise.
-        unsafe { T::dispatch(task) }
-    }
 }
 
-impl<T: Vectors> Form<T> for u32 {
-    fn room(scratch: &mut [T]) -> &mut [u32] {
-        paired::room(scratch)
-    }
-
+impl<T: Vectors> Packs<T> for u32 {
     fn pack(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [u32], scratch: &mut [T]) {
         paired::pack(plan, forward, panel, w, out, scratch);
     }
@@ -107,7 +86,7 @@ impl<T: Vectors> Form<T> for u32 {
         slot: &mut [T],
     ) -> (*const u32, [usize; 3]) {
         let (out, near) = slot.split_at_mut(plan.slot(d));
-        let (out, row) = (paired::room(out), rows.start * plan.in_step[plan.axis]);
+        let (out, row) = (u32::room(out), rows.start * plan.in_step[plan.axis]);
         let a = out.as_ptr();
         if matches!(x.load, Load::Plain) {
             let window = plan.window(d.rows);
@@ -120,11 +99,6 @@ impl<T: Vectors> Form<T> for u32 {
         // SAFETY: as above.
         unsafe { T::dispatch_pairs(paired::Positions { plan, x, out }) }
         (a, [1, 1, rows.len()])
-    }
-
-    unsafe fn dispatch(task: Task<u32, T>) {
-        // SAFETY: the caller's promise.
-        unsafe { T::dispatch_pairs(task) }
     }
 }
 
@@ -185,22 +159,6 @@ impl Walk {
     }
 }
 
-impl<T: Vectors> Kernel<T> for Task<'_, T, T> {
-    #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(self) {
-        // SAFETY: the caller's promise.
-        unsafe { self.tiles::<S>() }
-    }
-}
-
-impl<T: Vectors> PairKernel<T> for Task<'_, u32, T> {
-    #[inline(always)]
-    unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
-        // SAFETY: the caller's promise.
-        unsafe { self.tiles::<D>() }
-    }
-}
-
 impl<E: Copy, T: Vectors> Task<'_, E, T> {
     /// Where a tile of `m` positions begins in A and in the result.
     #[inline(always)]
@@ -213,11 +171,13 @@ impl<E: Copy, T: Vectors> Task<'_, E, T> {
         }
         (a, y)
     }
+}
 
+impl<E: Copy, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
     /// # Safety
     /// The task's positions and weights must lie inside the plan's, and the processor have `D`'s instructions.
     #[inline(always)]
-    unsafe fn tiles<D: Terms<Term = E, S: Simd<Elem = T>>>(self) {
+    unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(self) {
         let (plan, lanes) = (self.plan, D::S::LANES);
         let (ci, co, panel) = (plan.ci, plan.co, Level::of::<D::S>().panel(plan.co));
         let per_group = plan.panels(panel);
@@ -405,7 +365,7 @@ pub(super) fn positions<T: Vectors>(
         ahead,
     };
     // SAFETY: each of these positions has its elements in `a` and `y`.
-    unsafe { T::dispatch(task) }
+    unsafe { T::dispatch_terms(task) }
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -426,7 +386,7 @@ fn run<T: Vectors>(
 }
 
 #[allow(clippy::too_many_arguments)]
-fn run_form<E: Form<T>, T: Vectors>(
+fn run_form<E: Packs<T>, T: Vectors>(
     plan: &Plan,
     forward: bool,
     x: Operand<T>,
@@ -468,7 +428,18 @@ fn run_form<E: Form<T>, T: Vectors>(
         // SAFETY: the slices have the plan's extents (checked by the callers), so all windows of the task's
         // positions lie in `a`; no two tasks write the same elements of `y`.
         unsafe {
-            E::dispatch(Task { plan, a, window, weights, panels, images, rows, epilogue, y: y.ptr(), ahead });
+            E::dispatch_terms(Task {
+                plan,
+                a,
+                window,
+                weights,
+                panels,
+                images,
+                rows,
+                epilogue,
+                y: y.ptr(),
+                ahead,
+            });
         }
         if let Some(done) = done {
             // SAFETY: with all panels in one task, this one has written all of these results, and it alone.

@@ -341,7 +341,7 @@ pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, computed: bool, half: bool)
     g.copies()
         + match () {
             _ if g.depthwise() => depthwise::weight_grad_scratch(g, !computed && !half),
-            _ if winograd::applies_forward(g) => winograd::weight::weight_grad_scratch::<T>(g, half),
+            _ if winograd::applies_weight(g) => winograd::weight::weight_grad_scratch::<T>(g, half),
             _ if computed => weight::weight_grad_scratch::<T>(g, false) + g.inputs(),
             _ => weight::weight_grad_scratch::<T>(g, half),
         }
@@ -370,7 +370,7 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Operand<T>, dw: &mut [
             let x = Operand { data: x, channels: g.c, load: Load::Plain };
             depthwise::weight_grad(g, dy, x, dw, scratch);
         }
-        _ if winograd::applies_forward(g) => winograd::weight::weight_grad(g, dy, x, dw, scratch),
+        _ if winograd::applies_weight(g) => winograd::weight::weight_grad(g, dy, x, dw, scratch),
         _ => weight::weight_grad(g, dy, x, dw, scratch),
     };
     if g.layout == Layout::Last {

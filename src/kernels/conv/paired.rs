@@ -14,11 +14,6 @@ use crate::kernels::tile::Pieces;
 /// Input channels whose weights are put in order at a time.
 const BLOCK: usize = 16;
 
-/// Room for pairs.
-pub(super) fn room<T: Vectors>(scratch: &mut [T]) -> &mut [u32] {
-    bytemuck::cast_slice_mut(scratch)
-}
-
 /// Panels, and elements of scratch for one of them.
 fn panels(plan: &Plan, panel: usize) -> [usize; 2] {
     [plan.panels(panel), plan.order.len() * BLOCK * panel]

@@ -10,12 +10,12 @@ use super::plan::{Division, Plan};
 use super::{Chunk, Side, Task, in_slabs};
 use crate::kernels::ahead::Steps;
 use crate::kernels::conv::grids::{self, Lines};
-use crate::kernels::conv::paired::{self, PadImages, Strips};
+use crate::kernels::conv::paired::{PadImages, Strips};
 use crate::kernels::conv::{Geometry, volume};
 use crate::kernels::half::Elements;
 use crate::kernels::pairs::{PairKernel, Pairs, both};
 use crate::kernels::simd::{Level, Simd, Vectors};
-use crate::kernels::tile::{Pieces, Positions, Terms, WINDOW, along_columns, put};
+use crate::kernels::tile::{Form, Pieces, Positions, Terms, WINDOW, along_columns, put};
 use crate::tile_sizes;
 
 impl Plan {
@@ -192,7 +192,7 @@ pub(super) fn by_pairs<T: Vectors>(
     let d = p.division(panel);
     let height = T::level().rows(panel);
     let (copy, sums) = scratch.split_at_mut(p.copy());
-    let copy = &mut paired::room(copy)[..p.copy()];
+    let copy = &mut <u32 as Form<T>>::room(copy)[..p.copy()];
     let x = match p.merged {
         true => {
             pad(g, p, x, copy);
@@ -214,7 +214,7 @@ pub(super) fn by_pairs<T: Vectors>(
     };
     in_slabs(g, p, &d, p.near_room::<T>(&d, panel), dw, sums, |task, near| {
         // SAFETY: as of what is done directly.
-        unsafe { T::dispatch_pairs(Paired { task, x, dy, near: paired::room(near) }) }
+        unsafe { T::dispatch_pairs(Paired { task, x, dy, near: Form::<T>::room(near) }) }
     });
 }
 

@@ -5,13 +5,13 @@
 
 use std::ops::Range;
 
-use super::forward::{Multiply, Target, transform_weights};
-use super::transform::PRODUCTS;
-use super::{Source, TAPS, Tiles, Transformed, transform_inputs};
+use super::forward::{Multiply, Target, transform_inputs, transform_weights, weights_room};
+use super::{Source, Tiles, Transformed};
 use crate::kernels::conv::grids::{Plan, pack_panel};
 use crate::kernels::conv::{Epilogue, in_slots, slots};
 use crate::kernels::par::Shared;
-use crate::kernels::simd::{Kernel, Simd, Vectors};
+use crate::kernels::simd::{Simd, Vectors};
+use crate::kernels::tile::{Form, TermKernel, Terms};
 
 /// Weights from which on, and tiles up to which, it pays.
 const WEIGHTS: usize = 1 << 17;
@@ -25,35 +25,36 @@ pub(super) fn applies(plan: &Plan) -> bool {
     plan.ci * plan.co >= WEIGHTS && Tiles::of(plan.n, plan.target).total <= TILES
 }
 
-/// Transformed inputs, and the products with one panel.
-fn layouts(plan: &Plan, panel: usize) -> [Transformed; 2] {
+/// Transformed inputs, in terms of `each` channels, and the products with one panel.
+fn layouts(plan: &Plan, each: usize, panel: usize) -> [Transformed; 2] {
     let tiles = Tiles::of(plan.n, plan.target).total;
-    [Transformed::new(tiles, plan.ci, panel / 2), Transformed::new(tiles, panel, panel / 2)]
+    let terms = plan.ci.div_ceil(each);
+    [Transformed::new(tiles, terms, panel / 2), Transformed::new(tiles, panel, panel / 2)]
 }
 
-fn weights(plan: &Plan, panel: usize) -> usize {
-    PRODUCTS * BLOCK.min(plan.ci) * panel
+fn weights(plan: &Plan, each: usize, panel: usize) -> usize {
+    weights_room(BLOCK.min(plan.ci), each, panel)[0]
 }
 
-pub(super) fn scratch(plan: &Plan, panel: usize) -> usize {
-    let [x, m] = layouts(plan, panel);
-    plan.ci + x.size() + slots(plan.panels(panel), weights(plan, panel) + m.size())
+pub(super) fn scratch(plan: &Plan, each: usize, panel: usize) -> usize {
+    let [x, m] = layouts(plan, each, panel);
+    plan.ci + x.size() + slots(plan.panels(panel), weights(plan, each, panel) + m.size())
 }
 
 /// The tiles of a source.
-pub(super) struct Transform<'a, T> {
-    pub(super) of: Tiles,
-    pub(super) tiles: Range<usize>,
-    pub(super) source: Source<'a, T>,
-    pub(super) layout: Transformed,
-    pub(super) to: *mut T,
+struct Inputs<'a, E, T> {
+    of: Tiles,
+    tiles: Range<usize>,
+    source: Source<'a, T>,
+    layout: Transformed,
+    to: *mut E,
 }
 
-impl<T: Vectors> Kernel<T> for Transform<'_, T> {
+impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Inputs<'_, E, T> {
     #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(self) {
+    unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(self) {
         // SAFETY: the promise of whoever made it.
-        unsafe { transform_inputs::<S>(&self.of, self.tiles, &self.source, None, &self.layout, self.to) }
+        unsafe { transform_inputs::<D>(&self.of, self.tiles, &self.source, &self.layout, E::EACH, self.to) }
     }
 }
 
@@ -73,52 +74,52 @@ pub(super) fn each_tasks(of: Tiles) -> usize {
 }
 
 /// Everything of one panel.
-struct Panel<'a, T> {
+struct Panel<'a, E, T> {
     panel: usize,
     forward: bool,
     w: &'a [T],
-    x: *const T,
+    x: *const E,
     layouts: [Transformed; 2],
     weights: &'a mut [T],
     products: *mut T,
     target: Target<'a, T>,
 }
 
-impl<T: Vectors> Kernel<T> for Panel<'_, T> {
+impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Panel<'_, E, T> {
     #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(self) {
-        let (plan, panel) = (self.target.plan, 2 * S::LANES);
+    unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(self) {
+        let (plan, panel) = (self.target.plan, 2 * D::S::LANES);
         let tiles = self.target.tiles.total;
         let mut first = 0;
         while first < plan.ci {
             let inputs = first..plan.ci.min(first + BLOCK);
-            let step = inputs.len() * panel;
-            let taps = &mut self.weights[(PRODUCTS - TAPS) * step..PRODUCTS * step];
-            pack_panel(plan, self.forward, [panel; 2], self.panel, inputs.clone(), self.w, taps);
+            let [size, taps] = weights_room(inputs.len(), E::EACH, panel);
+            let room = &mut self.weights[taps..size];
+            pack_panel(plan, self.forward, [panel; 2], self.panel, inputs.clone(), self.w, room);
             // SAFETY: the buffers have the layouts' sizes.
             unsafe {
-                transform_weights::<S>(self.weights.as_mut_ptr(), step);
+                transform_weights::<D>(self.weights.as_mut_ptr(), taps, inputs.len(), E::EACH);
                 let multiply = Multiply {
                     tiles,
-                    x: self.x.add(first),
+                    x: self.x.add(first / E::EACH),
                     x_layout: self.layouts[0],
-                    channels: inputs.len(),
-                    weights: self.weights.as_ptr(),
+                    terms: inputs.len().div_ceil(E::EACH),
+                    weights: self.weights.as_ptr().cast(),
                     to: self.products,
                     to_layout: self.layouts[1],
-                    vectors: self.target.vectors::<S>(self.panel),
+                    vectors: self.target.vectors::<D::S>(self.panel),
                     add: first > 0,
                 };
-                multiply.run::<S>();
+                multiply.run::<D>();
             }
             first = inputs.end;
         }
         // SAFETY: as above.
-        unsafe { self.target.write::<S>(0..tiles, self.panel, self.products, &self.layouts[1]) }
+        unsafe { self.target.write::<D::S>(0..tiles, self.panel, self.products, &self.layouts[1]) }
     }
 }
 
-pub(super) fn run<T: Vectors>(
+pub(super) fn run<E: Form<T>, T: Vectors>(
     plan: &Plan,
     forward: bool,
     x: &[T],
@@ -128,35 +129,34 @@ pub(super) fn run<T: Vectors>(
     scratch: &mut [T],
 ) {
     let panel = T::level().pair();
-    let tiles = Tiles::of(plan.n, plan.target);
-    let layouts = layouts(plan, panel);
+    let of = Tiles::of(plan.n, plan.target);
+    let layouts = layouts(plan, E::EACH, panel);
     let (zeros, rest) = scratch.split_at_mut(plan.ci);
     zeros.fill(T::zero());
     let zeros: &[T] = zeros;
     let (transformed, slots) = rest.split_at_mut(layouts[0].size());
-    let shared = Shared::new(transformed);
-    each(tiles, 0, &mut [], |some, _: &mut [T]| {
-        let to = shared.ptr().wrapping_add(some.start * layouts[0].tile);
+    let shared = Shared::new(E::room(transformed));
+    each(of, 0, &mut [], |tiles, _: &mut [T]| {
+        let to = shared.ptr().wrapping_add(tiles.start * layouts[0].tile);
         let source = Source::of(plan, x, zeros);
         // SAFETY: the input has the plan's extents; no two tasks write the same tiles.
-        unsafe { T::dispatch(Transform { of: tiles, tiles: some, source, layout: layouts[0], to }) }
+        unsafe { E::dispatch_terms(Inputs { of, tiles, source, layout: layouts[0], to }) }
     });
-    let transformed: &[T] = transformed;
     let y = Shared::new(y);
-    let size = weights(plan, panel);
+    let size = weights(plan, E::EACH, panel);
     in_slots(plan.panels(panel), size + layouts[1].size(), slots, |p, slot| {
         let (weights, products) = slot.split_at_mut(size);
         // SAFETY: `y` and the residual have the plan's extents; no two tasks write the same channels.
         unsafe {
-            T::dispatch(Panel {
+            E::dispatch_terms(Panel {
                 panel: p,
                 forward,
                 w,
-                x: transformed.as_ptr(),
+                x: shared.ptr().cast_const(),
                 layouts,
                 weights,
                 products: products.as_mut_ptr(),
-                target: Target { plan, tiles, epilogue, y: y.ptr() },
+                target: Target { plan, tiles: of, epilogue, y: y.ptr() },
             });
         }
     });

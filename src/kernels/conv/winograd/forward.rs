@@ -5,13 +5,13 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::transform::{OUT, PRODUCTS, output_tile, weight_tile};
-use super::{Source, TAPS, Tiles, Transformed, few, transform_inputs};
+use super::transform::{IN, OUT, PRODUCTS, input_tile, output_tile, put_across, put_beside, weight_tile};
+use super::{Source, TAPS, Tiles, Transformed, few};
 use crate::kernels::conv::grids::{Plan, pack_panel};
 use crate::kernels::conv::{Epilogue, Residual, in_slots, slots};
 use crate::kernels::par::Shared;
-use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
-use crate::kernels::tile::{Pieces, multiply};
+use crate::kernels::simd::{Simd, Vectors, load_up_to, store_up_to};
+use crate::kernels::tile::{Form, Pieces, TermKernel, Terms, multiply};
 use crate::tile_sizes;
 
 /// Elements of a task's transformed tiles, and the tiles it should at least have where weights are many.
@@ -39,15 +39,16 @@ impl Division {
         Division { tiles, chunks, panels: panels.div_ceil(groups) }
     }
 
-    /// Transformed inputs and products of one task.
-    fn layouts(&self, plan: &Plan, panel: usize) -> [Transformed; 2] {
+    /// Transformed inputs, in terms of `each` channels, and products of one task.
+    fn layouts(&self, plan: &Plan, each: usize, panel: usize) -> [Transformed; 2] {
         let most = self.chunks.len(0);
-        [Transformed::new(most, plan.ci, panel / 2), Transformed::new(most, panel, panel / 2)]
+        let terms = plan.ci.div_ceil(each);
+        [Transformed::new(most, terms, panel / 2), Transformed::new(most, panel, panel / 2)]
     }
 
     /// Elements of scratch of one task: those, and a position of zeros.
-    fn slot(&self, plan: &Plan, panel: usize) -> usize {
-        let [x, m] = self.layouts(plan, panel);
+    fn slot(&self, plan: &Plan, each: usize, panel: usize) -> usize {
+        let [x, m] = self.layouts(plan, each, panel);
         x.size() + m.size() + plan.ci
     }
 
@@ -56,42 +57,90 @@ impl Division {
     }
 }
 
-/// Transforms the nine taps of each step of a panel, which are in place of the last nine products.
+/// A panel's transformed weights of some input channels, as terms of `each`, and how many elements of room are before their taps.
+pub(super) fn weights_room(channels: usize, each: usize, panel: usize) -> [usize; 2] {
+    // Whole elements are written over the taps they are made of, a vector of each at a time.
+    let taps = if each > 1 { PRODUCTS } else { PRODUCTS - TAPS } * channels.div_ceil(each) * panel;
+    [taps + TAPS * channels * panel, taps]
+}
+
+/// Transforms the taps of `channels` rows of a panel, which lie so many elements after the beginning: see [`weights_room`].
 ///
 /// # Safety
-/// `panel` must be writable for `step` elements a product.
+/// `panel` must be valid for all of them.
 #[inline(always)]
-pub(super) unsafe fn transform_weights<S: Simd>(panel: *mut S::Elem, step: usize) {
-    let mut at = 0;
-    while at < step {
-        // SAFETY: a step is made of whole vectors; each vector's taps are read before its products are written.
-        unsafe { weight_tile::<S>(panel.add((PRODUCTS - TAPS) * step + at), panel.add(at), step) }
-        at += S::LANES;
+pub(super) unsafe fn transform_weights<D: Terms>(
+    panel: *mut <D::S as Simd>::Elem,
+    taps: usize,
+    channels: usize,
+    each: usize,
+) {
+    let row = 2 * D::S::LANES;
+    for channel in 0..channels {
+        for vector in 0..2 {
+            let at = vector * D::S::LANES;
+            // SAFETY: the caller's promise; each vector's taps are read before its products are written.
+            unsafe {
+                let all = weight_tile::<D::S>(panel.add(taps + channel * row + at), channels * row);
+                let to = panel.cast::<D::Term>().add(channel / each * row + at);
+                put_across::<D>(channel % each, &all, to, channels.div_ceil(each) * row);
+            }
+        }
     }
 }
 
 struct TransformWeights<'a, T> {
     panel: &'a mut [T],
+    taps: usize,
+    channels: usize,
 }
 
-impl<T: Vectors> Kernel<T> for TransformWeights<'_, T> {
+impl<E: Form<T>, T: Vectors> TermKernel<E, T> for TransformWeights<'_, T> {
     #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(self) {
-        // SAFETY: the panel has all products.
-        unsafe { transform_weights::<S>(self.panel.as_mut_ptr(), self.panel.len() / PRODUCTS) }
+    unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(self) {
+        // SAFETY: the panel has room for all.
+        unsafe { transform_weights::<D>(self.panel.as_mut_ptr(), self.taps, self.channels, E::EACH) }
+    }
+}
+
+/// Transforms the inputs of `tiles`, which are read from `source`, to terms of `each` channels.
+///
+/// # Safety
+/// `source` must hold the tiles' images, `to` be writable for the size of `layout`, whose tiles are as many.
+#[inline(always)]
+pub(super) unsafe fn transform_inputs<D: Terms>(
+    of: &Tiles,
+    tiles: Range<usize>,
+    source: &Source<'_, <D::S as Simd>::Elem>,
+    layout: &Transformed,
+    each: usize,
+    to: *mut D::Term,
+) {
+    for t in 0..tiles.len() {
+        let at = source.tile::<IN>(of.at(tiles.start + t));
+        let mut channel = 0;
+        while channel < source.channels {
+            let n = (source.channels - channel).min(D::S::LANES);
+            // SAFETY: the caller's promise.
+            unsafe {
+                let all = input_tile::<D::S>(&at, channel, n);
+                put_beside::<D>(&all, to.add(t * layout.tile + channel / each), layout.product);
+            }
+            channel += D::S::LANES;
+        }
     }
 }
 
 /// All products of some tiles with one panel.
 #[derive(Clone, Copy)]
-pub(super) struct Multiply<T> {
+pub(super) struct Multiply<E, T> {
     pub(super) tiles: usize,
-    /// Transformed inputs, of which `channels` are summed over.
-    pub(super) x: *const T,
+    /// Transformed inputs, of which `terms` are summed over.
+    pub(super) x: *const E,
     pub(super) x_layout: Transformed,
-    pub(super) channels: usize,
-    /// Transformed weights, each product's `channels` rows of a panel.
-    pub(super) weights: *const T,
+    pub(super) terms: usize,
+    /// Transformed weights, each product's `terms` rows of a panel.
+    pub(super) weights: *const E,
     pub(super) to: *mut T,
     pub(super) to_layout: Transformed,
     /// Vectors of the panel that are needed.
@@ -100,23 +149,23 @@ pub(super) struct Multiply<T> {
     pub(super) add: bool,
 }
 
-impl<T: Vectors> Multiply<T> {
+impl<E: Copy, T: Vectors> Multiply<E, T> {
     /// # Safety
-    /// The pointers must be valid for what the layouts say.
+    /// The pointers must be valid for what the layouts say, and `D`'s instructions be there.
     #[inline(always)]
-    pub(super) unsafe fn run<S: Simd<Elem = T>>(&self) {
+    pub(super) unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(&self) {
         let (x, to) = (self.x_layout, self.to_layout);
-        let runs = [(0isize, self.channels)];
-        let pieces = Pieces::of(self.tiles, S::ROWS[1]);
+        let runs = [(0isize, self.terms)];
+        let pieces = Pieces::of(self.tiles, D::ROWS[1]);
         for product in 0..PRODUCTS {
             // SAFETY: the caller's promise.
             unsafe {
-                let b = self.weights.add(product * self.channels * 2 * S::LANES);
+                let b = self.weights.add(product * self.terms * 2 * D::S::LANES);
                 for i in 0..pieces.count {
                     let (start, rows) = (pieces.start(i), pieces.len(i));
                     let a = self.x.add(product * x.product + start * x.tile);
                     let c = self.to.add(product * to.product + start * to.tile);
-                    tile_sizes!(rows, self.vectors, S, multiply(&runs, a, x.tile, b, c, to.tile, self.add));
+                    tile_sizes!(rows, self.vectors, D, multiply(&runs, a, x.tile, b, c, to.tile, self.add));
                 }
             }
         }
@@ -131,46 +180,41 @@ pub(super) struct Target<'a, T> {
     pub(super) y: *mut T,
 }
 
-struct Task<'a, T> {
+struct Task<'a, E, T> {
     tiles: Range<usize>,
     source: Source<'a, T>,
     layouts: [Transformed; 2],
+    /// All panels' weights, so many elements from one to the next.
     weights: &'a [T],
+    size: usize,
     panels: Range<usize>,
-    transformed: *mut T,
+    transformed: *mut E,
     products: *mut T,
     target: Target<'a, T>,
 }
 
-impl<T: Vectors> Kernel<T> for Task<'_, T> {
+impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
     #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(self) {
+    unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(self) {
         let [x, m] = self.layouts;
-        let plan = self.target.plan;
+        let (of, tiles) = (&self.target.tiles, self.tiles.clone());
         // SAFETY: the buffers have the layouts' sizes, the weights all panels.
         unsafe {
-            transform_inputs::<S>(
-                &self.target.tiles,
-                self.tiles.clone(),
-                &self.source,
-                None,
-                &x,
-                self.transformed,
-            );
+            transform_inputs::<D>(of, tiles, &self.source, &x, E::EACH, self.transformed);
             for p in self.panels.clone() {
                 let multiply = Multiply {
                     tiles: self.tiles.len(),
-                    x: self.transformed,
+                    x: self.transformed.cast_const(),
                     x_layout: x,
-                    channels: plan.ci,
-                    weights: self.weights.as_ptr().add(p * PRODUCTS * plan.ci * 2 * S::LANES),
+                    terms: self.target.plan.ci.div_ceil(E::EACH),
+                    weights: self.weights[p * self.size..].as_ptr().cast(),
                     to: self.products,
                     to_layout: m,
-                    vectors: self.target.vectors::<S>(p),
+                    vectors: self.target.vectors::<D::S>(p),
                     add: false,
                 };
-                multiply.run::<S>();
-                self.target.write::<S>(self.tiles.clone(), p, self.products, &m);
+                multiply.run::<D>();
+                self.target.write::<D::S>(self.tiles.clone(), p, self.products, &m);
             }
         }
     }
@@ -251,7 +295,7 @@ impl<T: Vectors> Target<'_, T> {
 }
 
 /// `y = clamp(conv(x, w) + bias + residual)`, or of the kernel turned round.
-pub(super) fn run<T: Vectors>(
+pub(super) fn run<E: Form<T>, T: Vectors>(
     plan: &Plan,
     forward: bool,
     x: &[T],
@@ -262,22 +306,21 @@ pub(super) fn run<T: Vectors>(
 ) {
     let panel = T::level().pair();
     if few::applies(plan) {
-        return few::run(plan, forward, x, w, epilogue, y, scratch);
+        return few::run::<E, T>(plan, forward, x, w, epilogue, y, scratch);
     }
-    let size = PRODUCTS * plan.ci * panel;
+    let [size, taps] = weights_room(plan.ci, E::EACH, panel);
     let (weights, slots) = scratch.split_at_mut(plan.panels(panel) * size);
     weights.par_chunks_exact_mut(size).enumerate().for_each(|(p, out)| {
-        let taps = (PRODUCTS - TAPS) * plan.ci * panel;
         pack_panel(plan, forward, [panel; 2], p, 0..plan.ci, w, &mut out[taps..]);
         // SAFETY: the kernel has no promise of its own.
-        unsafe { T::dispatch(TransformWeights { panel: out }) }
+        unsafe { E::dispatch_terms(TransformWeights { panel: out, taps, channels: plan.ci }) }
     });
     let weights: &[T] = weights;
     let d = Division::new(plan, panel);
-    let layouts = d.layouts(plan, panel);
+    let layouts = d.layouts(plan, E::EACH, panel);
     let [chunks, groups] = d.tasks(plan, panel);
     let y = Shared::new(y);
-    in_slots(chunks * groups, d.slot(plan, panel), slots, |task, slot| {
+    in_slots(chunks * groups, d.slot(plan, E::EACH, panel), slots, |task, slot| {
         let (chunk, group) = (task / groups, task % groups);
         let start = d.chunks.start(chunk);
         let (transformed, rest) = slot.split_at_mut(layouts[0].size());
@@ -286,13 +329,14 @@ pub(super) fn run<T: Vectors>(
         // SAFETY: the slices have the plan's extents (checked by the callers); no two tasks write the same elements
         // of `y`.
         unsafe {
-            T::dispatch(Task {
+            E::dispatch_terms(Task {
                 tiles: start..start + d.chunks.len(chunk),
                 source: Source::of(plan, x, zeros),
                 layouts,
                 weights,
+                size,
                 panels: group * d.panels..plan.panels(panel).min((group + 1) * d.panels),
-                transformed: transformed.as_mut_ptr(),
+                transformed: E::room(transformed).as_mut_ptr(),
                 products: products.as_mut_ptr(),
                 target: Target { plan, tiles: d.tiles, epilogue, y: y.ptr() },
             });
@@ -301,12 +345,13 @@ pub(super) fn run<T: Vectors>(
 }
 
 /// Elements of scratch that [`run`] needs.
-pub(super) fn scratch<T: Vectors>(plan: &Plan) -> usize {
+pub(super) fn scratch<E: Form<T>, T: Vectors>(plan: &Plan) -> usize {
     let panel = T::level().pair();
     if few::applies(plan) {
-        return few::scratch(plan, panel);
+        return few::scratch(plan, E::EACH, panel);
     }
     let d = Division::new(plan, panel);
     let [chunks, groups] = d.tasks(plan, panel);
-    plan.panels(panel) * PRODUCTS * plan.ci * panel + slots(chunks * groups, d.slot(plan, panel))
+    let [size, _] = weights_room(plan.ci, E::EACH, panel);
+    plan.panels(panel) * size + slots(chunks * groups, d.slot(plan, E::EACH, panel))
 }

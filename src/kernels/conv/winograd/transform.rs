@@ -10,6 +10,7 @@
 use num_traits::zero;
 
 use crate::kernels::simd::{Simd, load_up_to};
+use crate::kernels::tile::Terms;
 use crate::tensor::Float;
 
 /// Results and inputs of a tile's side, and products of a tile.
@@ -135,29 +136,47 @@ macro_rules! both_sides {
     }};
 }
 
-/// Writes a transformed tile, `step` elements from a product's to the next's.
-macro_rules! write {
-    ($all:ident, $to:ident, $n:ident, $step:ident) => {
-        for i in 0..$n {
-            for j in 0..$n {
-                S::store($to.add((i * $n + j) * $step), $all[i][j]);
-            }
+/// A transformed tile: a vector of channels of each product.
+pub(super) type Transform<S> = [[<S as Simd>::V; IN]; IN];
+
+/// Writes it as terms of neighbouring channels, `step` terms from a product's to the next's.
+///
+/// # Safety
+/// `to` must be writable for a vector's terms at each product, and `D`'s instructions be there.
+#[inline(always)]
+pub(super) unsafe fn put_beside<D: Terms>(all: &Transform<D::S>, to: *mut D::Term, step: usize) {
+    for i in 0..IN {
+        for j in 0..IN {
+            // SAFETY: the caller's promise.
+            unsafe { D::put_beside(all[i][j], to.add((i * IN + j) * step)) }
         }
-    };
+    }
+}
+
+/// Writes it as the elements number `nth` of terms of several tiles, or rows of weights, with the same channels.
+///
+/// # Safety
+/// As of [`put_beside`]; see [`Terms::put_across`].
+#[inline(always)]
+pub(super) unsafe fn put_across<D: Terms>(nth: usize, all: &Transform<D::S>, to: *mut D::Term, step: usize) {
+    for i in 0..IN {
+        for j in 0..IN {
+            // SAFETY: the caller's promise.
+            unsafe { D::put_across(nth, all[i][j], to.add((i * IN + j) * step)) }
+        }
+    }
 }
 
 /// `Bᵀ·d·B` of the tile whose positions are at `d`, `n` channels of it.
 ///
 /// # Safety
-/// `d` must be readable for `n` elements each, `to` writable for a vector at each product.
+/// `d` must be readable for `n` elements each.
 #[inline(always)]
 pub(super) unsafe fn input_tile<S: Simd>(
     d: &[[*const S::Elem; IN]; IN],
     channel: usize,
     n: usize,
-    to: *mut S::Elem,
-    step: usize,
-) {
+) -> Transform<S> {
     unsafe {
         let mut tile = [[S::splat(zero()); IN]; IN];
         for i in 0..IN {
@@ -165,8 +184,7 @@ pub(super) unsafe fn input_tile<S: Simd>(
                 tile[i][j] = load_up_to::<S>(d[i][j].add(channel), n);
             }
         }
-        let all = both_sides!(input, tile, IN, IN);
-        write!(all, to, IN, step);
+        both_sides!(input, tile, IN, IN)
     }
 }
 
@@ -179,9 +197,7 @@ pub(super) unsafe fn output_grad_tile<S: Simd>(
     y: &[[*const S::Elem; OUT]; OUT],
     channel: usize,
     n: usize,
-    to: *mut S::Elem,
-    step: usize,
-) {
+) -> Transform<S> {
     unsafe {
         let mut tile = [[S::splat(zero()); OUT]; OUT];
         for i in 0..OUT {
@@ -189,8 +205,7 @@ pub(super) unsafe fn output_grad_tile<S: Simd>(
                 tile[i][j] = load_up_to::<S>(y[i][j].add(channel), n);
             }
         }
-        let all = both_sides!(output_grad, tile, OUT, IN);
-        write!(all, to, IN, step);
+        both_sides!(output_grad, tile, OUT, IN)
     }
 }
 
@@ -214,12 +229,12 @@ pub(super) unsafe fn output_tile<S: Simd>(m: *const S::Elem, step: usize) -> [[S
 /// Taps of a kernel's side.
 const TAPS: usize = 3;
 
-/// `G·g·Gᵀ` of the nine taps at `g`, `step` elements apart, which may be among what is written.
+/// `G·g·Gᵀ` of the nine taps at `g`, `step` elements apart.
 ///
 /// # Safety
-/// `g` must be readable for a vector at each tap, `to` writable for one at each product.
+/// `g` must be readable for a vector at each tap.
 #[inline(always)]
-pub(super) unsafe fn weight_tile<S: Simd>(g: *const S::Elem, to: *mut S::Elem, step: usize) {
+pub(super) unsafe fn weight_tile<S: Simd>(g: *const S::Elem, step: usize) -> Transform<S> {
     unsafe {
         let mut tile = [[S::splat(zero()); TAPS]; TAPS];
         for i in 0..TAPS {
@@ -227,8 +242,7 @@ pub(super) unsafe fn weight_tile<S: Simd>(g: *const S::Elem, to: *mut S::Elem, s
                 tile[i][j] = S::load(g.add((i * TAPS + j) * step));
             }
         }
-        let all = both_sides!(weight, tile, TAPS, IN);
-        write!(all, to, IN, step);
+        both_sides!(weight, tile, TAPS, IN)
     }
 }
 
@@ -254,6 +268,10 @@ pub(super) unsafe fn weight_grad_tile<S: Simd>(
             }
         }
         let all = both_sides!(weight_grad, tile, IN, TAPS);
-        write!(all, to, TAPS, step);
+        for i in 0..TAPS {
+            for j in 0..TAPS {
+                S::store(to.add((i * TAPS + j) * step), all[i][j]);
+            }
+        }
     }
 }

@@ -11,15 +11,15 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::few::{each, each_tasks};
-use super::transform::{OUT, PRODUCTS, output_grad_tile, weight_grad_tile};
-use super::{Source, TAPS, Tiles, Transformed, Widened, transform_inputs};
+use super::transform::{IN, OUT, PRODUCTS, input_tile, output_grad_tile, put_across, weight_grad_tile};
+use super::{Source, TAPS, Tiles, Transformed, Widened};
 use crate::kernels::ahead::Steps;
 use crate::kernels::conv::weight::in_order;
 use crate::kernels::conv::{Geometry, in_slots, slots};
 use crate::kernels::half::Elements;
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors};
-use crate::kernels::tile::{Pieces, Positions, along_columns, put};
+use crate::kernels::tile::{Form, Pieces, Positions, TermKernel, Terms, along_columns, put};
 use crate::tile_sizes;
 
 /// Elements of a task's transformed tiles.
@@ -61,17 +61,17 @@ impl Division {
         self.all.div_ceil(self.panels)
     }
 
-    /// Transformed inputs and gradients of a chunk.
-    fn layouts(&self, g: &Geometry, panel: usize) -> [Transformed; 2] {
-        let lanes = panel / 2;
+    /// Transformed inputs and gradients of a chunk, in terms of `each` tiles.
+    fn layouts(&self, g: &Geometry, each: usize, panel: usize) -> [Transformed; 2] {
+        let (terms, lanes) = (self.chunk.div_ceil(each), panel / 2);
         [
-            Transformed::new(self.chunk, g.c, lanes),
-            Transformed::new(self.chunk, (self.panels * panel).min(g.oc.next_multiple_of(panel)), lanes),
+            Transformed::new(terms, g.c, lanes),
+            Transformed::new(terms, (self.panels * panel).min(g.oc.next_multiple_of(panel)), lanes),
         ]
     }
 
-    fn slot(&self, g: &Geometry, panel: usize, half: bool) -> usize {
-        let [x, dy] = self.layouts(g, panel);
+    fn slot(&self, g: &Geometry, each: usize, panel: usize, half: bool) -> usize {
+        let [x, dy] = self.layouts(g, each, panel);
         x.size() + dy.size() + g.c.max(g.oc) + near(g, half)
     }
 
@@ -81,7 +81,7 @@ impl Division {
     }
 }
 
-struct Task<'a, T> {
+struct Task<'a, E, T> {
     g: &'a Geometry,
     of: Tiles,
     tiles: Range<usize>,
@@ -92,15 +92,15 @@ struct Task<'a, T> {
     widened: Option<Widened<'a, T>>,
     dy: Source<'a, T>,
     layouts: [Transformed; 2],
-    x_transformed: *mut T,
-    dy_transformed: *mut T,
+    x_transformed: *mut E,
+    dy_transformed: *mut E,
     sums: *mut T,
 }
 
-impl<T: Vectors> Kernel<T> for Task<'_, T> {
+impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
     #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(mut self) {
-        let panel = 2 * S::LANES;
+    unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(mut self) {
+        let panel = 2 * D::S::LANES;
         let [x, dy] = self.layouts;
         let (c, oc) = (self.g.c, self.g.oc);
         let first = self.panels.start * panel;
@@ -111,31 +111,60 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
             // SAFETY: the buffers have the layouts' sizes; the sums' elements are this task's.
             unsafe {
                 let widened = self.widened.as_mut();
-                transform_inputs::<S>(&self.of, tiles.clone(), &self.x, widened, &x, self.x_transformed);
-                transform_gradients::<S>(
-                    &self.of,
-                    tiles.clone(),
-                    &self.dy,
-                    first..last,
-                    &dy,
-                    self.dy_transformed,
-                );
+                let transformed = [self.x_transformed, self.dy_transformed];
+                transform_inputs::<D>(&self.of, tiles.clone(), &self.x, widened, &x, E::EACH, transformed[0]);
+                let (channels, to) = (first..last, transformed[1]);
+                transform_gradients::<D>(&self.of, tiles.clone(), &self.dy, channels, &dy, E::EACH, to);
                 for p in self.panels.clone() {
                     let sum = Sum {
-                        tiles: tiles.len(),
-                        x: self.x_transformed,
+                        terms: tiles.len().div_ceil(E::EACH),
+                        x: transformed[0].cast_const(),
                         x_layout: x,
                         channels: c,
-                        dy: self.dy_transformed.add(p * panel - first),
+                        dy: transformed[1].add(p * panel - first).cast_const(),
                         dy_layout: dy,
-                        vectors: if oc - p * panel > S::LANES { 2 } else { 1 },
+                        vectors: if oc - p * panel > D::S::LANES { 2 } else { 1 },
                         to: self.sums.add(p * PRODUCTS * c * panel),
                         add: start > self.tiles.start,
                     };
-                    sum.run::<S>();
+                    sum.run::<D>();
                 }
             }
             start = tiles.end;
+        }
+    }
+}
+
+/// Transforms the inputs of `tiles`, which are read from `source`, or, where there are, from images of half precision, to terms of
+/// `each` tiles.
+///
+/// # Safety
+/// `source` must hold the tiles' images, `to` be writable for the size of `layout`, whose tiles are as many.
+#[inline(always)]
+unsafe fn transform_inputs<D: Terms<S: Simd<Elem: Vectors>>>(
+    of: &Tiles,
+    tiles: Range<usize>,
+    source: &Source<'_, <D::S as Simd>::Elem>,
+    mut widened: Option<&mut Widened<<D::S as Simd>::Elem>>,
+    layout: &Transformed,
+    each: usize,
+    to: *mut D::Term,
+) {
+    for t in 0..tiles.len() {
+        let tile = of.at(tiles.start + t);
+        let at = match &mut widened {
+            Some(widened) => widened.source(source, tile).tile::<IN>(tile),
+            None => source.tile::<IN>(tile),
+        };
+        let mut channel = 0;
+        while channel < source.channels {
+            let n = (source.channels - channel).min(D::S::LANES);
+            // SAFETY: the caller's promise.
+            unsafe {
+                let all = input_tile::<D::S>(&at, channel, n);
+                put_across::<D>(t % each, &all, to.add(t / each * layout.tile + channel), layout.product);
+            }
+            channel += D::S::LANES;
         }
     }
 }
@@ -145,36 +174,39 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
 /// # Safety
 /// As of [`transform_inputs`].
 #[inline(always)]
-unsafe fn transform_gradients<S: Simd>(
+unsafe fn transform_gradients<D: Terms>(
     of: &Tiles,
     tiles: Range<usize>,
-    source: &Source<'_, S::Elem>,
+    source: &Source<'_, <D::S as Simd>::Elem>,
     channels: Range<usize>,
     layout: &Transformed,
-    to: *mut S::Elem,
+    each: usize,
+    to: *mut D::Term,
 ) {
     for t in 0..tiles.len() {
         let at = source.tile::<OUT>(of.at(tiles.start + t));
         let mut channel = channels.start;
         while channel < channels.end {
-            let n = (channels.end - channel).min(S::LANES);
+            let n = (channels.end - channel).min(D::S::LANES);
             // SAFETY: the caller's promise.
             unsafe {
-                let to = to.add(t * layout.tile + channel - channels.start);
-                output_grad_tile::<S>(&at, channel, n, to, layout.product);
+                let all = output_grad_tile::<D::S>(&at, channel, n);
+                let to = to.add(t / each * layout.tile + channel - channels.start);
+                put_across::<D>(t % each, &all, to, layout.product);
             }
-            channel += S::LANES;
+            channel += D::S::LANES;
         }
     }
 }
 
 /// All products of some tiles' inputs with one panel of their gradients, summed over the tiles.
-struct Sum<T> {
-    tiles: usize,
-    x: *const T,
+struct Sum<E, T> {
+    /// Of tiles.
+    terms: usize,
+    x: *const E,
     x_layout: Transformed,
     channels: usize,
-    dy: *const T,
+    dy: *const E,
     dy_layout: Transformed,
     /// Vectors of the panel that are needed.
     vectors: usize,
@@ -184,16 +216,16 @@ struct Sum<T> {
     add: bool,
 }
 
-impl<T: Vectors> Sum<T> {
+impl<E: Copy, T: Vectors> Sum<E, T> {
     /// # Safety
-    /// The pointers must be valid for what the layouts say.
+    /// The pointers must be valid for what the layouts say, and `D`'s instructions be there.
     #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(&self) {
+    unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(&self) {
         let (x, dy) = (self.x_layout, self.dy_layout);
         let positions = Positions {
             blocks: 1,
             rows: 1,
-            steps: self.tiles,
+            steps: self.terms,
             a_block: 0,
             a_row: 0,
             a_step: x.tile,
@@ -202,7 +234,7 @@ impl<T: Vectors> Sum<T> {
             b_step: dy.tile,
             ahead: Steps::NOTHING,
         };
-        let pieces = Pieces::of(self.channels, S::ROWS[1]);
+        let pieces = Pieces::of(self.channels, D::ROWS[1]);
         for product in 0..PRODUCTS {
             // SAFETY: the caller's promise.
             unsafe {
@@ -210,8 +242,8 @@ impl<T: Vectors> Sum<T> {
                 for i in 0..pieces.count {
                     let (row, m) = (pieces.start(i), pieces.len(i));
                     let a = self.x.add(product * x.product + row);
-                    let to = self.to.add((product * self.channels + row) * 2 * S::LANES);
-                    tile_sizes!(m, self.vectors, S, multiply(&positions, a, b, to, self.add));
+                    let to = self.to.add((product * self.channels + row) * 2 * D::S::LANES);
+                    tile_sizes!(m, self.vectors, D, multiply(&positions, a, b, to, self.add));
                 }
             }
         }
@@ -221,17 +253,17 @@ impl<T: Vectors> Sum<T> {
 /// # Safety
 /// `a` and `b` must be valid at all positions, `sum` for `M` rows of two vectors.
 #[inline(always)]
-unsafe fn multiply<S: Simd, const M: usize, const N: usize>(
+unsafe fn multiply<D: Terms, const M: usize, const N: usize>(
     positions: &Positions,
-    a: *const S::Elem,
-    b: *const S::Elem,
-    sum: *mut S::Elem,
+    a: *const D::Term,
+    b: *const D::Term,
+    sum: *mut <D::S as Simd>::Elem,
     add: bool,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let acc = along_columns::<S, M, N, 1>(positions, a, b, S::LANES);
-        put::<S, M, N>(&acc, sum, [2 * S::LANES as isize, S::LANES as isize], add);
+        let acc = along_columns::<D, M, N, 1>(positions, a, b, D::S::LANES);
+        put::<D::S, M, N>(&acc, sum, [2 * D::S::LANES as isize, D::S::LANES as isize], add);
     }
 }
 
@@ -266,16 +298,17 @@ struct Few {
     /// Panels of output channels and blocks of input channels.
     panels: usize,
     blocks: Pieces,
+    /// In terms of tiles.
     layouts: [Transformed; 2],
 }
 
 impl Few {
     /// Where it pays: one slab's sums would be many, the transformed tiles are not.
-    fn new(g: &Geometry, panel: usize) -> Option<Few> {
+    fn new(g: &Geometry, each: usize, panel: usize) -> Option<Few> {
         let tiles = Tiles::of(g.n, g.y);
         let (panels, lanes) = (g.oc.div_ceil(panel), panel / 2);
-        let layouts =
-            [Transformed::new(tiles.total, g.c, lanes), Transformed::new(tiles.total, panels * panel, lanes)];
+        let terms = tiles.total.div_ceil(each);
+        let layouts = [Transformed::new(terms, g.c, lanes), Transformed::new(terms, panels * panel, lanes)];
         let few = PRODUCTS * g.c * panels * panel >= MANY && layouts[0].size() + layouts[1].size() <= NEAR;
         few.then_some(Few { tiles, panels, blocks: Pieces::of(g.c, BLOCK), layouts })
     }
@@ -292,7 +325,14 @@ impl Few {
         g.c.max(g.oc) + taps + transformed + slots(tasks, self.slot(panel)).max(widened)
     }
 
-    fn run<T: Vectors>(&self, g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut [T], scratch: &mut [T]) {
+    fn run<E: Form<T>, T: Vectors>(
+        &self,
+        g: &Geometry,
+        dy: &[T],
+        x: Elements<T>,
+        dw: &mut [T],
+        scratch: &mut [T],
+    ) {
         let panel = T::level().pair();
         let (zeros, rest) = scratch.split_at_mut(g.c.max(g.oc));
         let (taps, rest) = rest.split_at_mut(self.panels * TAPS * g.c * panel);
@@ -300,26 +340,27 @@ impl Few {
         let (tdy, slots) = rest.split_at_mut(self.layouts[1].size());
         zeros.fill(T::zero());
         let ([source, dy], half) = (sources(g, dy, x, zeros), !x.is_whole());
-        let (to_x, to_dy) = (Shared::new(tx), Shared::new(tdy));
+        let (to_x, to_dy) = (Shared::new(E::room(tx)), Shared::new(E::room(tdy)));
         each(self.tiles, near(g, half), slots, |tiles, near| {
-            let at = |i: usize| tiles.start * self.layouts[i].tile;
+            let at = |i: usize| tiles.start / E::EACH * self.layouts[i].tile;
             let (to_x, to_dy) = (to_x.ptr().wrapping_add(at(0)), to_dy.ptr().wrapping_add(at(1)));
             let (of, layouts) = (self.tiles, self.layouts);
             let widened = half.then(|| Widened::new(x, near));
             // SAFETY: the sources have the geometry's extents; no two tasks write the same tiles.
-            unsafe { T::dispatch(TransformBoth { of, tiles, x: source, widened, dy, layouts, to_x, to_dy }) }
+            unsafe {
+                E::dispatch_terms(TransformBoth { of, tiles, x: source, widened, dy, layouts, to_x, to_dy });
+            }
         });
-        let (tx, tdy): (&[T], &[T]) = (tx, tdy);
         let all = Shared::new(taps);
         in_slots(self.panels * self.blocks.count, self.slot(panel), slots, |task, slot| {
             let (p, block) = (task / self.blocks.count, task % self.blocks.count);
             let (first, channels) = (self.blocks.start(block), self.blocks.len(block));
             let sum = Sum {
-                tiles: self.tiles.total,
-                x: tx[first..].as_ptr(),
+                terms: self.tiles.total.div_ceil(E::EACH),
+                x: to_x.ptr().wrapping_add(first).cast_const(),
                 x_layout: self.layouts[0],
                 channels,
-                dy: tdy[p * panel..].as_ptr(),
+                dy: to_dy.ptr().wrapping_add(p * panel).cast_const(),
                 dy_layout: self.layouts[1],
                 vectors: if g.oc - p * panel > panel / 2 { 2 } else { 1 },
                 to: slot.as_mut_ptr(),
@@ -327,56 +368,56 @@ impl Few {
             };
             let taps = all.ptr().wrapping_add((p * TAPS * g.c + first) * panel);
             // SAFETY: the buffers have the layouts' sizes; no two tasks write the same rows of the taps.
-            unsafe { T::dispatch(SumTaps { sum, taps, step: g.c * panel }) }
+            unsafe { E::dispatch_terms(SumTaps { sum, taps, step: g.c * panel }) }
         });
         in_order(g, panel, taps, dw);
     }
 }
 
 /// The tiles of both operands.
-struct TransformBoth<'a, T> {
+struct TransformBoth<'a, E, T> {
     of: Tiles,
     tiles: Range<usize>,
     x: Source<'a, T>,
     widened: Option<Widened<'a, T>>,
     dy: Source<'a, T>,
     layouts: [Transformed; 2],
-    to_x: *mut T,
-    to_dy: *mut T,
+    to_x: *mut E,
+    to_dy: *mut E,
 }
 
-impl<T: Vectors> Kernel<T> for TransformBoth<'_, T> {
+impl<E: Form<T>, T: Vectors> TermKernel<E, T> for TransformBoth<'_, E, T> {
     #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(mut self) {
+    unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(mut self) {
         let [x, dy] = self.layouts;
         // SAFETY: the promise of whoever made it.
         unsafe {
             let widened = self.widened.as_mut();
-            transform_inputs::<S>(&self.of, self.tiles.clone(), &self.x, widened, &x, self.to_x);
+            transform_inputs::<D>(&self.of, self.tiles.clone(), &self.x, widened, &x, E::EACH, self.to_x);
             let all = 0..self.dy.channels;
-            transform_gradients::<S>(&self.of, self.tiles, &self.dy, all, &dy, self.to_dy);
+            transform_gradients::<D>(&self.of, self.tiles, &self.dy, all, &dy, E::EACH, self.to_dy);
         }
     }
 }
 
 /// A sum and its taps, `step` elements from a tap to the next.
-struct SumTaps<T> {
-    sum: Sum<T>,
+struct SumTaps<E, T> {
+    sum: Sum<E, T>,
     taps: *mut T,
     step: usize,
 }
 
-impl<T: Vectors> Kernel<T> for SumTaps<T> {
+impl<E: Copy, T: Vectors> TermKernel<E, T> for SumTaps<E, T> {
     #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(self) {
-        let row = self.sum.channels * 2 * S::LANES;
+    unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(self) {
+        let row = self.sum.channels * 2 * D::S::LANES;
         // SAFETY: the sum's promise; the taps have as many rows.
         unsafe {
-            self.sum.run::<S>();
+            self.sum.run::<D>();
             let mut at = 0;
             while at < row {
-                weight_grad_tile::<S>(self.sum.to.add(at), [1, 0, row], self.taps.add(at), self.step);
-                at += S::LANES;
+                weight_grad_tile::<D::S>(self.sum.to.add(at), [1, 0, row], self.taps.add(at), self.step);
+                at += D::S::LANES;
             }
         }
     }
@@ -405,29 +446,37 @@ fn sources<'a, T: Vectors>(
 
 /// Elements of scratch that [`weight_grad`] needs; `half`: is X of half precision?
 pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
+    let each = if g.pairs { <u32 as Form<T>>::EACH } else { 1 };
     let panel = T::level().pair();
-    if let Some(few) = Few::new(g, panel) {
+    if let Some(few) = Few::new(g, each, panel) {
         return few.scratch(g, panel, half);
     }
     let d = Division::new(g, panel);
     let taps = d.all * TAPS * g.c * panel;
-    let slots = slots(d.slabs.count * d.groups(), d.slot(g, panel, half));
+    let slots = slots(d.slabs.count * d.groups(), d.slot(g, each, panel, half));
     d.slabs.count * d.size(g, panel) + slots.max(taps)
 }
 
 /// dW (M, C, 3, 3) from dY (N, spatial…, M) and X (N, spatial…, C).
 pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut [T], scratch: &mut [T]) {
     g.check_sizes(x.len(), dy.len());
+    match g.pairs {
+        false => of_terms::<T, T>(g, dy, x, dw, scratch),
+        true => of_terms::<u32, T>(g, dy, x, dw, scratch),
+    }
+}
+
+fn of_terms<E: Form<T>, T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut [T], scratch: &mut [T]) {
     let panel = T::level().pair();
-    if let Some(few) = Few::new(g, panel) {
-        return few.run(g, dy, x, dw, scratch);
+    if let Some(few) = Few::new(g, E::EACH, panel) {
+        return few.run::<E, T>(g, dy, x, dw, scratch);
     }
     let d = Division::new(g, panel);
-    let (size, layouts, groups) = (d.size(g, panel), d.layouts(g, panel), d.groups());
+    let (size, layouts, groups) = (d.size(g, panel), d.layouts(g, E::EACH, panel), d.groups());
     let (sums, rest) = scratch.split_at_mut(d.slabs.count * size);
     let shared = Shared::new(sums);
     let half = !x.is_whole();
-    in_slots(d.slabs.count * groups, d.slot(g, panel, half), rest, |task, slot| {
+    in_slots(d.slabs.count * groups, d.slot(g, E::EACH, panel, half), rest, |task, slot| {
         let (slab, group) = (task / groups, task % groups);
         let start = d.slabs.start(slab);
         let (x_transformed, more) = slot.split_at_mut(layouts[0].size());
@@ -437,7 +486,7 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut 
         let [source, dy] = sources(g, dy, x, zeros);
         // SAFETY: the slices have the geometry's extents; tasks write different elements of the sums.
         unsafe {
-            T::dispatch(Task {
+            E::dispatch_terms(Task {
                 g,
                 of: d.tiles,
                 tiles: start..start + d.slabs.len(slab),
@@ -447,8 +496,8 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut 
                 widened: half.then(|| Widened::new(x, near)),
                 dy,
                 layouts,
-                x_transformed: x_transformed.as_mut_ptr(),
-                dy_transformed: dy_transformed.as_mut_ptr(),
+                x_transformed: E::room(x_transformed).as_mut_ptr(),
+                dy_transformed: E::room(dy_transformed).as_mut_ptr(),
                 sums: shared.ptr().add(slab * size),
             });
         }
