@@ -2,6 +2,8 @@
 
 mod map;
 
+use std::ops::Range;
+
 use crate::kernels::half::Half;
 use crate::kernels::isa::vectorize;
 use crate::kernels::par::{GRAIN, reduce};
@@ -9,8 +11,8 @@ use crate::tensor::Float;
 
 pub use map::{BLOCK, Map, packed};
 
-/// Elements that are updated together.
-const RUN: usize = BLOCK;
+/// Elements that are updated together: few, so that what is read next from each tensor is on its way already.
+const RUN: usize = 64;
 
 /// A parameter, or a tensor of optimizer state, as it is stored.
 pub enum Cells<'a, T> {
@@ -46,9 +48,9 @@ impl<'a, T: Float> Cells<'a, T> {
         }
     }
 
-    /// Elements from `start` on.
+    /// Elements from `start` on, at most `RUN`.
     #[inline(always)]
-    fn load(&self, start: usize, out: &mut [T]) {
+    fn load<const RUN: usize>(&self, start: usize, out: &mut [T]) {
         let n = out.len();
         if let Cells::Wide(all) = self {
             return out.copy_from_slice(&all[start..start + n]);
@@ -64,7 +66,7 @@ impl<'a, T: Float> Cells<'a, T> {
 
     /// Puts elements from `start` on, the first of which is number `nth` of the whole tensor.
     #[inline(always)]
-    fn store(&mut self, start: usize, nth: usize, x: &[T]) {
+    fn store<const RUN: usize>(&mut self, start: usize, nth: usize, x: &[T]) {
         let n = x.len();
         if let Cells::Wide(all) = self {
             return all[start..start + n].copy_from_slice(x);
@@ -97,7 +99,7 @@ pub fn sweep<'a, T: Float, const N: usize>(
 /// A part of [`sweep`], from element `nth` of the tensor on; `rests`: does `f` leave a parameter as it is where the
 /// gradient and the states are zero?
 fn part<T: Float, const N: usize>(
-    mut param: Cells<T>,
+    param: Cells<T>,
     states: [Cells<T>; N],
     grad: &[T],
     nth: usize,
@@ -106,40 +108,11 @@ fn part<T: Float, const N: usize>(
 ) {
     let len = grad.len();
     if len <= GRAIN {
-        vectorize(
-            #[inline(always)]
-            || {
-                let mut states = states;
-                // Through buffers of one fixed length, which cannot overlap: only so is the loop vectorised.
-                let [mut p, mut g] = [[T::zero(); RUN]; 2];
-                let mut s = [[T::zero(); RUN]; N];
-                for start in (0..len).step_by(RUN) {
-                    let n = RUN.min(len - start);
-                    g[..n].copy_from_slice(&grad[start..start + n]);
-                    let mut zero = rests && is_zero(&g[..n]);
-                    for (s, state) in s.iter_mut().zip(&states) {
-                        state.load(start, &mut s[..n]);
-                        zero = zero && is_zero(&s[..n]);
-                    }
-                    if zero {
-                        continue;
-                    }
-                    param.load(start, &mut p[..n]);
-                    for i in 0..RUN {
-                        let (next, state) = f(p[i], std::array::from_fn(|k| s[k][i]), g[i]);
-                        p[i] = next;
-                        for k in 0..N {
-                            s[k][i] = state[k];
-                        }
-                    }
-                    param.store(start, nth + start, &p[..n]);
-                    for (s, state) in s.iter().zip(&mut states) {
-                        state.store(start, nth + start, &s[..n]);
-                    }
-                }
-            },
-        );
-        return;
+        let blocks = [&param].into_iter().chain(&states).any(|cells| matches!(cells, Cells::Codes(..)));
+        return match blocks {
+            true => in_runs::<T, N, BLOCK>(param, states, grad, nth, rests, f),
+            false => in_runs::<T, N, RUN>(param, states, grad, nth, rests, f),
+        };
     }
     let mid = (len / 2).next_multiple_of(GRAIN);
     let (param, param_right) = param.split_at(mid);
@@ -156,6 +129,67 @@ fn part<T: Float, const N: usize>(
         || part(param, left, grad, nth, rests, f),
         || part(param_right, right, grad_right, nth + mid, rests, f),
     );
+}
+
+/// The same, `RUN` elements at a time.
+fn in_runs<T: Float, const N: usize, const RUN: usize>(
+    mut param: Cells<T>,
+    mut states: [Cells<T>; N],
+    grad: &[T],
+    nth: usize,
+    rests: bool,
+    f: &impl Fn(T, [T; N], T) -> (T, [T; N]),
+) {
+    let whole = grad.len() / RUN * RUN;
+    vectorize(
+        #[inline(always)]
+        || {
+            for start in (0..whole).step_by(RUN) {
+                run::<T, N, RUN>(&mut param, &mut states, grad, start..start + RUN, nth, rests, f);
+            }
+            // (By itself, so that the runs before are copied without a call.)
+            if whole < grad.len() {
+                run::<T, N, RUN>(&mut param, &mut states, grad, whole..grad.len(), nth, rests, f);
+            }
+        },
+    );
+}
+
+#[inline(always)]
+fn run<T: Float, const N: usize, const RUN: usize>(
+    param: &mut Cells<T>,
+    states: &mut [Cells<T>; N],
+    grad: &[T],
+    at: Range<usize>,
+    nth: usize,
+    rests: bool,
+    f: &impl Fn(T, [T; N], T) -> (T, [T; N]),
+) {
+    // Through buffers of one fixed length, which cannot overlap: only so is the loop vectorised.
+    let [mut p, mut g] = [[T::zero(); RUN]; 2];
+    let mut s = [[T::zero(); RUN]; N];
+    let (start, n) = (at.start, at.len());
+    g[..n].copy_from_slice(&grad[at]);
+    let mut zero = rests && is_zero(&g[..n]);
+    for (s, state) in s.iter_mut().zip(&*states) {
+        state.load::<RUN>(start, &mut s[..n]);
+        zero = zero && is_zero(&s[..n]);
+    }
+    if zero {
+        return;
+    }
+    param.load::<RUN>(start, &mut p[..n]);
+    for i in 0..RUN {
+        let (next, state) = f(p[i], std::array::from_fn(|k| s[k][i]), g[i]);
+        p[i] = next;
+        for k in 0..N {
+            s[k][i] = state[k];
+        }
+    }
+    param.store::<RUN>(start, nth + start, &p[..n]);
+    for (s, state) in s.iter().zip(states) {
+        state.store::<RUN>(start, nth + start, &s[..n]);
+    }
 }
 
 #[inline(always)]

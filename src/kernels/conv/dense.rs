@@ -13,7 +13,7 @@ use crate::kernels::ahead::Ahead;
 use crate::kernels::conv::grids::{Division, Plan, TILE, pack, pad};
 use crate::kernels::conv::load::{Load, Operand};
 use crate::kernels::conv::{
-    Done, Epilogue, Geometry, Residual, in_slots, paired, pointwise, slots, split, strides, volume,
+    Done, Epilogue, Geometry, Residual, folded, in_slots, paired, pointwise, slots, split, strides, volume,
 };
 use crate::kernels::par::{Shared, next};
 use crate::kernels::simd::{Level, Simd, Vectors, load_up_to, store_up_to};
@@ -455,15 +455,16 @@ fn slot(plan: &Plan, d: &Division, plain: bool) -> usize {
 
 /// The forward pass; of a pointwise convolution all images' positions in a row.
 fn forward_plan(g: &Geometry) -> Plan {
-    match pointwise::applies(g) {
-        true => Plan::forward(&pointwise::of(g, g.n * volume(g.x))),
-        false => Plan::forward(g),
+    match (pointwise::applies(g), folded::of(g)) {
+        (true, _) => Plan::forward(&pointwise::of(g, g.n * volume(g.x))),
+        (_, Some(folded)) => Plan::forward(&folded),
+        _ => Plan::forward(g),
     }
 }
 
 /// Elements of scratch that [`forward`] needs; `plain`: is X?
 pub fn forward_scratch<T: Vectors>(g: &Geometry, plain: bool) -> usize {
-    scratch::<T>(&forward_plan(g), plain)
+    scratch::<T>(&forward_plan(g), plain) + folded::of(g).map_or(0, |folded| folded::weights_room(&folded))
 }
 
 fn scratch<T: Vectors>(plan: &Plan, plain: bool) -> usize {
@@ -493,8 +494,13 @@ pub fn forward<T: Vectors>(
 ) {
     g.check_sizes(x.data.len(), y.len());
     assert!(x.is_plain() || pointwise::applies(g), "an input that is computed as it is read");
-    let done = done.filter(|_| forward_blocks::<T>(g).is_some());
-    run(&forward_plan(g), true, x, w, epilogue, y, scratch, done);
+    let (plan, done) = (forward_plan(g), done.filter(|_| forward_blocks::<T>(g).is_some()));
+    let Some(folded) = folded::of(g) else {
+        return run(&plan, true, x, w, epilogue, y, scratch, done);
+    };
+    let (weights, scratch) = scratch.split_at_mut(folded::weights_room(&folded));
+    folded::weights(g, &folded, w, weights);
+    run(&plan, true, Operand { channels: folded.c, ..x }, weights, epilogue, y, scratch, done);
 }
 
 /// Elements of scratch that [`input_grad`] needs.

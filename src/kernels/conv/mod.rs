@@ -7,6 +7,7 @@
 mod both;
 mod dense;
 mod depthwise;
+mod folded;
 mod grids;
 mod load;
 mod narrow;

@@ -7,6 +7,7 @@
 //! The positions are divided into slabs with a sum each, by the sizes alone; the sums are added in order.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
+mod order;
 mod pairs;
 mod plan;
 
@@ -24,12 +25,9 @@ use crate::kernels::simd::{Kernel, Level, Simd, Vectors};
 use crate::kernels::tile::{Pieces, Positions, Terms, along_columns, put};
 use crate::tile_sizes;
 
-use plan::{CHUNK, Division, LARGE, Plan};
+use plan::{Division, LARGE, Plan};
 
-/// Output channels whose weights are put in order together.
-const OUTPUTS: usize = 16;
-/// Elements of the buffer in which they are.
-const NEAR: usize = 1 << 12;
+pub(super) use order::in_order;
 
 /// X or dY: some channels of each position, in strips of neighbours.
 #[derive(Clone, Copy)]
@@ -437,51 +435,6 @@ fn add<T: Vectors>(sums: &mut [T], size: usize) {
         for more in rest.chunks_exact(size) {
             let more = &more[start..][..piece.len()];
             piece.iter_mut().zip(more).for_each(|(a, b)| *a += *b);
-        }
-    });
-}
-
-/// A sum (panels, taps, C/groups, panel) in the order of the weights.
-pub(super) fn in_order<T: Vectors>(g: &Geometry, panel: usize, sum: &[T], dw: &mut [T]) {
-    let (cg, og, taps) = (g.cg(), g.og(), g.taps());
-    // Taps that were merged with the input channels are in the right order all the same.
-    let at = |o: usize, t: usize, c: usize| {
-        let (group, o) = (o / og, o % og);
-        (((group * og.div_ceil(panel) + o / panel) * taps + t) * cg + c) * panel + o % panel
-    };
-    // By blocks of output and input channels, which are put in order near by: what is read and what is written
-    // are whole cache lines.
-    let outputs = OUTPUTS.min(panel);
-    let width = (NEAR / (outputs * taps)).clamp(1, cg);
-    par::rows(dw, outputs * cg * taps, CHUNK / 4, |block, dw| {
-        let mut near = [T::zero(); NEAR];
-        for (j, dw) in dw.chunks_mut(outputs * cg * taps).enumerate() {
-            let o = (block + j) * outputs;
-            let outputs = dw.len() / (cg * taps);
-            for c0 in (0..cg).step_by(width) {
-                let width = width.min(cg - c0);
-                let run = width * taps;
-                // Not in one panel, or too large a kernel: element by element.
-                if o % og % panel + outputs > panel || o % og + outputs > og || outputs * run > NEAR {
-                    for (k, dw) in dw.chunks_mut(cg * taps).enumerate() {
-                        for (i, dw) in dw[c0 * taps..][..run].iter_mut().enumerate() {
-                            *dw = sum[at(o + k, i % taps, c0 + i / taps)];
-                        }
-                    }
-                    continue;
-                }
-                for t in 0..taps {
-                    let from = at(o, t, c0);
-                    for c in 0..width {
-                        for (k, x) in sum[from + c * panel..][..outputs].iter().enumerate() {
-                            near[k * run + c * taps + t] = *x;
-                        }
-                    }
-                }
-                for (dw, near) in dw.chunks_mut(cg * taps).zip(near.chunks(run)) {
-                    dw[c0 * taps..][..run].copy_from_slice(near);
-                }
-            }
         }
     });
 }

@@ -8,7 +8,7 @@ use crate::kernels::tile::Pieces;
 
 /// Elements of X and dY that a task should sweep over at a time, for the second-level cache; more of them where the
 /// sums, which are swept over each time, are large themselves.
-pub(super) const CHUNK: usize = 1 << 16;
+const CHUNK: usize = 1 << 16;
 const LARGE_CHUNK: usize = 1 << 18;
 /// Elements of all slabs' sums together, beyond which the outputs are divided instead of the positions.
 const SUMS: usize = 1 << 19;
