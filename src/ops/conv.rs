@@ -322,11 +322,7 @@ impl Op for Conv {
         if g.wants(3) {
             grads[3] = Some(dy);
         }
-        if g.wants(0) {
-            // dX[i] = Σ_t W[t]ᵀ · dY[(i + pad − dilation·t) / stride]   (N, C, spatial…)
-            let x = g.meta(x)?.dims.clone();
-            grads[0] = Some(g.emit(ConvInputGrad { conv: self.clone(), x }, &[dy, w])?);
-        }
+        // (dX last: by then X need not be kept.)
         if g.wants(1) {
             // dW[t] = Σ_{n,i} dY[i] · X[stride·i + dilation·t − pad]ᵀ   (M, C/group, kernel…)
             let w = g.meta(w)?.dims.clone();
@@ -337,6 +333,11 @@ impl Op for Conv {
             let (geometry, _) = self.geometry(&g.meta(x)?.dims, &g.meta(w)?.dims)?;
             let channels = Channels { n: geometry.n, c: geometry.oc, s: geometry.y.iter().product() };
             grads[2] = Some(g.emit(ChannelSum { channels }, &[dy])?);
+        }
+        if g.wants(0) {
+            // dX[i] = Σ_t W[t]ᵀ · dY[(i + pad − dilation·t) / stride]   (N, C, spatial…)
+            let x = g.meta(x)?.dims.clone();
+            grads[0] = Some(g.emit(ConvInputGrad { conv: self.clone(), x }, &[dy, w])?);
         }
         Ok(grads)
     }

@@ -27,7 +27,7 @@ use crate::tile_sizes;
 
 use plan::{Division, LARGE, Plan};
 
-pub(super) use order::in_order;
+pub(super) use order::{Outputs, in_order};
 
 /// X or dY: some channels of each position, in strips of neighbours.
 #[derive(Clone, Copy)]

@@ -2,6 +2,7 @@
 //! adds up the windows it lies in, so that every task writes memory of its own.
 
 use rayon::prelude::*;
+use smallvec::SmallVec;
 
 use super::{Geometry, NOWHERE, Ordered, beats};
 use crate::kernels::isa::vectorize;
@@ -122,20 +123,34 @@ pub fn max<T: Ordered>(g: &Geometry, c: usize, x: &[T], y: &mut [T], argmax: Opt
 
 /// `dx[argmax[i]] += dy[i]`.
 pub fn max_grad<T: Float>(g: &Geometry, c: usize, dy: &[T], argmax: &[u32], dx: &mut [T]) {
-    let [_, py] = g.planes();
-    each_row(dx, c, g.x, g.taps(), |n, i, dx| {
-        let here = ((i[0] * g.x[1] + i[1]) * g.x[2] + i[2]) as u32;
+    let [px, py] = g.planes();
+    let [_, h, w] = g.x;
+    par::rows(dx, c, grain(g.taps()), |first, piece| {
         vectorize(
             #[inline(always)]
             || {
-                dx.fill(T::zero());
-                windows(g, i, |o| {
-                    let at = (n * py + o) * c;
-                    let (dy, argmax) = (&dy[at..at + c], &argmax[at..at + c]);
-                    for ((dx, &dy), &arg) in dx.iter_mut().zip(dy).zip(argmax) {
-                        *dx += if arg == here { dy } else { T::zero() };
+                // Where the rows of outputs begin whose windows hold the input row at hand.
+                let mut lines: SmallVec<[usize; 16]> = SmallVec::new();
+                for (r, dx) in piece.chunks_exact_mut(c.max(1)).enumerate() {
+                    let (n, here) = ((first + r) / px, (first + r) % px);
+                    if r == 0 || here % w == 0 {
+                        lines.clear();
+                        for a in holders(g, 0, here / w / h) {
+                            let row = |b| n * py + (a * g.y[1] + b) * g.y[2];
+                            lines.extend(holders(g, 1, here / w % h).map(row));
+                        }
                     }
-                });
+                    dx.fill(T::zero());
+                    for line in &lines {
+                        for o in holders(g, 2, here % w) {
+                            let at = (line + o) * c;
+                            let (dy, argmax) = (&dy[at..at + c], &argmax[at..at + c]);
+                            for ((dx, &dy), &arg) in dx.iter_mut().zip(dy).zip(argmax) {
+                                *dx += if arg == here as u32 { dy } else { T::zero() };
+                            }
+                        }
+                    }
+                }
             },
         )
     });

@@ -25,8 +25,11 @@ pub(in crate::kernels::conv) fn in_order<T: Vectors>(g: &Geometry, panel: usize,
             let o = first % og;
             if o.is_multiple_of(lanes) && o + outputs <= og {
                 let sum = &sum[start(first)..];
-                // SAFETY: the kernel has no promise of its own.
-                unsafe { T::dispatch(Outputs { sum, panel, taps, columns, dw }) }
+                assert!(sum.len() >= (columns - 1) * panel + lanes, "sums of weights");
+                let (sum, to) = (sum.as_ptr(), dw.as_mut_ptr());
+                let steps = [cg * panel, panel];
+                // SAFETY: there is a vector for each of the columns, and the outputs are those of `dw`.
+                unsafe { T::dispatch(Outputs { sum, steps, channels: cg, taps, to, row: columns, outputs }) }
                 continue;
             }
             // Of several groups.
@@ -40,49 +43,48 @@ pub(in crate::kernels::conv) fn in_order<T: Vectors>(g: &Geometry, panel: usize,
     });
 }
 
-/// As many outputs as a vector has lanes, or fewer, by squares that are transposed in registers.
-struct Outputs<'a, T> {
-    /// From the first output's first element on.
-    sum: &'a [T],
-    panel: usize,
-    taps: usize,
-    /// C/groups times taps.
-    columns: usize,
-    /// (outputs, C/groups, taps)
-    dw: &'a mut [T],
+/// The weights of as many outputs as a vector has lanes, or fewer, by squares that are transposed in registers.
+pub(in crate::kernels::conv) struct Outputs<T> {
+    /// A vector for each tap and channel, and the elements from a tap to the next and from a channel to the next.
+    pub(in crate::kernels::conv) sum: *const T,
+    pub(in crate::kernels::conv) steps: [usize; 2],
+    pub(in crate::kernels::conv) channels: usize,
+    pub(in crate::kernels::conv) taps: usize,
+    /// (outputs, channels, taps), so many elements from an output to the next.
+    pub(in crate::kernels::conv) to: *mut T,
+    pub(in crate::kernels::conv) row: usize,
+    pub(in crate::kernels::conv) outputs: usize,
 }
 
-impl<T: Vectors> Kernel<T> for Outputs<'_, T> {
+impl<T: Vectors> Kernel<T> for Outputs<T> {
+    /// # Safety
+    /// The vectors must be readable, the outputs' weights writable.
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
-        let Outputs { sum, panel, taps, columns, dw } = self;
-        let (cg, outputs) = (columns / taps, dw.len() / columns);
-        assert!(sum.len() >= (columns - 1) * panel + S::LANES, "sums of weights");
+        let Outputs { sum, steps, channels, taps, to, row, outputs } = self;
+        let columns = channels * taps;
         let [mut rows, mut square] = [[T::zero(); SQUARE]; 2];
         let (mut channel, mut tap) = (0, 0);
         for first in (0..columns).step_by(S::LANES) {
             let n = S::LANES.min(columns - first);
-            for i in 0..n {
-                // SAFETY: the sum has as many rows, of at least a vector.
-                unsafe {
-                    let v = S::load(sum.as_ptr().add((tap * cg + channel) * panel));
+            // SAFETY: the caller's promise; both buffers hold a square.
+            unsafe {
+                for i in 0..n {
+                    let v = S::load(sum.add(tap * steps[0] + channel * steps[1]));
                     S::store(rows.as_mut_ptr().add(i * S::LANES), v);
+                    tap += 1;
+                    if tap == taps {
+                        (channel, tap) = (channel + 1, 0);
+                    }
                 }
-                tap += 1;
-                if tap == taps {
-                    (channel, tap) = (channel + 1, 0);
+                if n == S::LANES && outputs == S::LANES {
+                    S::transpose(rows.as_ptr(), S::LANES, to.add(first), row);
+                    continue;
                 }
-            }
-            let whole = n == S::LANES && outputs == S::LANES;
-            let (to, step) = match whole {
-                true => (dw[first..].as_mut_ptr(), columns),
-                false => (square.as_mut_ptr(), S::LANES),
-            };
-            // SAFETY: of a whole square, each row lies in an output's weights.
-            unsafe { S::transpose(rows.as_ptr(), S::LANES, to, step) }
-            if !whole {
-                for (dw, square) in dw.chunks_exact_mut(columns).zip(square.chunks_exact(S::LANES)) {
-                    dw[first..first + n].copy_from_slice(&square[..n]);
+                S::transpose(rows.as_ptr(), S::LANES, square.as_mut_ptr(), S::LANES);
+                for i in 0..outputs {
+                    let from = square.as_ptr().add(i * S::LANES);
+                    std::ptr::copy_nonoverlapping(from, to.add(i * row + first), n);
                 }
             }
         }

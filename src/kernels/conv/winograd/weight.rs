@@ -2,8 +2,8 @@
 //!
 //! Each of the 36 sums is a matrix product of transformed inputs and gradients over the tiles. Where sums are small,
 //! the tiles are divided into slabs with sums of their own, by the sizes alone, which are added in order. Where they
-//! are large, all tiles are transformed first; then each task sums up some blocks of input channels of a panel, which
-//! it transforms to taps while they are near.
+//! are large, all tiles are transformed first; then each task sums up a block of input channels of a panel, which it
+//! transforms to taps and puts in order while they are near.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
 use std::ops::Range;
@@ -14,7 +14,7 @@ use super::few::{each, each_tasks};
 use super::transform::{IN, OUT, PRODUCTS, input_tile, output_grad_tile, put_across, weight_grad_tile};
 use super::{Source, TAPS, Tiles, Transformed, Widened};
 use crate::kernels::ahead::Steps;
-use crate::kernels::conv::weight::in_order;
+use crate::kernels::conv::weight::{Outputs, in_order};
 use crate::kernels::conv::{Geometry, in_slots, slots};
 use crate::kernels::half::Elements;
 use crate::kernels::par::Shared;
@@ -30,7 +30,7 @@ const TASKS: usize = 8;
 /// Elements of all tiles, transformed, that stay in the last-level cache, and input channels whose sums do in the
 /// second.
 const NEAR: usize = 3 << 20;
-const BLOCK: usize = 64;
+const BLOCK: usize = 32;
 /// Sums that are many.
 const MANY: usize = 1 << 17;
 
@@ -313,16 +313,16 @@ impl Few {
         few.then_some(Few { tiles, panels, blocks: Pieces::of(g.c, BLOCK), layouts })
     }
 
+    /// Elements of a block's sums and taps.
     fn slot(&self, panel: usize) -> usize {
-        PRODUCTS * self.blocks.len(0) * panel
+        (PRODUCTS + TAPS) * self.blocks.len(0) * panel
     }
 
     fn scratch(&self, g: &Geometry, panel: usize, half: bool) -> usize {
-        let taps = self.panels * TAPS * g.c * panel;
         let transformed = self.layouts[0].size() + self.layouts[1].size();
         let tasks = self.panels * self.blocks.count;
         let widened = slots(each_tasks(self.tiles), near(g, half));
-        g.c.max(g.oc) + taps + transformed + slots(tasks, self.slot(panel)).max(widened)
+        g.c.max(g.oc) + transformed + slots(tasks, self.slot(panel)).max(widened)
     }
 
     fn run<E: Form<T>, T: Vectors>(
@@ -335,7 +335,6 @@ impl Few {
     ) {
         let panel = T::level().pair();
         let (zeros, rest) = scratch.split_at_mut(g.c.max(g.oc));
-        let (taps, rest) = rest.split_at_mut(self.panels * TAPS * g.c * panel);
         let (tx, rest) = rest.split_at_mut(self.layouts[0].size());
         let (tdy, slots) = rest.split_at_mut(self.layouts[1].size());
         zeros.fill(T::zero());
@@ -351,10 +350,12 @@ impl Few {
                 E::dispatch_terms(TransformBoth { of, tiles, x: source, widened, dy, layouts, to_x, to_dy });
             }
         });
-        let all = Shared::new(taps);
+        let dw = Shared::new(dw);
         in_slots(self.panels * self.blocks.count, self.slot(panel), slots, |task, slot| {
             let (p, block) = (task / self.blocks.count, task % self.blocks.count);
             let (first, channels) = (self.blocks.start(block), self.blocks.len(block));
+            let (sums, taps) = slot.split_at_mut(PRODUCTS * channels * panel);
+            let outputs = panel.min(g.oc - p * panel);
             let sum = Sum {
                 terms: self.tiles.total.div_ceil(E::EACH),
                 x: to_x.ptr().wrapping_add(first).cast_const(),
@@ -362,15 +363,15 @@ impl Few {
                 channels,
                 dy: to_dy.ptr().wrapping_add(p * panel).cast_const(),
                 dy_layout: self.layouts[1],
-                vectors: if g.oc - p * panel > panel / 2 { 2 } else { 1 },
-                to: slot.as_mut_ptr(),
+                vectors: if outputs > panel / 2 { 2 } else { 1 },
+                to: sums.as_mut_ptr(),
                 add: false,
             };
-            let taps = all.ptr().wrapping_add((p * TAPS * g.c + first) * panel);
-            // SAFETY: the buffers have the layouts' sizes; no two tasks write the same rows of the taps.
-            unsafe { E::dispatch_terms(SumTaps { sum, taps, step: g.c * panel }) }
+            let to = dw.ptr().wrapping_add((p * panel * g.c + first) * TAPS);
+            let (taps, row) = (taps.as_mut_ptr(), g.c * TAPS);
+            // SAFETY: the buffers have the layouts' sizes; no two tasks write the same weights.
+            unsafe { E::dispatch_terms(SumTaps { sum, taps, to, row, outputs }) }
         });
-        in_order(g, panel, taps, dw);
     }
 }
 
@@ -400,24 +401,39 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for TransformBoth<'_, E, T> {
     }
 }
 
-/// A sum and its taps, `step` elements from a tap to the next.
+/// A sum, its taps, and where they go: those of so many outputs, `row` elements from one to the next.
 struct SumTaps<E, T> {
     sum: Sum<E, T>,
+    /// (taps, channels, panel)
     taps: *mut T,
-    step: usize,
+    to: *mut T,
+    row: usize,
+    outputs: usize,
 }
 
 impl<E: Copy, T: Vectors> TermKernel<E, T> for SumTaps<E, T> {
     #[inline(always)]
     unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(self) {
-        let row = self.sum.channels * 2 * D::S::LANES;
-        // SAFETY: the sum's promise; the taps have as many rows.
+        let SumTaps { sum, taps, to, row, outputs } = self;
+        let (lanes, panel) = (D::S::LANES, 2 * D::S::LANES);
+        let step = sum.channels * panel;
+        // SAFETY: the sum's promise; there is room for its taps, and the outputs have their weights.
         unsafe {
-            self.sum.run::<D>();
-            let mut at = 0;
-            while at < row {
-                weight_grad_tile::<D::S>(self.sum.to.add(at), [1, 0, row], self.taps.add(at), self.step);
-                at += D::S::LANES;
+            sum.run::<D>();
+            for at in (0..step).step_by(lanes) {
+                weight_grad_tile::<D::S>(sum.to.add(at), [1, 0, step], taps.add(at), step);
+            }
+            for lane in (0..outputs).step_by(lanes) {
+                let some = Outputs {
+                    sum: taps.add(lane).cast_const(),
+                    steps: [step, panel],
+                    channels: sum.channels,
+                    taps: TAPS,
+                    to: to.add(lane * row),
+                    row,
+                    outputs: lanes.min(outputs - lane),
+                };
+                some.run::<D::S>();
             }
         }
     }
