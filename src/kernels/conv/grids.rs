@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use smallvec::SmallVec;
 
 use crate::kernels::conv::{Geometry, split, strides, volume};
-use crate::kernels::simd::{Kernel, Simd, Vectors, store_up_to};
+use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::WINDOW;
 
 /// Elements of input and output that a task should keep in the second-level cache.
@@ -388,7 +388,15 @@ impl<T: Vectors> Kernel<T> for PackPanel<'_, T> {
         if o_step == 1 {
             // In order already.
             for input in 0..if plan.order.is_empty() { 0 } else { inputs } {
-                out[input * row..][..lanes].copy_from_slice(&w[input * i_step..][..lanes]);
+                let (from, to) = (&w[input * i_step..][..lanes], &mut out[input * row..][..lanes]);
+                for at in (0..lanes).step_by(S::LANES) {
+                    let n = S::LANES.min(lanes - at);
+                    // SAFETY: both have `lanes` elements.
+                    unsafe {
+                        let v = load_up_to::<S>(from.as_ptr().add(at), n);
+                        store_up_to::<S>(to.as_mut_ptr().add(at), v, n);
+                    }
+                }
             }
             return;
         }
@@ -398,15 +406,25 @@ impl<T: Vectors> Kernel<T> for PackPanel<'_, T> {
                 *place = Some(t);
             }
         }
+        // Without taps, neighbouring inputs are neighbouring rows.
+        let straight = forward && taps == 1 && plan.order.len() == 1;
         let mut square = [T::zero(); SQUARE];
         for block in 0..blocks {
             for lane in (0..lanes).step_by(S::LANES) {
                 let height = S::LANES.min(lanes - lane);
+                let (mut input, mut tap) = (block, 0);
                 for column in (0..columns).step_by(S::LANES) {
                     let width = S::LANES.min(columns - column);
                     let from = block * i_step + lane * o_step + column;
                     // What is read beyond the columns must be there, too.
                     let whole = height == S::LANES && from + (S::LANES - 1) * o_step + S::LANES <= w.len();
+                    if straight && whole && width == S::LANES {
+                        let to = &mut out[column * row + lane..][..(S::LANES - 1) * row + S::LANES];
+                        // SAFETY: both have a square.
+                        unsafe { S::transpose(w.as_ptr().add(from), o_step, to.as_mut_ptr(), row) }
+                        input += width;
+                        continue;
+                    }
                     if whole {
                         // SAFETY: as was just said.
                         unsafe { S::transpose(w.as_ptr().add(from), o_step, square.as_mut_ptr(), S::LANES) }
@@ -418,17 +436,21 @@ impl<T: Vectors> Kernel<T> for PackPanel<'_, T> {
                         }
                     }
                     for j in 0..width {
-                        let (input, tap) = (block + (column + j) / taps, (column + j) % taps);
                         let place = match places.get(tap) {
                             Some(place) => *place,
                             None => plan.order.iter().position(|o| *o as usize == tap),
                         };
-                        let Some(t) = place else { continue };
-                        let to = &mut out[(t * inputs + input) * row + lane..][..height];
-                        // SAFETY: both have `height` elements.
-                        unsafe {
-                            let v = S::load(square.as_ptr().add(j * S::LANES));
-                            store_up_to::<S>(to.as_mut_ptr(), v, height);
+                        if let Some(t) = place {
+                            let to = &mut out[(t * inputs + input) * row + lane..][..height];
+                            // SAFETY: both have `height` elements.
+                            unsafe {
+                                let v = S::load(square.as_ptr().add(j * S::LANES));
+                                store_up_to::<S>(to.as_mut_ptr(), v, height);
+                            }
+                        }
+                        tap += 1;
+                        if tap == taps {
+                            (input, tap) = (input + 1, 0);
                         }
                     }
                 }
