@@ -1,5 +1,7 @@
 """The tables of peers.py, as Markdown that is aligned enough to read."""
 
+import re
+
 NAMES = {"resnet20": "ResNet-20 3×32×32", "mobilenetv2": "MobileNetV2 224²", "resnet18": "ResNet-18 224²", "encoder": "encoder, 128 tokens"}
 F32 = ("eager", "tuned", "channels_last")
 
@@ -118,7 +120,8 @@ def cold_start(ms):
 
 
 def replace(path, text, mark):
-    """Puts `text` between the lines <!-- MARK --> and <!-- /MARK --> of a file."""
+    """Puts `text`, its tables without what aligns them, between the lines <!-- MARK --> and <!-- /MARK --> of a file."""
+    text = re.sub(r" +\|", " |", re.sub(r"\|-+(?=\|)", "|--", text))
     start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->\n"
     whole = path.read_text()
     before, _, rest = whole.partition(start)
