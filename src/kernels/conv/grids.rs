@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use smallvec::SmallVec;
 
 use crate::kernels::conv::{Geometry, split, strides, volume};
-use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
+use crate::kernels::simd::{Kernel, Simd, Vectors, store_up_to};
 use crate::kernels::tile::WINDOW;
 
 /// Elements of input and output that a task should keep in the second-level cache.
@@ -388,15 +388,7 @@ impl<T: Vectors> Kernel<T> for PackPanel<'_, T> {
         if o_step == 1 {
             // In order already.
             for input in 0..if plan.order.is_empty() { 0 } else { inputs } {
-                let (from, to) = (&w[input * i_step..][..lanes], &mut out[input * row..][..lanes]);
-                for at in (0..lanes).step_by(S::LANES) {
-                    let n = S::LANES.min(lanes - at);
-                    // SAFETY: both have `lanes` elements.
-                    unsafe {
-                        let v = load_up_to::<S>(from.as_ptr().add(at), n);
-                        store_up_to::<S>(to.as_mut_ptr().add(at), v, n);
-                    }
-                }
+                out[input * row..][..lanes].copy_from_slice(&w[input * i_step..][..lanes]);
             }
             return;
         }

@@ -41,18 +41,6 @@ fn holders(g: &Geometry, d: usize, i: usize) -> impl Iterator<Item = usize> + us
     (from..to).filter(move |o| dilation == 1 || (at - o * s).is_multiple_of(dilation))
 }
 
-/// Calls `f` for the outputs whose windows hold the input position `i`, in row-major order.
-#[inline(always)]
-fn windows(g: &Geometry, i: [usize; 3], mut f: impl FnMut(usize)) {
-    for a in holders(g, 0, i[0]) {
-        for b in holders(g, 1, i[1]) {
-            for c in holders(g, 2, i[2]) {
-                f((a * g.y[1] + b) * g.y[2] + c);
-            }
-        }
-    }
-}
-
 /// Elements a task, where each costs some `taps`.
 fn grain(taps: usize) -> usize {
     GRAIN / taps.div_ceil(4).max(1)
@@ -121,8 +109,14 @@ pub fn max<T: Ordered>(g: &Geometry, c: usize, x: &[T], y: &mut [T], argmax: Opt
     });
 }
 
-/// `dx[argmax[i]] += dy[i]`.
-pub fn max_grad<T: Float>(g: &Geometry, c: usize, dy: &[T], argmax: &[u32], dx: &mut [T]) {
+/// For each row `dx` of `c` channels of an input position, first zeros, calls `add(dx, output, position)` for the outputs whose
+/// windows hold it, in row-major order; outputs are counted through all images, positions within a plane.
+fn gather<T: Float>(
+    g: &Geometry,
+    c: usize,
+    dx: &mut [T],
+    add: impl Fn(&mut [T], usize, usize) + Sync + Send,
+) {
     let [px, py] = g.planes();
     let [_, h, w] = g.x;
     par::rows(dx, c, grain(g.taps()), |first, piece| {
@@ -132,28 +126,40 @@ pub fn max_grad<T: Float>(g: &Geometry, c: usize, dy: &[T], argmax: &[u32], dx: 
                 // Where the rows of outputs begin whose windows hold the input row at hand.
                 let mut lines: SmallVec<[usize; 16]> = SmallVec::new();
                 for (r, dx) in piece.chunks_exact_mut(c.max(1)).enumerate() {
-                    let (n, here) = ((first + r) / px, (first + r) % px);
-                    if r == 0 || here % w == 0 {
+                    let (n, position) = ((first + r) / px, (first + r) % px);
+                    if r == 0 || position % w == 0 {
                         lines.clear();
-                        for a in holders(g, 0, here / w / h) {
+                        for a in holders(g, 0, position / w / h) {
                             let row = |b| n * py + (a * g.y[1] + b) * g.y[2];
-                            lines.extend(holders(g, 1, here / w % h).map(row));
+                            lines.extend(holders(g, 1, position / w % h).map(row));
                         }
                     }
                     dx.fill(T::zero());
                     for line in &lines {
-                        for o in holders(g, 2, here % w) {
-                            let at = (line + o) * c;
-                            let (dy, argmax) = (&dy[at..at + c], &argmax[at..at + c]);
-                            for ((dx, &dy), &arg) in dx.iter_mut().zip(dy).zip(argmax) {
-                                *dx += if arg == here as u32 { dy } else { T::zero() };
-                            }
+                        for o in holders(g, 2, position % w) {
+                            add(dx, line + o, position);
                         }
                     }
                 }
             },
         )
     });
+}
+
+/// `dx[argmax[i]] += dy[i]`.
+pub fn max_grad<T: Float>(g: &Geometry, c: usize, dy: &[T], argmax: &[u32], dx: &mut [T]) {
+    gather(
+        g,
+        c,
+        dx,
+        #[inline(always)]
+        |dx, output, position| {
+            let (dy, argmax) = (&dy[output * c..][..c], &argmax[output * c..][..c]);
+            for ((dx, &dy), &arg) in dx.iter_mut().zip(dy).zip(argmax) {
+                *dx += if arg == position as u32 { dy } else { T::zero() };
+            }
+        },
+    );
 }
 
 /// What a window's sum is divided by.
@@ -199,18 +205,13 @@ pub fn average_grad<T: Float>(
         share.iter_mut().zip(&dy[at * c..]).for_each(|(s, &d)| *s = d / count);
     });
     let shares = &*shares;
-    each_row(dx, c, g.x, g.taps(), |n, i, dx| {
-        vectorize(
-            #[inline(always)]
-            || {
-                dx.fill(T::zero());
-                windows(g, i, |o| {
-                    let share = &shares[(n * py + o) * c..][..c];
-                    dx.iter_mut().zip(share).for_each(|(dx, &s)| *dx += s);
-                });
-            },
-        )
-    });
+    gather(
+        g,
+        c,
+        dx,
+        #[inline(always)]
+        |dx, output, _| dx.iter_mut().zip(&shares[output * c..]).for_each(|(dx, &s)| *dx += s),
+    );
 }
 
 /// Each row of `c` elements of `dy`, times `scale`, to every position of its plane.
