@@ -122,9 +122,7 @@ impl<'a> Run<'a> {
             norm,
             accumulate: 1,
         };
-        for w in &recipe.params {
-            session.make_mutable(*w)?;
-        }
+        session.make_mutable(&recipe.params)?;
         let mode = Mode { batch_statistics: norm == Norm::Batch, ..Mode::TRAIN };
         let method: Option<Box<dyn Adaptation>> = match config.method {
             MethodName::Stats => None,

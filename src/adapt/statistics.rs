@@ -7,7 +7,6 @@ use std::collections::HashMap;
 use crate::error::{Error, Result};
 use crate::exec::{Program, Purpose, Session};
 use crate::graph::{Source, StateId, ValueId, WeightId};
-use crate::import::Role;
 use crate::ops::Mode;
 use crate::ops::batch_norm::BatchNormalization;
 use crate::plan::Request;
@@ -65,11 +64,8 @@ const MEASURE: Mode = Mode { unbiased_variance: false, fresh_statistics: true, .
 impl Statistics {
     /// Makes running statistics mutable and finds the layers that have them.
     pub fn new(session: &mut Session, shapes: &Shapes) -> Result<Statistics> {
-        for i in 0..session.model().weights.len() {
-            if matches!(session.model().weights[i].role, Role::RunningMean | Role::RunningVar) {
-                session.make_mutable(WeightId(i as u32))?;
-            }
-        }
+        let running: Vec<WeightId> = session.model().running_statistics().collect();
+        session.make_mutable(&running)?;
         let net = Network::new(session, Mode::EVAL, shapes, &HashMap::new())?;
         let samples = shapes.target.dims.first().copied().unwrap_or(1).max(1) as f64;
         let state = |v: Option<Option<ValueId>>| match v.flatten().map(|v| &net.graph.value(v).source) {

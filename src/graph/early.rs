@@ -2,6 +2,7 @@
 
 use crate::graph::{Graph, NodeId, Source, ValueId};
 use crate::ops::update::{Checked, ClipScale, SumSquares};
+use crate::ops::variadic::Variadic;
 
 /// Lets each weight follow its gradient as soon as that is there, so that gradients need not be kept: every update waits for
 /// the sum of the squares of all gradients, which without a bound on it only tells whether all are finite. Now each waits
@@ -17,15 +18,17 @@ pub fn update_early(graph: &mut Graph) -> bool {
     let clip =
         graph.nodes.iter().position(|n| n.op.as_a::<ClipScale>().is_some_and(|c| c.max_norm.is_none()));
     let Some(clip) = clip.map(|i| graph.nodes[i].clone()) else { return false };
-    let (&[loss, mut sum], &[Some(scale), ..]) = (&clip.inputs[..], &clip.outputs[..]) else { return false };
+    let (&[loss, sum], &[Some(scale), ..]) = (&clip.inputs[..], &clip.outputs[..]) else { return false };
     let mut sums: Vec<NodeId> = Vec::new();
-    while let Some(n) = made_by(graph, sum) {
+    let mut terms = vec![sum];
+    while let Some(term) = terms.pop() {
+        let Some(n) = made_by(graph, term) else { return false };
         let node = graph.node(n);
-        if node.op.as_a::<SumSquares>().is_none() || node.inputs.len() != 2 {
-            return false;
+        match (node.op.as_a::<Variadic>(), node.op.as_a::<SumSquares>()) {
+            (Some(Variadic::Sum), _) => terms.extend(&node.inputs),
+            (_, Some(SumSquares)) => sums.push(n),
+            _ => return false,
         }
-        sums.push(n);
-        sum = node.inputs[1];
     }
     sums.sort();
     // Gradients as they come in the backward pass; one that is no result of a node is there from the start.

@@ -164,6 +164,13 @@ impl Model {
         self.weights.iter().position(|w| w.name == name).map(|i| WeightId(i as u32))
     }
 
+    /// The running means and variances.
+    pub fn running_statistics(&self) -> impl Iterator<Item = WeightId> {
+        let running = |w: &Weight| matches!(w.role, Role::RunningMean | Role::RunningVar);
+        let all = self.weights.iter().enumerate();
+        all.filter(move |(_, w)| running(w)).map(|(i, _)| WeightId(i as u32))
+    }
+
     /// The values of a weight as the file has them, in their working type.
     pub fn load_weight(&self, id: WeightId) -> Result<Tensor> {
         self.weight(id).load(&self.files)

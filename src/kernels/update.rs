@@ -11,7 +11,8 @@ use crate::tensor::Float;
 
 pub use map::{BLOCK, Map, packed};
 
-/// Elements that are updated together: few, so that what is read next from each tensor is on its way already.
+/// Elements that are updated together: few, so that they fit into registers, and what is read next from each tensor is on its
+/// way already.
 const RUN: usize = 64;
 
 /// A parameter, or a tensor of optimizer state, as it is stored.
@@ -48,7 +49,41 @@ impl<'a, T: Float> Cells<'a, T> {
         }
     }
 
+    fn is_wide(&self) -> bool {
+        matches!(self, Cells::Wide(_))
+    }
+
+    /// The elements, if they lie as they are.
+    fn wide(self) -> &'a mut [T] {
+        match self {
+            Cells::Wide(all) => all,
+            _ => unreachable!("elements of another type"),
+        }
+    }
+}
+
+/// What [`sweep`] reads and writes.
+trait Access<T> {
     /// Elements from `start` on, at most `RUN`.
+    fn load<const RUN: usize>(&self, start: usize, out: &mut [T]);
+
+    /// Puts elements from `start` on, the first of which is number `nth` of the whole tensor.
+    fn store<const RUN: usize>(&mut self, start: usize, nth: usize, x: &[T]);
+}
+
+impl<T: Float> Access<T> for &mut [T] {
+    #[inline(always)]
+    fn load<const RUN: usize>(&self, start: usize, out: &mut [T]) {
+        out.copy_from_slice(&self[start..][..out.len()]);
+    }
+
+    #[inline(always)]
+    fn store<const RUN: usize>(&mut self, start: usize, _: usize, x: &[T]) {
+        self[start..][..x.len()].copy_from_slice(x);
+    }
+}
+
+impl<T: Float> Access<T> for Cells<'_, T> {
     #[inline(always)]
     fn load<const RUN: usize>(&self, start: usize, out: &mut [T]) {
         let n = out.len();
@@ -64,7 +99,6 @@ impl<'a, T: Float> Cells<'a, T> {
         out.iter_mut().zip(&wide).for_each(|(o, w)| *o = T::of(f64::from(*w)));
     }
 
-    /// Puts elements from `start` on, the first of which is number `nth` of the whole tensor.
     #[inline(always)]
     fn store<const RUN: usize>(&mut self, start: usize, nth: usize, x: &[T]) {
         let n = x.len();
@@ -108,10 +142,10 @@ fn part<T: Float, const N: usize>(
 ) {
     let len = grad.len();
     if len <= GRAIN {
-        let blocks = [&param].into_iter().chain(&states).any(|cells| matches!(cells, Cells::Codes(..)));
-        return match blocks {
-            true => in_runs::<T, N, BLOCK>(param, states, grad, nth, rests, f),
-            false => in_runs::<T, N, RUN>(param, states, grad, nth, rests, f),
+        let wide = [&param].into_iter().chain(&states).all(Cells::is_wide);
+        return match wide {
+            true => in_runs::<T, _, N, RUN>(param.wide(), states.map(Cells::wide), grad, nth, rests, f),
+            false => in_runs::<T, _, N, BLOCK>(param, states, grad, nth, rests, f),
         };
     }
     let mid = (len / 2).next_multiple_of(GRAIN);
@@ -132,9 +166,9 @@ fn part<T: Float, const N: usize>(
 }
 
 /// The same, `RUN` elements at a time.
-fn in_runs<T: Float, const N: usize, const RUN: usize>(
-    mut param: Cells<T>,
-    mut states: [Cells<T>; N],
+fn in_runs<T: Float, A: Access<T>, const N: usize, const RUN: usize>(
+    mut param: A,
+    mut states: [A; N],
     grad: &[T],
     nth: usize,
     rests: bool,
@@ -145,20 +179,20 @@ fn in_runs<T: Float, const N: usize, const RUN: usize>(
         #[inline(always)]
         || {
             for start in (0..whole).step_by(RUN) {
-                run::<T, N, RUN>(&mut param, &mut states, grad, start..start + RUN, nth, rests, f);
+                run::<T, A, N, RUN>(&mut param, &mut states, grad, start..start + RUN, nth, rests, f);
             }
             // (By itself, so that the runs before are copied without a call.)
             if whole < grad.len() {
-                run::<T, N, RUN>(&mut param, &mut states, grad, whole..grad.len(), nth, rests, f);
+                run::<T, A, N, RUN>(&mut param, &mut states, grad, whole..grad.len(), nth, rests, f);
             }
         },
     );
 }
 
 #[inline(always)]
-fn run<T: Float, const N: usize, const RUN: usize>(
-    param: &mut Cells<T>,
-    states: &mut [Cells<T>; N],
+fn run<T: Float, A: Access<T>, const N: usize, const RUN: usize>(
+    param: &mut A,
+    states: &mut [A; N],
     grad: &[T],
     at: Range<usize>,
     nth: usize,

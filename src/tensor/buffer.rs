@@ -13,10 +13,6 @@ pub const ALIGN: usize = 64;
 /// Bytes from which on memory is mapped, and so given back when it is no longer used: an allocator may keep it, and what a
 /// process takes is then more than what it holds.
 const MAPPED: usize = 1 << 19;
-/// Bytes from which on it is asked for in huge pages: a step that streams through hundreds of megabytes otherwise
-/// waits for page tables more than for memory.
-#[cfg(target_os = "linux")]
-const HUGE: usize = 1 << 22;
 
 /// A zero-initialised, 64-byte-aligned run of bytes.
 pub struct Buffer(Memory);
@@ -71,11 +67,11 @@ impl Buffer {
 /// Pages of its own, where it is large.
 fn pages(bytes: usize) -> Option<MmapMut> {
     let map = (bytes >= MAPPED).then(|| MmapMut::map_anon(bytes).ok()).flatten()?;
+    // In huge pages: a step that streams through hundreds of megabytes otherwise waits for page tables more than for memory.
+    // Neighbouring maps are one to the system, so that a page may hold several tensors, if they were made before they are
+    // written. A system without such pages gives small ones.
     #[cfg(target_os = "linux")]
-    if bytes >= HUGE {
-        // A system without them gives small ones.
-        let _ = map.advise(memmap2::Advice::HugePage);
-    }
+    let _ = map.advise(memmap2::Advice::HugePage);
     Some(map)
 }
 

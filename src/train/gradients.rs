@@ -32,9 +32,7 @@ pub fn gradients(
     params: &[WeightId],
     batch: &Batch,
 ) -> Result<Gradients> {
-    for w in params {
-        session.make_mutable(*w)?;
-    }
+    session.make_mutable(params)?;
     let shapes = Shapes::of(batch)?;
     let mut net = Network::new(session, mode, &shapes, &HashMap::new())?;
     net.fuse(&[], true)?;

@@ -7,8 +7,9 @@ use crate::error::{Error, Result};
 use crate::exec::{Precision, Purpose, Session};
 use crate::graph::{Graph, ValueId};
 use crate::ops::Op;
-use crate::ops::update::{ClipScale, NextLossScale, ScaleLoss, SumSquares};
+use crate::ops::update::{ClipScale, NextLossScale, ScaleLoss};
 use crate::tensor::{DType, Meta};
+use crate::train::step::sum_squares;
 
 const SCALE: &str = "step.loss-scale";
 /// Before the first step.
@@ -52,11 +53,8 @@ pub fn undone(
     grads: &[ValueId],
 ) -> Result<Option<ValueId>> {
     let Some(scale) = of(session, graph) else { return Ok(None) };
-    let mut sum = None;
-    for g in grads {
-        sum = Some(emit(graph, SumSquares, &[Some(*g), sum])?);
-    }
-    emit(graph, ClipScale { max_norm: None }, &[Some(loss), sum, Some(scale)]).map(Some)
+    let sum = sum_squares(graph, grads.iter().copied())?;
+    emit(graph, ClipScale { max_norm: None }, &[Some(loss), Some(sum), Some(scale)]).map(Some)
 }
 
 /// The scale's next content after a step with this factor on its gradient; to be computed for its effect.

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::exec::{Program, Purpose, Session, infer};
 use crate::graph::{self, Graph, Source, StateId, ValueId, WeightId};
 use crate::ops::update::{Accumulate, ClipScale, SumSquares};
+use crate::ops::variadic::Variadic;
 use crate::ops::{Mode, Op};
 use crate::plan::{Kind, Request};
 use crate::tensor::{Meta, Tensor, View};
@@ -48,20 +49,12 @@ impl Recipe {
 
     /// Makes what the run changes mutable: the parameters, and the running statistics where they follow.
     pub fn prepare(&self, session: &mut Session) -> Result<()> {
-        for w in &self.params {
-            if !session.is_in_parts(*w) {
-                session.make_mutable(*w)?;
-            }
-        }
+        let mut changing: Vec<WeightId> =
+            self.params.iter().filter(|w| !session.is_in_parts(**w)).copied().collect();
         if self.norm == Norm::Batch {
-            for i in 0..session.model().weights.len() {
-                let role = session.model().weights[i].role;
-                if matches!(role, crate::import::Role::RunningMean | crate::import::Role::RunningVar) {
-                    session.make_mutable(WeightId(i as u32))?;
-                }
-            }
+            changing.extend(session.model().running_statistics());
         }
-        Ok(())
+        session.make_mutable(&changing)
     }
 }
 
@@ -245,11 +238,7 @@ fn emit_updates(
     grads: &[(ValueId, ValueId)],
     updates: &mut Updates,
 ) -> Result<()> {
-    let mut sum = None;
-    for (_, g) in grads {
-        sum = Some(emit(graph, "norm", SumSquares, &[Some(*g), sum], 1)?[0]);
-    }
-    let mut inputs = vec![Some(loss), sum];
+    let mut inputs = vec![Some(loss), Some(sum_squares(graph, grads.iter().map(|(_, g)| *g))?)];
     inputs.extend(loss_scale::of(session, graph).map(Some));
     let clip = emit(graph, "norm", ClipScale { max_norm: recipe.clip }, &inputs, 2)?;
     (updates.scale, updates.norm) = (Some(clip[0]), Some(clip[1]));
@@ -264,6 +253,22 @@ fn emit_updates(
     }
     updates.effects.extend(loss_scale::next(session, graph, clip[0])?);
     Ok(())
+}
+
+/// `Σ g²` of all gradients (float64): of each as soon as it is there, while it is near, then together in their order.
+pub fn sum_squares(graph: &mut Graph, grads: impl Iterator<Item = ValueId>) -> Result<ValueId> {
+    /// As many as a kernel call has without memory of its own.
+    const TOGETHER: usize = 15;
+    let mut sums = Vec::new();
+    for g in grads {
+        sums.push(emit(graph, "norm", SumSquares, &[Some(g)], 1)?[0]);
+    }
+    let mut total = None;
+    for part in sums.chunks(TOGETHER) {
+        let terms: Vec<_> = total.into_iter().chain(part.iter().copied()).map(Some).collect();
+        total = Some(emit(graph, "norm", Variadic::Sum, &terms, 1)?[0]);
+    }
+    total.ok_or_else(|| Error::Config("nothing is trained".into()))
 }
 
 /// What updates of further tensors share with the parameters' in `updates`: learning rate, step number, factor.

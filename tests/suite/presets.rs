@@ -234,9 +234,7 @@ fn gradients_of_slices_are_computed_alone() {
         for w in &weights {
             match parts {
                 true => session.make_part(*w, &Part::Slice(inset(*w)), 0).unwrap(),
-                false => {
-                    session.make_mutable(*w).unwrap();
-                }
+                false => session.make_mutable(&[*w]).unwrap(),
             }
         }
         let wrt = param_values(&session, &weights);

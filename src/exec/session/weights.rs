@@ -12,11 +12,29 @@ use crate::import::Role;
 use crate::tensor::{DType, Meta, Tensor};
 
 impl Session {
-    /// Makes a weight a state, initialised from the file, so that updates can change it.
-    pub fn make_mutable(&mut self, id: WeightId) -> Result<StateId> {
-        if let Some(s) = self.states[id.index()] {
-            return Ok(s);
+    /// Makes weights states, initialised from the file, so that updates can change them.
+    pub fn make_mutable(&mut self, ids: &[WeightId]) -> Result<()> {
+        let mut new = Vec::new();
+        for id in ids {
+            if self.states[id.index()].is_none() {
+                new.push((*id, self.add_state(*id)?));
+            }
         }
+        if self.options.dry {
+            return Ok(());
+        }
+        // Memory of all of them is there before that of any is written: see [`Buffer`](crate::tensor::Buffer).
+        for (i, (id, s)) in new.iter().enumerate() {
+            let loaded = self.model.load_weight(*id);
+            if loaded.is_err() {
+                new[i..].iter().for_each(|(id, _)| self.states[id.index()] = None);
+            }
+            self.store.set(*s, loaded?.cast(self.store.meta(*s).dtype).bytes());
+        }
+        Ok(())
+    }
+
+    fn add_state(&mut self, id: WeightId) -> Result<StateId> {
         if self.part(id).is_some() {
             return Err(Error::value(&self.model.weight(id).name, "only a part of it learns"));
         }
@@ -32,12 +50,7 @@ impl Session {
             Some(half) if large && self.options.master_free => Meta { dtype: half, ..meta },
             _ => meta,
         };
-        let dtype = meta.dtype;
         let s = self.store.add(weight.name.clone(), meta, purpose);
-        if !self.options.dry {
-            let t = self.model.load_weight(id)?.cast(dtype);
-            self.store.set(s, t.bytes());
-        }
         self.states[id.index()] = Some(s);
         // What was made of the value that it had.
         let value = Some(weight.value);

@@ -30,9 +30,7 @@ fn step(network: &str, mode: Mode, tap: &str, fused: Fused) -> (Graph, Vec<Tenso
     let mut session = Session::new(model.clone(), Options { threads: 1, ..Options::default() }).unwrap();
     let weights = model.weights.iter().enumerate().filter(|(_, w)| w.trainable);
     let params: Vec<WeightId> = weights.map(|(i, _)| WeightId(i as u32)).collect();
-    for w in &params {
-        session.make_mutable(*w).unwrap();
-    }
+    session.make_mutable(&params).unwrap();
     let spec = crate::finetune::input_specs(&model).remove(0);
     let mut dims: Vec<usize> = spec.dims.iter().map(|d| d.unwrap_or(32)).collect();
     dims[0] = 3;

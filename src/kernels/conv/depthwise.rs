@@ -68,9 +68,27 @@ impl<'a> Direction<'a> {
         })
     }
 
+    /// Positions before and after a row of the source that taps reach.
+    fn around(&self) -> [usize; 2] {
+        let mut around = [0; 2];
+        for r in 0..self.residues(2).min(self.target[2]) {
+            let last = ((self.target[2] - r).div_ceil(self.residues(2)) - 1) * self.step(2);
+            for offset in (0..self.g.k[2]).filter_map(|t| self.offset(2, r, t)) {
+                let after = last as isize + offset + 1 - self.source[2] as isize;
+                around = [around[0].max((-offset).max(0) as usize), around[1].max(after.max(0) as usize)];
+            }
+        }
+        around
+    }
+
     /// Elements of the ring that a task keeps rows of the source in.
     fn ring(&self, plain: bool) -> usize {
-        if plain { 0 } else { Rows::<f32>::room(self.source, self.window(), self.g.c) }
+        if plain { 0 } else { Rows::<f32>::room(self.source, self.window(), self.around(), self.g.c) }
+    }
+
+    /// The rows of the source, those that are computed as they are read in a ring.
+    fn rows<'b, T: Vectors>(&self, source: Operand<'b, T>, ring: &'b mut [T]) -> Rows<'b, T> {
+        Rows::new(source, self.source, self.window(), self.around(), ring)
     }
 
     /// Target positions a source position apart sum over source positions `step` apart, in each of `residues` classes.
@@ -149,9 +167,10 @@ impl<T: Vectors> Sweep<'_, T> {
                     }
                 }
             }
-            // Positions for which no tap falls outside.
-            let least = taps.iter().map(|t| t.offset).min().unwrap_or(0);
-            let most = taps.iter().map(|t| t.offset).max().unwrap_or(0);
+            // Positions for which no tap falls outside of the row and the zeros around it.
+            let [before, after] = source.around().map(|zeros| zeros as isize);
+            let least = taps.iter().map(|t| t.offset).min().unwrap_or(0) + before;
+            let most = taps.iter().map(|t| t.offset).max().unwrap_or(0) - after;
             let count = (way.target[2] - r).div_ceil(way.residues(2));
             let first = ((-least).max(0) as usize).div_ceil(step).min(count);
             let last = match extent as isize - 1 - most {
@@ -201,9 +220,12 @@ impl<T: Vectors> Sweep<'_, T> {
                     line.positions::<S, POSITIONS, true>(q);
                     q += POSITIONS;
                 }
-                while q < last {
+                if q + POSITIONS / 2 <= last {
+                    line.positions::<S, { POSITIONS / 2 }, true>(q);
+                    q += POSITIONS / 2;
+                }
+                if q < last {
                     line.positions::<S, 1, true>(q);
-                    q += 1;
                 }
                 for q in last..count {
                     line.positions::<S, 1, false>(q);
@@ -290,7 +312,7 @@ impl<T: Vectors> Line<'_, T> {
             }
             // SAFETY: the caller's promise.
             unsafe {
-                let x = tap.x.add(at as usize * self.c + channel);
+                let x = tap.x.offset(at * self.c as isize + channel as isize);
                 let w = load::<S, WHOLE>(self.w.add(tap.w + channel), lanes);
                 for i in 0..P {
                     acc[i] = S::fma(load::<S, WHOLE>(x.add(i * step), lanes), w, acc[i]);
@@ -314,7 +336,7 @@ impl<T: Vectors> Line<'_, T> {
             let at = (q * STEP) as isize + taps[0].offset;
             // SAFETY: the caller's promise.
             unsafe {
-                let x = taps[0].x.add(at as usize * self.c + channel);
+                let x = taps[0].x.offset(at * self.c as isize + channel as isize);
                 let mut w = [S::splat(T::zero()); 3];
                 for k in 0..3 {
                     w[k] = load::<S, WHOLE>(self.w.add(taps[k].w + channel), lanes);
@@ -468,7 +490,7 @@ fn sweep<T: Vectors>(
     in_slots(total.div_ceil(each), way.ring(source.is_plain()), rings, |i, ring| {
         let rows = i * each..total.min((i + 1) * each);
         let (first, count) = (rows.start * line, rows.len() * line);
-        let source = Rows::new(source, way.source, way.window(), ring);
+        let source = way.rows(source, ring);
         let sweep = Sweep { way, w, epilogue, y: y.ptr() };
         // SAFETY: tasks write different rows of `y`; the extents were checked.
         unsafe { T::dispatch(Task { sweep, source, rows }) }

@@ -8,8 +8,9 @@ use rayon::prelude::*;
 use smallvec::SmallVec;
 
 use crate::kernels::conv::{Geometry, split, strides, volume};
-use crate::kernels::simd::{Kernel, Simd, Vectors, store_up_to};
-use crate::kernels::tile::WINDOW;
+use crate::kernels::par::Shared;
+use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
+use crate::kernels::tile::{Pieces, WINDOW};
 
 /// Elements of input and output that a task should keep in the second-level cache.
 const CHUNK: usize = 1 << 16;
@@ -17,6 +18,9 @@ const CHUNK: usize = 1 << 16;
 const TASKS: usize = 16;
 /// Elements of a square of the widest vectors.
 const SQUARE: usize = 16 * 16;
+/// Elements from the weights that are put in order to those that are fetched meanwhile: what lies next in each of several
+/// rows does not look like a stream to the processor.
+const AHEAD: usize = 64;
 /// Taps of kernels for which the places of taps are looked up in a table.
 const PLACES: usize = 32;
 /// Positions of a register tile.
@@ -324,6 +328,9 @@ fn flat(at: [usize; 3], extents: [usize; 3]) -> usize {
 
 /// Weights of (M, C/groups, taps) in panels: see [`pack_panel`].
 pub(super) fn pack<T: Vectors>(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [T]) {
+    if !forward && plan.taps == 1 {
+        return pack_rows(plan, panel, w, out);
+    }
     let one = |(p, out): (usize, &mut [T])| {
         let row = plan.row(panel, p, T::level().lanes);
         pack_panel(plan, forward, [panel, row], p, 0..plan.inputs, w, out);
@@ -333,6 +340,58 @@ pub(super) fn pack<T: Vectors>(plan: &Plan, forward: bool, panel: usize, w: &[T]
         out.chunks_mut(size.max(1)).enumerate().for_each(one);
     } else {
         out.par_chunks_mut(size.max(1)).enumerate().for_each(one);
+    }
+}
+
+/// The same where W's rows are the panels' in one: of an input gradient without taps. They are read in the order in which they
+/// lie.
+fn pack_rows<T: Vectors>(plan: &Plan, panel: usize, w: &[T], out: &mut [T]) {
+    let (co, rows) = (plan.co, if plan.order.is_empty() { 0 } else { plan.groups * plan.inputs });
+    assert!(w.len() >= rows * co && out.len() >= plan.packed(panel), "packed weights");
+    let out = Shared::new(out);
+    let some = |rows: Range<usize>| {
+        // SAFETY: each row of W has its own place in the panels.
+        unsafe { T::dispatch(PackRows { plan, panel, rows, w, out: out.ptr() }) }
+    };
+    match Pieces::of(rows, (CHUNK / 4).div_ceil(co.max(1))) {
+        pieces if pieces.count <= 1 => some(0..rows),
+        pieces => (0..pieces.count).into_par_iter().for_each(|i| {
+            let first = pieces.start(i);
+            some(first..first + pieces.len(i));
+        }),
+    }
+}
+
+struct PackRows<'a, T> {
+    plan: &'a Plan,
+    panel: usize,
+    /// Of W, all groups' counted.
+    rows: Range<usize>,
+    w: &'a [T],
+    out: *mut T,
+}
+
+impl<T: Vectors> Kernel<T> for PackRows<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(self) {
+        let PackRows { plan, panel, rows, w, out } = self;
+        let (per_group, size) = (plan.panels(panel), plan.steps() * panel);
+        for i in rows {
+            let (group, input) = (i / plan.inputs, i % plan.inputs);
+            let from = w[i * plan.co..][..plan.co].as_ptr();
+            for p in 0..per_group {
+                let first = p * panel;
+                let (lanes, row) = (panel.min(plan.co - first), plan.row(panel, p, S::LANES));
+                // SAFETY: the panel has the row, whole vectors of it.
+                unsafe {
+                    let to = out.add((group * per_group + p) * size + input * row);
+                    for lane in (0..lanes).step_by(S::LANES) {
+                        let n = S::LANES.min(lanes - lane);
+                        S::store(to.add(lane), load_up_to::<S>(from.add(first + lane), n));
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -410,6 +469,12 @@ impl<T: Vectors> Kernel<T> for PackPanel<'_, T> {
                     let from = block * i_step + lane * o_step + column;
                     // What is read beyond the columns must be there, too.
                     let whole = height == S::LANES && from + (S::LANES - 1) * o_step + S::LANES <= w.len();
+                    if straight {
+                        for i in 0..height {
+                            // SAFETY: fetching is allowed anywhere.
+                            unsafe { S::prefetch(w.as_ptr().wrapping_add(from + i * o_step + AHEAD)) }
+                        }
+                    }
                     if straight && whole && width == S::LANES {
                         let to = &mut out[column * row + lane..][..(S::LANES - 1) * row + S::LANES];
                         // SAFETY: both have a square.

@@ -278,27 +278,39 @@ pub(super) struct Rows<'a, T> {
     extents: [usize; 3],
     /// Planes and rows that are needed at a time.
     window: [usize; 2],
+    /// Positions before and after each row of the ring, which are zero.
+    around: [usize; 2],
     ring: &'a mut [T],
     held: SmallVec<[usize; 16]>,
 }
 
 impl<'a, T: Vectors> Rows<'a, T> {
-    /// `ring`: [`Rows::room`] elements.
+    /// `around`: positions that are read before and after a row. `ring`: [`Rows::room`] elements, unless the operand is plain.
     pub(super) fn new(
         operand: Operand<'a, T>,
         extents: [usize; 3],
         window: [usize; 2],
+        around: [usize; 2],
         ring: &'a mut [T],
     ) -> Self {
-        let held = match operand.is_plain() {
-            true => SmallVec::new(),
-            false => smallvec![usize::MAX; window[0] * window[1]],
-        };
-        Rows { operand, extents, window, ring, held }
+        if operand.is_plain() {
+            return Rows { operand, extents, window, around: [0; 2], ring, held: SmallVec::new() };
+        }
+        let c = operand.channels;
+        for row in ring.chunks_exact_mut(((around[0] + extents[2] + around[1]) * c).max(1)) {
+            row[..around[0] * c].fill(T::zero());
+            row[(around[0] + extents[2]) * c..].fill(T::zero());
+        }
+        Rows { operand, extents, window, around, ring, held: smallvec![usize::MAX; window[0] * window[1]] }
     }
 
-    pub(super) fn room(extents: [usize; 3], window: [usize; 2], channels: usize) -> usize {
-        window[0] * window[1] * extents[2] * channels
+    pub(super) fn room(
+        extents: [usize; 3],
+        window: [usize; 2],
+        around: [usize; 2],
+        channels: usize,
+    ) -> usize {
+        window[0] * window[1] * (around[0] + extents[2] + around[1]) * channels
     }
 
     /// Elements of a row.
@@ -308,6 +320,11 @@ impl<'a, T: Vectors> Rows<'a, T> {
 
     pub(super) fn is_plain(&self) -> bool {
         self.operand.is_plain()
+    }
+
+    /// Zeros that may be read before and after a row, in positions.
+    pub(super) fn around(&self) -> [usize; 2] {
+        self.around
     }
 
     /// Where a row, perhaps beyond the last, lies before it is computed: for fetching.
@@ -338,11 +355,13 @@ impl<'a, T: Vectors> Rows<'a, T> {
             return self.operand.data.whole()[nth * line..][..line].as_ptr();
         }
         let slot = plane % self.window[0] * self.window[1] + row % self.window[1];
-        let out = &mut self.ring[slot * line..][..line];
+        let [before, after] = self.around.map(|positions| positions * self.operand.channels);
+        let out = &mut self.ring[slot * (before + line + after) + before..][..line];
         if self.held[slot] != nth {
             self.held[slot] = nth;
-            // SAFETY: the caller's promise.
-            unsafe { self.operand.fill::<S>(nth * self.extents[2], out) }
+            let first = nth * self.extents[2];
+            // SAFETY: the caller's promise. (A loop of its own: within larger ones there are too few registers for it.)
+            unsafe { T::dispatch(Fill { operand: self.operand, first, out }) }
         }
         out.as_ptr()
     }

@@ -8,7 +8,7 @@ use crate::ops::update::no_gradient;
 use crate::ops::{Cx, Grads, Op, get, need, out};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
 
-/// `acc + Σ grad²` as a float64 scalar. Inputs: the gradient and, optionally, `acc`.
+/// `Σ grad²` as a float64 scalar.
 #[derive(Debug, Clone)]
 pub struct SumSquares;
 
@@ -19,21 +19,11 @@ impl Op for SumSquares {
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         need(inputs, 0)?;
-        if get(inputs, 1).is_some_and(|acc| acc.dtype != DType::F64 || acc.len() != 1) {
-            return Err(OpError::Type("the sum of squares so far must be a float64 scalar".into()));
-        }
         Ok(vec![Meta::new(DType::F64, &[])])
     }
 
-    // Not in place: an absent sum could not be told from one in the output's buffer.
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let grad = need(x, 0)?;
-        let sum = float_dispatch!(grad.dtype, T => Ok(sum_squares(grad.get::<T>()?)))?;
-        let before = match get(x, 1) {
-            Some(acc) => acc.get::<f64>()?[0],
-            None => 0.0,
-        };
-        out(y, 0)?.get::<f64>()?[0] = before + sum;
+        out(y, 0)?.get::<f64>()?[0] = squares(x)?;
         Ok(())
     }
 
@@ -42,9 +32,15 @@ impl Op for SumSquares {
     }
 }
 
+/// Of the first input.
+fn squares(x: &[Option<View>]) -> Result<f64, OpError> {
+    let grad = need(x, 0)?;
+    float_dispatch!(grad.dtype, T => Ok(sum_squares(grad.get::<T>()?)))
+}
+
 /// [`SumSquares`] that also says whether this gradient may be followed at once, without waiting for the others. Inputs: the
-/// gradient, `acc` or none, the loss (a scalar). Outputs, float64 scalars: `acc + Σ grad²`, and the factor on the gradient:
-/// 1, or NaN where the loss or that sum is not finite.
+/// gradient, the sum so far (a float64 scalar) or none, the loss (a scalar). Outputs, float64 scalars: that sum and
+/// `Σ grad²`, and the factor on the gradient: 1, or NaN where the loss or the sum is not finite.
 #[derive(Debug, Clone)]
 pub struct Checked;
 
@@ -57,15 +53,20 @@ impl Op for Checked {
         if need(inputs, 2)?.len() != 1 {
             return Err(OpError::Shape("the loss must be a scalar".into()));
         }
-        let sum = SumSquares.infer(inputs)?.remove(0);
-        Ok(vec![sum.clone(), sum])
+        if get(inputs, 1).is_some_and(|sum| sum.dtype != DType::F64 || sum.len() != 1) {
+            return Err(OpError::Type("the sum of squares so far must be a float64 scalar".into()));
+        }
+        need(inputs, 0)?;
+        Ok(vec![Meta::new(DType::F64, &[]); 2])
     }
 
-    fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        SumSquares.forward(cx, &x[..2], y)?;
+    // Not in place: an absent sum could not be told from one in the output's buffer.
+    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let before = get(x, 1).map_or(Ok(0.0), |sum| sum.get::<f64>().map(|s| s[0]))?;
+        let sum = before + squares(x)?;
+        out(y, 0)?.get::<f64>()?[0] = sum;
         let loss = need(x, 2)?;
         let loss = float_dispatch!(loss.dtype, T => Ok(loss.get::<T>()?[0].to64()))?;
-        let sum = out(y, 0)?.get::<f64>()?[0];
         out(y, 1)?.get::<f64>()?[0] = if loss.is_finite() && sum.is_finite() { 1.0 } else { f64::NAN };
         Ok(())
     }

@@ -147,9 +147,8 @@ fn a_loss_scale_falls_at_once_and_rises_slowly() {
 #[test]
 fn clipping_and_accumulation() {
     let grad = Tensor::from_slice(&[2], &[3.0f32, 4.0]).unwrap();
-    let sum = &eval(&SumSquares, &[Some(&grad), None]).unwrap()[0];
-    let sum = &eval(&SumSquares, &[Some(&grad), Some(sum)]).unwrap()[0];
-    assert_eq!(sum.to_f64(), [50.0]);
+    let sum = &eval(&SumSquares, &[Some(&grad)]).unwrap()[0];
+    assert_eq!(sum.to_f64(), [25.0]);
     let loss = Tensor::scalar(1.0f32);
     let clip = |max_norm, loss: &Tensor, sum: f64| {
         let y = eval(&ClipScale { max_norm }, &[Some(loss), Some(&Tensor::scalar(sum))]).unwrap();

@@ -329,9 +329,7 @@ impl Search<'_> {
         let options = Options { arena, ..self.session.options().clone() };
         let mut session = Session::new(self.session.model().clone(), options)?;
         let params: Vec<WeightId> = chunk.iter().map(|c| c.0).collect();
-        for w in &params {
-            session.make_mutable(*w)?;
-        }
+        session.make_mutable(&params)?;
         let mut net = Network::new(&session, self.ask.recipe.mode(), self.ask.shapes, &HashMap::new())?;
         net.fuse(&[], true)?;
         let attached = self.ask.loss.attach(&mut net.graph, self.ask.shapes.target.clone())?;

@@ -91,8 +91,8 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
         let dw = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(slab * size), size) };
         let task = Task {
             back: Sweep { way, w, epilogue, y: dx.ptr() },
-            dy: Rows::new(b.dy, g.y, way.window(), dy),
-            x: Rows::new(b.x, g.x, Direction::forward(g).window(), x),
+            dy: way.rows(b.dy, dy),
+            x: Direction::forward(g).rows(b.x, x),
             rows: total * slab / slabs..total * (slab + 1) / slabs,
             dw,
             near,

@@ -56,7 +56,7 @@ pub(super) unsafe fn add_row<S: Simd>(
         let i = (o * g.stride[d] + k * g.dilation[d]).checked_sub(g.pad[d])?;
         (i < g.x[d]).then_some(i)
     };
-    let row_sum = g.k[2] * g.c;
+    let (row_sum, around) = (g.k[2] * g.c, x.around());
     for k0 in 0..g.k[0] {
         let Some(i0) = at(0, o0, k0) else { continue };
         let mut k1 = 0;
@@ -70,11 +70,12 @@ pub(super) unsafe fn add_row<S: Simd>(
                     // Three rows at a time, so that no sum waits for its last addition.
                     [Some(a), Some(b), Some(c)] => {
                         let x = [x.at::<S>(image, i0, a), x.at::<S>(image, i0, b), x.at::<S>(image, i0, c)];
-                        Correlation { g, dy, soon, x, sum }.row::<S>();
+                        Correlation { g, dy, soon, x, around, sum }.row::<S>();
                         k1 += 3;
                     }
                     [Some(a), ..] => {
-                        Correlation { g, dy, soon, x: [x.at::<S>(image, i0, a)], sum }.row::<S>();
+                        let x = [x.at::<S>(image, i0, a)];
+                        Correlation { g, dy, soon, x, around, sum }.row::<S>();
                         k1 += 1;
                     }
                     _ => k1 += 1,
@@ -91,6 +92,8 @@ struct Correlation<'a, T, const R: usize> {
     /// Are fetched meanwhile.
     soon: [*const T; 2],
     x: [*const T; R],
+    /// Zeros that may be read before and after a row of X, in positions.
+    around: [usize; 2],
     /// (R, k, C)
     sum: *mut T,
 }
@@ -126,10 +129,19 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
         };
         let from = range(first).0;
         let to = range(first + K - 1).1.max(from);
-        // SAFETY: the caller's promise; positions outside `from..to` are taken tap by tap.
+        // SAFETY: the caller's promise; positions outside `from..to` are taken tap by tap, unless there are zeros.
         unsafe {
             for o in (from..to).step_by(STRETCH) {
                 self.stretch::<S, K>(first, o, STRETCH.min(to - o));
+            }
+            let reach = (g.y[2].max(1) - 1) * s + (g.k[2] - 1) * d + 1;
+            if pad <= self.around[0] && reach <= pad + g.x[2] + self.around[1] {
+                for edge in [0..from, to..g.y[2]] {
+                    if !edge.is_empty() {
+                        self.stretch::<S, K>(first, edge.start, edge.len());
+                    }
+                }
+                return;
             }
             for t in first..first + K {
                 let (a, b) = range(t);
@@ -231,7 +243,7 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Operand<T>, dw: &mut [
         let rows = total * slab / slabs..total * (slab + 1) / slabs;
         // SAFETY: the slab's own sum.
         let sum = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(slab * size), size) };
-        let x = Rows::new(x, g.x, way.window(), ring);
+        let x = way.rows(x, ring);
         // SAFETY: the extents were checked.
         unsafe { T::dispatch(WeightGrad { g, dy, x, sum, rows }) }
     });
