@@ -157,7 +157,7 @@ impl<T: Vectors> Sweep<'_, T> {
                     let (Some(a), Some(b)) = (way.inside(0, i0, t0), way.inside(1, i1, t1)) else { continue };
                     last_row = last_row.max(b);
                     // SAFETY: the caller's promise.
-                    let x = unsafe { source.at::<S>(image, a, b) };
+                    let x = unsafe { source.at(image, a, b) };
                     for t2 in 0..g.k[2] {
                         // Ascending in the source.
                         let t2 = if way.gradient { g.k[2] - 1 - t2 } else { t2 };

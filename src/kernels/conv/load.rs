@@ -341,14 +341,9 @@ impl<'a, T: Vectors> Rows<'a, T> {
     /// A row of an image, good until a row that is not in the window with it is asked for.
     ///
     /// # Safety
-    /// As of [`Operand::fill`].
+    /// [`Operand::check`] must hold.
     #[inline(always)]
-    pub(super) unsafe fn at<S: Simd<Elem = T>>(
-        &mut self,
-        image: usize,
-        plane: usize,
-        row: usize,
-    ) -> *const T {
+    pub(super) unsafe fn at(&mut self, image: usize, plane: usize, row: usize) -> *const T {
         let line = self.line();
         let nth = (image * self.extents[0] + plane) * self.extents[1] + row;
         if self.is_plain() {

@@ -39,7 +39,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
             let dy_next = (own.end.saturating_sub(1) + g.pad[1]) / g.stride[1] + 1;
             // SAFETY: rows that there are; those of dX are this task's, and written when they are read.
             unsafe {
-                let dy = self.dy.at::<S>(image, 0, o1);
+                let dy = self.dy.at(image, 0, o1);
                 let soon = self.dy.raw(image, 0, dy_next);
                 add_row::<S>(g, row, dy, soon, &mut self.x, self.dw);
                 for i1 in own.clone() {

@@ -69,12 +69,12 @@ pub(super) unsafe fn add_row<S: Simd>(
                 match rows {
                     // Three rows at a time, so that no sum waits for its last addition.
                     [Some(a), Some(b), Some(c)] => {
-                        let x = [x.at::<S>(image, i0, a), x.at::<S>(image, i0, b), x.at::<S>(image, i0, c)];
+                        let x = [x.at(image, i0, a), x.at(image, i0, b), x.at(image, i0, c)];
                         Correlation { g, dy, soon, x, around, sum }.row::<S>();
                         k1 += 3;
                     }
                     [Some(a), ..] => {
-                        let x = [x.at::<S>(image, i0, a)];
+                        let x = [x.at(image, i0, a)];
                         Correlation { g, dy, soon, x, around, sum }.row::<S>();
                         k1 += 1;
                     }
