@@ -13,13 +13,14 @@ use crate::tensor::{DType, Meta, Tensor};
 
 impl Session {
     /// Makes weights states, initialised from the file, so that updates can change them.
+    ///
+    /// Fails, before any is one, when only a part of one of them learns; and when one cannot be read.
     pub fn make_mutable(&mut self, ids: &[WeightId]) -> Result<()> {
-        let mut new = Vec::new();
-        for id in ids {
-            if self.states[id.index()].is_none() {
-                new.push((*id, self.add_state(*id)?));
-            }
+        if let Some(id) = ids.iter().find(|id| self.part(**id).is_some()) {
+            return Err(Error::value(&self.model.weight(*id).name, "only a part of it learns"));
         }
+        let new: Vec<WeightId> = ids.iter().copied().filter(|id| self.states[id.index()].is_none()).collect();
+        let new: Vec<(WeightId, StateId)> = new.into_iter().map(|id| (id, self.add_state(id))).collect();
         if self.options.dry {
             return Ok(());
         }
@@ -34,10 +35,7 @@ impl Session {
         Ok(())
     }
 
-    fn add_state(&mut self, id: WeightId) -> Result<StateId> {
-        if self.part(id).is_some() {
-            return Err(Error::value(&self.model.weight(id).name, "only a part of it learns"));
-        }
+    fn add_state(&mut self, id: WeightId) -> StateId {
         let weight = self.model.weight(id);
         let meta = Meta::new(weight.working(), &weight.dims);
         let purpose = match weight.role {
@@ -56,7 +54,7 @@ impl Session {
         let value = Some(weight.value);
         self.folded.retain(|(inputs, _), _| !inputs.contains(&value));
         self.frozen.remove(&id);
-        Ok(s)
+        s
     }
 
     /// The state a weight lives in, if it can change.
