@@ -314,8 +314,7 @@ fn trial(model: &Arc<Model>, report: &mut Report) -> Result<()> {
 
 fn multiply_adds(graph: &Graph) -> usize {
     let of = |n: &crate::graph::Node| {
-        let metas: Vec<Option<&Meta>> =
-            n.inputs.iter().map(|v| v.and_then(|v| graph.value(v).meta.as_ref())).collect();
+        let metas = graph.metas(&n.inputs);
         n.op.multiply_adds(&metas)
     };
     graph.nodes.iter().map(of).sum()

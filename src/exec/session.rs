@@ -298,6 +298,9 @@ impl Session {
             graph::layout(&mut graph, &mut request, &mut self.pinned)?;
         }
         graph::join_normalisations(&mut graph, &request);
+        if self.precision().half().is_none() {
+            graph::join_expansions(&mut graph, &request);
+        }
         graph::keep_masks(&mut graph, &request)?;
         let conversions = match () {
             _ if self.options.conversions_apart || asked("RETUNE_HALF", "apart") => Conversions::Apart,

@@ -15,7 +15,7 @@ use crate::ops::binary::Binary;
 use crate::ops::conv::Conv;
 use crate::ops::matmul::{Gemm, MatMul};
 use crate::ops::part::LowRank;
-use crate::tensor::{DType, Meta, Tensor};
+use crate::tensor::{DType, Tensor};
 
 /// Rewrites the layers of a graph whose shapes are inferred.
 pub(super) fn beside(graph: &mut Graph) -> Result<()> {
@@ -144,8 +144,7 @@ fn append(
     inputs: &[Option<ValueId>],
     y: ValueId,
 ) -> std::result::Result<(), OpError> {
-    let metas: Vec<Option<&Meta>> =
-        inputs.iter().map(|v| v.and_then(|v| graph.value(v).meta.as_ref())).collect();
+    let metas = graph.metas(inputs);
     let made = op.infer(&metas)?;
     let same = graph.value(y).meta.as_ref().zip(made.first()).is_some_and(|(a, b)| a.same_shape(b));
     if !same {

@@ -1,10 +1,12 @@
 //! Joins chains of operators into one, before a graph is differentiated and planned.
 
 mod attention;
+mod expand;
 mod gelu;
 mod norms;
 #[cfg(test)]
 mod tests;
+mod uses;
 
 use std::sync::Arc;
 
@@ -23,8 +25,8 @@ use crate::ops::fold::FoldNorm;
 use crate::ops::matmul::{MatMul, MatMulAs};
 use crate::ops::unary::{Relu, Unary};
 use crate::plan::Request;
-use crate::tensor::Meta;
 
+pub use expand::join_expansions;
 pub use norms::{gather_statistics, join_normalisations};
 
 /// Fuses a forward graph whose shapes are inferred: normalisations and convolutions with the sum and the activation
@@ -351,8 +353,7 @@ impl Chains {
         op: FoldNorm,
         inputs: Vec<Option<ValueId>>,
     ) -> Result<Node> {
-        let metas: Vec<Option<&Meta>> =
-            inputs.iter().map(|v| v.and_then(|v| graph.value(v).meta.as_ref())).collect();
+        let metas = graph.metas(&inputs);
         let metas = op.infer(&metas).map_err(|source| Error::Op { node: graph.describe(conv), source })?;
         let mut outputs = Vec::new();
         for (meta, what) in metas.into_iter().zip(["weights", "bias"]) {
@@ -400,8 +401,7 @@ impl Chains {
 /// The bounds, where a node is an activation that does nothing else than to keep within them.
 fn activation(graph: &Graph, id: NodeId) -> Option<Clamp<f64>> {
     let node = graph.node(id);
-    let metas: Vec<Option<&Meta>> =
-        node.inputs.iter().map(|v| v.and_then(|v| graph.value(v).meta.as_ref())).collect();
+    let metas = graph.metas(&node.inputs);
     if node.op.as_a::<Unary<Relu>>().is_some() {
         return Some(Clamp { low: 0.0, high: f64::INFINITY });
     }

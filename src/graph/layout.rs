@@ -45,10 +45,6 @@ pub fn layout(graph: &mut Graph, request: &mut Request, pinned: &mut PinnedLayou
     pass.pin(request, pinned).map_err(|source| Error::Op { node: "layout of pinned values".into(), source })
 }
 
-fn metas<'g>(graph: &'g Graph, values: &[Option<ValueId>]) -> Vec<Option<&'g Meta>> {
-    values.iter().map(|v| v.and_then(|v| graph.value(v).meta.as_ref())).collect()
-}
-
 /// Values connected by operators that have a form for channels last.
 struct Classes(Vec<u32>);
 
@@ -99,7 +95,7 @@ fn choose(graph: &Graph) -> Vec<Option<ChannelsLast>> {
         .nodes
         .iter()
         .map(|node| {
-            let (x, y) = (metas(graph, &node.inputs), metas(graph, &node.outputs));
+            let (x, y) = (graph.metas(&node.inputs), graph.metas(&node.outputs));
             // A graph of which only a part is meant to run (the updates, say) has no shapes elsewhere.
             let inferred = |v: &ValueId| graph.value(*v).meta.is_some();
             if !node.inputs.iter().chain(&node.outputs).flatten().all(inferred) {
@@ -193,7 +189,7 @@ impl Pass<'_> {
         }
         let outputs = node.outputs.clone();
         node.op = form.op.unwrap_or(node.op);
-        let made = node.op.infer(&metas(self.graph, &node.inputs))?;
+        let made = node.op.infer(&self.graph.metas(&node.inputs))?;
         let mut back = Vec::new();
         for (o, v) in outputs.iter().enumerate() {
             let (Some(v), Some(true)) = (v, form.outputs.get(o)) else { continue };
@@ -267,7 +263,7 @@ impl Pass<'_> {
             self.moved.push(false);
             return Ok(id);
         }
-        let meta = op.infer(&metas(self.graph, &[Some(from)]))?.swap_remove(0);
+        let meta = op.infer(&self.graph.metas(&[Some(from)]))?.swap_remove(0);
         let to = self.value(v, what, meta);
         self.push(Node { name: String::new(), op, inputs: vec![Some(from)], outputs: vec![Some(to)] });
         Ok(to)

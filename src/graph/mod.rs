@@ -26,7 +26,7 @@ use crate::tensor::{DType, Meta, Tensor};
 
 pub use control::MOST_UNROLLED;
 pub use early::update_early;
-pub use fuse::{fuse, fuse_sums, gather_statistics, join_normalisations};
+pub use fuse::{fuse, fuse_sums, gather_statistics, join_expansions, join_normalisations};
 pub use grad::{GradBuilder, Gradients, grad};
 pub use head::{Ending, ending};
 pub use infer::{Bindings, Inferred};
@@ -148,6 +148,11 @@ impl Graph {
         &self.values[id.index()]
     }
 
+    /// Types and shapes of values, where they are known.
+    pub fn metas(&self, values: &[Option<ValueId>]) -> Vec<Option<&Meta>> {
+        values.iter().map(|v| v.and_then(|v| self.value(v).meta.as_ref())).collect()
+    }
+
     pub fn value_mut(&mut self, id: ValueId) -> &mut Value {
         &mut self.values[id.index()]
     }
@@ -212,8 +217,7 @@ impl Graph {
         inputs: &[Option<ValueId>],
         outputs: usize,
     ) -> Result<Vec<ValueId>, OpError> {
-        let metas: Vec<Option<&Meta>> =
-            inputs.iter().map(|i| i.and_then(|v| self.value(v).meta.as_ref())).collect();
+        let metas = self.metas(inputs);
         let inferred = op.infer(&metas)?;
         inferred.iter().try_for_each(Meta::check_size)?;
         if inferred.len() < outputs {
@@ -255,8 +259,7 @@ impl Graph {
             return Ok(*v);
         }
         let n = &self.nodes[node.index()];
-        let metas: Vec<Option<&Meta>> =
-            n.inputs.iter().map(|i| i.and_then(|v| self.value(v).meta.as_ref())).collect();
+        let metas = self.metas(&n.inputs);
         let meta =
             n.op.infer(&metas)?
                 .into_iter()

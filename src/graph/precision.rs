@@ -256,8 +256,7 @@ impl<'g> Pass<'g> {
             return None;
         }
         let op = node.op.rounding(to)?;
-        let inputs: SmallVec<[Option<&Meta>; 8]> =
-            node.inputs.iter().map(|v| v.and_then(|v| self.graph.value(v).meta.as_ref())).collect();
+        let inputs = self.graph.metas(&node.inputs);
         let made = op.infer(&inputs).ok()?;
         drop(inputs);
         let (place, meta) = made.into_iter().enumerate().next_back()?;

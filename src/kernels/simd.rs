@@ -75,6 +75,26 @@ pub unsafe fn store_up_to<S: Simd>(p: *mut S::Elem, v: S::V, n: usize) {
     unsafe { if n == S::LANES { S::store(p, v) } else { S::store_part(p, v, n) } }
 }
 
+/// As [`load_up_to`], where it is known beforehand whether a whole vector is read.
+///
+/// # Safety
+/// As of the methods; `n` is at most `LANES`.
+#[inline(always)]
+pub unsafe fn load_lanes<S: Simd, const WHOLE: bool>(p: *const S::Elem, n: usize) -> S::V {
+    // SAFETY: the caller's promise.
+    unsafe { if WHOLE { S::load(p) } else { S::load_part(p, n) } }
+}
+
+/// As [`store_up_to`], where it is known beforehand whether a whole vector is written.
+///
+/// # Safety
+/// As of the methods; `n` is at most `LANES`.
+#[inline(always)]
+pub unsafe fn store_lanes<S: Simd, const WHOLE: bool>(p: *mut S::Elem, v: S::V, n: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { if WHOLE { S::store(p, v) } else { S::store_part(p, v, n) } }
+}
+
 /// A loop nest to be compiled for each instruction set. Write `run` as `#[inline(always)]`.
 pub trait Kernel<T> {
     /// # Safety

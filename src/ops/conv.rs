@@ -1,5 +1,6 @@
 //! Convolution and its gradients.
 
+mod expanded;
 mod grads;
 mod statistics;
 #[cfg(test)]
@@ -25,6 +26,7 @@ use crate::ops::window::{AutoPad, Window};
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut};
 
+pub use expanded::ConvExpanded;
 pub use grads::ConvGrads;
 pub use statistics::ConvStatistics;
 pub use transpose::ConvTranspose;

@@ -155,8 +155,7 @@ pub fn scratch(graph: &Graph) -> Vec<usize> {
 }
 
 fn scratch_of(graph: &Graph, node: &Node) -> usize {
-    let metas: Vec<Option<&Meta>> =
-        node.inputs.iter().map(|v| v.and_then(|v| graph.value(v).meta.as_ref())).collect();
+    let metas = graph.metas(&node.inputs);
     if node.op.is_view() { 0 } else { node.op.scratch(&metas) }
 }
 

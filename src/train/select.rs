@@ -108,7 +108,9 @@ impl Select {
                 let statistics: Vec<WeightId> = model.running_statistics().collect();
                 let chosen = |w: &WeightId| match patterns.is_empty() {
                     true => model.weight(*w).trainable,
-                    false => patterns.iter().any(|p| p.matches(&model.weight(*w).name)) && !statistics.contains(w),
+                    false => {
+                        patterns.iter().any(|p| p.matches(&model.weight(*w).name)) && !statistics.contains(w)
+                    }
                 };
                 let left_out = |w: &WeightId| out.iter().any(|p| p.matches(&model.weight(*w).name));
                 ids().filter(|w| chosen(w) && !left_out(w)).collect()

@@ -4,15 +4,13 @@
 
 use std::sync::Arc;
 
-use smallvec::SmallVec;
-
-use crate::graph::{Graph, Node, NodeId, Source, ValueId};
+use super::uses::Uses;
+use crate::graph::{Graph, Node, Source, ValueId};
 use crate::kernels::elementwise::Clamp;
 use crate::ops::Op;
 use crate::ops::batch_norm::{BatchNormInputGrad, BatchNormParamGrad, BatchNormalization};
 use crate::ops::conv::{Conv, ConvGrads, ConvInputGrad, ConvStatistics, ConvWeightGrad};
 use crate::plan::Request;
-use crate::tensor::Meta;
 
 /// Lets convolutions gather the statistics that a normalisation after them needs, while their results are near.
 pub fn gather_statistics(graph: &mut Graph) {
@@ -25,8 +23,7 @@ pub fn gather_statistics(graph: &mut Graph) {
         let Source::Node(id, 0) = graph.value(x).source else { continue };
         let Some(conv) = graph.node(id).op.as_a::<Conv>() else { continue };
         let conv: Arc<dyn Op> = Arc::new(ConvStatistics { conv: conv.clone(), rounds: None });
-        let metas: Vec<Option<&Meta>> =
-            graph.node(id).inputs.iter().map(|v| v.and_then(|v| graph.value(v).meta.as_ref())).collect();
+        let metas = graph.metas(&graph.node(id).inputs);
         let Ok(metas) = conv.infer(&metas) else { continue };
         let made: Vec<Option<ValueId>> = metas
             .into_iter()
@@ -62,48 +59,7 @@ pub fn join_normalisations(graph: &mut Graph, request: &Request) {
     }
 }
 
-/// Who reads each value, as node numbers, and which values must be there.
-struct Uses {
-    readers: Vec<SmallVec<[usize; 4]>>,
-    kept: Vec<bool>,
-}
-
 impl Uses {
-    fn of(graph: &Graph, request: &Request) -> Uses {
-        let mut uses = Uses {
-            readers: vec![SmallVec::new(); graph.values.len()],
-            kept: vec![false; graph.values.len()],
-        };
-        for (i, node) in graph.nodes.iter().enumerate() {
-            node.inputs.iter().flatten().for_each(|v| uses.readers[v.index()].push(i));
-        }
-        for v in request.outputs.iter().chain(&request.effects).chain(request.pins.keys()) {
-            uses.kept[v.index()] = true;
-        }
-        uses
-    }
-
-    /// Puts a node in the place of another: its inputs' readers are known, its outputs come from it.
-    fn put(&mut self, graph: &mut Graph, at: usize, node: Node) {
-        self.remove(graph, at);
-        node.inputs.iter().flatten().for_each(|v| self.readers[v.index()].push(at));
-        for (o, v) in node.outputs.iter().enumerate() {
-            if let Some(v) = v {
-                graph.value_mut(*v).source = Source::Node(NodeId(at as u32), o);
-            }
-        }
-        graph.nodes[at] = node;
-    }
-
-    /// Nobody needs it any more.
-    fn remove(&mut self, graph: &mut Graph, at: usize) {
-        let node = &mut graph.nodes[at];
-        for v in node.inputs.drain(..).flatten() {
-            self.readers[v.index()].retain(|r| *r != at);
-        }
-        node.outputs.clear();
-    }
-
     /// If node `i` is a normalisation whose result only convolutions read that can normalise by themselves, they do.
     fn normalise_when_read(&mut self, graph: &mut Graph, i: usize) -> Option<()> {
         let from = &graph.nodes[i];

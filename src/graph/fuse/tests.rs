@@ -89,6 +89,41 @@ fn fused_networks_compute_the_same() {
     }
 }
 
+/// Where nobody else needs what a pointwise convolution puts out, the depthwise one behind computes it.
+#[test]
+fn expansions_are_computed_where_they_are_read() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/models/dsnet.onnx");
+    let model = std::sync::Arc::new(crate::import::load(path).unwrap());
+    let run = |channels_first: bool, kept: bool| {
+        let options = Options { threads: 1, channels_first, ..Options::default() };
+        let mut session = Session::new(model.clone(), options).unwrap();
+        let spec = crate::finetune::input_specs(&model).remove(0);
+        let mut dims: Vec<usize> = spec.dims.iter().map(|d| d.unwrap_or(32)).collect();
+        dims[0] = 2;
+        let x: Vec<f32> = (0..dims.iter().product()).map(|i| (i as f32 * 0.37).sin() * 0.5).collect();
+        let x = Tensor::from_slice(&dims, &x).unwrap();
+        let shapes = Shapes { inputs: vec![(spec.name, x.meta())], target: Meta::new(DType::I64, &[2]) };
+        let mut net = Network::new(&session, Mode::EVAL, &shapes, &HashMap::new()).unwrap();
+        let mut outputs = net.graph.outputs.clone();
+        net.fuse(&[], false).unwrap();
+        if kept {
+            let convs = net.graph.nodes.iter().filter(|n| n.op.name() == "Conv");
+            outputs.extend(convs.filter_map(|n| n.outputs[0]));
+        }
+        let request = Request { outputs: outputs.clone(), ..Request::default() };
+        let program = session.compile(net.graph, request).unwrap();
+        session.run(&program, &[(net.inputs[0], x.view())], 0).unwrap();
+        (count(&program.graph, "ConvExpanded"), session.output(&program, outputs[0]).unwrap().to_tensor())
+    };
+    let (none, expected) = run(true, false);
+    let (several, joined) = run(false, false);
+    assert!(none == 0 && several > 1, "{none}, {several}");
+    agree(&[joined], std::slice::from_ref(&expected), "dsnet");
+    let (none, all) = run(false, true);
+    assert_eq!(none, 0);
+    agree(&[all], &[expected], "dsnet, all kept");
+}
+
 #[test]
 fn what_is_kept_is_computed() {
     let (plain, _) = step("resnet20", Mode::EVAL, "", Fused::No);

@@ -6,6 +6,7 @@
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
 mod both;
+mod expanded;
 mod weight;
 
 use smallvec::SmallVec;
@@ -13,9 +14,10 @@ use smallvec::SmallVec;
 use crate::kernels::conv::load::{Operand, Rows};
 use crate::kernels::conv::{Done, Epilogue, Geometry, Residual, in_slots, slots, split};
 use crate::kernels::par::Shared;
-use crate::kernels::simd::{Kernel, Simd, Vectors};
+use crate::kernels::simd::{Kernel, Simd, Vectors, load_lanes, store_lanes};
 
 pub use both::{grads, grads_scratch, grads_slabs};
+pub use expanded::{Expansion, expands, forward_expanded, forward_expanded_scratch};
 pub use weight::{weight_grad, weight_grad_scratch};
 
 /// Multiply-adds worth a task of their own, elements of its results that stay near, and tasks that are enough.
@@ -129,11 +131,12 @@ struct Tap<T> {
     w: usize,
 }
 
-/// A row of the target (all images' rows counted), computed from the rows of the source that it needs.
+/// A row of the target (all images' rows counted), computed from the rows of the source that it needs: of all channels, or
+/// of those of the source.
 #[derive(Clone, Copy)]
 struct Sweep<'a, T> {
     way: Direction<'a>,
-    /// (k…, C)
+    /// (k…, C), from the source's first channel on, as all that follows.
     w: &'a [T],
     epilogue: Epilogue<'a, T>,
     y: *mut T,
@@ -189,7 +192,10 @@ impl<T: Vectors> Sweep<'_, T> {
                         true => ((last_row + 1).saturating_sub(rows), AHEAD.next_multiple_of(g.c)),
                         false => (last_row + 1, 0),
                     };
-                    let from = source.raw(image, 0, first)[0].wrapping_add(ahead);
+                    let (from, rows) = match source.raw(image, 0, first) {
+                        Some([from, _]) => (from.wrapping_add(ahead), rows),
+                        None => (std::ptr::null(), 0),
+                    };
                     Soon { from, rows, row: extent * g.c, step: step * g.c, each: step }
                 }
             };
@@ -197,7 +203,7 @@ impl<T: Vectors> Sweep<'_, T> {
                 taps: &taps,
                 triples: g.k[2] == 3 && g.dilation[2] == 1 && way.residues(2) == 1,
                 w: self.w.as_ptr(),
-                c: g.c,
+                c: source.channels(),
                 extent: extent as isize,
                 step,
                 soon,
@@ -313,9 +319,9 @@ impl<T: Vectors> Line<'_, T> {
             // SAFETY: the caller's promise.
             unsafe {
                 let x = tap.x.offset(at * self.c as isize + channel as isize);
-                let w = load::<S, WHOLE>(self.w.add(tap.w + channel), lanes);
+                let w = load_lanes::<S, WHOLE>(self.w.add(tap.w + channel), lanes);
                 for i in 0..P {
-                    acc[i] = S::fma(load::<S, WHOLE>(x.add(i * step), lanes), w, acc[i]);
+                    acc[i] = S::fma(load_lanes::<S, WHOLE>(x.add(i * step), lanes), w, acc[i]);
                 }
             }
         }
@@ -339,11 +345,11 @@ impl<T: Vectors> Line<'_, T> {
                 let x = taps[0].x.offset(at * self.c as isize + channel as isize);
                 let mut w = [S::splat(T::zero()); 3];
                 for k in 0..3 {
-                    w[k] = load::<S, WHOLE>(self.w.add(taps[k].w + channel), lanes);
+                    w[k] = load_lanes::<S, WHOLE>(self.w.add(taps[k].w + channel), lanes);
                 }
                 for i in 0..P {
                     for k in 0..3 {
-                        let x = load::<S, WHOLE>(x.add((i * STEP + k) * self.c), lanes);
+                        let x = load_lanes::<S, WHOLE>(x.add((i * STEP + k) * self.c), lanes);
                         acc[i] = S::fma(x, w[k], acc[i]);
                     }
                 }
@@ -362,7 +368,7 @@ impl<T: Vectors> Line<'_, T> {
         // SAFETY: the caller's promise.
         unsafe {
             let mut acc = [match self.epilogue.bias {
-                Some(b) => load::<S, WHOLE>(b.as_ptr().add(channel), lanes),
+                Some(b) => load_lanes::<S, WHOLE>(b.as_ptr().add(channel), lanes),
                 None => S::splat(T::zero()),
             }; P];
             if INSIDE && P > 1 {
@@ -394,22 +400,14 @@ impl<T: Vectors> Line<'_, T> {
                 let mut v = acc[i];
                 match self.epilogue.residual {
                     Residual::None => {}
-                    Residual::Of(r) => v = S::add(v, load::<S, WHOLE>(r.as_ptr().add(at), lanes)),
-                    Residual::InOutput => v = S::add(v, load::<S, WHOLE>(y, lanes)),
+                    Residual::Of(r) => v = S::add(v, load_lanes::<S, WHOLE>(r.as_ptr().add(at), lanes)),
+                    Residual::InOutput => v = S::add(v, load_lanes::<S, WHOLE>(y, lanes)),
                 }
                 v = S::min(high, S::max(low, v));
-                if WHOLE { S::store(y, v) } else { S::store_part(y, v, lanes) }
+                store_lanes::<S, WHOLE>(y, v, lanes);
             }
         }
     }
-}
-
-/// # Safety
-/// `p` must be valid for a vector, or for its first `n` lanes.
-#[inline(always)]
-unsafe fn load<S: Simd, const WHOLE: bool>(p: *const S::Elem, n: usize) -> S::V {
-    // SAFETY: the caller's promise.
-    unsafe { if WHOLE { S::load(p) } else { S::load_part(p, n) } }
 }
 
 /// Elements of scratch that [`forward`] needs, and more of it where X is not plain.

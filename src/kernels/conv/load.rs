@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use smallvec::{SmallVec, smallvec};
 
+use super::pointwise::Panel;
 use crate::kernels::ahead::Ahead;
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::half::Elements;
@@ -270,13 +271,23 @@ impl<T: Vectors> Kernel<T> for Fill<'_, '_, T> {
     }
 }
 
+/// What rows are read from.
+#[derive(Clone, Copy)]
+enum Source<'a, T> {
+    Operand(Operand<'a, T>),
+    /// A panel of a pointwise convolution's outputs.
+    Panel(&'a Panel<'a, T>),
+}
+
 /// The rows of an operand with some planes of rows an image: those that are computed as they are read are held in a
 /// ring for as long as neighbouring rows of a kernel's window need them.
 pub(super) struct Rows<'a, T> {
-    operand: Operand<'a, T>,
+    source: Source<'a, T>,
+    channels: usize,
     /// Planes, rows and positions an image.
     extents: [usize; 3],
-    /// Planes and rows that are needed at a time.
+    /// Rows that are computed together, and planes and bands of such rows that are needed at a time.
+    band: usize,
     window: [usize; 2],
     /// Positions before and after each row of the ring, which are zero.
     around: [usize; 2],
@@ -293,15 +304,43 @@ impl<'a, T: Vectors> Rows<'a, T> {
         around: [usize; 2],
         ring: &'a mut [T],
     ) -> Self {
-        if operand.is_plain() {
-            return Rows { operand, extents, window, around: [0; 2], ring, held: SmallVec::new() };
+        let (source, channels) = (Source::Operand(operand), operand.channels);
+        match operand.is_plain() {
+            true => {
+                let held = SmallVec::new();
+                Rows { source, channels, extents, band: 1, window, around: [0; 2], ring, held }
+            }
+            false => Rows::computed(source, channels, extents, 1, window, around, ring),
         }
-        let c = operand.channels;
-        for row in ring.chunks_exact_mut(((around[0] + extents[2] + around[1]) * c).max(1)) {
-            row[..around[0] * c].fill(T::zero());
-            row[(around[0] + extents[2]) * c..].fill(T::zero());
+    }
+
+    /// Rows of images of one plane, whose `window` is in bands: see [`Panel`].
+    pub(super) fn of_panel(
+        panel: &'a Panel<'a, T>,
+        extents: [usize; 3],
+        window: usize,
+        around: [usize; 2],
+        ring: &'a mut [T],
+    ) -> Self {
+        let (source, channels) = (Source::Panel(panel), panel.channels());
+        Rows::computed(source, channels, extents, panel.band(), [1, window], around, ring)
+    }
+
+    fn computed(
+        source: Source<'a, T>,
+        channels: usize,
+        extents: [usize; 3],
+        band: usize,
+        window: [usize; 2],
+        around: [usize; 2],
+        ring: &'a mut [T],
+    ) -> Self {
+        for row in ring.chunks_exact_mut(((around[0] + extents[2] + around[1]) * channels).max(1)) {
+            row[..around[0] * channels].fill(T::zero());
+            row[(around[0] + extents[2]) * channels..].fill(T::zero());
         }
-        Rows { operand, extents, window, around, ring, held: smallvec![usize::MAX; window[0] * window[1]] }
+        let held = smallvec![usize::MAX; window[0] * window[1]];
+        Rows { source, channels, extents, band, window, around, ring, held }
     }
 
     pub(super) fn room(
@@ -313,13 +352,17 @@ impl<'a, T: Vectors> Rows<'a, T> {
         window[0] * window[1] * (around[0] + extents[2] + around[1]) * channels
     }
 
+    pub(super) fn channels(&self) -> usize {
+        self.channels
+    }
+
     /// Elements of a row.
-    pub(super) fn line(&self) -> usize {
-        self.extents[2] * self.operand.channels
+    fn line(&self) -> usize {
+        self.extents[2] * self.channels
     }
 
     pub(super) fn is_plain(&self) -> bool {
-        self.operand.is_plain()
+        matches!(&self.source, Source::Operand(operand) if operand.is_plain())
     }
 
     /// Zeros that may be read before and after a row, in positions.
@@ -327,15 +370,17 @@ impl<'a, T: Vectors> Rows<'a, T> {
         self.around
     }
 
-    /// Where a row, perhaps beyond the last, lies before it is computed: for fetching.
-    pub(super) fn raw(&self, image: usize, plane: usize, row: usize) -> [*const T; 2] {
+    /// Where a row, perhaps beyond the last, lies before it is computed, for fetching; what panels are made of is small, and
+    /// near.
+    pub(super) fn raw(&self, image: usize, plane: usize, row: usize) -> Option<[*const T; 2]> {
+        let Source::Operand(operand) = &self.source else { return None };
         let nth = (image * self.extents[0] + plane) * self.extents[1] + row;
         let at = |data: Elements<T>| data.address(nth * self.line());
-        let data = at(self.operand.data);
-        match &self.operand.load {
+        let data = at(operand.data);
+        Some(match &operand.load {
             Load::NormGrad(n) => [data, at(n.x)],
             _ => [data; 2],
-        }
+        })
     }
 
     /// A row of an image, good until a row that is not in the window with it is asked for.
@@ -346,18 +391,28 @@ impl<'a, T: Vectors> Rows<'a, T> {
     pub(super) unsafe fn at(&mut self, image: usize, plane: usize, row: usize) -> *const T {
         let line = self.line();
         let nth = (image * self.extents[0] + plane) * self.extents[1] + row;
-        if self.is_plain() {
-            return self.operand.data.whole()[nth * line..][..line].as_ptr();
+        if let Source::Operand(operand) = &self.source
+            && operand.is_plain()
+        {
+            return operand.data.whole()[nth * line..][..line].as_ptr();
         }
-        let slot = plane % self.window[0] * self.window[1] + row % self.window[1];
-        let [before, after] = self.around.map(|positions| positions * self.operand.channels);
-        let out = &mut self.ring[slot * (before + line + after) + before..][..line];
-        if self.held[slot] != nth {
-            self.held[slot] = nth;
-            let first = nth * self.extents[2];
-            // SAFETY: the caller's promise. (A loop of its own: within larger ones there are too few registers for it.)
-            unsafe { T::dispatch(Fill { operand: self.operand, first, out }) }
+        let (slot, in_band) = (row / self.band % self.window[1], row % self.band);
+        let slot = plane % self.window[0] * self.window[1] + slot;
+        let [before, after] = self.around.map(|positions| positions * self.channels);
+        let step = before + line + after;
+        let rows = self.band.min(self.extents[1] - (row - in_band));
+        let out = &mut self.ring[slot * self.band * step + before..][..(rows - 1) * step + line];
+        if self.held[slot] != nth - in_band {
+            self.held[slot] = nth - in_band;
+            let first = (nth - in_band) * self.extents[2];
+            match &self.source {
+                // SAFETY: the caller's promise. (A loop of its own: within larger ones there are too few registers for it.)
+                Source::Operand(operand) => unsafe {
+                    T::dispatch(Fill { operand: *operand, first, out });
+                },
+                Source::Panel(panel) => panel.write(first, rows, out),
+            }
         }
-        out.as_ptr()
+        out[in_band * step..].as_ptr()
     }
 }

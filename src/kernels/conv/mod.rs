@@ -27,6 +27,7 @@ use crate::kernels::strided;
 use statistics::Done;
 
 pub use both::{Both, Plain, Sums, fuses, grads, grads_scratch, sums_room};
+pub use depthwise::{Expansion, expands, forward_expanded, forward_expanded_scratch};
 pub use load::{Load, Norm, NormGrad, Operand};
 pub use statistics::{Statistics, forward_statistics, statistics_room};
 
@@ -170,6 +171,11 @@ impl Geometry {
     /// One input and one output channel a group, of several.
     pub fn depthwise(&self) -> bool {
         self.groups > 1 && self.groups == self.c && self.groups == self.oc
+    }
+
+    /// Every output position of one input position alone, all channels in one group.
+    pub fn pointwise(&self) -> bool {
+        pointwise::applies(self)
     }
 
     /// Scratch for copies of both tensors with the channels last.

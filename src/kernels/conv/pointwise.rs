@@ -1,7 +1,10 @@
 //! Pointwise convolutions (1×1 of stride 1): every position by itself, whatever image and row it lies in.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
+
 use super::both::{Both, Plain};
+use super::grids::Plan;
 use super::{Epilogue, Geometry, dense, grids, in_slots, slots, volume, weight};
 use crate::kernels::ahead::Ahead;
 use crate::kernels::par::Shared;
@@ -116,5 +119,52 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
     weight::finish(g, sums, dw);
     if let Some(sums) = b.sums {
         sums.finish();
+    }
+}
+
+/// A panel of the outputs of a pointwise convolution, computed some rows at a time for a kernel that reads them.
+#[derive(Debug)]
+pub(super) struct Panel<'a, T> {
+    plan: Plan,
+    x: &'a [T],
+    weights: &'a [T],
+    epilogue: Epilogue<'a, T>,
+}
+
+impl<'a, T: Vectors> Panel<'a, T> {
+    /// Outputs `channels` of the convolution: their packed `weights`, and the `epilogue` of all outputs. It computes `band`
+    /// rows at a time, which it writes `step` elements apart.
+    pub(super) fn new(
+        g: &Geometry,
+        x: &'a [T],
+        weights: &'a [T],
+        epilogue: Epilogue<'a, T>,
+        channels: Range<usize>,
+        [band, step]: [usize; 2],
+    ) -> Self {
+        let extents = [1, band, g.x[2]];
+        let part = Geometry { n: 1, oc: channels.len(), axis: 1, x: extents, y: extents, ..g.clone() };
+        let mut plan = Plan::forward(&part);
+        plan.grids[0].out_step[1] = step;
+        let weights = &weights[..plan.packed(plan.panel::<T>())];
+        let epilogue = Epilogue { bias: epilogue.bias.map(|bias| &bias[channels]), ..epilogue };
+        Panel { plan, x, weights, epilogue }
+    }
+
+    pub(super) fn channels(&self) -> usize {
+        self.plan.co
+    }
+
+    pub(super) fn band(&self) -> usize {
+        self.plan.source[1]
+    }
+
+    /// Some rows, at most a band of them, from position `first` on.
+    pub(super) fn write(&self, first: usize, rows: usize, out: &mut [T]) {
+        let band = rows * self.plan.source[2] * self.plan.ci;
+        let (x, rest) = self.x[first * self.plan.ci..].split_at(band);
+        let next = (rest.as_ptr().cast(), size_of_val(&rest[..band.min(rest.len())]));
+        let ahead = Ahead::new([next, (std::ptr::null(), 0)]);
+        dense::positions(&self.plan, x, self.weights, self.epilogue, out, ahead);
     }
 }

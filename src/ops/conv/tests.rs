@@ -212,6 +212,51 @@ fn close(what: &str, got: &Tensor, want: &[f64]) {
     }
 }
 
+/// A depthwise convolution that computes what it reads, against both convolutions by themselves, on any number of threads.
+#[test]
+fn expanded_as_it_is_read() {
+    let pools: Vec<_> =
+        (1..4).map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap()).collect();
+    // (images, channels, middle channels, rows, positions, kernel, stride)
+    let shapes = [
+        (3, 5, 18, 9, 9, 3, 1),
+        (2, 16, 96, 33, 30, 3, 2),
+        (1, 24, 144, 40, 12, 3, 1),
+        (1, 9, 20, 50, 7, 5, 2),
+        (2, 7, 130, 7, 7, 3, 1),
+        (1, 3, 64, 5, 60, 7, 1),
+        (4, 8, 16, 1, 14, 3, 1),
+        (1, 8, 33, 14, 1, 3, 2),
+    ];
+    for (n, c, middle, rows, positions, kernel, stride) in shapes {
+        let before = Conv { clamp: Clamp { low: 0.0, high: 0.7 }, ..last(1, 1, 1) };
+        let conv = Conv { clamp: Clamp { low: -0.4, high: 0.5 }, ..last(kernel, stride, middle) };
+        let x = wave(&[n, rows, positions, c], 0.71);
+        let (w, bias) = (wave(&[middle, c, 1, 1], 1.3), wave(&[middle], 0.3));
+        let v = wave(&[middle, 1, kernel, kernel], 0.9);
+        let metas = [&x, &w, &bias].map(|t| Some(t.meta()));
+        let metas = metas.each_ref().map(Option::as_ref);
+        let name = format!("{c} to {middle}, {rows}×{positions}, {kernel}/{stride}");
+        for (a, b) in [(Some(&bias), None), (None, Some(&bias))] {
+            let e = eval(&before, &[Some(&x), Some(&w), a]).unwrap().remove(0);
+            let y = eval(&conv, &[Some(&e), Some(&v), b]).unwrap().remove(0);
+            let joined = ConvExpanded::of((&before, &metas), (&conv, &[None, Some(&v.meta())])).unwrap();
+            let run = || eval(&joined, &[Some(&x), Some(&w), a, Some(&v), b]).unwrap().remove(0);
+            let got = run();
+            close(&name, &got, &y.to_f64());
+            for pool in &pools {
+                assert_eq!(pool.install(run).bytes(), got.bytes(), "{name}");
+            }
+        }
+        // A residual, or a kernel of several positions in front, is not taken.
+        let four = [metas[0], metas[1], None, metas[0]];
+        assert!(ConvExpanded::of((&before, &four), (&conv, &[None, Some(&v.meta())])).is_none());
+        let wide = wave(&[middle, c, 1, 3], 1.0).meta();
+        let wide = [metas[0], Some(&wide)];
+        assert!(ConvExpanded::of((&before, &wide), (&conv, &[None, Some(&v.meta())])).is_none());
+    }
+}
+
 /// What is normalised as it is read, passed back as it is read, and computed in one pass, against one step at a time.
 #[test]
 fn joined_with_normalisations() {

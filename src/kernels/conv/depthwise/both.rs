@@ -40,13 +40,13 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
             // SAFETY: rows that there are; those of dX are this task's, and written when they are read.
             unsafe {
                 let dy = self.dy.at(image, 0, o1);
-                let soon = self.dy.raw(image, 0, dy_next);
+                let soon = self.dy.raw(image, 0, dy_next).unwrap_or([std::ptr::null(); 2]);
                 add_row::<S>(g, row, dy, soon, &mut self.x, self.dw);
                 for i1 in own.clone() {
                     let start = (image * g.x[1] + i1) * line;
                     let soon = (x_next + i1 - own.start).saturating_sub(g.pad[1]);
-                    let soon = self.x.raw(image, 0, soon)[0];
-                    self.back.row::<S>(&mut self.dy, image * g.x[1] + i1, Some(soon));
+                    let soon = self.x.raw(image, 0, soon).map(|x| x[0]);
+                    self.back.row::<S>(&mut self.dy, image * g.x[1] + i1, soon);
                     let dx = std::slice::from_raw_parts(self.back.y.add(start), line);
                     if let Some((sums, part)) = &mut self.sums {
                         sums.add(start, dx, self.near, part);

@@ -1,11 +1,11 @@
 //! The weight gradient of depthwise convolution.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
-use super::{Direction, WORK, load};
+use super::{Direction, WORK};
 use crate::kernels::conv::load::{Operand, Rows};
 use crate::kernels::conv::{Geometry, in_slots, split};
 use crate::kernels::par::Shared;
-use crate::kernels::simd::{Kernel, Simd, Vectors};
+use crate::kernels::simd::{Kernel, Simd, Vectors, load_lanes};
 
 /// Sums, each over a share of the rows.
 const SLABS: usize = 8;
@@ -192,19 +192,19 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
             for r in 0..R {
                 x[r] = x[r].wrapping_add(first);
                 for k in 0..K {
-                    acc[r][k] = load::<S, WHOLE>(self.sum(r, tap + k, channel), lanes);
+                    acc[r][k] = load_lanes::<S, WHOLE>(self.sum(r, tap + k, channel), lanes);
                 }
             }
             for p in 0..count {
                 // (Fetched in the order in which it lies, not in that in which it is read.)
                 let at = (o + p) * c + channel;
-                let v = load::<S, WHOLE>(self.dy.add(at), lanes);
+                let v = load_lanes::<S, WHOLE>(self.dy.add(at), lanes);
                 let soon = (o * c).wrapping_add((channel / S::LANES * count + p) * S::LANES);
                 S::prefetch(self.soon[0].wrapping_add(soon));
                 S::prefetch(self.soon[1].wrapping_add(soon));
                 for r in 0..R {
                     for k in 0..K {
-                        let x = load::<S, WHOLE>(x[r].wrapping_add(p * x_step + k * dilation), lanes);
+                        let x = load_lanes::<S, WHOLE>(x[r].wrapping_add(p * x_step + k * dilation), lanes);
                         acc[r][k] = S::fma(x, v, acc[r][k]);
                     }
                 }

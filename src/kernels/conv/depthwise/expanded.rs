@@ -1,0 +1,139 @@
+//! Depthwise convolution of what a pointwise one puts out, a panel of channels at a time: a few rows of them are computed as
+//! they are read, and the whole never lies in memory.
+#![allow(unsafe_code)]
+
+use super::{Direction, Sweep, Task, in_tap_order};
+use crate::kernels::conv::grids::{Plan, pack};
+use crate::kernels::conv::load::Rows;
+use crate::kernels::conv::pointwise::{self, Panel};
+use crate::kernels::conv::{Epilogue, Geometry, in_slots, slots};
+use crate::kernels::layout::Layout;
+use crate::kernels::par::Shared;
+use crate::kernels::simd::Vectors;
+use crate::kernels::tile::Pieces;
+
+/// Positions that fill register tiles well.
+const POSITIONS: usize = 48;
+/// Elements of a ring of rows that stays near.
+const NEAR: usize = 1 << 16;
+/// Tasks that are enough, and rows of the source that are worth a task, which computes those at its edges once more.
+const TASKS: usize = 8;
+const ROWS: usize = 16;
+
+/// A pointwise convolution, with its own epilogue, of x (N, spatial…, `c`): weights (C, `c`), C being the channels that are
+/// convolved.
+#[derive(Debug, Clone, Copy)]
+pub struct Expansion<'a, T> {
+    pub x: &'a [T],
+    pub c: usize,
+    pub w: &'a [T],
+    pub epilogue: Epilogue<'a, T>,
+}
+
+/// How the work is divided.
+struct Division<'a> {
+    way: Direction<'a>,
+    /// The pointwise convolution.
+    g: Geometry,
+    plan: Plan,
+    panel: usize,
+    /// Rows of the source that are computed together, and bands of them that a window spans.
+    band: usize,
+    bands: usize,
+    /// Parts of an image's rows of results.
+    parts: Pieces,
+}
+
+impl<'a> Division<'a> {
+    fn new<T: Vectors>(g: &'a Geometry, c: usize) -> Self {
+        let way = Direction::forward(g);
+        let before = Geometry {
+            c,
+            groups: 1,
+            y: g.x,
+            k: [1; 3],
+            stride: [1; 3],
+            dilation: [1; 3],
+            pad: [0; 3],
+            ..g.clone()
+        };
+        let plan = Plan::forward(&pointwise::of(&before, g.n * g.x[1] * g.x[2]));
+        let panel = plan.panel::<T>();
+        let band = POSITIONS.div_ceil(g.x[2]).min(g.x[1]);
+        let bands = ((way.window()[1] - 1).div_ceil(band) + 1).min(g.x[1].div_ceil(band));
+        let parts = (g.x[1] / ROWS).min(TASKS.div_ceil(g.n * plan.panels(panel)));
+        Division {
+            way,
+            g: before,
+            band,
+            bands,
+            parts: Pieces::of(g.y[1], g.y[1].div_ceil(parts.max(1))),
+            panel,
+            plan,
+        }
+    }
+
+    /// Elements from a row of the ring to the next, and of the whole ring, for so many channels.
+    fn step(&self, channels: usize) -> usize {
+        (self.way.around().iter().sum::<usize>() + self.g.x[2]) * channels
+    }
+
+    fn ring(&self) -> usize {
+        self.bands * self.band * self.step(self.panel)
+    }
+
+    fn tasks(&self) -> usize {
+        self.g.n * self.parts.count * self.plan.panels(self.panel)
+    }
+}
+
+/// Can a depthwise convolution expand what it reads from `c` channels?
+pub fn expands<T: Vectors>(g: &Geometry, c: usize) -> bool {
+    let fits = g.depthwise() && g.layout == Layout::Last && g.axis >= 1 && !g.is_empty() && c > 0;
+    fits && Division::new::<T>(g, c).ring() <= NEAR
+}
+
+/// Elements of scratch that [`forward_expanded`] needs.
+pub fn forward_expanded_scratch<T: Vectors>(g: &Geometry, c: usize) -> usize {
+    let d = Division::new::<T>(g, c);
+    g.taps() * g.c + d.plan.packed(d.panel) + slots(d.tasks(), d.ring())
+}
+
+/// `y = clamp(conv(expansion, w) + bias)`, y (N, spatial…, C).
+pub fn forward_expanded<T: Vectors>(
+    g: &Geometry,
+    from: Expansion<T>,
+    w: &[T],
+    epilogue: Epilogue<T>,
+    y: &mut [T],
+    scratch: &mut [T],
+) {
+    assert!(expands::<T>(g, from.c), "a convolution of an expansion");
+    let d = Division::new::<T>(g, from.c);
+    assert!(
+        from.x.len() == g.inputs() / g.c * from.c && from.w.len() == g.c * from.c && y.len() == g.outputs()
+    );
+    let (by_tap, scratch) = scratch.split_at_mut(g.taps() * g.c);
+    in_tap_order(g, w, by_tap);
+    let (packed, rings) = scratch.split_at_mut(d.plan.packed(d.panel));
+    pack(&d.plan, true, d.panel, from.w, packed);
+    let (by_tap, packed): (&[T], &[T]) = (by_tap, packed);
+    let (panels, size) = (d.plan.panels(d.panel), d.plan.steps() * d.panel);
+    let y = Shared::new(y);
+    in_slots(d.tasks(), d.ring(), rings, |task, ring| {
+        let (p, part) = (task % panels, task / panels);
+        let (image, part) = (part / d.parts.count, part % d.parts.count);
+        let channels = p * d.panel..g.c.min((p + 1) * d.panel);
+        let (first, count) = (channels.start, channels.len());
+        let layout = [d.band, d.step(count)];
+        let panel = Panel::new(&d.g, from.x, &packed[p * size..][..size], from.epilogue, channels, layout);
+        let ring = &mut ring[..d.bands * d.band * d.step(count)];
+        let source = Rows::of_panel(&panel, d.way.source, d.bands, d.way.around(), ring);
+        let epilogue = Epilogue { bias: epilogue.bias.map(|bias| &bias[first..first + count]), ..epilogue };
+        let sweep = Sweep { way: d.way, w: &by_tap[first..], epilogue, y: y.ptr().wrapping_add(first) };
+        let start = image * g.y[1] + d.parts.start(part);
+        let rows = start..start + d.parts.len(part);
+        // SAFETY: tasks write different channels or rows of `y`; the extents were checked.
+        unsafe { T::dispatch(Task { sweep, source, rows }) }
+    });
+}
