@@ -3,11 +3,14 @@
 //!
 //! A kernel that reads [`Elements`] has the same loops for all of them: those of half precision are widened to a buffer
 //! in the first- or second-level cache just before, a few hundred or thousand at a time.
+//!
+//! Loops are written with indices: what an iterator hides in a function of its own is compiled without the instruction set.
+#![allow(clippy::needless_range_loop)]
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use crate::kernels::isa::vectorize_sweep;
+use crate::kernels::isa::vectorize;
 use crate::kernels::par;
 use crate::tensor::{DType, Float};
 
@@ -17,9 +20,6 @@ pub enum Half {
     Bf16,
     F16,
 }
-
-/// Elements that are rounded at a time: a chunk's result is vectorised on its way through registers.
-const RUN: usize = 256;
 
 impl Half {
     /// The half type that a dtype is.
@@ -34,8 +34,13 @@ impl Half {
     /// `y = x`, rounded to nearest, ties to even; what overflows becomes infinite.
     #[inline(always)]
     pub fn round(self, x: &[f32], y: &mut [u16]) {
+        let y = &mut y[..x.len()];
         match self {
-            Half::Bf16 => x.iter().zip(y).for_each(|(x, y)| *y = to_bf16(*x)),
+            Half::Bf16 => {
+                for i in 0..x.len() {
+                    y[i] = to_bf16(x[i]);
+                }
+            }
             Half::F16 => bits(y).convert_from_f32_slice(x),
         }
     }
@@ -44,18 +49,31 @@ impl Half {
     /// element. The random numbers are a function of `seed` and an element's number alone.
     #[inline(always)]
     pub fn round_at_random(self, x: &[f32], y: &mut [u16], seed: u64, first: usize) {
-        let each = x.iter().zip(y).enumerate();
+        let y = &mut y[..x.len()];
         match self {
-            Half::Bf16 => each.for_each(|(i, (x, y))| *y = random_bf16(*x, noise(seed, first + i))),
-            Half::F16 => each.for_each(|(i, (x, y))| *y = random_f16(*x, noise(seed, first + i))),
+            Half::Bf16 => {
+                for i in 0..x.len() {
+                    y[i] = random_bf16(x[i], noise(seed, first + i));
+                }
+            }
+            Half::F16 => {
+                for i in 0..x.len() {
+                    y[i] = random_f16(x[i], noise(seed, first + i));
+                }
+            }
         }
     }
 
     /// `y = x`, exactly.
     #[inline(always)]
     pub fn widen(self, x: &[u16], y: &mut [f32]) {
+        let y = &mut y[..x.len()];
         match self {
-            Half::Bf16 => x.iter().zip(y).for_each(|(x, y)| *y = wide_bf16(*x)),
+            Half::Bf16 => {
+                for i in 0..x.len() {
+                    y[i] = wide_bf16(x[i]);
+                }
+            }
             Half::F16 => {
                 let x: &[f16] = bytemuck::cast_slice(x);
                 x.convert_to_f32_slice(y);
@@ -76,18 +94,18 @@ impl Half {
     /// [`round`](Self::round), compiled for the processor at hand.
     #[inline(never)]
     fn round_some(self, x: &[f32], y: &mut [u16]) {
-        vectorize_sweep(
+        vectorize(
             #[inline(always)]
-            || x.chunks(RUN).zip(y.chunks_mut(RUN)).for_each(|(x, y)| self.round(x, y)),
+            || self.round(x, y),
         );
     }
 
     /// [`widen`](Self::widen), compiled for the processor at hand.
     #[inline(never)]
     fn widen_some(self, x: &[u16], y: &mut [f32]) {
-        vectorize_sweep(
+        vectorize(
             #[inline(always)]
-            || x.chunks(RUN).zip(y.chunks_mut(RUN)).for_each(|(x, y)| self.widen(x, y)),
+            || self.widen(x, y),
         );
     }
 
