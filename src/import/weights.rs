@@ -313,13 +313,15 @@ impl Weight {
 
     /// The values where they lie, in the type that they are stored in, when they are contiguous and aligned.
     pub fn view_stored<'a>(&'a self, files: &'a [SourceFile]) -> Option<View<'a>> {
+        let bytes = self.bytes_stored(files)?;
+        let aligned = (bytes.as_ptr() as usize).is_multiple_of(self.dtype.size());
+        aligned.then_some(View { dtype: self.dtype, dims: &self.dims, bytes })
+    }
+
+    /// The bytes of the values where they lie, at any address, in the type that they are stored in, when they are contiguous.
+    pub fn bytes_stored<'a>(&'a self, files: &'a [SourceFile]) -> Option<&'a [u8]> {
         match self.stored(files).ok()? {
-            Cow::Borrowed(bytes)
-                if self.quantised.is_none()
-                    && (bytes.as_ptr() as usize).is_multiple_of(self.dtype.size()) =>
-            {
-                Some(View { dtype: self.dtype, dims: &self.dims, bytes })
-            }
+            Cow::Borrowed(bytes) if self.quantised.is_none() => Some(bytes),
             _ => None,
         }
     }

@@ -25,12 +25,19 @@ impl Session {
             return Ok(());
         }
         // Memory of all of them is there before that of any is written: see [`Buffer`](crate::tensor::Buffer).
+        let model = self.model.clone();
         for (i, (id, s)) in new.iter().enumerate() {
-            let loaded = self.model.load_weight(*id);
+            let (weight, dtype) = (model.weight(*id), self.store.meta(*s).dtype);
+            let as_stored = weight.bytes_stored(&model.files).filter(|_| weight.dtype == dtype);
+            if let Some(bytes) = as_stored {
+                self.store.set(*s, bytes);
+                continue;
+            }
+            let loaded = model.load_weight(*id);
             if loaded.is_err() {
                 new[i..].iter().for_each(|(id, _)| self.states[id.index()] = None);
             }
-            self.store.set(*s, loaded?.cast(self.store.meta(*s).dtype).bytes());
+            self.store.set(*s, loaded?.cast(dtype).bytes());
         }
         Ok(())
     }

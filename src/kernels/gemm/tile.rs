@@ -2,7 +2,7 @@
 
 use super::{Plus, Product};
 use crate::kernels::ahead::Steps;
-use crate::kernels::simd::{Simd, load_up_to, store_up_to};
+use crate::kernels::simd::{Simd, load_lanes, store_lanes};
 use crate::kernels::tile::{Acc, Positions, ROUND, Terms, along_columns, along_rows};
 use crate::tensor::Float;
 
@@ -113,31 +113,59 @@ impl<'a, T: Float> Target<'a, T> {
     /// `row` must be valid for `lanes` elements, `all` and `c` for `M` rows of as many.
     #[inline(always)]
     pub unsafe fn write<S: Simd<Elem = T>, const M: usize, const N: usize>(&self, acc: &Acc<S, M, N>) {
+        for j in 0..N {
+            let mut column = [acc[0][j]; M];
+            for i in 0..M {
+                column[i] = acc[i][j];
+            }
+            let part = (self.lanes - j * S::LANES).min(S::LANES);
+            // SAFETY: the caller's promise.
+            unsafe {
+                match part == S::LANES {
+                    true => self.column::<S, M, true>(column, j * S::LANES, part),
+                    false => self.column::<S, M, false>(column, j * S::LANES, part),
+                }
+            }
+        }
+    }
+
+    /// A column of vectors, or of their first `part` lanes, from column `j` of the tile on.
+    ///
+    /// # Safety
+    /// As of [`write`](Self::write).
+    #[inline(always)]
+    unsafe fn column<S: Simd<Elem = T>, const M: usize, const WHOLE: bool>(
+        &self,
+        mut column: [S::V; M],
+        j: usize,
+        part: usize,
+    ) {
         // SAFETY: the caller's promise.
         unsafe {
-            let (alpha, beta) = (S::splat(self.p.alpha), S::splat(self.beta));
-            let keep = self.beta != num_traits::zero();
-            for j in 0..N {
-                let part = (self.lanes - j * S::LANES).min(S::LANES);
-                let mut row = S::splat(num_traits::zero());
-                if let Some(r) = self.row {
-                    row = load_up_to::<S>(r.add(j * S::LANES), part);
-                }
+            let alpha = S::splat(self.p.alpha);
+            for i in 0..M {
+                column[i] = S::mul(column[i], alpha);
+            }
+            if let Some(r) = self.row {
+                let row = load_lanes::<S, WHOLE>(r.add(j), part);
                 for i in 0..M {
-                    let at = i * self.p.ldc + j * S::LANES;
-                    let c = self.c.add(at);
-                    let mut v = S::mul(acc[i][j], alpha);
-                    if self.row.is_some() {
-                        v = S::add(v, row);
-                    }
-                    if let Some(all) = self.all {
-                        v = S::add(v, load_up_to::<S>(all.add(at), part));
-                    }
-                    if keep {
-                        v = S::fma(load_up_to::<S>(c, part), beta, v);
-                    }
-                    store_up_to::<S>(c, v, part);
+                    column[i] = S::add(column[i], row);
                 }
+            }
+            if let Some(all) = self.all {
+                for i in 0..M {
+                    column[i] = S::add(column[i], load_lanes::<S, WHOLE>(all.add(i * self.p.ldc + j), part));
+                }
+            }
+            if self.beta != num_traits::zero() {
+                let beta = S::splat(self.beta);
+                for i in 0..M {
+                    let c = load_lanes::<S, WHOLE>(self.c.add(i * self.p.ldc + j), part);
+                    column[i] = S::fma(c, beta, column[i]);
+                }
+            }
+            for i in 0..M {
+                store_lanes::<S, WHOLE>(self.c.add(i * self.p.ldc + j), column[i], part);
             }
         }
     }
