@@ -19,8 +19,13 @@ impl Session {
         if let Some(id) = ids.iter().find(|id| self.part(**id).is_some()) {
             return Err(Error::value(&self.model.weight(*id).name, "only a part of it learns"));
         }
-        let new: Vec<WeightId> = ids.iter().copied().filter(|id| self.states[id.index()].is_none()).collect();
-        let new: Vec<(WeightId, StateId)> = new.into_iter().map(|id| (id, self.add_state(id))).collect();
+        let mut new = Vec::new();
+        for id in ids {
+            // (One that is named twice is a state once.)
+            if self.states[id.index()].is_none() {
+                new.push((*id, self.add_state(*id)));
+            }
+        }
         if self.options.dry {
             return Ok(());
         }
@@ -146,5 +151,35 @@ impl Session {
         };
         self.frozen.insert(id, frozen.clone());
         Ok(frozen)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exec::Options;
+
+    /// One that is named twice is a state once, and one that learns in part leaves all of them as they were.
+    #[test]
+    fn all_or_none_are_made_mutable() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/models/dsnet.onnx");
+        let model = Arc::new(crate::import::load(path).unwrap());
+        let options = Options { threads: 1, ..Options::default() };
+        let weights = model
+            .weights
+            .iter()
+            .enumerate()
+            .filter(|(_, w)| w.dims.len() == 4 && w.dims[1] > 1 && w.dims[3] == 1);
+        let [a, b] = [0, 1].map(|i| WeightId(weights.clone().nth(i).unwrap().0 as u32));
+        let bytes = |ids: &[WeightId]| {
+            let mut session = Session::new(model.clone(), options.clone()).unwrap();
+            session.make_mutable(ids).unwrap();
+            session.usage().weights
+        };
+        assert_eq!(bytes(&[a, b, a]), bytes(&[a, b]));
+        let mut session = Session::new(model.clone(), options.clone()).unwrap();
+        let part = Part::LowRank { rank: 1, alpha: 1.0, input_first: false };
+        session.make_part(b, &part, 0).unwrap();
+        assert!(session.make_mutable(&[a, b]).is_err() && session.state_of(a).is_none());
     }
 }

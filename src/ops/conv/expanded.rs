@@ -3,10 +3,10 @@
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::conv::{self as kernel, Epilogue, Expansion, Geometry};
+use crate::kernels::conv::{self as kernel, Expansion, Geometry};
 use crate::ops::conv::{Conv, floats};
 use crate::ops::{Cx, Grads, Op, get, need, out};
-use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut};
+use crate::tensor::{DType, Dims, Meta, View, ViewMut};
 
 /// Y = `conv`(`before`(X)), the latter pointwise, the former depthwise, and both with their channels last: what is between them does
 /// not lie in memory. Inputs are X (N, spatial…, C), the pointwise convolution's weights (M, C, 1…) and perhaps bias (M), and the
@@ -70,9 +70,10 @@ impl Op for ConvExpanded {
         let (input, w, v) = (need(x, 0)?, need(x, 1)?, need(x, 3)?);
         let (g, next, _) = self.geometries(input.dims, w.dims, v.dims)?;
         float_dispatch!(input.dtype, T => {
-            let epilogue = epilogue_of::<T>(&self.before, get(x, 2))?;
+            // Each convolution's operands lie in order, the first's bias in the place of the second's X.
+            let epilogue = self.before.epilogue::<T>(&x[..3])?;
             let from = Expansion { x: input.get::<T>()?, c: g.c, w: w.get::<T>()?, epilogue };
-            let epilogue = epilogue_of::<T>(&self.conv, get(x, 4))?;
+            let epilogue = self.conv.epilogue::<T>(&x[2..])?;
             let (y, scratch) = (out(y, 0)?.get::<T>()?, floats(cx.scratch)?);
             kernel::forward_expanded(&next, from, v.get::<T>()?, epilogue, y, scratch);
             Ok(())
@@ -96,9 +97,4 @@ impl Op for ConvExpanded {
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
         Err(OpError::NotDifferentiable("two convolutions in one".into()))
     }
-}
-
-fn epilogue_of<'a, T: Float>(conv: &Conv, bias: Option<View<'a>>) -> Result<Epilogue<'a, T>, OpError> {
-    let bias = bias.map(|bias| bias.get::<T>()).transpose()?;
-    Ok(Epilogue { bias, residual: kernel::Residual::None, clamp: conv.clamp.to() })
 }

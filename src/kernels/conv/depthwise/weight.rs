@@ -5,7 +5,7 @@ use super::{Direction, WORK};
 use crate::kernels::conv::load::{Operand, Rows};
 use crate::kernels::conv::{Geometry, in_slots, split};
 use crate::kernels::par::Shared;
-use crate::kernels::simd::{Kernel, Simd, Vectors, load_lanes};
+use crate::kernels::simd::{Kernel, Simd, Vectors, load_lanes, store_lanes};
 
 /// Sums, each over a share of the rows.
 const SLABS: usize = 8;
@@ -212,7 +212,7 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
             for r in 0..R {
                 for k in 0..K {
                     let sum = self.sum(r, tap + k, channel);
-                    if WHOLE { S::store(sum, acc[r][k]) } else { S::store_part(sum, acc[r][k], lanes) }
+                    store_lanes::<S, WHOLE>(sum, acc[r][k], lanes);
                 }
             }
         }
