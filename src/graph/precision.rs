@@ -231,22 +231,52 @@ impl<'g> Pass<'g> {
         if near == uses.len() {
             return Ok(());
         }
+        // Near readers that would round it themselves read what is rounded.
+        let (rounding, near_ones): (Vec<Use>, Vec<Use>) =
+            uses[..near].iter().partition(|u| to == DType::BF16 && self.rounds(u));
+        let of_half = [&rounding[..], &uses[near..]].concat();
         if let Some((_, id)) = made
-            && let Some(half) = self.rounded(v, id, to)
+            && let Some(half) = match near_ones.is_empty() {
+                true => self.halved(v, id, to),
+                false => self.rounded(v, id, to),
+            }
         {
-            return self.widen(half, &uses[near..]);
+            return self.widen(half, &of_half);
         }
         let (half, node) = self.converted(v, "half", v, Narrow { to })?;
-        match uses[..near].last() {
+        match near_ones.last() {
             // One that works in place overwrites the value: it is rounded before.
-            Some(u) if self.overwrites(u) => self.before[u.node.index()].push(node),
-            Some(u) => self.after[u.node.index()].push(node),
-            None => match made {
+            Some(u) if rounding.is_empty() && self.overwrites(u) => self.before[u.node.index()].push(node),
+            Some(u) if rounding.is_empty() => self.after[u.node.index()].push(node),
+            _ => match made {
                 Some((_, id)) => self.after[id.index()].push(node),
                 None => self.first.push(node),
             },
         }
-        self.widen(half, &uses[near..])
+        self.widen(half, &of_half)
+    }
+
+    /// Does the reader round the value before it computes with it?
+    fn rounds(&self, u: &Use) -> bool {
+        let node = self.graph.node(u.node);
+        self.conversions == Conversions::Kernels && node.op.rounds(&self.graph.metas(&node.inputs), u.input)
+    }
+
+    /// Has the node that makes a value put out its half form instead, or as well, if its operator can.
+    fn halved(&mut self, v: ValueId, id: NodeId, to: DType) -> Option<ValueId> {
+        let node = self.graph.node(id);
+        let alone = matches!(&node.outputs[..], [Some(y)] if *y == v);
+        if self.conversions == Conversions::Kernels
+            && alone
+            && let Some(op) = node.op.halved(to)
+        {
+            let made = op.infer(&self.graph.metas(&node.inputs)).ok()?;
+            let half = self.value(v, "half", Source::Node(id, 0), made.into_iter().next()?);
+            let node = &mut self.graph.nodes[id.index()];
+            (node.op, node.outputs[0]) = (op, Some(half));
+            return Some(half);
+        }
+        self.rounded(v, id, to)
     }
 
     /// Has the node that makes a value put out its half form too, if its operator can.
@@ -277,7 +307,8 @@ impl<'g> Pass<'g> {
 
     /// Does the reader widen by itself?
     fn reads_half(&self, u: &Use) -> bool {
-        self.conversions != Conversions::Apart && self.graph.node(u.node).op.reads_half(u.input)
+        self.rounds(u)
+            || self.conversions != Conversions::Apart && self.graph.node(u.node).op.reads_half(u.input)
     }
 
     /// Has readers read `half`, or widened copies of it.

@@ -5,7 +5,7 @@
 //! 2022). A sample's head is one task, whose sums have one order.
 #![allow(unsafe_code)]
 
-use crate::kernels::gemm::{Product, gemm, gemm_prepared, prepare, prepared, room};
+use crate::kernels::gemm::{Near, Product};
 use crate::kernels::half::Elements;
 use crate::kernels::isa::vectorize;
 use crate::kernels::math::Math;
@@ -35,6 +35,8 @@ pub struct Attention {
     pub y: Rows,
     /// Of an element of the mask to the next sample's, head's, query's and key's: 0 where it is the same.
     pub mask: [usize; 4],
+    /// Multiply pairs of bfloat16, where products are large enough?
+    pub pairs: bool,
 }
 
 /// Elements from a row to that of the next sample, of the next head and of the next position; a row's elements are
@@ -67,11 +69,6 @@ pub struct Scores<'a, T> {
     pub mask: Option<&'a [T]>,
 }
 
-/// A task's own product.
-fn near<T: Vectors>(trans_a: bool, trans_b: bool, m: usize, n: usize, k: usize) -> Product<T> {
-    Product { alone: true, ..Product::dense(trans_a, trans_b, m, n, k) }
-}
-
 impl Attention {
     /// Queries of a block.
     fn block(&self) -> usize {
@@ -82,39 +79,50 @@ impl Attention {
         self.batch * self.heads
     }
 
+    /// Are products by pairs of bfloat16?
+    pub fn by_pairs<T: Vectors>(&self) -> bool {
+        let least = Product::<T>::dense(false, true, self.block(), self.keys, self.depth.min(self.values));
+        self.pairs && least.suits_pairs()
+    }
+
+    fn near<T: Vectors>(&self, product: Product<T>) -> Near<T> {
+        Near::alone(product, self.by_pairs::<T>())
+    }
+
     /// Q·Kᵀ of so many queries.
-    fn scores<T: Vectors>(&self, rows: usize, scale: T) -> Product<T> {
-        let p = near(false, true, rows, self.keys, self.depth);
-        Product { alpha: scale, lda: self.q.position, ldb: self.k.position, ..p }
+    fn scores<T: Vectors>(&self, rows: usize, scale: T) -> Near<T> {
+        let p = Product::dense(false, true, rows, self.keys, self.depth);
+        self.near(Product { alpha: scale, lda: self.q.position, ldb: self.k.position, ..p })
     }
 
     /// P·V
-    fn sums<T: Vectors>(&self, rows: usize) -> Product<T> {
-        Product { ldb: self.v.position, ..near(false, false, rows, self.values, self.keys) }
+    fn sums<T: Vectors>(&self, rows: usize) -> Near<T> {
+        let p = Product::dense(false, false, rows, self.values, self.keys);
+        self.near(Product { ldb: self.v.position, ldc: self.y.position, ..p })
     }
 
     /// dP = dY·Vᵀ
-    fn score_grads<T: Vectors>(&self, rows: usize) -> Product<T> {
-        let p = near(false, true, rows, self.keys, self.values);
-        Product { lda: self.y.position, ldb: self.v.position, ..p }
+    fn score_grads<T: Vectors>(&self, rows: usize) -> Near<T> {
+        let p = Product::dense(false, true, rows, self.keys, self.values);
+        self.near(Product { lda: self.y.position, ldb: self.v.position, ..p })
     }
 
     /// dQ = scale·dS·K
-    fn query_grads<T: Vectors>(&self, rows: usize, scale: T) -> Product<T> {
-        let p = near(false, false, rows, self.depth, self.keys);
-        Product { alpha: scale, ldb: self.k.position, ..p }
+    fn query_grads<T: Vectors>(&self, to: usize, rows: usize, scale: T) -> Near<T> {
+        let p = Product::dense(false, false, rows, self.depth, self.keys);
+        self.near(Product { alpha: scale, ldb: self.k.position, ldc: to, ..p })
     }
 
-    /// dK += scale·dSᵀ·Q
-    fn key_grads<T: Vectors>(&self, rows: usize, scale: T) -> Product<T> {
-        let p = near(true, false, self.keys, self.depth, rows);
-        Product { alpha: scale, beta: T::one(), ldb: self.q.position, ..p }
+    /// dK = scale·dSᵀ·Q, added to what the blocks before gave.
+    fn key_grads<T: Vectors>(&self, to: usize, rows: usize, scale: T, beta: T) -> Near<T> {
+        let p = Product::dense(true, false, self.keys, self.depth, rows);
+        self.near(Product { alpha: scale, beta, ldb: self.q.position, ldc: to, ..p })
     }
 
-    /// dV += Pᵀ·dY
-    fn value_grads<T: Vectors>(&self, rows: usize) -> Product<T> {
-        let p = near(true, false, self.keys, self.values, rows);
-        Product { beta: T::one(), ldb: self.y.position, ..p }
+    /// dV = Pᵀ·dY, added to what the blocks before gave.
+    fn value_grads<T: Vectors>(&self, to: usize, rows: usize, beta: T) -> Near<T> {
+        let p = Product::dense(true, false, self.keys, self.values, rows);
+        self.near(Product { beta, ldb: self.y.position, ldc: to, ..p })
     }
 
     fn check<T>(&self, [q, k, v, y]: [usize; 4], mask: Option<&[T]>) {
@@ -146,85 +154,82 @@ impl Attention {
     }
 }
 
-/// The room of a task of the forward pass: scores, results of a block, K and V as products read them.
-fn forward_room<T: Vectors>(a: &Attention) -> [usize; 4] {
+/// The room of a task of the forward pass: scores, K and V as products read them, those products' own, and the rows of Q, K
+/// and V that are widened, where those are of half precision and products are not by pairs.
+fn forward_room<T: Vectors>(a: &Attention, halves: [bool; 3]) -> [usize; 7] {
     let rows = a.block();
-    [rows * a.keys, rows * a.values, prepared(&a.scores(rows, T::one())), prepared(&a.sums::<T>(rows))]
+    let (scores, sums) = (a.scores(rows, T::one()), a.sums::<T>(rows));
+    let rest = scores.room_packed().max(sums.room_packed());
+    let [q, k, v] = a.widened::<T>(halves);
+    [rows * a.keys, scores.packed(), sums.packed(), rest, q, k, v]
 }
 
-/// Elements of scratch that [`forward`] needs.
-pub fn forward_scratch<T: Vectors>(a: &Attention) -> usize {
-    slots(a.tasks(), forward_room::<T>(a).iter().sum())
+/// Elements of scratch that [`forward`] needs; `halves`: which of Q, K and V are of half precision?
+pub fn forward_scratch<T: Vectors>(a: &Attention, halves: [bool; 3]) -> usize {
+    slots(a.tasks(), forward_room::<T>(a, halves).iter().sum())
 }
 
 /// Y, and in `logs` (batch, heads, queries) the logarithm of `Σ exp` of each row of scores.
-#[allow(clippy::too_many_arguments)]
 pub fn forward<T: Vectors + Math>(
     a: &Attention,
-    q: &[T],
-    k: &[T],
-    v: &[T],
+    [q, k, v]: [Elements<T>; 3],
     scores: Scores<T>,
     y: &mut [T],
-    logs: &mut [T],
+    logs: Option<&mut [T]>,
     scratch: &mut [T],
 ) {
     a.check([q.len(), k.len(), v.len(), y.len()], scores.mask);
-    assert!(logs.len() == a.tasks() * a.queries, "operands of attention");
+    assert!(logs.as_ref().is_none_or(|l| l.len() == a.tasks() * a.queries), "operands of attention");
     if a.tasks() * a.queries * a.keys == 0 {
         return y.fill(T::zero());
     }
-    let room = forward_room::<T>(a);
+    let room = forward_room::<T>(a, [q, k, v].map(|x| !x.is_whole()));
     let rows = a.block();
-    let (y, logs) = (Shared::new(y), Shared::new(logs));
+    let (y, logs) = (Shared::new(y), logs.map(Shared::new));
     in_slots(a.tasks(), room.iter().sum(), scratch, |task, slot| {
         let at @ [sample, head] = [task / a.heads, task % a.heads];
-        let (q, k, v) = (&q[a.q.at(sample, head)..], &k[a.k.at(sample, head)..], &v[a.v.at(sample, head)..]);
-        let [s, out, packed_k, packed_v] = split(slot, room);
-        prepare(&a.scores(rows, scores.scale), k, packed_k);
-        prepare(&a.sums(rows), v, packed_v);
+        let [s, k_across, v_along, rest, near @ ..] = split(slot, room);
+        let (a, [q, k, v]) = a.near_rows([q, k, v], at, near);
+        a.scores(rows, scores.scale).pack(k, k_across);
+        a.sums(rows).pack(v, v_along);
         for first in (0..a.queries).step_by(rows) {
             let n = rows.min(a.queries - first);
             let s = &mut s[..n * a.keys];
-            gemm_prepared(&a.scores(n, scores.scale), &q[first * a.q.position..], k, packed_k, s);
-            // SAFETY: the rows' logarithms are this task's.
-            let logs = unsafe { std::slice::from_raw_parts_mut(logs.ptr().add(task * a.queries + first), n) };
+            a.scores(n, scores.scale).multiply_packed(q.from(first * a.q.position), k, k_across, s, rest);
+            let logs = logs.as_ref().map(|logs| {
+                // SAFETY: the rows' logarithms are this task's.
+                unsafe { std::slice::from_raw_parts_mut(logs.ptr().add(task * a.queries + first), n) }
+            });
             vectorize(
                 #[inline(always)]
                 || {
                     if let Some(mask) = scores.mask {
                         a.add_mask(mask, at, first, s);
                     }
-                    for (s, log) in s.chunks_exact_mut(a.keys).zip(logs) {
-                        let most = largest(s);
-                        s.iter_mut().for_each(|x| *x = (*x - most).m_exp());
-                        let total = sum(s, |x| x);
-                        *log = most + T::of(total.m_ln());
-                        let factor = T::of(1.0 / total);
-                        s.iter_mut().for_each(|x| *x *= factor);
-                    }
+                    probabilities(s, a.keys, logs);
                 },
             );
-            let out = &mut out[..n * a.values];
-            gemm_prepared(&a.sums(n), s, v, packed_v, out);
             // SAFETY: `check` has seen to the extents; the rows are this task's.
-            unsafe { put(&y, a.y, at, first, a.values, out) };
+            unsafe {
+                let y = y.ptr().add(a.y.at(sample, head) + first * a.y.position);
+                a.sums(n).multiply_packed_at(Elements::Whole(s), v, v_along, y, rest);
+            }
         }
     });
 }
 
-/// Writes rows of `len` elements to positions `first..` of a tensor.
-///
-/// # Safety
-/// The tensor must have them, and nobody else may use them.
-unsafe fn put<T: Copy>(to: &Shared<T>, rows: Rows, at: [usize; 2], first: usize, len: usize, from: &[T]) {
-    let start = rows.at(at[0], at[1]);
-    for (i, row) in from.chunks_exact(len.max(1)).enumerate() {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let to = to.ptr().add(start + (first + i) * rows.position);
-            std::ptr::copy_nonoverlapping(row.as_ptr(), to, len);
+/// Softmax of each row of scores, and the logarithms of its sums.
+#[inline(always)]
+fn probabilities<T: Math>(s: &mut [T], keys: usize, mut logs: Option<&mut [T]>) {
+    for (i, s) in s.chunks_exact_mut(keys).enumerate() {
+        let most = largest(s);
+        s.iter_mut().for_each(|x| *x = (*x - most).m_exp());
+        let total = sum(s, |x| x);
+        if let Some(logs) = &mut logs {
+            logs[i] = most + T::of(total.m_ln());
         }
+        let factor = T::of(1.0 / total);
+        s.iter_mut().for_each(|x| *x *= factor);
     }
 }
 
@@ -243,47 +248,55 @@ pub struct Out<'a, T> {
     pub mask: Option<&'a mut [T]>,
 }
 
-/// The room of a task of the backward pass: probabilities and the gradient of scores, dQ of a block, dK, dV, then K twice and
-/// V as products read them, what the products of transposed blocks need, and the rows of Q, K and V that are widened,
-/// where those are of half precision.
-fn grad_room<T: Vectors>(a: &Attention, halves: [bool; 3]) -> [usize; 12] {
+/// The room of a task of the backward pass: probabilities and the gradient of scores, K twice and V as products read them,
+/// what products need besides, and the rows that are widened.
+fn grad_room<T: Vectors>(a: &Attention, halves: [bool; 3]) -> [usize; 9] {
     let (rows, one) = (a.block(), T::one());
-    let widened = |i: usize, size: usize| if halves[i] { size } else { 0 };
-    [
-        rows * a.keys,
-        rows * a.keys,
-        rows * a.depth,
-        a.keys * a.depth,
-        a.keys * a.values,
-        prepared(&a.scores(rows, one)),
-        prepared(&a.query_grads(rows, one)),
-        prepared(&a.score_grads::<T>(rows)),
-        [rows, a.queries % rows]
-            .map(|rows| room(&a.key_grads(rows, one), 1).max(room(&a.value_grads::<T>(rows), 1)))
-            .into_iter()
-            .fold(0, usize::max),
-        widened(0, a.queries * a.depth),
-        widened(1, a.keys * a.depth),
-        widened(2, a.keys * a.values),
-    ]
+    let by_packed = [a.scores(rows, one), a.query_grads(a.q.position, rows, one), a.score_grads(rows)];
+    let others = [rows, a.queries % rows].into_iter().filter(|rows| *rows > 0).flat_map(|rows| {
+        let of = [a.key_grads(a.k.position, rows, one, one), a.value_grads(a.v.position, rows, one)];
+        of.map(|p| p.room())
+    });
+    let rest = by_packed.iter().map(Near::room_packed).chain(others).fold(0, usize::max);
+    let [k_across, k_along, v_across] = by_packed.map(|p| p.packed());
+    let [q, k, v] = a.widened::<T>(halves);
+    [rows * a.keys, rows * a.keys, k_across, k_along, v_across, rest, q, k, v]
 }
 
-/// The rows of a task from the first on: where they lie, or, of half precision, widened next to one another.
-fn rows_near<'b, T: Vectors>(
-    x: Elements<'b, T>,
-    rows: &mut Rows,
-    [sample, head]: [usize; 2],
-    len: usize,
-    near: &'b mut [T],
-) -> &'b [T] {
-    let (start, step) = (rows.at(sample, head), rows.position);
-    if let Elements::Whole(x) = x {
-        return &x[start..];
+impl Attention {
+    /// Elements of Q, K and V of a task that are widened: of half precision, where products are not by pairs.
+    fn widened<T: Vectors>(&self, halves: [bool; 3]) -> [usize; 3] {
+        let sizes = [self.queries * self.depth, self.keys * self.depth, self.keys * self.values];
+        let widens = !self.by_pairs::<T>();
+        [0, 1, 2].map(|i| if halves[i] && widens { sizes[i] } else { 0 })
     }
-    rows.position = len;
-    let each = near.chunks_exact_mut(len.max(1)).enumerate();
-    each.for_each(|(i, near)| x.copy(start + i * step, near));
-    near
+
+    /// Q, K and V of a task from its first rows on, and where those lie from there: as before, or, widened, next to one
+    /// another.
+    fn near_rows<'b, T: Vectors>(
+        &self,
+        x: [Elements<'b, T>; 3],
+        [sample, head]: [usize; 2],
+        near: [&'b mut [T]; 3],
+    ) -> (Attention, [Elements<'b, T>; 3]) {
+        let mut a = *self;
+        let lens = [self.depth, self.depth, self.values];
+        let mut rows = [&mut a.q, &mut a.k, &mut a.v];
+        let mut i = 0;
+        let x = near.map(|near| {
+            let (x, len, rows) = (x[i], lens[i], &mut *rows[i]);
+            i += 1;
+            let start = rows.at(sample, head);
+            if near.is_empty() {
+                return x.from(start);
+            }
+            let each = near.chunks_exact_mut(len.max(1)).enumerate();
+            each.for_each(|(i, near)| x.copy(start + i * rows.position, near));
+            rows.position = len;
+            Elements::Whole(&*near)
+        });
+        (a, x)
+    }
 }
 
 /// Elements of scratch that [`grads`] needs; `halves`: which of Q, K and V are of half precision?
@@ -320,25 +333,23 @@ pub fn grads<T: Vectors + Math>(
     let [dq, dk, dv, dmask] = [out.q, out.k, out.v, out.mask].map(|x| x.map(Shared::new));
     in_slots(a.tasks(), room.iter().sum(), scratch, |task, slot| {
         let at @ [sample, head] = [task / a.heads, task % a.heads];
-        let [p, ds, block, k_sum, v_sum, k_across, k_along, v_across, rest, q_near, k_near, v_near] =
-            split(slot, room);
+        let [p, ds, k_across, k_along, v_across, rest, near @ ..] = split(slot, room);
         // Q, K and V lie as `a` says from here on; their gradients as `to` says.
-        let (to, mut a) = (a, *a);
-        let q = rows_near(q, &mut a.q, at, a.depth, q_near);
-        let k = rows_near(k, &mut a.k, at, a.depth, k_near);
-        let v = rows_near(v, &mut a.v, at, a.values, v_near);
-        let dy = &dy[a.y.at(sample, head)..];
-        prepare(&a.scores(rows, scale), k, k_across);
-        prepare(&a.query_grads(rows, scale), k, k_along);
-        prepare(&a.score_grads(rows), v, v_across);
-        k_sum.fill(T::zero());
-        v_sum.fill(T::zero());
+        let (to, (a, [q, k, v])) = (a, a.near_rows([q, k, v], at, near));
+        let dy = Elements::Whole(&dy[a.y.at(sample, head)..]);
+        // SAFETY: `check` has seen to the extents; the rows of this sample's head are this task's.
+        let place = |x: &Shared<T>, rows: Rows, first: usize| unsafe {
+            x.ptr().add(rows.at(sample, head) + first * rows.position)
+        };
+        a.scores(rows, scale).pack(k, k_across);
+        a.query_grads(to.q.position, rows, scale).pack(k, k_along);
+        a.score_grads(rows).pack(v, v_across);
         for first in (0..a.queries).step_by(rows) {
             let n = rows.min(a.queries - first);
             let (p, ds) = (&mut p[..n * a.keys], &mut ds[..n * a.keys]);
-            let (q, dy) = (&q[first * a.q.position..], &dy[first * a.y.position..]);
-            gemm_prepared(&a.scores(n, scale), q, k, k_across, p);
-            gemm_prepared(&a.score_grads(n), dy, v, v_across, ds);
+            let (q, dy) = (q.from(first * a.q.position), dy.from(first * a.y.position));
+            a.scores(n, scale).multiply_packed(q, k, k_across, p, rest);
+            a.score_grads(n).multiply_packed(dy, v, v_across, ds, rest);
             let logs = &logs[task * a.queries + first..][..n];
             vectorize(
                 #[inline(always)]
@@ -360,26 +371,20 @@ pub fn grads<T: Vectors + Math>(
                 // SAFETY: the scores' elements are this task's.
                 unsafe { std::ptr::copy_nonoverlapping(ds.as_ptr(), dmask.ptr().add(start), ds.len()) }
             }
-            if let Some(dq) = &dq {
-                let block = &mut block[..n * a.depth];
-                gemm_prepared(&a.query_grads(n, scale), ds, k, k_along, block);
-                // SAFETY: dQ has the extents of Q; the rows are this task's.
-                unsafe { put(dq, to.q, at, first, a.depth, block) };
-            }
-            if dk.is_some() {
-                gemm(&a.key_grads(n, scale), ds, q, k_sum, rest);
-            }
-            if dv.is_some() {
-                gemm(&a.value_grads(n), p, dy, v_sum, rest);
-            }
-        }
-        // SAFETY: dK and dV have the extents of K and V; their rows are this task's.
-        unsafe {
-            if let Some(dk) = &dk {
-                put(dk, to.k, at, 0, a.depth, k_sum);
-            }
-            if let Some(dv) = &dv {
-                put(dv, to.v, at, 0, a.values, v_sum);
+            let beta = if first == 0 { T::zero() } else { T::one() };
+            let (p, ds) = (Elements::Whole(&*p), Elements::Whole(&*ds));
+            // SAFETY: as of `place`.
+            unsafe {
+                if let Some(dq) = &dq {
+                    let (product, dq) = (a.query_grads(to.q.position, n, scale), place(dq, to.q, first));
+                    product.multiply_packed_at(ds, k, k_along, dq, rest);
+                }
+                if let Some(dk) = &dk {
+                    a.key_grads(to.k.position, n, scale, beta).multiply_at(ds, q, place(dk, to.k, 0), rest);
+                }
+                if let Some(dv) = &dv {
+                    a.value_grads(to.v.position, n, beta).multiply_at(p, dy, place(dv, to.v, 0), rest);
+                }
             }
         }
     });

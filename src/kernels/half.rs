@@ -21,7 +21,17 @@ pub enum Half {
     F16,
 }
 
+/// Elements that are made before they are rounded.
+const NEAR: usize = 2048;
+
 impl Half {
+    pub fn dtype(self) -> DType {
+        match self {
+            Half::Bf16 => DType::BF16,
+            Half::F16 => DType::F16,
+        }
+    }
+
     /// The half type that a dtype is.
     pub fn of(dtype: DType) -> Option<Half> {
         match dtype {
@@ -84,6 +94,18 @@ impl Half {
     /// [`round`](Self::round) of a whole tensor.
     pub fn round_all(self, x: &[f32], y: &mut [u16]) {
         par::pieces(y, |start, y| self.round_some(&x[start..start + y.len()], y));
+    }
+
+    /// [`round`](Self::round) of what `make` makes, a piece at a time: some elements, from a given one on.
+    pub fn round_made(self, y: &mut [u16], make: impl Fn(usize, &mut [f32]) + Send + Sync) {
+        par::pieces(y, |start, y| {
+            let mut near = [0.0; NEAR];
+            for (i, y) in y.chunks_mut(NEAR).enumerate() {
+                let made = &mut near[..y.len()];
+                make(start + i * NEAR, made);
+                self.round_some(made, y);
+            }
+        });
     }
 
     /// [`widen`](Self::widen) of a whole tensor.
@@ -152,6 +174,14 @@ impl<'a, T: Float> Elements<'a, T> {
         self.len() == 0
     }
 
+    /// Their type, where it is one of half precision.
+    pub fn half(&self) -> Option<Half> {
+        match self {
+            Elements::Whole(_) => None,
+            Elements::Half(half, _) => Some(*half),
+        }
+    }
+
     pub fn is_whole(&self) -> bool {
         matches!(self, Elements::Whole(_))
     }
@@ -183,6 +213,11 @@ impl<'a, T: Float> Elements<'a, T> {
             Elements::Whole(x) => x,
             Elements::Half(..) => panic!("this kernel reads no half precision"),
         }
+    }
+
+    /// Those from element `start` on.
+    pub fn from(&self, start: usize) -> Self {
+        self.part(start..self.len())
     }
 
     pub fn part(&self, range: std::ops::Range<usize>) -> Self {

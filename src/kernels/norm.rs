@@ -75,18 +75,20 @@ pub fn sum2<T: Float>(x: &[T], y: &[T], f: impl Fn(T, T) -> T) -> f64 {
     total
 }
 
-/// Their sum, in a tree.
+/// Their sum, in a tree. (Of a loop over its levels, or of `map`, scalar code would be made.)
 #[inline(always)]
 fn lanes<T: Float>(acc: &[T; LANES]) -> f64 {
-    let mut sums = acc.map(|a| a.to64());
-    let mut half = LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            sums[i] += sums[i + half];
-        }
-        half /= 2;
+    let mut s = [0.0; LANES / 2];
+    for i in 0..LANES / 2 {
+        s[i] = acc[i].to64() + acc[i + LANES / 2].to64();
     }
-    sums[0]
+    for i in 0..8 {
+        s[i] += s[i + 8];
+    }
+    for i in 0..4 {
+        s[i] += s[i + 4];
+    }
+    (s[0] + s[2]) + (s[1] + s[3])
 }
 
 /// Number, mean and sum of squared distances from the mean.

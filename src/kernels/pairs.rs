@@ -336,7 +336,7 @@ unsafe impl<S: Simd> Terms for Plainly<S> {
 
     #[inline(always)]
     unsafe fn broadcast(p: *const u32) -> [u32; WIDEST] {
-        unsafe { [*p; WIDEST] }
+        unsafe { [p.read_unaligned(); WIDEST] }
     }
 
     #[inline(always)]

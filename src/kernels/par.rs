@@ -74,6 +74,14 @@ impl<'a, T> Shared<'a, T> {
         Shared(all.as_mut_ptr(), PhantomData)
     }
 
+    /// Elements that lie there.
+    ///
+    /// # Safety
+    /// Nobody else may use those that the tasks write.
+    pub(crate) unsafe fn at(first: *mut T) -> Self {
+        Shared(first, PhantomData)
+    }
+
     pub(crate) fn ptr(&self) -> *mut T {
         self.0
     }

@@ -35,7 +35,7 @@ pub unsafe trait Terms: Copy + Send + Sync + 'static {
     unsafe fn row(p: *const Self::Term) -> Self::Row;
     /// The first `n` terms, zeros after them.
     unsafe fn row_part(p: *const Self::Term, n: usize) -> Self::Row;
-    /// One term in all lanes.
+    /// One term in all lanes; a pair may lie at any address.
     unsafe fn broadcast(p: *const Self::Term) -> Self::Row;
     /// `x·row + sum`
     unsafe fn multiply(x: Self::Row, row: Self::Row, sum: <Self::S as Simd>::V) -> <Self::S as Simd>::V;

@@ -49,7 +49,7 @@ impl Op for MatMul {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let (a, b) = (need(inputs, 0)?, need(inputs, 1)?);
+        let [a, b] = [&widened(need(inputs, 0)?), &widened(need(inputs, 1)?)];
         same_type(a, b)?;
         let s = self.stacked(&a.dims, &b.dims)?;
         let mut dims = s.stack;
@@ -83,6 +83,11 @@ impl Op for MatMul {
 
     fn by_pairs(&self) -> Option<Arc<dyn Op>> {
         Some(Arc::new(MatMul { pairs: true, ..*self }))
+    }
+
+    fn rounds(&self, inputs: &[Option<&Meta>], input: usize) -> bool {
+        let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return false };
+        self.stacked(&a.dims, &b.dims).is_ok_and(|s| s.rounds(input))
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
@@ -203,6 +208,10 @@ impl Op for MatMulAs {
 
     fn by_pairs(&self) -> Option<Arc<dyn Op>> {
         Some(Arc::new(MatMulAs { pairs: true, ..self.clone() }))
+    }
+
+    fn rounds(&self, _: &[Option<&Meta>], input: usize) -> bool {
+        self.stacked().is_ok_and(|s| s.rounds(input))
     }
 
     fn multiply_adds(&self, _: &[Option<&Meta>]) -> usize {

@@ -166,6 +166,17 @@ pub trait Op: Any + Debug + Send + Sync {
         false
     }
 
+    /// Is this operand, of such inputs, rounded to bfloat16 before anything is computed with it? Then it may come in that
+    /// type, and nothing changes.
+    fn rounds(&self, _inputs: &[Option<&Meta>], _input: usize) -> bool {
+        false
+    }
+
+    /// The same operator with its only output in this type of half precision. `None` where it cannot.
+    fn halved(&self, _to: DType) -> Option<Arc<dyn Op>> {
+        None
+    }
+
     /// The same operator with one output more, the last one: output 0 in this type of half precision, rounded while it
     /// is near. `None` where it cannot.
     fn rounding(&self, _to: DType) -> Option<Arc<dyn Op>> {

@@ -10,12 +10,11 @@ use crate::graph::GradBuilder;
 use crate::kernels::elementwise::{apply1, same};
 use crate::kernels::half::Half;
 use crate::kernels::integer::Integer;
-use crate::kernels::isa::Wide;
 use crate::kernels::math::Math;
 use crate::ops::binary::slice;
-use crate::ops::half::elements;
+use crate::ops::half::{elements, half_bits_mut};
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
-use crate::tensor::{Meta, View, ViewMut};
+use crate::tensor::{DType, Elem, Meta, View, ViewMut};
 use crate::{float_dispatch, int_dispatch};
 
 /// What its vector-Jacobian product needs beside dY.
@@ -65,7 +64,10 @@ impl<K: Kind> Op for Unary<K> {
         let (x, y, k) = (get(x, 0), out(y, 0)?, self.0);
         match K::INT {
             Some(f) if !y.dtype.is_float() => integers(x, y, f),
-            _ => float_dispatch!(y.dtype, T => apply(x, y, #[inline(always)] |x: T| k.f(x))),
+            _ => float_dispatch!(y.dtype, T => {
+                sweep(k, slice::<T>(x)?, y.get()?);
+                Ok(())
+            }),
         }
     }
 
@@ -95,23 +97,69 @@ impl<K: Kind> Op for Unary<K> {
     fn cheap(&self) -> bool {
         true
     }
+
+    fn halved(&self, to: DType) -> Option<Arc<dyn Op>> {
+        Some(Arc::new(Halved { of: self.0, to: Half::of(to)? }))
+    }
+}
+
+/// An elementwise operator of f32 whose results are rounded to half precision.
+#[derive(Debug, Clone, Copy)]
+struct Halved<K> {
+    of: K,
+    to: Half,
+}
+
+impl<K: Kind> Op for Halved<K> {
+    fn name(&self) -> &'static str {
+        K::NAME
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let x = need(inputs, 0)?;
+        match x.dtype {
+            DType::F32 => Ok(vec![Meta::new(self.to.dtype(), &x.dims)]),
+            other => Err(OpError::Type(format!("{other} where float32 is rounded"))),
+        }
+    }
+
+    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let (x, k) = (need(x, 0)?.get::<f32>()?, self.of);
+        let y = half_bits_mut(out(y, 0)?)?;
+        self.to.round_made(y, |at, made| sweep(k, Some(&x[at..at + made.len()]), made));
+        Ok(())
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        Err(OpError::NotDifferentiable("results that are rounded, after the gradients".into()))
+    }
+
+    fn cheap(&self) -> bool {
+        true
+    }
 }
 
 // Compiled once, not once a function.
 fn integers(x: Option<View>, y: &mut ViewMut, f: fn(i128) -> i128) -> Result<(), OpError> {
-    int_dispatch!(y.dtype, T => apply(x, y, |x: T| T::narrow(f(x.wide()))))
+    int_dispatch!(y.dtype, T => {
+        let y = y.get::<T>()?;
+        let walk = same(y.len());
+        apply1(y, slice(x)?, &walk, |x: T| T::narrow(f(x.wide())));
+        Ok(())
+    })
 }
 
-/// `y = f(x)`, `x` in `y` when absent.
-fn apply<T: crate::tensor::Elem + Wide>(
-    x: Option<View>,
-    y: &mut ViewMut,
-    f: impl Fn(T) -> T + Sync,
-) -> Result<(), OpError> {
-    let y = y.get::<T>()?;
+/// `y = f(x)`, `x` in `y` when absent. Not inlined, so that it is compiled once.
+#[inline(never)]
+fn sweep<K: Kind, T: Math + Elem>(k: K, x: Option<&[T]>, y: &mut [T]) {
     let walk = same(y.len());
-    apply1(y, slice(x)?, &walk, f);
-    Ok(())
+    apply1(
+        y,
+        x,
+        &walk,
+        #[inline(always)]
+        |x: T| k.f(x),
+    );
 }
 
 impl<K: Kind> Op for UnaryGrad<K> {

@@ -122,7 +122,7 @@ impl Chains {
             perm.iter().enumerate().for_each(|(to, &from)| y_axes[from] = to);
         }
         let name = graph.node(*absorbed.last()?).name.clone();
-        let op = FusedAttention { scale, axes: [q_axes, k_axes, v_axes, y_axes] };
+        let op = FusedAttention { scale, axes: [q_axes, k_axes, v_axes, y_axes], pairs: false };
         let mut inputs = vec![Some(q), Some(k), Some(v)];
         inputs.extend(mask.map(Some));
         let tail = Tail { absorbed, inner, out: y, residual: None, clamp: Clamp::NONE };

@@ -268,7 +268,7 @@ fn product<T: Vectors>(g: &Geometry) -> Option<Product<T>> {
 pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
     if let Some(product) = product::<T>(g) {
         return match g.pairs {
-            true => gemm::room_pairs(&product),
+            true => gemm::room_pairs(&product, None),
             false => gemm::room_halves(&product, [false, half]),
         };
     }

@@ -2,7 +2,7 @@
 
 use super::{Packs, Plus, Product, divided, many, room};
 use crate::kernels::half::Elements;
-use crate::kernels::par;
+use crate::kernels::par::{self, Shared};
 use crate::kernels::simd::Vectors;
 
 impl<T: Vectors> Product<T> {
@@ -43,7 +43,7 @@ pub fn gemm_halves<T: Vectors>(
         return;
     }
     if p.widens([!a.is_whole(), !b.is_whole()]) {
-        return divided(p, a, b, plus, c, scratch);
+        return divided(p, a, b, plus, &Shared::new(c), scratch);
     }
     let need = p.extents();
     let (a_near, rest) = scratch.split_at_mut(if a.is_whole() { 0 } else { need[0] });

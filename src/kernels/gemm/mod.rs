@@ -7,6 +7,7 @@
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
 mod halves;
+mod near;
 mod pack;
 mod pairs;
 #[cfg(test)]
@@ -26,6 +27,7 @@ use crate::tensor::Float;
 use crate::tile_sizes;
 
 pub use self::halves::{gemm_halves, room_halves};
+pub use self::near::Near;
 pub use self::pairs::{gemm_pairs, room_pairs};
 use self::tile::{Target, Tile, tile_run};
 
@@ -284,13 +286,13 @@ pub fn many<T: Vectors>(
     } else if batch == 1 || p.work() >= LARGE {
         for i in 0..batch {
             let (a, b) = elements(i);
-            divided(p, a, b, added(i), &mut c[i * c_stride..], scratch);
+            divided(p, a, b, added(i), &Shared::new(&mut c[i * c_stride..]), scratch);
         }
     } else {
         let shared = Shared::new(c);
         tasks(batch, p.packed(), scratch, |i, packed| {
             let (a, b) = elements(i);
-            pack_shared(p, a, b, packed, false);
+            pack_shared(&Product { alone: true, ..*p }, a, b, packed);
             let c = shared.ptr().wrapping_add(i * c_stride);
             let (strips, panels) = (0..p.strips().count, 0..p.panels());
             let part = Part { p, a, b, packed, near: &mut [], plus: added(i), c, strips, panels };
@@ -300,51 +302,23 @@ pub fn many<T: Vectors>(
     }
 }
 
-/// Elements of scratch for a B that [`prepare`] packs for several products; A must not be transposed.
-pub fn prepared<T: Vectors>(p: &Product<T>) -> usize {
-    if p.is_vector() { 0 } else { p.packed() }
-}
-
-/// Packs B for [`gemm_prepared`].
-pub fn prepare<T: Vectors>(p: &Product<T>, b: &[T], packed: &mut [T]) {
-    assert!(!p.trans_a && b.len() >= p.extents()[1], "operands of a product");
-    if !p.is_vector() {
-        pack::columns(p, Elements::Whole(b), packed, !p.alone && packed.len() >= par::GRAIN);
-    }
-}
-
-/// As [`gemm`], with B packed beforehand for a product of the same extents.
-pub fn gemm_prepared<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], packed: &[T], c: &mut [T]) {
-    if p.m * p.n == 0 {
-        return;
-    }
-    p.check([a.len(), b.len(), c.len()], &Plus::NOTHING);
-    assert!(!p.trans_a && packed.len() >= prepared(p), "operands of a product");
-    match p.is_vector() {
-        true => vector::vector(p, a, b, Plus::NOTHING, c),
-        false => {
-            let (a, b) = (Elements::Whole(a), Elements::Whole(b));
-            shared_out(p, a, b, Plus::NOTHING, c, packed, &mut []);
-        }
-    }
-}
-
-/// One product, divided into tasks.
+/// One product, divided into tasks. The callers have checked the extents.
 fn divided<T: Vectors>(
     p: &Product<T>,
     a: Elements<T>,
     b: Elements<T>,
     plus: Plus<T>,
-    c: &mut [T],
+    c: &Shared<T>,
     scratch: &mut [T],
 ) {
     let (packed, rest) = scratch.split_at_mut(p.packed());
-    pack_shared(p, a, b, packed, !p.alone && packed.len() >= par::GRAIN);
+    pack_shared(p, a, b, packed);
     shared_out(p, a, b, plus, c, packed, rest);
 }
 
 /// Packs what all tasks read, by several tasks or by this one.
-fn pack_shared<T: Vectors>(p: &Product<T>, a: Elements<T>, b: Elements<T>, packed: &mut [T], several: bool) {
+fn pack_shared<T: Vectors>(p: &Product<T>, a: Elements<T>, b: Elements<T>, packed: &mut [T]) {
+    let several = !p.alone && packed.len() >= par::GRAIN;
     match p.packs() {
         Packs::Nothing => {}
         Packs::B | Packs::BThenA => pack::columns(p, b, packed, several),
@@ -358,12 +332,11 @@ fn shared_out<T: Vectors>(
     a: Elements<T>,
     b: Elements<T>,
     plus: Plus<T>,
-    c: &mut [T],
+    c: &Shared<T>,
     packed: &[T],
     rest: &mut [T],
 ) {
     let (rows, cols) = p.pieces();
-    let c = Shared::new(c);
     let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
     tasks(rows * cols, p.near(), rest, |task, near| {
         let strips = share(task / cols, rows, p.strips().count);
@@ -431,10 +404,8 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                         pack::strips::<S>(p, self.a, self.strips.clone(), k..k + count, near, count);
                     }
                     Packs::AThenB => {
-                        for q in self.panels.clone() {
-                            let out = near.wrapping_add((q - self.panels.start) * count * panel);
-                            pack::panel::<S>(p, self.b, q, k..k + count, out);
-                        }
+                        let place = pack::Place { out: near, room: count, before: 0 };
+                        pack::panels::<S>(p, self.b, self.panels.clone(), k..k + count, place);
                     }
                     _ => {}
                 }

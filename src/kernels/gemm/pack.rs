@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::{GAP, Product};
 use crate::kernels::half::Elements;
 use crate::kernels::par::Shared;
-use crate::kernels::simd::{Kernel, Level, Simd, Vectors, load_up_to, store_up_to};
+use crate::kernels::simd::{Kernel, Level, Simd, Vectors};
 use crate::kernels::tile::Pieces;
 
 /// Steps of the summed dimension that are packed at a time.
@@ -17,15 +17,22 @@ const GROUP: usize = 32;
 /// Steps that rows are fetched ahead: neighbours in a panel are far apart in B.
 const AHEAD: usize = 12;
 
-/// op(B) in panels, by several tasks or by this one.
+/// op(B) in panels, by several tasks or by this one: in pieces such that B is read in order.
 pub(super) fn columns<T: Vectors>(p: &Product<T>, b: Elements<T>, out: &mut [T], several: bool) {
-    assert!(b.len() >= p.extents()[1], "operands of a product");
-    let size = p.in_panels(1, p.k).max(1);
-    // SAFETY: B's length was checked; a panel has `size` elements.
-    let one = |(q, out): (usize, &mut [T])| unsafe { T::dispatch(Panel { p, b, q, out }) };
+    assert!(b.len() >= p.extents()[1] && out.len() >= p.in_panels(p.panels(), p.k), "operands of a product");
+    let out = Shared::new(out);
+    let one = |i: usize| {
+        let (panels, steps) = match p.trans_b {
+            true => (i..i + 1, 0..p.k),
+            false => (0..p.panels(), i * STEPS..p.k.min((i + 1) * STEPS)),
+        };
+        // SAFETY: lengths were checked; each task writes its own panels or steps.
+        unsafe { T::dispatch(Panels { p, b, panels, steps, out: out.ptr() }) }
+    };
+    let tasks = 0..if p.trans_b { p.panels() } else { p.k.div_ceil(STEPS) };
     match several {
-        true => out.par_chunks_exact_mut(size).enumerate().for_each(one),
-        false => out.chunks_exact_mut(size).enumerate().for_each(one),
+        true => tasks.into_par_iter().for_each(one),
+        false => tasks.for_each(one),
     }
 }
 
@@ -41,18 +48,23 @@ pub(super) fn rows<T: Vectors>(p: &Product<T>, a: Elements<T>, out: &mut [T]) {
     });
 }
 
-struct Panel<'a, T> {
+struct Panels<'a, T> {
     p: &'a Product<T>,
     b: Elements<'a, T>,
-    q: usize,
-    out: &'a mut [T],
+    panels: Range<usize>,
+    steps: Range<usize>,
+    /// Of all panels, with all steps.
+    out: *mut T,
 }
 
-impl<T: Vectors> Kernel<T> for Panel<'_, T> {
+impl<T: Vectors> Kernel<T> for Panels<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
+        let Panels { p, b, panels, steps, out } = self;
+        let out = out.wrapping_add(p.in_panels(panels.start, p.k));
+        let place = Place { out, room: p.k, before: steps.start };
         // SAFETY: the caller's promise.
-        unsafe { panel::<S>(self.p, self.b, self.q, 0..self.p.k, self.out.as_mut_ptr()) }
+        unsafe { self::panels::<S>(p, b, panels, steps, place) }
     }
 }
 
@@ -75,71 +87,109 @@ impl<T: Vectors> Kernel<T> for Strips<'_, T> {
     }
 }
 
-/// Some steps of panel `q` of op(B): for each step of the summed dimension one row of columns in whole vectors, zeros beyond
-/// the last. A transposed B is whole.
+/// Where panels go.
+#[derive(Clone, Copy)]
+pub(super) struct Place<T> {
+    /// The first panel.
+    pub out: *mut T,
+    /// Steps that a panel has room for, and those that lie before what is packed.
+    pub room: usize,
+    pub before: usize,
+}
+
+/// Some steps of some panels of op(B): for each step of the summed dimension one row of columns in whole vectors, zeros
+/// beyond the last. A transposed B is whole.
 ///
 /// # Safety
-/// B must have the product's extents, `out` room for the steps, and `S`'s instructions be there.
+/// B must have the product's extents, the panels room for the steps, and `S`'s instructions be there.
 #[inline(always)]
-pub(super) unsafe fn panel<S: Simd>(
+pub(super) unsafe fn panels<S: Simd>(
     p: &Product<S::Elem>,
     b: Elements<S::Elem>,
-    q: usize,
+    some: Range<usize>,
     steps: Range<usize>,
-    out: *mut S::Elem,
+    place: Place<S::Elem>,
 ) {
     let panel = Level::of::<S>().panel(p.n);
-    let first = q * panel;
-    let (cols, width) = (panel.min(p.n - first), p.row(panel, q, S::LANES));
-    // SAFETY: rows and columns of op(B), all of which B has; the panel has as many rows as there are steps.
+    let of = |q: usize| {
+        let row = p.row(panel, q, S::LANES);
+        let to = place.out.wrapping_add((q - some.start) * place.room * panel + place.before * row);
+        (q * panel, panel.min(p.n - q * panel), row, to)
+    };
+    // SAFETY: rows and columns of op(B), all of which B has; the panels have room for the steps.
     unsafe {
-        if cols < width {
-            std::slice::from_raw_parts_mut(out, steps.len() * width).fill(num_traits::zero());
-        }
-        if !p.trans_b && !b.is_whole() {
-            for k in 0..steps.len() {
-                let row = std::slice::from_raw_parts_mut(out.add(k * width), cols);
-                b.copy((steps.start + k) * p.ldb + first, row);
+        if p.trans_b {
+            for q in some.clone() {
+                let (first, cols, width, to) = of(q);
+                if cols < width {
+                    std::slice::from_raw_parts_mut(to, steps.len() * width).fill(num_traits::zero());
+                }
+                across::<S>(b.address(first * p.ldb + steps.start), p.ldb, cols, steps.len(), to, width);
             }
             return;
         }
-        if !p.trans_b {
-            let b = b.address(steps.start * p.ldb + first);
-            for k in 0..steps.len() {
-                let (from, to) = (b.add(k * p.ldb), out.add(k * width));
+        // Rows of all panels at a time, as they lie.
+        for k in 0..steps.len() {
+            for q in some.clone() {
+                let (first, cols, width, to) = of(q);
+                let (at, to) = ((steps.start + k) * p.ldb + first, to.add(k * width));
+                if !b.is_whole() {
+                    b.copy(at, std::slice::from_raw_parts_mut(to, cols));
+                    std::slice::from_raw_parts_mut(to.add(cols), width - cols).fill(num_traits::zero());
+                    continue;
+                }
+                let from = b.address(at);
                 let mut j = 0;
-                while j < cols {
+                while j + S::LANES <= cols {
                     S::prefetch(from.wrapping_add(AHEAD * p.ldb + j));
-                    let part = S::LANES.min(cols - j);
-                    store_up_to::<S>(to.add(j), load_up_to::<S>(from.add(j), part), part);
+                    S::store(to.add(j), S::load(from.add(j)));
                     j += S::LANES;
                 }
+                if j < cols {
+                    S::store(to.add(j), S::load_part(from.add(j), cols - j));
+                }
             }
-            return;
         }
-        let b = b.address(first * p.ldb + steps.start);
+    }
+}
+
+/// Some steps of a panel of a transposed B, whose columns lie `ldb` apart.
+///
+/// # Safety
+/// As of [`panels`].
+#[inline(always)]
+unsafe fn across<S: Simd>(
+    b: *const S::Elem,
+    ldb: usize,
+    cols: usize,
+    steps: usize,
+    out: *mut S::Elem,
+    width: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
         // Some steps at a time: whole cache lines of B are used.
         let mut from = 0;
-        while from < steps.len() {
-            let to = steps.len().min(from + STEPS);
+        while from < steps {
+            let to = steps.min(from + STEPS);
             let mut j = 0;
             while j + S::LANES <= cols {
-                let rows = b.add(j * p.ldb);
+                let rows = b.add(j * ldb);
                 let mut k = from;
                 while k + S::LANES <= to {
-                    S::transpose(rows.add(k), p.ldb, out.add(k * width + j), width);
+                    S::transpose(rows.add(k), ldb, out.add(k * width + j), width);
                     k += S::LANES;
                 }
                 for k in k..to {
                     for i in 0..S::LANES {
-                        *out.add(k * width + j + i) = *rows.add(i * p.ldb + k);
+                        *out.add(k * width + j + i) = *rows.add(i * ldb + k);
                     }
                 }
                 j += S::LANES;
             }
             for j in j..cols {
                 for k in from..to {
-                    *out.add(k * width + j) = *b.add(j * p.ldb + k);
+                    *out.add(k * width + j) = *b.add(j * ldb + k);
                 }
             }
             from = to;

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::tile::{Target, Tile, tile_run};
 use super::{Plus, Product, tasks};
-use crate::kernels::half::Elements;
+use crate::kernels::half::{Elements, Half};
 use crate::kernels::pairs::{PairKernel, Pairs, across, both, in_strips, neighbours};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Level, Simd, Vectors};
@@ -45,19 +45,30 @@ impl<T: Vectors> Product<T> {
         self.in_strip(self.steps())
     }
 
-    /// Numbers of 32 bits that A and B are packed in.
-    fn pairs(&self) -> [usize; 2] {
-        let a = match self.trans_a {
+    /// Are rows of an A of this type rows of pairs as they lie?
+    fn lies_in_pairs(&self, a: Option<Half>) -> bool {
+        let even = self.k.is_multiple_of(2) && self.lda.is_multiple_of(2);
+        !self.trans_a && even && a == Some(Half::Bf16) && cfg!(target_endian = "little")
+    }
+
+    /// Numbers of 32 bits that A is packed in.
+    fn a_pairs(&self, a: Option<Half>) -> usize {
+        match self.trans_a {
+            _ if self.lies_in_pairs(a) => 0,
             true => self.strips().count * self.strip_of_pairs(),
             false => self.m * self.steps(),
-        };
-        [a, self.in_panels(self.panels(), self.steps())]
+        }
     }
 }
 
-/// Elements of scratch that [`gemm_pairs`] needs.
-pub fn room_pairs<T: Vectors>(p: &Product<T>) -> usize {
-    p.pairs().iter().sum()
+/// Elements of B, packed by [`pack_pairs`].
+pub(super) fn packed_pairs<T: Vectors>(p: &Product<T>) -> usize {
+    p.in_panels(p.panels(), p.steps())
+}
+
+/// Elements of scratch that [`gemm_pairs`] needs; `a`: which type of half precision A is of.
+pub fn room_pairs<T: Vectors>(p: &Product<T>, a: Option<Half>) -> usize {
+    p.a_pairs(a) + packed_pairs(p)
 }
 
 /// As [`gemm`](super::gemm), of operands rounded to bfloat16, with something added.
@@ -73,97 +84,161 @@ pub fn gemm_pairs<T: Vectors>(
     if p.m * p.n == 0 {
         return;
     }
-    let [in_a, in_b] = p.pairs();
-    let scratch: &mut [u32] = bytemuck::cast_slice_mut(scratch);
-    let (a_pairs, b_pairs) = scratch[..in_a + in_b].split_at_mut(in_a);
-    pack_b(p, b, b_pairs);
-    pack_a(p, a, a_pairs);
-    let (a, b, c) = (&*a_pairs, &*b_pairs, Shared::new(c));
+    let (packed, rest) = scratch.split_at_mut(packed_pairs(p));
+    pack_pairs(p, b, bytemuck::cast_slice_mut(packed));
+    multiply_pairs(p, a, bytemuck::cast_slice(packed), plus, &Shared::new(c), rest);
+}
+
+/// By a packed B; the callers have checked the other extents.
+pub(super) fn multiply_pairs<T: Vectors>(
+    p: &Product<T>,
+    a: Elements<T>,
+    b: &[u32],
+    plus: Plus<T>,
+    c: &Shared<T>,
+    scratch: &mut [T],
+) {
+    assert!(b.len() >= packed_pairs(p), "operands of a product");
+    let (a, lda) = match p.lies_in_pairs(a.half()) {
+        true => (a.address(0).cast::<u32>(), p.lda / 2),
+        false => {
+            let scratch: &mut [u32] = bytemuck::cast_slice_mut(scratch);
+            let out = &mut scratch[..p.a_pairs(None)];
+            pack_a(p, a, out);
+            (out.as_ptr(), p.steps())
+        }
+    };
+    let a = Rows { a, lda };
     let (rows, cols) = Product { trans_a: false, ..*p }.pieces();
     let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
     tasks::<T>(rows * cols, 0, &mut [], |task, _| {
         let strips = share(task / cols, rows, p.strips().count);
         let panels = share(task % cols, cols, p.panels());
-        let part = Part { p, a, b, plus, c: c.ptr(), strips, panels };
-        // SAFETY: the extents were checked above; no two tasks share elements of C.
+        let part = Part { p, a: &a, b, plus, c: c.ptr(), strips, panels };
+        // SAFETY: the extents were checked; no two tasks share elements of C.
         unsafe { T::dispatch_pairs(part) }
     });
 }
 
-/// A panel of op(B) is, for each step, its columns' pairs in whole vectors.
-fn pack_b<T: Vectors>(p: &Product<T>, b: Elements<T>, out: &mut [u32]) {
-    assert!(b.len() >= p.extents()[1], "operands of a product");
-    out.par_chunks_exact_mut(p.in_panels(1, p.steps())).enumerate().for_each(|(q, out)| {
-        // SAFETY: B's length was checked; a panel has its size.
-        unsafe { T::dispatch_pairs(Panel { p, b, q, out }) }
+/// Tasks that pack, by several threads or by this one.
+fn each<T>(p: &Product<T>, count: usize, run: impl Fn(usize) + Send + Sync) {
+    match p.alone {
+        true => (0..count).for_each(run),
+        false => (0..count).into_par_iter().for_each(run),
+    }
+}
+
+/// Packs B: a panel of op(B) is, for each step, its columns' pairs in whole vectors. In pieces such that B is read in
+/// order.
+pub(super) fn pack_pairs<T: Vectors>(p: &Product<T>, b: Elements<T>, out: &mut [u32]) {
+    assert!(b.len() >= p.extents()[1] && out.len() >= packed_pairs(p), "operands of a product");
+    let out = Shared::new(out);
+    let blocks = if p.trans_b { p.panels() } else { p.steps().div_ceil(BLOCK) };
+    each(p, blocks, |i| {
+        let (panels, steps) = match p.trans_b {
+            true => (i..i + 1, 0..p.steps()),
+            false => (0..p.panels(), i * BLOCK..p.steps().min((i + 1) * BLOCK)),
+        };
+        // SAFETY: lengths were checked; each task writes its own panels or steps.
+        unsafe { T::dispatch_pairs(Panels { p, b, panels, steps, out: out.ptr() }) }
     });
 }
 
 /// A's rows as rows of pairs; of an A that is read across its rows, strips as B's panels.
 fn pack_a<T: Vectors>(p: &Product<T>, a: Elements<T>, out: &mut [u32]) {
     assert!(a.len() >= p.extents()[0], "operands of a product");
+    let shared = Shared::new(out);
     if p.trans_a {
-        let out = Shared::new(out);
-        return (0..p.steps().div_ceil(BLOCK)).into_par_iter().for_each(|block| {
+        return each(p, p.steps().div_ceil(BLOCK), |block| {
             let steps = block * BLOCK..p.steps().min((block + 1) * BLOCK);
             // SAFETY: A's length was checked; each task writes its own steps.
-            unsafe { T::dispatch_pairs(Strips { p, a, steps, out: out.ptr() }) }
+            unsafe { T::dispatch_pairs(Strips { p, a, steps, out: shared.ptr() }) }
         });
     }
-    out.par_chunks_mut(ROWS * p.steps()).enumerate().for_each(|(i, out)| {
-        // SAFETY: A's length was checked; the rows are whole.
-        unsafe { T::dispatch_pairs(Rows { p, a, first: i * ROWS, out }) }
+    each(p, p.m.div_ceil(ROWS), |block| {
+        let rows = block * ROWS..p.m.min((block + 1) * ROWS);
+        // SAFETY: A's length was checked; each task writes its own rows.
+        unsafe { T::dispatch_pairs(PackRows { p, a, rows, out: shared.ptr() }) }
     });
 }
 
-struct Panel<'a, T> {
+struct Panels<'a, T> {
     p: &'a Product<T>,
     b: Elements<'a, T>,
-    q: usize,
-    out: &'a mut [u32],
+    panels: Range<usize>,
+    steps: Range<usize>,
+    /// Of all panels, with all steps.
+    out: *mut u32,
 }
 
-impl<T: Vectors> PairKernel<T> for Panel<'_, T> {
+impl<T: Vectors> PairKernel<T> for Panels<'_, T> {
     #[inline(always)]
     unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
-        let Panel { p, b, q, out } = self;
+        let Panels { p, b, panels, steps, out } = self;
         let lanes = D::S::LANES;
         let panel = Level::of::<D::S>().panel(p.n);
-        let first = q * panel;
-        let cols = panel.min(p.n - first);
-        let row = p.row(panel, q, lanes);
-        if cols < row {
-            out.fill(0);
-        }
-        let out = out.as_mut_ptr();
-        // SAFETY: rows and columns of op(B), all of which B has; the panel has as many rows as there are steps.
+        let of = |q: usize| {
+            let row = p.row(panel, q, lanes);
+            (q * panel, panel.min(p.n - q * panel), row, out.wrapping_add(q * p.steps() * panel))
+        };
+        // SAFETY: rows and columns of op(B), all of which B has; a panel has as many rows as there are steps.
         unsafe {
-            if !p.trans_b {
-                for step in 0..p.steps() {
-                    across::<D>(b, both(step, p.k, first, p.ldb), cols, out.add(step * row));
+            if p.trans_b {
+                for q in panels {
+                    let (first, cols, row, out) = of(q);
+                    transposed::<D>(p, b, first, cols, row, out);
                 }
                 return;
             }
-            // Squares of pairs are transposed in registers.
-            let mut square = [0u32; SQUARE * SQUARE];
-            for step in (0..p.steps()).step_by(lanes) {
-                let steps = lanes.min(p.steps() - step);
-                let elements = (2 * steps).min(p.k - 2 * step);
-                for col in (0..cols).step_by(lanes) {
-                    let count = lanes.min(cols - col);
+            for step in steps {
+                for q in panels.clone() {
+                    let (first, cols, row, out) = of(q);
+                    let to = out.add(step * row);
+                    across::<D>(b, both(step, p.k, first, p.ldb), cols, to);
+                    std::slice::from_raw_parts_mut(to.add(cols), row - cols).fill(0);
+                }
+            }
+        }
+    }
+}
+
+/// A panel of a transposed B, from column `first` on: squares of pairs are transposed in registers.
+///
+/// # Safety
+/// B must have the columns, `out` room for a row of `row` pairs a step, and `D`'s instructions be there.
+#[inline(always)]
+unsafe fn transposed<D: Pairs<S: Simd<Elem: Vectors>>>(
+    p: &Product<<D::S as Simd>::Elem>,
+    b: Elements<<D::S as Simd>::Elem>,
+    first: usize,
+    cols: usize,
+    row: usize,
+    out: *mut u32,
+) {
+    let lanes = D::S::LANES;
+    let mut square = [0u32; SQUARE * SQUARE];
+    // SAFETY: the caller's promise.
+    unsafe {
+        if cols < row {
+            std::slice::from_raw_parts_mut(out, p.steps() * row).fill(0);
+        }
+        for step in (0..p.steps()).step_by(lanes) {
+            let steps = lanes.min(p.steps() - step);
+            let elements = (2 * steps).min(p.k - 2 * step);
+            for col in (0..cols).step_by(lanes) {
+                let count = lanes.min(cols - col);
+                for i in 0..count {
+                    let at = (first + col + i) * p.ldb + 2 * step;
+                    neighbours::<D>(b, at, elements, square.as_mut_ptr().add(i * lanes));
+                }
+                let to = out.add(step * row + col);
+                if steps == lanes && count == lanes {
+                    D::S::transpose(square.as_ptr().cast(), lanes, to.cast(), row);
+                    continue;
+                }
+                for k in 0..steps {
                     for i in 0..count {
-                        let at = (first + col + i) * p.ldb + 2 * step;
-                        neighbours::<D>(b, at, elements, square.as_mut_ptr().add(i * lanes));
-                    }
-                    let to = out.add(step * row + col);
-                    if steps == lanes && count == lanes {
-                        D::S::transpose(square.as_ptr().cast(), lanes, to.cast(), row);
-                        continue;
-                    }
-                    for k in 0..steps {
-                        for i in 0..count {
-                            *to.add(k * row + i) = square[i * lanes + k];
-                        }
+                        *to.add(k * row + i) = square[i * lanes + k];
                     }
                 }
             }
@@ -171,20 +246,21 @@ impl<T: Vectors> PairKernel<T> for Panel<'_, T> {
     }
 }
 
-struct Rows<'a, T> {
+struct PackRows<'a, T> {
     p: &'a Product<T>,
     a: Elements<'a, T>,
-    first: usize,
-    out: &'a mut [u32],
+    rows: Range<usize>,
+    /// Of all rows.
+    out: *mut u32,
 }
 
-impl<T: Vectors> PairKernel<T> for Rows<'_, T> {
+impl<T: Vectors> PairKernel<T> for PackRows<'_, T> {
     #[inline(always)]
     unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
         let p = self.p;
-        for (i, row) in self.out.chunks_exact_mut(p.steps()).enumerate() {
+        for i in self.rows {
             // SAFETY: a row's elements, which A has, and its pairs.
-            unsafe { neighbours::<D>(self.a, (self.first + i) * p.lda, p.k, row.as_mut_ptr()) }
+            unsafe { neighbours::<D>(self.a, i * p.lda, p.k, self.out.add(i * p.steps())) }
         }
     }
 }
@@ -215,10 +291,21 @@ impl<T: Vectors> PairKernel<T> for Strips<'_, T> {
     }
 }
 
+/// A's rows of pairs, at any address, or its strips.
+struct Rows {
+    a: *const u32,
+    lda: usize,
+}
+
+// SAFETY: the pairs are only read.
+unsafe impl Send for Rows {}
+// SAFETY: as above.
+unsafe impl Sync for Rows {}
+
 /// Some strips and panels of one product whose operands are packed.
 struct Part<'a, T> {
     p: &'a Product<T>,
-    a: &'a [u32],
+    a: &'a Rows,
     b: &'a [u32],
     plus: Plus<'a, T>,
     c: *mut T,
@@ -245,11 +332,11 @@ impl<T: Vectors> PairKernel<T> for Part<'_, T> {
                     let row = strips.start(i);
                     let (a, lda) = match p.trans_a {
                         true => (i * strip + k * height, height),
-                        false => (row * steps + k, steps),
+                        false => (row * self.a.lda + k, self.a.lda),
                     };
                     let tile = Tile {
                         across: p.trans_a,
-                        a: self.a.as_ptr().wrapping_add(a),
+                        a: self.a.a.wrapping_add(a),
                         lda,
                         b,
                         ldb: None,

@@ -165,7 +165,7 @@ fn pairs_are_products_of_rounded_operands() {
         let run = |a: Elements<f32>, b: Elements<f32>| {
             let mut y = c.clone();
             let plus = Plus { row: Some(&row), all: Some(&all) };
-            gemm_pairs(&p, a, b, plus, &mut y, &mut vec![f32::NAN; room_pairs(&p)]);
+            gemm_pairs(&p, a, b, plus, &mut y, &mut vec![f32::NAN; room_pairs(&p, a.half())]);
             y
         };
         let y = run(Elements::Whole(&a), Elements::Whole(&b));

@@ -37,7 +37,7 @@ unsafe impl Terms for Instruction {
 
     #[inline(always)]
     unsafe fn broadcast(p: *const u32) -> uint32x4_t {
-        unsafe { vdupq_n_u32(*p) }
+        unsafe { vdupq_n_u32(p.read_unaligned()) }
     }
 
     #[inline(always)]

@@ -47,7 +47,7 @@ unsafe impl Terms for Instruction {
 
     #[inline(always)]
     unsafe fn broadcast(p: *const u32) -> __m512i {
-        unsafe { _mm512_set1_epi32((*p).cast_signed()) }
+        unsafe { _mm512_set1_epi32(p.read_unaligned().cast_signed()) }
     }
 
     #[inline(always)]

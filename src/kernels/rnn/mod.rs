@@ -11,7 +11,7 @@ mod lstm;
 mod plain;
 mod sequence;
 
-use crate::kernels::gemm::{Plus, Product, gemm, many, prepared, room};
+use crate::kernels::gemm::{Near, Plus, Product, gemm, many, room};
 use crate::kernels::math::Math;
 use crate::kernels::par;
 use crate::kernels::simd::Vectors;
@@ -178,7 +178,7 @@ pub fn forward_scratch<T: Vectors>(s: &Sequence) -> usize {
 fn packed_weights<T: Vectors>(s: &Sequence) -> usize {
     let of = |gates: usize| {
         let (forward, back) = (s.recurrence::<T>(gates, gates * s.hidden), s.back::<T>(gates, s.width()));
-        prepared(&forward).max(prepared(&back))
+        Near::shared(forward).packed().max(Near::shared(back).packed())
     };
     (1..s.gates).map(|split| of(split) + of(s.gates - split)).max().unwrap_or(0).max(of(s.gates))
 }

@@ -1,12 +1,18 @@
 //! The sizes of a recurrent layer, where a step's rows lie in its tensors, and a step's products.
 
-use crate::kernels::gemm::{Product, gemm_prepared, prepare, prepared};
+use crate::kernels::gemm::{Near, Product};
+use crate::kernels::half::Elements;
 use crate::kernels::simd::Vectors;
 
 /// Elements of gates from which on a step's sweep is worth a second thread.
 pub(super) const GRAIN: usize = 1 << 13;
 /// Rows whose gates are computed at a time where nobody keeps them.
 const BLOCK: usize = 256;
+
+/// C of a product by a packed B.
+fn times<T: Vectors>(p: Product<T>, a: &[T], b: &[T], packed: &[T], c: &mut [T]) {
+    Near::shared(p).multiply_packed(Elements::Whole(a), Elements::Whole(b), packed, c, &mut []);
+}
 
 /// Sizes of a recurrent layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,7 +128,7 @@ impl Sequence {
     ) {
         let [from, count] = of;
         let r = &r[from * self.hidden * self.hidden..];
-        gemm_prepared(&self.recurrence(count, stride), h, r, packed, &mut z[from * self.hidden..]);
+        times(self.recurrence(count, stride), h, r, packed, &mut z[from * self.hidden..]);
     }
 
     pub(super) fn recurrence<T: Vectors>(&self, gates: usize, stride: usize) -> Product<T> {
@@ -143,7 +149,7 @@ impl Sequence {
         packed: &[T],
     ) {
         let p = Product { beta, ..self.back(count, stride) };
-        gemm_prepared(&p, dz, &r[from * self.hidden * self.hidden..], packed, dh);
+        times(p, dz, &r[from * self.hidden * self.hidden..], packed, dh);
     }
 
     /// Packs the recurrent weights of one direction for steps backwards: of the first `split` gates, and of the others.
@@ -170,13 +176,14 @@ impl Sequence {
         r: &[T],
         room: &'a mut [T],
     ) -> [&'a [T]; 2] {
-        let (a, rest) = room.split_at_mut(prepared(&first));
-        prepare(&first, r, a);
+        let (first, second) = (Near::shared(first), Near::shared(second));
+        let (a, rest) = room.split_at_mut(first.packed());
+        first.pack(Elements::Whole(r), a);
         if split == self.gates {
             return [a, &[]];
         }
-        let b = &mut rest[..prepared(&second)];
-        prepare(&second, &r[split * self.hidden * self.hidden..], b);
+        let b = &mut rest[..second.packed()];
+        second.pack(Elements::Whole(&r[split * self.hidden * self.hidden..]), b);
         [a, b]
     }
 

@@ -1,5 +1,7 @@
 //! Attention as one operator, without the matrix of scores, and its gradient.
 
+use std::sync::Arc;
+
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
@@ -19,6 +21,8 @@ pub struct FusedAttention {
     /// Where the axes of Q, K, V and Y lie in memory: axis `i` of what is said above is the tensor's axis `axes[_][i]`. The
     /// last one is the last.
     pub axes: [Dims; 4],
+    /// See [`Op::by_pairs`].
+    pub pairs: bool,
 }
 
 impl FusedAttention {
@@ -88,6 +92,7 @@ impl FusedAttention {
             v: rows(v, &self.axes[2]),
             y: rows(&y, &self.axes[3]),
             mask: steps,
+            pairs: self.pairs,
         };
         Ok((a, y))
     }
@@ -115,6 +120,11 @@ fn bytes(dtype: DType, count: impl Fn(bool) -> usize) -> usize {
     }
 }
 
+/// Which of Q, K and V are of half precision.
+fn halves(inputs: &[Option<&Meta>]) -> [bool; 3] {
+    [0, 1, 2].map(|i| get(inputs, i).is_some_and(|x| Half::of(x.dtype).is_some()))
+}
+
 impl Op for FusedAttention {
     fn name(&self) -> &'static str {
         "FusedAttention"
@@ -122,36 +132,42 @@ impl Op for FusedAttention {
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let (a, y) = self.of_metas(inputs)?;
-        let dtype = need(inputs, 0)?.dtype;
+        let dtype = computed(need(inputs, 0)?);
         Ok(vec![Meta::new(dtype, &y), Meta::new(dtype, &[a.batch, a.heads, a.queries])])
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let a = self.of_views(x)?;
-        let count = a.batch * a.heads * a.queries;
         let (first, rest) = y.split_at_mut(1);
-        float_dispatch!(need(x, 0)?.dtype, T => {
-            let room = cx.room::<T>(kernel::forward_scratch::<T>(&a) + count)?;
-            let (spare, room) = room.split_at_mut(count);
-            let logs = match rest.first_mut() {
-                Some(Some(logs)) => logs.get::<T>()?,
-                _ => spare,
-            };
-            let (q, k, v) = (need(x, 0)?.get::<T>()?, need(x, 1)?.get()?, need(x, 2)?.get()?);
+        float_dispatch!(out(first, 0)?.dtype, T => {
+            let operands = [elements::<T>(need(x, 0)?)?, elements(need(x, 1)?)?, elements(need(x, 2)?)?];
+            let room = cx.room::<T>(kernel::forward_scratch::<T>(&a, operands.map(|x| !x.is_whole())))?;
+            let logs = rest.first_mut().and_then(Option::as_mut).map(|logs| logs.get::<T>()).transpose()?;
             let scores = Scores { scale: T::of(self.scale as f64), mask: get(x, 3).map(|m| m.get()).transpose()? };
-            kernel::forward(&a, q, k, v, scores, out(first, 0)?.get()?, logs, room);
+            kernel::forward(&a, operands, scores, out(first, 0)?.get()?, logs, room);
             Ok(())
         })
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Ok((a, _)), Some(q)) = (self.of_metas(inputs), get(inputs, 0)) else { return 0 };
-        let count = a.batch * a.heads * a.queries;
-        let room = |double| match double {
-            true => kernel::forward_scratch::<f64>(&a),
-            false => kernel::forward_scratch::<f32>(&a),
-        };
-        bytes(q.dtype, |double| room(double) + count)
+        let halves = halves(inputs);
+        bytes(computed(q), |double| match double {
+            true => kernel::forward_scratch::<f64>(&a, halves),
+            false => kernel::forward_scratch::<f32>(&a, halves),
+        })
+    }
+
+    fn by_pairs(&self) -> Option<Arc<dyn Op>> {
+        Some(Arc::new(FusedAttention { pairs: true, ..self.clone() }))
+    }
+
+    fn reads_half(&self, input: usize) -> bool {
+        input < 3
+    }
+
+    fn rounds(&self, inputs: &[Option<&Meta>], input: usize) -> bool {
+        input < 3 && self.of_metas(inputs).is_ok_and(|(a, _)| a.by_pairs::<f32>())
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
@@ -214,7 +230,7 @@ impl Op for FusedAttentionGrad {
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Ok((a, _)), Some(q)) = (self.of.of_metas(inputs), get(inputs, 0)) else { return 0 };
-        let halves = [0, 1, 2].map(|i| get(inputs, i).is_some_and(|x| Half::of(x.dtype).is_some()));
+        let halves = halves(inputs);
         bytes(computed(q), |double| match double {
             true => kernel::grads_scratch::<f64>(&a, halves),
             false => kernel::grads_scratch::<f32>(&a, halves),
@@ -223,6 +239,10 @@ impl Op for FusedAttentionGrad {
 
     fn reads_half(&self, input: usize) -> bool {
         input < 3
+    }
+
+    fn by_pairs(&self) -> Option<Arc<dyn Op>> {
+        Some(Arc::new(FusedAttentionGrad { of: FusedAttention { pairs: true, ..self.of.clone() } }))
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {

@@ -291,12 +291,51 @@ fn attention_reads_it() {
     for ([b, h, t, s, d, v], behind) in [([2, 3, 40, 37, 8, 5], false), ([1, 2, 70, 300, 16, 16], true)] {
         let dims = |n: usize, d: usize| if behind { [b, n, h, d] } else { [b, h, n, d] };
         let axes = || Dims::from_slice(if behind { &[0, 2, 1, 3] } else { &[0, 1, 2, 3] });
-        let of = FusedAttention { scale: 0.3, axes: [axes(), axes(), axes(), axes()] };
+        let of = FusedAttention { scale: 0.3, axes: [axes(), axes(), axes(), axes()], pairs: false };
         let [q, k] = [(t, 0.7), (s, 0.9)].map(|(n, step)| wave(&dims(n, d), step));
         let [value, dy] = [(s, 0.2), (t, 0.5)].map(|(n, step)| wave(&dims(n, v), step));
         let logs = eval(&of, &[Some(&q), Some(&k), Some(&value), None]).unwrap().remove(1);
         let operands = [Some(&q), Some(&k), Some(&value), None, Some(&dy), Some(&logs)];
-        reads(&format!("{t} queries of {s} keys"), &FusedAttentionGrad { of }, &operands);
+        let what = format!("{t} queries of {s} keys");
+        reads(&what, &FusedAttentionGrad { of: of.clone() }, &operands);
+        let grad = FusedAttentionGrad { of: of.clone() }.by_pairs().unwrap();
+        reads(&format!("{what}, by pairs"), grad.as_ref(), &operands);
+    }
+}
+
+#[test]
+fn attention_multiplies_pairs() {
+    // As above; the last sizes are too small for pairs, the second ones leave a block of one query.
+    let sizes =
+        [([2, 2, 128, 128, 64, 32], true), ([1, 2, 65, 300, 16, 16], false), ([2, 1, 9, 8, 4, 4], false)];
+    // Rows that have little in common: of gradients that cancel out nothing could be said.
+    let scattered = |dims: &[usize], step: f64| {
+        let data = (0..dims.iter().product()).map(|i: usize| ((i * i) as f64 * step).sin() as f32);
+        Tensor::from_slice(dims, &data.collect::<Vec<f32>>()).unwrap()
+    };
+    for (i, ([b, h, t, s, d, v], behind)) in sizes.into_iter().enumerate() {
+        let dims = |n: usize, d: usize| if behind { [b, n, h, d] } else { [b, h, n, d] };
+        let axes = || Dims::from_slice(if behind { &[0, 2, 1, 3] } else { &[0, 1, 2, 3] });
+        let of = FusedAttention { scale: 0.3, axes: [axes(), axes(), axes(), axes()], pairs: false };
+        let [q, k] = [(t, 0.7), (s, 0.9)].map(|(n, step)| scattered(&dims(n, d), step));
+        let [value, dy] = [(s, 0.2), (t, 0.5)].map(|(n, step)| scattered(&dims(n, v), step));
+        let mask = scattered(&[t, s], 0.4);
+        let operands = [Some(&q), Some(&k), Some(&value), Some(&mask)];
+        let logs = eval(&of, &operands).unwrap().remove(1);
+        let more = [&operands[..], &[Some(&dy), Some(&logs)]].concat();
+        let same = |op: &dyn Op, x: &[Option<&Tensor>]| {
+            let plain = eval(op, x).unwrap();
+            let pairs = eval(op.by_pairs().unwrap().as_ref(), x).unwrap();
+            for (n, (plain, pairs)) in plain.iter().zip(&pairs).enumerate() {
+                let (plain, pairs) = (plain.to_f64(), pairs.to_f64());
+                let most = plain.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+                let off = plain.iter().zip(&pairs).fold(0.0, |m: f64, (a, b)| m.max((a - b).abs()));
+                assert!(off < most / 64.0, "{} of {t} by {s}, {n}: off by {off} of {most}", op.name());
+                assert!((off > 0.0) == (i < 2), "{} of {t} by {s}, {n}: is anything rounded?", op.name());
+            }
+        };
+        same(&of, &operands);
+        same(&FusedAttentionGrad { of: of.clone() }, &more);
     }
 }
 

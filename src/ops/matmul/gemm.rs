@@ -105,6 +105,14 @@ impl Op for Gemm {
         input < 2 && (self.pairs || self.trans_a && !self.trans_b)
     }
 
+    fn rounds(&self, inputs: &[Option<&Meta>], input: usize) -> bool {
+        let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return false };
+        self.extents(&a.dims, &b.dims).is_ok_and(|[m, n, k]| {
+            let p = Product::<f32>::dense(self.trans_a, self.trans_b, m, n, k);
+            input < 2 && self.pairs && p.suits_pairs()
+        })
+    }
+
     fn by_pairs(&self) -> Option<Arc<dyn Op>> {
         Some(Arc::new(Gemm { pairs: true, ..self.clone() }))
     }

@@ -73,9 +73,14 @@ impl Stacked {
 
     /// Of one product over all rows that is a gradient of B, or is computed by pairs, both operands may come in half precision.
     pub fn reads_half(&self, input: usize) -> bool {
+        let gradient = self.trans == [true, false] && self.product::<f32>().1 == 1;
+        self.rounds(input) || input < 2 && gradient
+    }
+
+    /// Is this operand rounded to bfloat16?
+    pub fn rounds(&self, input: usize) -> bool {
         let (p, batch) = self.product::<f32>();
-        let gradient = self.trans == [true, false];
-        input < 2 && batch == 1 && (gradient || self.pairs && p.suits_pairs())
+        input < 2 && self.pairs && batch == 1 && p.suits_pairs()
     }
 
     pub fn rows(&self) -> usize {
@@ -152,7 +157,7 @@ pub(super) fn by_pairs<T: Vectors>(
     if !p.suits_pairs() {
         return Ok(false);
     }
-    gemm_pairs(p, a, b, plus, y, cx.room(room_pairs(p))?);
+    gemm_pairs(p, a, b, plus, y, cx.room(room_pairs(p, a.half()))?);
     Ok(true)
 }
 
@@ -161,7 +166,7 @@ pub(super) fn bytes(operands: [&Meta; 2], p: &Product<f32>, batch: usize, pairs:
     let halves = operands.map(|x| Half::of(x.dtype).is_some());
     match operands[0].dtype {
         DType::BF16 | DType::F16 | DType::F32 if pairs && batch == 1 && p.suits_pairs() => {
-            room_pairs(p) * size_of::<f32>()
+            room_pairs(p, Half::of(operands[0].dtype)) * size_of::<f32>()
         }
         _ if halves.contains(&true) => room_halves(p, halves) * size_of::<f32>(),
         DType::F64 => {
