@@ -285,7 +285,11 @@ pub unsafe fn in_strips<D: Pairs<S: Simd<Elem: Vectors>>>(
                 match exact {
                     // (Whatever lies behind the columns.)
                     false => std::ptr::copy_nonoverlapping(from, to, STRIP),
-                    true => std::ptr::copy_nonoverlapping(from, to, strips.len(i)),
+                    true => {
+                        for j in 0..strips.len(i) {
+                            *to.add(j) = *from.add(j);
+                        }
+                    }
                 }
             }
         }

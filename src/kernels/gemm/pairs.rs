@@ -21,7 +21,7 @@ use crate::tile_sizes;
 /// Multiply-adds that pay for packing.
 const LEAST: usize = 1 << 18;
 /// Pairs that are added up in registers before they are added to C.
-const STEPS: usize = 256;
+const STEPS: usize = 512;
 /// Rows of A that are packed by a task.
 const ROWS: usize = 64;
 /// Steps of strips that are packed by a task.

@@ -194,6 +194,25 @@ fn convolutions_read_it() {
     }
 }
 
+/// Numbers that have little in common: of gradients that cancel out nothing could be said.
+fn scattered(dims: &[usize], step: f64) -> Tensor {
+    let data = (0..dims.iter().product()).map(|i: usize| ((i * i) as f64 * step).sin() as f32);
+    Tensor::from_slice(dims, &data.collect::<Vec<f32>>()).unwrap()
+}
+
+/// The results of an operator by pairs are those of the plain one, but for what rounding its operands changes.
+fn rounds_operands(what: &str, op: &dyn Op, x: &[Option<&Tensor>], rounded: bool) {
+    let plain = eval(op, x).unwrap();
+    let pairs = eval(op.by_pairs().unwrap().as_ref(), x).unwrap();
+    for (n, (plain, pairs)) in plain.iter().zip(&pairs).enumerate() {
+        let (plain, pairs) = (plain.to_f64(), pairs.to_f64());
+        let most = plain.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+        let off = plain.iter().zip(&pairs).fold(0.0, |m: f64, (a, b)| m.max((a - b).abs()));
+        assert!(off < most / 64.0, "{what}, result {n}: off by {off} of {most}");
+        assert!((off > 0.0) == rounded, "{what}, result {n}: is anything rounded?");
+    }
+}
+
 #[test]
 fn normalisations_read_it() {
     for (n, c) in [(9000, 16), (700, 300), (333, 1280), (7, 3)] {
@@ -308,11 +327,6 @@ fn attention_multiplies_pairs() {
     // As above; the last sizes are too small for pairs, the second ones leave a block of one query.
     let sizes =
         [([2, 2, 128, 128, 64, 32], true), ([1, 2, 65, 300, 16, 16], false), ([2, 1, 9, 8, 4, 4], false)];
-    // Rows that have little in common: of gradients that cancel out nothing could be said.
-    let scattered = |dims: &[usize], step: f64| {
-        let data = (0..dims.iter().product()).map(|i: usize| ((i * i) as f64 * step).sin() as f32);
-        Tensor::from_slice(dims, &data.collect::<Vec<f32>>()).unwrap()
-    };
     for (i, ([b, h, t, s, d, v], behind)) in sizes.into_iter().enumerate() {
         let dims = |n: usize, d: usize| if behind { [b, n, h, d] } else { [b, h, n, d] };
         let axes = || Dims::from_slice(if behind { &[0, 2, 1, 3] } else { &[0, 1, 2, 3] });
@@ -323,19 +337,9 @@ fn attention_multiplies_pairs() {
         let operands = [Some(&q), Some(&k), Some(&value), Some(&mask)];
         let logs = eval(&of, &operands).unwrap().remove(1);
         let more = [&operands[..], &[Some(&dy), Some(&logs)]].concat();
-        let same = |op: &dyn Op, x: &[Option<&Tensor>]| {
-            let plain = eval(op, x).unwrap();
-            let pairs = eval(op.by_pairs().unwrap().as_ref(), x).unwrap();
-            for (n, (plain, pairs)) in plain.iter().zip(&pairs).enumerate() {
-                let (plain, pairs) = (plain.to_f64(), pairs.to_f64());
-                let most = plain.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
-                let off = plain.iter().zip(&pairs).fold(0.0, |m: f64, (a, b)| m.max((a - b).abs()));
-                assert!(off < most / 64.0, "{} of {t} by {s}, {n}: off by {off} of {most}", op.name());
-                assert!((off > 0.0) == (i < 2), "{} of {t} by {s}, {n}: is anything rounded?", op.name());
-            }
-        };
-        same(&of, &operands);
-        same(&FusedAttentionGrad { of: of.clone() }, &more);
+        let what = format!("{t} queries of {s} keys");
+        rounds_operands(&what, &of, &operands, i < 2);
+        rounds_operands(&what, &FusedAttentionGrad { of: of.clone() }, &more, i < 2);
     }
 }
 
