@@ -1,4 +1,5 @@
-"""Fixtures grad_{resnet20,mobilenetv2}_{eval,train}.npz: gradients of the mean cross-entropy over a batch of 8."""
+"""Fixtures grad_{resnet20,mobilenetv2}_{eval,train}.npz: gradients of the mean cross-entropy over a batch of 8, whose
+images are in the file of training mode."""
 
 import argparse
 import copy
@@ -56,12 +57,12 @@ def fixture(name, path, net, x, y):
     for mode in ("eval", "train"):
         singles, double, drift = all_runs(net, x, y, mode)
         assert max(drift.values()) < CLEAR, f"{name}: a kink lies too near: {worst(drift)}"
-        out = {"in.image": x, "target": y, "model_sha256": sha256(path)}
+        out = {"target": y, "model_sha256": sha256(path)}
         out |= {"loss": singles[0]["loss"], "loss64": double["loss"], "output.logits": singles[0]["output"]}
         for part in ("parameters", "input"):
             out |= stored("grad", [s[part] for s in singles], double[part])
         if mode == "train":
-            out |= {f"running.{key}": value for key, value in singles[0]["running"].items()}
+            out |= {f"running.{key}": value for key, value in singles[0]["running"].items()} | {"in.image": x}
         save(FIXTURES / f"grad_{name}_{mode}.npz", out)
         exact = double["parameters"]
         zero = sum(scale > float(exact[key].abs().max()) for key, scale in scales(exact).items())

@@ -53,12 +53,14 @@ pub fn names<'a>(fixture: &'a Arrays, kind: &str) -> Vec<&'a str> {
     whole.chain(sampled).collect()
 }
 
-fn equals_pytorch(model: PathBuf, fixture: &str, mode: &str) {
-    let fixture = Arrays::read(&shipped(fixture));
+fn equals_pytorch(model: PathBuf, mode: &str) {
+    let name = model.file_stem().unwrap().to_string_lossy();
+    let of = |mode: &str| Arrays::read(&shipped(&format!("tests/fixtures/grad_{name}_{mode}.npz")));
+    let (fixture, images) = (of(mode), of("train"));
     check_model(&fixture, &model);
     let dir = tempfile::tempdir().unwrap();
     let (input, output) = (dir.path().join("in.npz"), dir.path().join("out.npz"));
-    write_npz(&input, &[("image", fixture.get("in.image")), ("target", fixture.get("target"))]).unwrap();
+    write_npz(&input, &[("image", images.get("in.image")), ("target", fixture.get("target"))]).unwrap();
     run(
         &[
             "grad",
@@ -93,30 +95,22 @@ fn equals_pytorch(model: PathBuf, fixture: &str, mode: &str) {
 
 #[test]
 fn resnet20_in_evaluation_mode() {
-    equals_pytorch(shipped("models/resnet20.onnx"), "tests/fixtures/grad_resnet20_eval.npz", "eval");
+    equals_pytorch(shipped("models/resnet20.onnx"), "eval");
 }
 
 #[test]
 fn resnet20_in_training_mode() {
-    equals_pytorch(shipped("models/resnet20.onnx"), "tests/fixtures/grad_resnet20_train.npz", "train");
+    equals_pytorch(shipped("models/resnet20.onnx"), "train");
 }
 
 #[test]
 fn mobilenetv2_in_evaluation_mode() {
-    equals_pytorch(
-        shipped("tests/fixtures/mobilenetv2.onnx"),
-        "tests/fixtures/grad_mobilenetv2_eval.npz",
-        "eval",
-    );
+    equals_pytorch(shipped("tests/fixtures/mobilenetv2.onnx"), "eval");
 }
 
 #[test]
 fn mobilenetv2_in_training_mode() {
-    equals_pytorch(
-        shipped("tests/fixtures/mobilenetv2.onnx"),
-        "tests/fixtures/grad_mobilenetv2_train.npz",
-        "train",
-    );
+    equals_pytorch(shipped("tests/fixtures/mobilenetv2.onnx"), "train");
 }
 
 #[test]
