@@ -1,5 +1,5 @@
-//! Products of one task: of elements, or of pairs of bfloat16, by a B that may be packed once for several of them, to
-//! where C lies among what other tasks write.
+//! Products inside of other kernels: of elements, or of pairs of bfloat16, by a B that may be packed once for several of
+//! them, to where C lies among what other tasks write.
 
 use super::pairs::{multiply_pairs, pack_pairs, packed_pairs, room_pairs};
 use super::{Plus, Product, divided, pack_shared, shared_out, vector};

@@ -7,6 +7,7 @@ use crate::ops::batch_norm::{BatchNormInputGrad, BatchNormParamGrad, ChannelPara
 use crate::ops::conv::{Conv, ConvGrads, ConvInputGrad, ConvStatistics, ConvWeightGrad};
 use crate::ops::matmul::{Gemm, MatMul, MatMulAs};
 use crate::ops::norm::SampleNormInputGrad;
+use crate::ops::unary::{Gelu, Unary};
 use crate::ops::window::Window;
 use crate::ops::{Attrs, eval};
 use crate::tensor::Tensor;
@@ -200,6 +201,22 @@ fn scattered(dims: &[usize], step: f64) -> Tensor {
     Tensor::from_slice(dims, &data.collect::<Vec<f32>>()).unwrap()
 }
 
+/// Operands that an operator rounds anyway may be rounded already: not a bit changes.
+fn takes_rounded(what: &str, op: &dyn Op, x: &[Option<&Tensor>], expected: usize) {
+    let metas: Vec<Option<Meta>> = x.iter().map(|t| t.map(Tensor::meta)).collect();
+    let metas: Vec<Option<&Meta>> = metas.iter().map(Option::as_ref).collect();
+    let want = eval(op, x).unwrap();
+    let rounds: Vec<usize> = (0..x.len()).filter(|i| op.rounds(&metas, *i)).collect();
+    assert!(rounds.len() == expected, "{what}: {rounds:?} are rounded");
+    for i in rounds {
+        let rounded = x[i].map(|t| t.cast(DType::BF16));
+        let mut x = x.to_vec();
+        x[i] = rounded.as_ref();
+        let got = eval(op, &x).unwrap();
+        assert!(got.iter().zip(&want).all(|(a, b)| a.bytes() == b.bytes()), "{what}: operand {i} rounded");
+    }
+}
+
 /// The results of an operator by pairs are those of the plain one, but for what rounding its operands changes.
 fn rounds_operands(what: &str, op: &dyn Op, x: &[Option<&Tensor>], rounded: bool) {
     let plain = eval(op, x).unwrap();
@@ -287,6 +304,7 @@ fn products_of_pairs_read_it() {
                 let large = m * n * k >= 1 << 18;
                 let read = if large { rounded.each_ref() } else { [&a, &b] };
                 let want = eval(plain, &[&read.map(Some)[..], added].concat()).unwrap();
+                takes_rounded(&what, pairs.as_ref(), &whole, if large { 2 } else { 0 });
                 let got = eval(pairs.as_ref(), &whole).unwrap();
                 let off =
                     got[0].to_f64().iter().zip(want[0].to_f64()).fold(0.0, |m, (a, b)| (a - b).abs().max(m));
@@ -339,12 +357,20 @@ fn attention_multiplies_pairs() {
         let more = [&operands[..], &[Some(&dy), Some(&logs)]].concat();
         let what = format!("{t} queries of {s} keys");
         rounds_operands(&what, &of, &operands, i < 2);
+        takes_rounded(&what, of.by_pairs().unwrap().as_ref(), &operands, if i < 2 { 3 } else { 0 });
         rounds_operands(&what, &FusedAttentionGrad { of: of.clone() }, &more, i < 2);
     }
 }
 
 #[test]
 fn results_are_rounded_where_they_are_made() {
+    // (More than are rounded at a time.)
+    let (x, gelu) = (wave(&[3, 7001], 0.7), Unary(Gelu {}));
+    let want = eval(&gelu, &[Some(&x)]).unwrap().remove(0);
+    for to in [DType::BF16, DType::F16] {
+        let made = eval(gelu.halved(to).unwrap().as_ref(), &[Some(&x)]).unwrap().remove(0);
+        assert!(made.bytes() == want.cast(to).bytes(), "GELU in {to}");
+    }
     let shapes = [([3, 16, 32, 32], [16, 16, 3, 3], 1), ([2, 8, 30, 31], [40, 8, 1, 1], 1)];
     for (x, w, groups) in shapes.into_iter().chain([([2, 24, 20, 20], [24, 1, 3, 3], 24)]) {
         for layout in [Layout::First, Layout::Last] {
