@@ -275,17 +275,12 @@ impl Attention {
     /// another.
     fn near_rows<'b, T: Vectors>(
         &self,
-        x: [Elements<'b, T>; 3],
+        [q, k, v]: [Elements<'b, T>; 3],
         [sample, head]: [usize; 2],
-        near: [&'b mut [T]; 3],
+        [q_near, k_near, v_near]: [&'b mut [T]; 3],
     ) -> (Attention, [Elements<'b, T>; 3]) {
         let mut a = *self;
-        let lens = [self.depth, self.depth, self.values];
-        let mut rows = [&mut a.q, &mut a.k, &mut a.v];
-        let mut i = 0;
-        let x = near.map(|near| {
-            let (x, len, rows) = (x[i], lens[i], &mut *rows[i]);
-            i += 1;
+        let read = |x: Elements<'b, T>, len: usize, rows: &mut Rows, near: &'b mut [T]| {
             let start = rows.at(sample, head);
             if near.is_empty() {
                 return x.from(start);
@@ -294,8 +289,11 @@ impl Attention {
             each.for_each(|(i, near)| x.copy(start + i * rows.position, near));
             rows.position = len;
             Elements::Whole(&*near)
-        });
-        (a, x)
+        };
+        let q = read(q, self.depth, &mut a.q, q_near);
+        let k = read(k, self.depth, &mut a.k, k_near);
+        let v = read(v, self.values, &mut a.v, v_near);
+        (a, [q, k, v])
     }
 }
 

@@ -1,10 +1,12 @@
 //! Elementwise operators of one operand: each is one entry below, its function beside its derivative.
 
 mod grad;
+mod halved;
 
 use std::fmt::Debug;
 use std::sync::Arc;
 
+pub use self::grad::UnaryGrad;
 use crate::error::OpError;
 use crate::graph::GradBuilder;
 use crate::kernels::elementwise::{apply1, same};
@@ -12,7 +14,6 @@ use crate::kernels::half::Half;
 use crate::kernels::integer::Integer;
 use crate::kernels::math::Math;
 use crate::ops::binary::slice;
-use crate::ops::half::{elements, half_bits_mut};
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Elem, Meta, View, ViewMut};
 use crate::{float_dispatch, int_dispatch};
@@ -45,10 +46,6 @@ pub trait Kind: Copy + Debug + Send + Sync + 'static {
 /// An elementwise operator.
 #[derive(Debug, Clone, Copy)]
 pub struct Unary<K>(pub K);
-
-/// dX of an elementwise operator, from (v, dY), v being X or Y as its `reads` says.
-#[derive(Debug, Clone, Copy)]
-pub struct UnaryGrad<K>(pub K);
 
 impl<K: Kind> Op for Unary<K> {
     fn name(&self) -> &'static str {
@@ -99,43 +96,7 @@ impl<K: Kind> Op for Unary<K> {
     }
 
     fn halved(&self, to: DType) -> Option<Arc<dyn Op>> {
-        Some(Arc::new(Halved { of: self.0, to: Half::of(to)? }))
-    }
-}
-
-/// An elementwise operator of f32 whose results are rounded to half precision.
-#[derive(Debug, Clone, Copy)]
-struct Halved<K> {
-    of: K,
-    to: Half,
-}
-
-impl<K: Kind> Op for Halved<K> {
-    fn name(&self) -> &'static str {
-        K::NAME
-    }
-
-    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let x = need(inputs, 0)?;
-        match x.dtype {
-            DType::F32 => Ok(vec![Meta::new(self.to.dtype(), &x.dims)]),
-            other => Err(OpError::Type(format!("{other} where float32 is rounded"))),
-        }
-    }
-
-    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let (x, k) = (need(x, 0)?.get::<f32>()?, self.of);
-        let y = half_bits_mut(out(y, 0)?)?;
-        self.to.round_made(y, |at, made| sweep(k, Some(&x[at..at + made.len()]), made));
-        Ok(())
-    }
-
-    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
-        Err(OpError::NotDifferentiable("results that are rounded, after the gradients".into()))
-    }
-
-    fn cheap(&self) -> bool {
-        true
+        Some(Arc::new(halved::Halved { of: self.0, to: Half::of(to)? }))
     }
 }
 
@@ -160,51 +121,6 @@ fn sweep<K: Kind, T: Math + Elem>(k: K, x: Option<&[T]>, y: &mut [T]) {
         #[inline(always)]
         |x: T| k.f(x),
     );
-}
-
-impl<K: Kind> Op for UnaryGrad<K> {
-    fn name(&self) -> &'static str {
-        K::GRAD
-    }
-
-    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let (v, dy) = (need(inputs, 0)?, need(inputs, 1)?);
-        if !v.same_shape(dy) {
-            return Err(OpError::Internal(format!("{:?} and its gradient {:?}", v.dims, dy.dims)));
-        }
-        Ok(vec![Meta::new(dy.dtype, &dy.dims)])
-    }
-
-    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let (v, dy, y, k) = (get(x, 0), get(x, 1), out(y, 0)?, self.0);
-        if v.is_none() && dy.is_none() {
-            return Err(OpError::Shape("both operands are missing".into()));
-        }
-        if let Some(v) = v.filter(|v| Half::of(v.dtype).is_some()) {
-            grad::of_halves(k, elements(v)?, slice(dy)?, y.get()?);
-            return Ok(());
-        }
-        float_dispatch!(y.dtype, T => {
-            grad::of(k, slice::<T>(v)?, slice::<T>(dy)?, y.get::<T>()?);
-            Ok(())
-        })
-    }
-
-    fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
-        ChannelsLast::elementwise(inputs, outputs)
-    }
-
-    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
-        Err(OpError::NotDifferentiable(format!("second derivatives ({})", K::NAME)))
-    }
-
-    fn reads_half(&self, input: usize) -> bool {
-        input == 0
-    }
-
-    fn in_place(&self) -> &[(usize, usize)] {
-        &[(1, 0), (0, 0)]
-    }
 }
 
 /// Defines a [`Kind`]: its attributes with their defaults, the function of x, and what `dx` is of x or y.

@@ -20,7 +20,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::kernels::half::Elements;
-use crate::kernels::par::{self, Shared};
+use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Level, Simd, Vectors};
 use crate::kernels::tile::Pieces;
 use crate::tensor::Float;
@@ -318,10 +318,9 @@ fn divided<T: Vectors>(
 
 /// Packs what all tasks read, by several tasks or by this one.
 fn pack_shared<T: Vectors>(p: &Product<T>, a: Elements<T>, b: Elements<T>, packed: &mut [T]) {
-    let several = !p.alone && packed.len() >= par::GRAIN;
     match p.packs() {
         Packs::Nothing => {}
-        Packs::B | Packs::BThenA => pack::columns(p, b, packed, several),
+        Packs::B | Packs::BThenA => pack::columns(p, b, packed),
         Packs::AThenB => pack::rows(p, a, packed),
     }
 }

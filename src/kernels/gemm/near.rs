@@ -2,7 +2,7 @@
 //! them, to where C lies among what other tasks write.
 
 use super::pairs::{multiply_pairs, pack_pairs, packed_pairs, room_pairs};
-use super::{Plus, Product, divided, pack_shared, shared_out, vector};
+use super::{Plus, Product, divided, pack, shared_out, vector};
 use crate::kernels::half::Elements;
 use crate::kernels::par::Shared;
 use crate::kernels::simd::Vectors;
@@ -31,6 +31,27 @@ impl<T: Vectors> Near<T> {
         !self.pairs && (p.m == 1 || p.n == 1 && p.ldc == 1)
     }
 
+    /// C, for tiles to write; `None` where there is nothing for them to do (any more).
+    ///
+    /// # Safety
+    /// As of [`multiply_packed_at`](Self::multiply_packed_at).
+    unsafe fn for_tiles<'c>(&self, a: Elements<T>, b: Elements<T>, c: *mut T) -> Option<Shared<'c, T>> {
+        let p = &self.product;
+        let need = p.extents();
+        assert!(a.len() >= need[0] && b.len() >= need[1], "operands of a product");
+        if p.m * p.n == 0 {
+            return None;
+        }
+        if self.by_vector() {
+            // SAFETY: a row, or a column whose elements are neighbours; the caller's promise.
+            let c = unsafe { std::slice::from_raw_parts_mut(c, need[2]) };
+            vector::vector(p, a.whole(), b.whole(), Plus::NOTHING, c);
+            return None;
+        }
+        // SAFETY: the caller's promise.
+        Some(unsafe { Shared::at(c) })
+    }
+
     /// Elements of B, packed. A must not be transposed.
     pub fn packed(&self) -> usize {
         match self.pairs {
@@ -47,7 +68,7 @@ impl<T: Vectors> Near<T> {
         match self.pairs {
             _ if self.by_vector() => {}
             true => pack_pairs(p, b, bytemuck::cast_slice_mut(packed)),
-            false => pack_shared(p, b, b, packed),
+            false => pack::columns(p, b, packed),
         }
     }
 
@@ -83,19 +104,10 @@ impl<T: Vectors> Near<T> {
         scratch: &mut [T],
     ) {
         let p = &self.product;
-        let need = p.extents();
-        assert!(a.len() >= need[0] && b.len() >= need[1] && !p.trans_a, "operands of a product");
-        if p.m * p.n == 0 {
-            return;
-        }
-        if self.by_vector() {
-            // SAFETY: a row, or a column whose elements are neighbours.
-            let c = unsafe { std::slice::from_raw_parts_mut(c, need[2]) };
-            return vector::vector(p, a.whole(), b.whole(), Plus::NOTHING, c);
-        }
-        assert!(packed.len() >= self.packed(), "operands of a product");
+        assert!(!p.trans_a, "operands of a product");
         // SAFETY: the caller's promise.
-        let c = unsafe { Shared::at(c) };
+        let Some(c) = (unsafe { self.for_tiles(a, b, c) }) else { return };
+        assert!(packed.len() >= self.packed(), "operands of a product");
         match self.pairs {
             true => multiply_pairs(p, a, bytemuck::cast_slice(packed), Plus::NOTHING, &c, scratch),
             false => shared_out(p, a, b, Plus::NOTHING, &c, packed, &mut []),
@@ -118,18 +130,9 @@ impl<T: Vectors> Near<T> {
     /// As of [`multiply_packed_at`](Self::multiply_packed_at).
     pub unsafe fn multiply_at(&self, a: Elements<T>, b: Elements<T>, c: *mut T, scratch: &mut [T]) {
         let p = &self.product;
-        let need = p.extents();
-        assert!(p.alone && a.len() >= need[0] && b.len() >= need[1], "operands of a product");
-        if p.m * p.n == 0 {
-            return;
-        }
-        if self.by_vector() {
-            // SAFETY: a row, or a column whose elements are neighbours.
-            let c = unsafe { std::slice::from_raw_parts_mut(c, need[2]) };
-            return vector::vector(p, a.whole(), b.whole(), Plus::NOTHING, c);
-        }
+        assert!(p.alone, "operands of a product");
         // SAFETY: the caller's promise.
-        let c = unsafe { Shared::at(c) };
+        let Some(c) = (unsafe { self.for_tiles(a, b, c) }) else { return };
         match self.pairs {
             true => {
                 let (packed, rest) = scratch.split_at_mut(packed_pairs(p));

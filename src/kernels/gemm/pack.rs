@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::{GAP, Product};
 use crate::kernels::half::Elements;
-use crate::kernels::par::Shared;
+use crate::kernels::par::{GRAIN, Shared};
 use crate::kernels::simd::{Kernel, Level, Simd, Vectors};
 use crate::kernels::tile::Pieces;
 
@@ -18,8 +18,9 @@ const GROUP: usize = 32;
 const AHEAD: usize = 12;
 
 /// op(B) in panels, by several tasks or by this one: in pieces such that B is read in order.
-pub(super) fn columns<T: Vectors>(p: &Product<T>, b: Elements<T>, out: &mut [T], several: bool) {
+pub(super) fn columns<T: Vectors>(p: &Product<T>, b: Elements<T>, out: &mut [T]) {
     assert!(b.len() >= p.extents()[1] && out.len() >= p.in_panels(p.panels(), p.k), "operands of a product");
+    let several = !p.alone && out.len() >= GRAIN;
     let out = Shared::new(out);
     let one = |i: usize| {
         let (panels, steps) = match p.trans_b {

@@ -1,0 +1,45 @@
+//! Elementwise operators whose results are read in half precision alone.
+
+use super::{Kind, sweep};
+use crate::error::OpError;
+use crate::graph::GradBuilder;
+use crate::kernels::half::Half;
+use crate::ops::half::half_bits_mut;
+use crate::ops::{Cx, Grads, Op, need, out};
+use crate::tensor::{DType, Meta, View, ViewMut};
+
+/// An elementwise operator of f32 whose results are rounded to half precision.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Halved<K> {
+    pub of: K,
+    pub to: Half,
+}
+
+impl<K: Kind> Op for Halved<K> {
+    fn name(&self) -> &'static str {
+        K::NAME
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let x = need(inputs, 0)?;
+        match x.dtype {
+            DType::F32 => Ok(vec![Meta::new(self.to.dtype(), &x.dims)]),
+            other => Err(OpError::Type(format!("{other} where float32 is rounded"))),
+        }
+    }
+
+    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let (x, k) = (need(x, 0)?.get::<f32>()?, self.of);
+        let y = half_bits_mut(out(y, 0)?)?;
+        self.to.round_made(y, |at, made| sweep(k, Some(&x[at..at + made.len()]), made));
+        Ok(())
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        Err(OpError::NotDifferentiable("results that are rounded, after the gradients".into()))
+    }
+
+    fn cheap(&self) -> bool {
+        true
+    }
+}
