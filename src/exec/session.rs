@@ -15,7 +15,7 @@ use crate::exec::run::{self, Memory, Profile};
 use crate::exec::store::{Purpose, Store};
 use crate::graph::{self, Conversions, Graph, NodeId, PinnedLayouts, Source, StateId, ValueId, WeightId};
 use crate::import::{Model, Role};
-use crate::kernels::isa::has_pair_products;
+use crate::kernels::isa::multiplies_pairs;
 use crate::ops::eval;
 use crate::ops::fold::FoldNorm;
 use crate::plan::{self, Constant, Location, Plan, Request};
@@ -307,7 +307,7 @@ impl Session {
             _ if self.options.arena.is_some() => Conversions::Reads,
             _ => Conversions::Kernels,
         };
-        if self.precision() == Precision::Bf16 && (has_pair_products() || asked("RETUNE_PRODUCTS", "pairs")) {
+        if self.precision() == Precision::Bf16 && multiplies_pairs() {
             graph::multiply_pairs(&mut graph);
         }
         let to = self.precision().half();

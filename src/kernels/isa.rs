@@ -68,6 +68,58 @@ pub fn has_pair_products() -> bool {
     })
 }
 
+/// Has the processor matrix registers for pairs of bfloat16 ([`matrix`](crate::kernels::matrix)), and is no level of vectors forced?
+pub fn has_matrix_products() -> bool {
+    static HAS: OnceLock<bool> = OnceLock::new();
+    *HAS.get_or_init(|| {
+        std::env::var_os("RETUNE_ISA").is_none() && has_pair_products() && crate::kernels::matrix::permitted()
+    })
+}
+
+/// How pairs of bfloat16 are multiplied, where precision allows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Products {
+    /// Not at all: elements are.
+    Elements,
+    /// By vectors.
+    Pairs,
+    /// In blocks, by matrix registers.
+    Blocks,
+}
+
+/// The fastest way that the processor has, unless the environment variable `RETUNE_PRODUCTS` names one: `pairs` or `blocks`.
+fn products() -> Products {
+    static PRODUCTS: OnceLock<Products> = OnceLock::new();
+    *PRODUCTS.get_or_init(|| match std::env::var("RETUNE_PRODUCTS").as_deref() {
+        Ok("pairs") => Products::Pairs,
+        Ok("blocks") => Products::Blocks,
+        _ if has_matrix_products() => Products::Blocks,
+        _ if has_pair_products() && !halves_pairs() => Products::Pairs,
+        _ => Products::Elements,
+    })
+}
+
+/// Does the processor multiply vectors of pairs at half the rate of other vectors or less, so that elements are multiplied faster? Intel's do.
+fn halves_pairs() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let vendor = std::arch::x86_64::__cpuid(0);
+        [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Are pairs of bfloat16 multiplied at all?
+pub fn multiplies_pairs() -> bool {
+    products() != Products::Elements
+}
+
+/// Are they multiplied in blocks by matrix registers, rather than by vectors?
+pub fn multiplies_blocks() -> bool {
+    products() == Products::Blocks
+}
+
 /// As [`vectorize`] with AVX2 at most: for sweeps that read and write memory more than they compute. With
 /// AVX-512 a normalisation took more than twice as long.
 #[inline(always)]

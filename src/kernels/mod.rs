@@ -15,6 +15,7 @@ pub mod loss;
 pub mod lrn;
 pub mod mask;
 pub mod math;
+pub mod matrix;
 pub mod norm;
 pub mod pad;
 pub mod pairs;

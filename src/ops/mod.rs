@@ -183,9 +183,9 @@ pub trait Op: Any + Debug + Send + Sync {
         None
     }
 
-    /// The same operator with its operands rounded to bfloat16 and multiplied in pairs, which are summed in `f32`: by an
-    /// instruction that some processors have ([`has_pair_products`](crate::kernels::isa::has_pair_products)). `None` where there
-    /// is no such form.
+    /// The same operator with its operands rounded to bfloat16 and multiplied in pairs, which are summed in `f32`: by
+    /// instructions that some processors have ([`multiplies_pairs`](crate::kernels::isa::multiplies_pairs)). `None` where there is
+    /// no such form.
     fn by_pairs(&self) -> Option<Arc<dyn Op>> {
         None
     }

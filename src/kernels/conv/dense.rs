@@ -10,11 +10,13 @@
 use std::ops::Range;
 
 use crate::kernels::ahead::Ahead;
-use crate::kernels::conv::grids::{Division, Plan, TILE, pack, pad};
+use crate::kernels::conv::blocks::Blocks;
+use crate::kernels::conv::grids::{Division, Grid, Plan, TILE, pack, pad};
 use crate::kernels::conv::load::{Load, Operand};
 use crate::kernels::conv::{
     Done, Epilogue, Geometry, Residual, folded, in_slots, paired, pointwise, slots, split, strides, volume,
 };
+use crate::kernels::matrix::by_blocks;
 use crate::kernels::par::{Shared, next};
 use crate::kernels::simd::{Level, Simd, Vectors, load_lanes, store_lanes};
 use crate::kernels::tile::{Form, Pieces, TermKernel, Terms, along_rows, slide};
@@ -22,6 +24,7 @@ use crate::tile_sizes;
 
 /// Elements of packed weights that stay near while all of them are used for each tile.
 const NEAR: usize = 1 << 14;
+
 fn scaled(a: [usize; 3], b: [usize; 3]) -> [usize; 3] {
     [a[0] * b[0], a[1] * b[1], a[2] * b[2]]
 }
@@ -30,6 +33,13 @@ fn scaled(a: [usize; 3], b: [usize; 3]) -> [usize; 3] {
 trait Packs<T: Vectors>: Form<T> {
     /// Packs the weights; `scratch`: [`paired::pack_scratch`] elements for pairs.
     fn pack(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [Self], scratch: &mut [T]);
+
+    /// # Safety
+    /// The task's positions and weights must lie inside the plan's.
+    unsafe fn compute(task: Task<Self, T>) {
+        // SAFETY: the caller's promise.
+        unsafe { Self::dispatch_terms(task) }
+    }
 
     /// A for some images and rows of positions, and the extents of one image of it; `slot`: [`slot`] elements.
     fn source(
@@ -77,6 +87,16 @@ impl<T: Vectors> Packs<T> for u32 {
         paired::pack(plan, forward, panel, w, out, scratch);
     }
 
+    unsafe fn compute(task: Task<u32, T>) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match by_blocks::<T>() {
+                true => T::dispatch_pairs(Blocks(task)),
+                false => Self::dispatch_terms(task),
+            }
+        }
+    }
+
     fn source(
         plan: &Plan,
         d: &Division,
@@ -103,46 +123,49 @@ impl<T: Vectors> Packs<T> for u32 {
 }
 
 /// What a task computes: some panels of the outputs of some images and rows.
-struct Task<'a, E, T> {
-    plan: &'a Plan,
+pub(super) struct Task<'a, E, T> {
+    pub(super) plan: &'a Plan,
     /// A at the first image and row of the task, extents of one image of it.
-    a: *const E,
+    pub(super) a: *const E,
     window: [usize; 3],
-    weights: &'a [E],
-    panels: Range<usize>,
+    pub(super) weights: &'a [E],
+    pub(super) panels: Range<usize>,
     images: Range<usize>,
     rows: Range<usize>,
-    epilogue: Epilogue<'a, T>,
-    y: *mut T,
+    pub(super) epilogue: Epilogue<'a, T>,
+    pub(super) y: *mut T,
     /// What is fetched meanwhile.
     ahead: Ahead,
 }
 
 /// Walks over the positions of a grid in order.
-struct Walk {
-    extents: [usize; 3],
+pub(super) struct Walk {
+    /// Of the task's rows.
+    pub(super) extents: [usize; 3],
     at: [usize; 3],
-    a_step: [usize; 3],
-    y_step: [usize; 3],
+    pub(super) a_step: [usize; 3],
+    pub(super) y_step: [usize; 3],
     a_image: usize,
     y_image: usize,
     image: usize,
-    a: usize,
-    y: usize,
+    /// Where the position begins in A and in the results.
+    pub(super) a: usize,
+    pub(super) y: usize,
 }
 
 impl Walk {
     #[inline(always)]
-    fn next(&mut self) {
+    pub(super) fn next(&mut self) {
         self.at[2] += 1;
         self.a += self.a_step[2];
         self.y += self.y_step[2];
         if self.at[2] == self.extents[2] {
-            self.carry();
+            self.next_line();
         }
     }
 
-    fn carry(&mut self) {
+    /// To the beginning of the next line.
+    pub(super) fn next_line(&mut self) {
         self.at[2] = 0;
         self.at[1] += 1;
         if self.at[1] == self.extents[1] {
@@ -160,6 +183,38 @@ impl Walk {
 }
 
 impl<E: Copy, T: Vectors> Task<'_, E, T> {
+    /// A walk over the task's positions of a grid, and where the first result is.
+    pub(super) fn walk(&self, grid: &Grid) -> (Walk, usize) {
+        let (plan, c) = (self.plan, self.plan.groups * self.plan.ci);
+        let mut extents = grid.extents;
+        let rows = self.rows.start.min(extents[plan.axis])..self.rows.end.min(extents[plan.axis]);
+        extents[plan.axis] = rows.len();
+        let walk = Walk {
+            extents,
+            at: [0; 3],
+            a_step: scaled(plan.in_step, strides(self.window, c)),
+            y_step: grid.out_step,
+            a_image: volume(self.window) * c,
+            y_image: volume(plan.target) * plan.groups * plan.co,
+            image: 0,
+            a: 0,
+            y: 0,
+        };
+        let y0 = self.images.start * walk.y_image + grid.origin + rows.start * grid.out_step[plan.axis];
+        (walk, y0)
+    }
+
+    /// Panels that are used together. Few weights stay in the near cache: all panels for a tile of positions, so that results are
+    /// written in order. Many: a panel at a time for all positions.
+    pub(super) fn together(&self, panel: usize) -> usize {
+        let few = self.panels.len() * self.plan.steps() * panel <= NEAR;
+        if few { self.panels.len().max(1) } else { 1 }
+    }
+
+    pub(super) fn images(&self) -> usize {
+        self.images.len()
+    }
+
     /// Where a tile of `m` positions begins in A and in the result.
     #[inline(always)]
     fn rows_of(&self, walk: &mut Walk, y0: usize, m: usize) -> ([*const E; 8], [usize; 8]) {
@@ -192,48 +247,17 @@ impl<E: Copy, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
         let (plan, lanes) = (self.plan, D::S::LANES);
         let (ci, co, panel) = (plan.ci, plan.co, Level::of::<D::S>().panel(plan.co));
         let per_group = plan.panels(panel);
-        let (c, oc) = (plan.groups * ci, plan.groups * co);
-        let a_strides = strides(self.window, c);
-        let size = plan.steps() * panel;
-        // Few weights stay in the near cache: all panels for a tile of positions, so that results are written in
-        // order. Many: a panel at a time for all positions.
-        let together = if self.panels.len() * size <= NEAR { self.panels.len() } else { 1 };
-        for first in self.panels.clone().step_by(together.max(1)) {
+        let (oc, size, together) = (plan.groups * co, plan.steps() * panel, self.together(panel));
+        for first in self.panels.clone().step_by(together) {
             for grid in &plan.grids {
-                let mut extents = grid.extents;
-                let rows = self.rows.start.min(extents[plan.axis])..self.rows.end.min(extents[plan.axis]);
-                extents[plan.axis] = rows.len();
-                let total = self.images.len() * volume(extents);
-                let mut walk = Walk {
-                    extents,
-                    at: [0; 3],
-                    a_step: scaled(plan.in_step, a_strides),
-                    y_step: grid.out_step,
-                    a_image: volume(self.window) * c,
-                    y_image: volume(plan.target) * oc,
-                    image: 0,
-                    a: 0,
-                    y: 0,
-                };
-                let y0 =
-                    self.images.start * walk.y_image + grid.origin + rows.start * grid.out_step[plan.axis];
+                let (mut walk, y0) = self.walk(grid);
+                let total = self.images.len() * volume(walk.extents);
                 let mut tile = Tile {
                     runs: &grid.runs,
                     slides: plan.slides(grid, lanes).then_some(ci),
                     b: self.weights.as_ptr(),
-                    bias: None,
-                    residual: match self.epilogue.residual {
-                        Residual::None => None,
-                        Residual::Of(r) => Some(r.as_ptr()),
-                        Residual::InOutput => Some(self.y.cast_const()),
-                    },
-                    low: self.epilogue.clamp.low,
-                    high: self.epilogue.clamp.high,
-                    plain: self.epilogue.is_none(),
-                    y: self.y,
                     input: 0,
-                    channel: 0,
-                    lanes: 0,
+                    to: Results::new(&self.epilogue, self.y),
                 };
                 // The first panel's group, and its place in that: without a division for each tile.
                 let start = (first / per_group, first % per_group);
@@ -250,25 +274,23 @@ impl<E: Copy, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
                     let (mut group, mut in_group) = start;
                     for p in first..(first + together).min(self.panels.end) {
                         let channel = in_group * panel;
-                        tile.lanes = panel.min(co - channel);
-                        let row = tile.lanes.next_multiple_of(D::S::LANES);
+                        tile.to.set(&self.epilogue, group * co + channel, panel.min(co - channel));
+                        let row = tile.to.lanes.next_multiple_of(D::S::LANES);
                         tile.input = group * ci;
-                        tile.channel = group * co + channel;
                         in_group += 1;
                         if in_group == per_group {
                             (group, in_group) = (group + 1, 0);
                         }
                         tile.b = self.weights.as_ptr().wrapping_add(p * size + grid.first * ci * row);
-                        tile.bias = self.epilogue.bias.map(|b| b.as_ptr().wrapping_add(tile.channel));
                         // What the next tile will write is fetched meanwhile: it lies in short runs, far apart.
                         for i in 0..if oc > panel { after } else { 0 } {
-                            for at in (0..tile.lanes).step_by(D::S::LANES) {
-                                let y = self.y.wrapping_add(next.1[i] + tile.channel + at);
+                            for at in (0..tile.to.lanes).step_by(D::S::LANES) {
+                                let y = self.y.wrapping_add(next.1[i] + tile.to.channel + at);
                                 // SAFETY: fetching is allowed anywhere.
                                 unsafe { D::S::prefetch(y) }
                             }
                         }
-                        let n = tile.lanes.div_ceil(D::S::LANES);
+                        let n = tile.to.lanes.div_ceil(D::S::LANES);
                         // SAFETY: the walk stays inside the task's rows, whose windows `a` holds; see `tile_run`.
                         unsafe { tile_sizes!(m, n, D, tile_run(&tile, &a, &y)) }
                     }
@@ -283,6 +305,13 @@ struct Tile<'a, E, T> {
     /// See [`Plan::slides`]: elements from a position to the next.
     slides: Option<usize>,
     b: *const E,
+    /// The group's first input channel.
+    input: usize,
+    to: Results<T>,
+}
+
+/// Where sums go, and what happens to them before.
+pub(super) struct Results<T> {
     bias: Option<*const T>,
     residual: Option<*const T>,
     low: T,
@@ -290,10 +319,35 @@ struct Tile<'a, E, T> {
     /// Results are written as they are.
     plain: bool,
     y: *mut T,
-    /// The group's first input channel, and the panel's first output channel and their number.
-    input: usize,
+    /// The first output channel, and their number.
     channel: usize,
-    lanes: usize,
+    pub(super) lanes: usize,
+}
+
+impl<T: Vectors> Results<T> {
+    pub(super) fn new(epilogue: &Epilogue<T>, y: *mut T) -> Self {
+        Results {
+            bias: None,
+            residual: match epilogue.residual {
+                Residual::None => None,
+                Residual::Of(r) => Some(r.as_ptr()),
+                Residual::InOutput => Some(y.cast_const()),
+            },
+            low: epilogue.clamp.low,
+            high: epilogue.clamp.high,
+            plain: epilogue.is_none(),
+            y,
+            channel: 0,
+            lanes: 0,
+        }
+    }
+
+    /// For so many channels from one on.
+    #[inline(always)]
+    pub(super) fn set(&mut self, epilogue: &Epilogue<T>, channel: usize, lanes: usize) {
+        self.bias = epilogue.bias.map(|b| b.as_ptr().wrapping_add(channel));
+        (self.channel, self.lanes) = (channel, lanes);
+    }
 }
 
 /// One register tile: `M` positions by `N` vectors.
@@ -323,31 +377,47 @@ unsafe fn tile_run<D: Terms, const M: usize, const N: usize>(
             }
             _ => along_rows::<D, M, N>(t.runs, rows, t.b, N * D::S::LANES),
         };
-        let (low, high) = (D::S::splat(t.low), D::S::splat(t.high));
         for j in 0..N {
-            let at = j * D::S::LANES;
-            let part = (t.lanes - at).min(D::S::LANES);
             let mut column = [acc[0][j]; M];
             for i in 0..M {
                 column[i] = acc[i][j];
             }
-            // Decided once for a column, not for each vector: sums of few terms take no longer than that.
-            match part == D::S::LANES {
-                true => put::<D::S, M, true>(t, column, y, at, D::S::LANES, low, high),
-                false => put::<D::S, M, false>(t, column, y, at, part, low, high),
-            }
+            put_column::<D::S, M>(&t.to, column, y, j * D::S::LANES);
         }
     }
 }
 
-/// The epilogue of a tile's column of vectors, or of their first `part` lanes, and its results.
+/// The epilogue of a tile's column of vectors, which begins `at` so many channels after the first, and its results.
 ///
 /// # Safety
-/// As of [`tile_run`].
+/// The results at each offset in `y` must be writable (and the residual readable) for `to.lanes` elements.
+#[inline(always)]
+pub(super) unsafe fn put_column<S: Simd, const M: usize>(
+    to: &Results<S::Elem>,
+    column: [S::V; M],
+    y: &[usize; 8],
+    at: usize,
+) {
+    let part = (to.lanes - at).min(S::LANES);
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (low, high) = (S::splat(to.low), S::splat(to.high));
+        // Decided once for a column, not for each vector: sums of few terms take no longer than that.
+        match part == S::LANES {
+            true => put::<S, M, true>(to, column, y, at, S::LANES, low, high),
+            false => put::<S, M, false>(to, column, y, at, part, low, high),
+        }
+    }
+}
+
+/// Of whole vectors, or of their first `part` lanes.
+///
+/// # Safety
+/// As of [`put_column`].
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 unsafe fn put<S: Simd, const M: usize, const WHOLE: bool>(
-    t: &Tile<impl Copy, S::Elem>,
+    t: &Results<S::Elem>,
     mut column: [S::V; M],
     y: &[usize; 8],
     at: usize,
@@ -415,7 +485,7 @@ pub(super) fn positions<T: Vectors>(
         ahead,
     };
     // SAFETY: each of these positions has its elements in `a` and `y`.
-    unsafe { T::dispatch_terms(task) }
+    unsafe { <T as Packs<T>>::compute(task) }
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -478,18 +548,7 @@ fn run_form<E: Packs<T>, T: Vectors>(
         // SAFETY: the slices have the plan's extents (checked by the callers), so all windows of the task's
         // positions lie in `a`; no two tasks write the same elements of `y`.
         unsafe {
-            E::dispatch_terms(Task {
-                plan,
-                a,
-                window,
-                weights,
-                panels,
-                images,
-                rows,
-                epilogue,
-                y: y.ptr(),
-                ahead,
-            });
+            E::compute(Task { plan, a, window, weights, panels, images, rows, epilogue, y: y.ptr(), ahead });
         }
         if let Some(done) = done {
             // SAFETY: with all panels in one task, this one has written all of these results, and it alone.

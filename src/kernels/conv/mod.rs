@@ -4,6 +4,7 @@
 //! stream ([`depthwise`]). Tensors with their channels first are transposed in scratch memory. Work is divided into
 //! tasks by the problem alone; tasks that need scratch share a fixed number of slots.
 
+mod blocks;
 mod both;
 mod dense;
 mod depthwise;

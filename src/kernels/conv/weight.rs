@@ -7,6 +7,7 @@
 //! The positions are divided into slabs with a sum each, by the sizes alone; the sums are added in order.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
+mod blocks;
 mod order;
 mod pairs;
 mod plan;
@@ -272,6 +273,9 @@ pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
             false => gemm::room_halves(&product, [false, half]),
         };
     }
+    if blocks::applies::<T>(g) {
+        return blocks::scratch::<T>(g);
+    }
     let p = Plan::new(g);
     let panel = p.panel::<T>();
     let packed = if p.packs(panel) { p.strips::<T>().iter().map(|s| s.1).sum() } else { 0 };
@@ -293,6 +297,9 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut 
             true => gemm::gemm_pairs(&product, dy, x, gemm::Plus::NOTHING, dw, scratch),
             false => gemm::gemm_halves(&product, dy, x, gemm::Plus::NOTHING, dw, scratch),
         };
+    }
+    if blocks::applies::<T>(g) {
+        return blocks::weight_grad(g, dy, x, dw, scratch);
     }
     let p = Plan::new(g);
     match p.pairs {

@@ -14,6 +14,7 @@ pub(super) mod weight;
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::{Epilogue, Geometry};
 use crate::kernels::half::Elements;
+use crate::kernels::isa::multiplies_blocks;
 use crate::kernels::simd::Vectors;
 use transform::{IN, OUT, PRODUCTS};
 
@@ -36,8 +37,8 @@ fn applies(g: &Geometry, [ci, terms]: [usize; 2], co: usize, extents: [usize; 3]
         && g.pad[1..].iter().all(|p| *p <= 2);
     let tiles = Tiles::of(g.n, extents).total;
     let vectors = co.div_ceil(VECTOR);
-    // Pairs of few channels are multiplied faster than they are transformed.
-    let fits = fits && !(g.pairs && vectors == 1);
+    // Pairs of few channels, or in blocks, are multiplied faster than they are transformed.
+    let fits = fits && !(g.pairs && (vectors == 1 || multiplies_blocks()));
     let direct = g.n * extents[1] * extents[2] * TAPS * terms * vectors;
     let products = PRODUCTS * terms * vectors + INPUT * ci.div_ceil(VECTOR) + OUTPUT * vectors;
     fits && 8 * direct > 9 * (tiles * products + WEIGHT * ci * vectors)

@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
+mod blocks;
 mod halves;
 mod near;
 mod pack;
@@ -198,12 +199,15 @@ impl<T: Vectors> Product<T> {
                 let m = tasks.isqrt().min(rows);
                 (m, tasks.div_ceil(m).min(cols))
             }
-            Packs::B => {
-                // Parts of C that are about square: then all tasks together read least of A and B.
-                let m = (tasks * self.m / self.n.max(1)).isqrt().clamp(1, tasks.min(rows));
-                (m, tasks.div_ceil(m).min(cols))
-            }
+            Packs::B => self.in_squares(tasks, rows, cols),
         }
+    }
+
+    /// Pieces of so many strips and panels: parts of C that are about square, for then all tasks together read least of A
+    /// and B.
+    fn in_squares(&self, tasks: usize, rows: usize, cols: usize) -> (usize, usize) {
+        let m = (tasks * self.m / self.n.max(1)).isqrt().clamp(1, tasks.min(rows));
+        (m, tasks.div_ceil(m).min(cols))
     }
 }
 

@@ -9,12 +9,14 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::blocks::Blocks;
 use super::tile::{Target, Tile, tile_run};
-use super::{Plus, Product, tasks};
+use super::{GAP, Plus, Product, TASKS, WORK};
 use crate::kernels::half::{Elements, Half};
+use crate::kernels::matrix::{BLOCK, SIDE, by_blocks};
 use crate::kernels::pairs::{PairKernel, Pairs, across, both, in_strips, neighbours};
 use crate::kernels::par::Shared;
-use crate::kernels::simd::{Level, Simd, Vectors};
+use crate::kernels::simd::{Simd, Vectors};
 use crate::kernels::tile::Pieces;
 use crate::tile_sizes;
 
@@ -24,8 +26,10 @@ const LEAST: usize = 1 << 18;
 const STEPS: usize = 512;
 /// Rows of A that are packed by a task.
 const ROWS: usize = 64;
-/// Steps of strips that are packed by a task.
-const BLOCK: usize = 32;
+/// Steps that are packed by a task: some squares of them.
+const STEPS_AT_ONCE: usize = 32;
+/// Multiply-adds worth a task of its own where blocks are multiplied.
+const BLOCKS_WORK: usize = 1 << 22;
 /// Lanes of the widest vectors.
 const SQUARE: usize = 16;
 
@@ -34,41 +38,92 @@ impl<T: Vectors> Product<T> {
     pub fn suits_pairs(&self) -> bool {
         !self.is_vector() && self.work() >= LEAST && self.k > 1
     }
+}
 
-    /// Pairs of the summed dimension.
-    fn steps(&self) -> usize {
-        self.k.div_ceil(2)
+/// In which order a product's operands are multiplied, and of what size its tiles are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Order {
+    /// By matrix registers ([`blocks`](super::blocks)): A is in rows then, whichever way it lies.
+    pub blocks: bool,
+    /// Columns of a panel, whose packed rows are of whole vectors, and rows of a strip.
+    pub panel: usize,
+    pub lanes: usize,
+    pub height: usize,
+    /// Pairs of the summed dimension, and those of a packed row of A or column of B: zeros fill them.
+    pub steps: usize,
+    pub packed: usize,
+    /// Pairs from a packed row of A to the next.
+    pub a_row: usize,
+}
+
+impl Order {
+    pub fn of<T: Vectors>(p: &Product<T>) -> Order {
+        let steps = p.k.div_ceil(2);
+        if by_blocks::<T>() {
+            let packed = steps.next_multiple_of(SIDE);
+            let (panel, lanes, height) = (BLOCK.min(p.n.next_multiple_of(SIDE)), SIDE, BLOCK);
+            // (Rows that are a power of two apart would share the same few lines of the cache.)
+            let a_row = if packed.is_multiple_of(8 * SIDE) { packed + SIDE } else { packed };
+            return Order { blocks: true, panel, lanes, height, steps, packed, a_row };
+        }
+        let (panel, height) = p.tile();
+        let lanes = T::level().lanes;
+        Order { blocks: false, panel, lanes, height, steps, packed: steps, a_row: steps }
+    }
+
+    /// Pairs of a packed row of panel `q`.
+    #[inline(always)]
+    pub fn row<T>(&self, p: &Product<T>, q: usize) -> usize {
+        self.panel.min(p.n - q * self.panel).next_multiple_of(self.lanes)
+    }
+
+    fn panels<T>(&self, p: &Product<T>) -> usize {
+        p.n.div_ceil(self.panel)
+    }
+
+    pub fn strips<T>(&self, p: &Product<T>) -> Pieces {
+        if self.blocks { Pieces::by(p.m, self.height) } else { Pieces::of(p.m, self.height) }
+    }
+
+    /// Is A packed in strips?
+    fn in_strips<T>(&self, p: &Product<T>) -> bool {
+        p.trans_a && !self.blocks
     }
 
     /// From one strip of A to the next.
-    fn strip_of_pairs(&self) -> usize {
-        self.in_strip(self.steps())
+    fn strip(&self) -> usize {
+        self.height * self.steps + GAP
     }
 
     /// Are rows of an A of this type rows of pairs as they lie?
-    fn lies_in_pairs(&self, a: Option<Half>) -> bool {
-        let even = self.k.is_multiple_of(2) && self.lda.is_multiple_of(2);
-        !self.trans_a && even && a == Some(Half::Bf16) && cfg!(target_endian = "little")
+    fn lies_in_pairs<T>(&self, p: &Product<T>, a: Option<Half>) -> bool {
+        let even = p.k.is_multiple_of(2) && p.lda.is_multiple_of(2) && self.packed == self.steps;
+        !p.trans_a && even && a == Some(Half::Bf16) && cfg!(target_endian = "little")
     }
 
     /// Numbers of 32 bits that A is packed in.
-    fn a_pairs(&self, a: Option<Half>) -> usize {
-        match self.trans_a {
-            _ if self.lies_in_pairs(a) => 0,
-            true => self.strips().count * self.strip_of_pairs(),
-            false => self.m * self.steps(),
+    fn a_pairs<T>(&self, p: &Product<T>, a: Option<Half>) -> usize {
+        match () {
+            _ if self.lies_in_pairs(p, a) => 0,
+            _ if self.in_strips(p) => self.strips(p).count * self.strip(),
+            _ => p.m * self.a_row,
         }
+    }
+
+    fn b_pairs<T>(&self, p: &Product<T>) -> usize {
+        self.panels(p) * self.panel * self.packed
     }
 }
 
 /// Elements of B, packed by [`pack_pairs`].
 pub(super) fn packed_pairs<T: Vectors>(p: &Product<T>) -> usize {
-    p.in_panels(p.panels(), p.steps())
+    Order::of(p).b_pairs(p)
 }
 
 /// Elements of scratch that [`gemm_pairs`] needs; `a`: which type of half precision A is of.
 pub fn room_pairs<T: Vectors>(p: &Product<T>, a: Option<Half>) -> usize {
-    p.a_pairs(a) + packed_pairs(p)
+    let order = Order::of(p);
+    order.a_pairs(p, a) + order.b_pairs(p)
 }
 
 /// As [`gemm`](super::gemm), of operands rounded to bfloat16, with something added.
@@ -98,25 +153,33 @@ pub(super) fn multiply_pairs<T: Vectors>(
     c: &Shared<T>,
     scratch: &mut [T],
 ) {
-    assert!(b.len() >= packed_pairs(p), "operands of a product");
-    let (a, lda) = match p.lies_in_pairs(a.half()) {
+    let order = Order::of(p);
+    assert!(b.len() >= order.b_pairs(p), "operands of a product");
+    let (a, lda) = match order.lies_in_pairs(p, a.half()) {
         true => (a.address(0).cast::<u32>(), p.lda / 2),
         false => {
             let scratch: &mut [u32] = bytemuck::cast_slice_mut(scratch);
-            let out = &mut scratch[..p.a_pairs(None)];
-            pack_a(p, a, out);
-            (out.as_ptr(), p.steps())
+            let out = &mut scratch[..order.a_pairs(p, None)];
+            pack_a(p, &order, a, out);
+            (out.as_ptr(), order.a_row)
         }
     };
     let a = Rows { a, lda };
-    let (rows, cols) = Product { trans_a: false, ..*p }.pieces();
+    let (strips, panels) = (order.strips(p).count, order.panels(p));
+    let worth = if order.blocks { BLOCKS_WORK } else { WORK };
+    let tasks = if p.alone { 1 } else { (p.work() / worth).clamp(1, TASKS) };
+    let (rows, cols) = p.in_squares(tasks, strips, panels);
     let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
-    tasks::<T>(rows * cols, 0, &mut [], |task, _| {
-        let strips = share(task / cols, rows, p.strips().count);
-        let panels = share(task % cols, cols, p.panels());
-        let part = Part { p, a: &a, b, plus, c: c.ptr(), strips, panels };
+    super::tasks::<T>(rows * cols, 0, &mut [], |task, _| {
+        let (strips, panels) = (share(task / cols, rows, strips), share(task % cols, cols, panels));
+        let part = Part { p, order: &order, a: &a, b, plus, c: c.ptr(), strips, panels };
         // SAFETY: the extents were checked; no two tasks share elements of C.
-        unsafe { T::dispatch_pairs(part) }
+        unsafe {
+            match order.blocks {
+                true => T::dispatch_pairs(Blocks(part)),
+                false => T::dispatch_pairs(part),
+            }
+        }
     });
 }
 
@@ -131,39 +194,47 @@ fn each<T>(p: &Product<T>, count: usize, run: impl Fn(usize) + Send + Sync) {
 /// Packs B: a panel of op(B) is, for each step, its columns' pairs in whole vectors. In pieces such that B is read in
 /// order.
 pub(super) fn pack_pairs<T: Vectors>(p: &Product<T>, b: Elements<T>, out: &mut [u32]) {
-    assert!(b.len() >= p.extents()[1] && out.len() >= packed_pairs(p), "operands of a product");
-    let out = Shared::new(out);
-    let blocks = if p.trans_b { p.panels() } else { p.steps().div_ceil(BLOCK) };
+    let order = &Order::of(p);
+    assert!(b.len() >= p.extents()[1] && out.len() >= order.b_pairs(p), "operands of a product");
+    let (out, count) = (Shared::new(out), order.panels(p));
+    let blocks = if p.trans_b { count } else { order.packed.div_ceil(STEPS_AT_ONCE) };
     each(p, blocks, |i| {
         let (panels, steps) = match p.trans_b {
-            true => (i..i + 1, 0..p.steps()),
-            false => (0..p.panels(), i * BLOCK..p.steps().min((i + 1) * BLOCK)),
+            true => (i..i + 1, 0..order.packed),
+            false => (0..count, i * STEPS_AT_ONCE..order.packed.min((i + 1) * STEPS_AT_ONCE)),
         };
         // SAFETY: lengths were checked; each task writes its own panels or steps.
-        unsafe { T::dispatch_pairs(Panels { p, b, panels, steps, out: out.ptr() }) }
+        unsafe { T::dispatch_pairs(Panels { p, order, b, panels, steps, out: out.ptr() }) }
     });
 }
 
-/// A's rows as rows of pairs; of an A that is read across its rows, strips as B's panels.
-fn pack_a<T: Vectors>(p: &Product<T>, a: Elements<T>, out: &mut [u32]) {
+/// A's rows as rows of pairs; of an A that is read across its rows, strips as B's panels, unless blocks are multiplied.
+fn pack_a<T: Vectors>(p: &Product<T>, order: &Order, a: Elements<T>, out: &mut [u32]) {
     assert!(a.len() >= p.extents()[0], "operands of a product");
     let shared = Shared::new(out);
     if p.trans_a {
-        return each(p, p.steps().div_ceil(BLOCK), |block| {
-            let steps = block * BLOCK..p.steps().min((block + 1) * BLOCK);
+        return each(p, order.packed.div_ceil(STEPS_AT_ONCE), |block| {
+            let steps = block * STEPS_AT_ONCE..order.packed.min((block + 1) * STEPS_AT_ONCE);
+            let out = shared.ptr();
             // SAFETY: A's length was checked; each task writes its own steps.
-            unsafe { T::dispatch_pairs(Strips { p, a, steps, out: shared.ptr() }) }
+            unsafe {
+                match order.blocks {
+                    true => T::dispatch_pairs(Turned { p, order, a, steps, out }),
+                    false => T::dispatch_pairs(Strips { p, order, a, steps, out }),
+                }
+            }
         });
     }
     each(p, p.m.div_ceil(ROWS), |block| {
         let rows = block * ROWS..p.m.min((block + 1) * ROWS);
         // SAFETY: A's length was checked; each task writes its own rows.
-        unsafe { T::dispatch_pairs(PackRows { p, a, rows, out: shared.ptr() }) }
+        unsafe { T::dispatch_pairs(PackRows { p, order, a, rows, out: shared.ptr() }) }
     });
 }
 
 struct Panels<'a, T> {
     p: &'a Product<T>,
+    order: &'a Order,
     b: Elements<'a, T>,
     panels: Range<usize>,
     steps: Range<usize>,
@@ -174,27 +245,28 @@ struct Panels<'a, T> {
 impl<T: Vectors> PairKernel<T> for Panels<'_, T> {
     #[inline(always)]
     unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
-        let Panels { p, b, panels, steps, out } = self;
-        let lanes = D::S::LANES;
-        let panel = Level::of::<D::S>().panel(p.n);
+        let Panels { p, order, b, panels, steps, out } = self;
+        let panel = order.panel;
         let of = |q: usize| {
-            let row = p.row(panel, q, lanes);
-            (q * panel, panel.min(p.n - q * panel), row, out.wrapping_add(q * p.steps() * panel))
+            let cols = panel.min(p.n - q * panel);
+            (q * panel, cols, order.row(p, q), out.wrapping_add(q * order.packed * panel))
         };
         // SAFETY: rows and columns of op(B), all of which B has; a panel has as many rows as there are steps.
         unsafe {
             if p.trans_b {
                 for q in panels {
                     let (first, cols, row, out) = of(q);
-                    transposed::<D>(p, b, first, cols, row, out);
+                    transposed::<D>(p, order, b, first, cols, row, out);
                 }
                 return;
             }
             for step in steps {
                 for q in panels.clone() {
                     let (first, cols, row, out) = of(q);
-                    let to = out.add(step * row);
-                    across::<D>(b, both(step, p.k, first, p.ldb), cols, to);
+                    let (to, cols) = (out.add(step * row), if step < order.steps { cols } else { 0 });
+                    if cols > 0 {
+                        across::<D>(b, both(step, p.k, first, p.ldb), cols, to);
+                    }
                     std::slice::from_raw_parts_mut(to.add(cols), row - cols).fill(0);
                 }
             }
@@ -209,6 +281,7 @@ impl<T: Vectors> PairKernel<T> for Panels<'_, T> {
 #[inline(always)]
 unsafe fn transposed<D: Pairs<S: Simd<Elem: Vectors>>>(
     p: &Product<<D::S as Simd>::Elem>,
+    order: &Order,
     b: Elements<<D::S as Simd>::Elem>,
     first: usize,
     cols: usize,
@@ -220,10 +293,12 @@ unsafe fn transposed<D: Pairs<S: Simd<Elem: Vectors>>>(
     // SAFETY: the caller's promise.
     unsafe {
         if cols < row {
-            std::slice::from_raw_parts_mut(out, p.steps() * row).fill(0);
+            std::slice::from_raw_parts_mut(out, order.packed * row).fill(0);
         }
-        for step in (0..p.steps()).step_by(lanes) {
-            let steps = lanes.min(p.steps() - step);
+        let (filled, rest) = (order.steps * row, (order.packed - order.steps) * row);
+        std::slice::from_raw_parts_mut(out.add(filled), rest).fill(0);
+        for step in (0..order.steps).step_by(lanes) {
+            let steps = lanes.min(order.steps - step);
             let elements = (2 * steps).min(p.k - 2 * step);
             for col in (0..cols).step_by(lanes) {
                 let count = lanes.min(cols - col);
@@ -248,6 +323,7 @@ unsafe fn transposed<D: Pairs<S: Simd<Elem: Vectors>>>(
 
 struct PackRows<'a, T> {
     p: &'a Product<T>,
+    order: &'a Order,
     a: Elements<'a, T>,
     rows: Range<usize>,
     /// Of all rows.
@@ -257,16 +333,21 @@ struct PackRows<'a, T> {
 impl<T: Vectors> PairKernel<T> for PackRows<'_, T> {
     #[inline(always)]
     unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
-        let p = self.p;
-        for i in self.rows {
+        let PackRows { p, order, a, rows, out } = self;
+        for i in rows {
             // SAFETY: a row's elements, which A has, and its pairs.
-            unsafe { neighbours::<D>(self.a, i * p.lda, p.k, self.out.add(i * p.steps())) }
+            unsafe {
+                let to = out.add(i * order.a_row);
+                neighbours::<D>(a, i * p.lda, p.k, to);
+                std::slice::from_raw_parts_mut(to.add(order.steps), order.packed - order.steps).fill(0);
+            }
         }
     }
 }
 
 struct Strips<'a, T> {
     p: &'a Product<T>,
+    order: &'a Order,
     a: Elements<'a, T>,
     steps: Range<usize>,
     /// Of all strips, with all steps.
@@ -276,25 +357,69 @@ struct Strips<'a, T> {
 impl<T: Vectors> PairKernel<T> for Strips<'_, T> {
     #[inline(always)]
     unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
-        let p = self.p;
-        let level = Level::of::<D::S>();
-        let height = level.rows(level.panel(p.n));
-        let (strips, size) = (Pieces::of(p.m, height), p.strip_of_pairs());
-        for step in self.steps.clone() {
-            let exact = step + 1 == self.steps.end;
+        let Strips { p, order, a, steps, out } = self;
+        let strips = order.strips(p);
+        for step in steps.clone() {
+            let exact = step + 1 == steps.end;
             // SAFETY: the step's rows of A, which A has, and the strips' place for them.
             unsafe {
-                let to = self.out.add(step * height);
-                in_strips::<D>(self.a, both(step, p.k, 0, p.lda), &strips, 0..strips.count, size, exact, to);
+                let to = out.add(step * order.height);
+                let rows = both(step, p.k, 0, p.lda);
+                in_strips::<D>(a, rows, &strips, 0..strips.count, order.strip(), exact, to);
+            }
+        }
+    }
+}
+
+/// An A that lies across its rows, in rows: squares of pairs are transposed in registers.
+struct Turned<'a, T> {
+    p: &'a Product<T>,
+    order: &'a Order,
+    a: Elements<'a, T>,
+    /// Whole vectors' lanes of them.
+    steps: Range<usize>,
+    /// Of all rows, with all steps.
+    out: *mut u32,
+}
+
+impl<T: Vectors> PairKernel<T> for Turned<'_, T> {
+    #[inline(always)]
+    unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
+        let Turned { p, order, a, steps, out } = self;
+        let lanes = D::S::LANES;
+        let mut square = [0u32; SQUARE * SQUARE];
+        for first in steps.step_by(lanes) {
+            for row in (0..p.m).step_by(lanes) {
+                let rows = lanes.min(p.m - row);
+                // SAFETY: pairs of rows of A, which A has, and the rows' place for them.
+                unsafe {
+                    for k in 0..lanes {
+                        let to = square.as_mut_ptr().add(k * lanes);
+                        match first + k < order.steps {
+                            true => across::<D>(a, both(first + k, p.k, row, p.lda), rows, to),
+                            false => std::slice::from_raw_parts_mut(to, lanes).fill(0),
+                        }
+                    }
+                    let to = out.add(row * order.a_row + first);
+                    if rows == lanes {
+                        D::S::transpose(square.as_ptr().cast(), lanes, to.cast(), order.a_row);
+                        continue;
+                    }
+                    for i in 0..rows {
+                        for k in 0..lanes {
+                            *to.add(i * order.a_row + k) = square[k * lanes + i];
+                        }
+                    }
+                }
             }
         }
     }
 }
 
 /// A's rows of pairs, at any address, or its strips.
-struct Rows {
-    a: *const u32,
-    lda: usize,
+pub(super) struct Rows {
+    pub a: *const u32,
+    pub lda: usize,
 }
 
 // SAFETY: the pairs are only read.
@@ -303,35 +428,33 @@ unsafe impl Send for Rows {}
 unsafe impl Sync for Rows {}
 
 /// Some strips and panels of one product whose operands are packed.
-struct Part<'a, T> {
-    p: &'a Product<T>,
-    a: &'a Rows,
-    b: &'a [u32],
-    plus: Plus<'a, T>,
-    c: *mut T,
-    strips: Range<usize>,
-    panels: Range<usize>,
+pub(super) struct Part<'a, T> {
+    pub p: &'a Product<T>,
+    pub order: &'a Order,
+    pub a: &'a Rows,
+    pub b: &'a [u32],
+    pub plus: Plus<'a, T>,
+    pub c: *mut T,
+    pub strips: Range<usize>,
+    pub panels: Range<usize>,
 }
 
 impl<T: Vectors> PairKernel<T> for Part<'_, T> {
     #[inline(always)]
     unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
-        let (p, steps) = (self.p, self.p.steps());
-        let panel = Level::of::<D::S>().panel(p.n);
-        let height = Level::of::<D::S>().rows(panel);
-        let (strips, strip) = (Pieces::of(p.m, height), p.strip_of_pairs());
+        let (p, order) = (self.p, self.order);
+        let (strips, steps, panel) = (order.strips(p), order.steps, order.panel);
         let mut k = 0;
         while k < steps {
             let count = STEPS.min(steps - k);
             let (beta, plus) = if k == 0 { (p.beta, self.plus) } else { (T::one(), Plus::NOTHING) };
             for q in self.panels.clone() {
-                let first = q * panel;
-                let width = p.row(panel, q, D::S::LANES);
+                let (first, width) = (q * panel, order.row(p, q));
                 let b = self.b.as_ptr().wrapping_add(q * steps * panel + k * width);
                 for i in self.strips.clone() {
                     let row = strips.start(i);
                     let (a, lda) = match p.trans_a {
-                        true => (i * strip + k * height, height),
+                        true => (i * order.strip() + k * order.height, order.height),
                         false => (row * self.a.lda + k, self.a.lda),
                     };
                     let tile = Tile {

@@ -1,0 +1,89 @@
+//! Products of pairs by matrix registers ([`matrix`](crate::kernels::matrix)): two squares of rows of A, as it lies or packed,
+//! by two of columns of a packed panel of B.
+#![allow(unsafe_code, clippy::needless_range_loop)]
+
+use super::Plus;
+use super::pairs::Part;
+use super::tile::Target;
+use crate::kernels::matrix::{BLOCK, Block, Registers, Runs, SIDE, Sums, square};
+use crate::kernels::pairs::{PairKernel, Pairs};
+use crate::kernels::simd::{Simd, Vectors};
+use crate::tile_sizes;
+
+/// Pairs that are added up in registers before they are added to C: a panel of B stays in the first-level cache
+/// while strips of A pass by.
+const STEPS: usize = 256;
+
+/// Rows that are written at a time: every level has tiles of as many.
+const ROWS: usize = 4;
+
+/// Some strips and panels of a product, in blocks.
+pub(super) struct Blocks<'a, T>(pub Part<'a, T>);
+
+impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
+    #[inline(always)]
+    unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
+        let Part { p, order, a, b, plus, c, strips, panels } = self.0;
+        let pieces = order.strips(p);
+        let mut sums = Sums::new();
+        for k in (0..order.packed).step_by(STEPS) {
+            let count = STEPS.min(order.packed - k);
+            let (beta, plus) = if k == 0 { (p.beta, plus) } else { (T::one(), Plus::NOTHING) };
+            let runs = Runs::of(&[(0, count)]);
+            let registers = Registers::new(p.m.min(SIDE), &runs);
+            for q in panels.clone() {
+                let (first, width) = (q * order.panel, order.row(p, q));
+                let b = b.as_ptr().wrapping_add(q * order.packed * order.panel + k * width);
+                for i in strips.clone() {
+                    let (row, height) = (pieces.start(i), pieces.len(i));
+                    let squares = [square(row / SIDE, p.m), square(row / SIDE + 1, p.m)];
+                    let block = Block {
+                        a: squares.map(|(start, _)| a.a.wrapping_add(start * a.lda + k)),
+                        a_row: a.lda,
+                        b,
+                        b_row: width,
+                        rows: height.div_ceil(SIDE),
+                        columns: width / SIDE,
+                    };
+                    // SAFETY: the part lies inside the product; its operands are packed, or as if they were.
+                    unsafe {
+                        registers.multiply(&block, &mut sums);
+                        for r in 0..block.rows {
+                            let (start, skip) = squares[r];
+                            let end = SIDE.min(p.m - start);
+                            for i in (skip..end).step_by(ROWS) {
+                                for j in (0..width.min(p.n - first)).step_by(D::S::LANES) {
+                                    let from = sums.0.as_ptr().add((r * SIDE + i) * BLOCK + j);
+                                    let to = Target::of(p, plus, c, start + i, first + j, D::S::LANES, beta);
+                                    let m = ROWS.min(end - i);
+                                    tile_sizes!(m, 1, D, put_run(&to, from.cast::<T>()));
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A column of `M` vectors of a block's sums.
+///
+/// # Safety
+/// `from` must be valid for a vector at as many of a block's rows, and the target for `M` rows.
+#[inline(always)]
+unsafe fn put_run<D: Pairs, const M: usize, const N: usize>(
+    to: &Target<<D::S as Simd>::Elem>,
+    from: *const <D::S as Simd>::Elem,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut acc = [[D::S::load(from); N]; M];
+        for i in 0..M {
+            for j in 0..N {
+                acc[i][j] = D::S::load(from.add(i * BLOCK + j * D::S::LANES));
+            }
+        }
+        to.write::<D::S, M, N>(&acc);
+    }
+}

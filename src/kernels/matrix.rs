@@ -1,0 +1,381 @@
+//! Matrix registers: squares of 16 rows of 64 bytes, which one instruction (`tdpbf16ps` of Intel's AMX) multiplies.
+//!
+//! It takes up to 16 rows of up to 16 pairs of bfloat16 ([`pairs`](crate::kernels::pairs)) of A, as many rows of 16 columns' pairs of
+//! B, and adds the products to 16 by 16 sums in `f32`: as much as 256 of the instructions that multiply vectors of pairs. Operands lie
+//! in memory as vectors read them: A in rows of pairs, at any distance, B with a row of pairs a step. A block is of one or two
+//! squares of rows by one or two of columns, whose sums are left in memory for the vectors of whoever asked for them.
+//!
+//! Elsewhere than on such processors the same sums are computed in plain arithmetic, which only tests ask for.
+#![allow(unsafe_code, clippy::needless_range_loop)]
+
+use std::marker::PhantomData;
+
+use smallvec::SmallVec;
+
+use crate::kernels::isa::multiplies_blocks;
+use crate::kernels::simd::Vectors;
+
+/// Rows and columns of a square, and the pairs of a row.
+pub const SIDE: usize = 16;
+/// Rows and columns of a block.
+pub const BLOCK: usize = 2 * SIDE;
+
+/// May this process use the processor's matrix registers, if it has them? (Linux wants to be asked: they make a thread's state
+/// larger by 8 KiB.)
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(super) fn permitted() -> bool {
+    use std::arch::x86_64::__cpuid_count;
+
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const TILE_DATA: libc::c_long = 18;
+    /// AMX-TILE and AMX-BF16.
+    const FEATURES: u32 = 1 << 24 | 1 << 22;
+    // (Leaf 7 is there where AVX-512 is, which the caller has asked for.)
+    let features = __cpuid_count(7, 0).edx;
+    // SAFETY: the call reads no memory of ours, and fails on systems that do not know it.
+    features & FEATURES == FEATURES
+        && unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) } == 0
+}
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+pub(super) fn permitted() -> bool {
+    false
+}
+
+/// Are sums of pairs of this type added up in blocks? Their squares are as wide as the vectors that read them.
+pub fn by_blocks<T: Vectors>() -> bool {
+    multiplies_blocks() && T::level().lanes == SIDE
+}
+
+/// Runs of steps of the summed dimension.
+#[derive(Debug, Clone)]
+pub struct Runs {
+    /// What an instruction multiplies of a row: pairs, a divisor of each run.
+    steps: usize,
+    /// The last one is empty.
+    runs: SmallVec<[Run; 32]>,
+}
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Run {
+    /// Where it begins in each row of A, in bytes.
+    a: isize,
+    /// Instructions.
+    count: usize,
+    /// Bytes of B between the run before and this one.
+    b_skip: usize,
+}
+
+impl Run {
+    const NONE: Run = Run { a: 0, count: 0, b_skip: 0 };
+}
+
+impl Runs {
+    /// Runs `(offset, pairs)` of A, B's rows of which follow one another.
+    pub fn of(runs: &[(isize, usize)]) -> Runs {
+        let divides = |steps: &usize| runs.iter().all(|run| run.1.is_multiple_of(*steps));
+        let steps = (1..=SIDE).rev().find(divides).unwrap_or(1);
+        let filled = runs.iter().filter(|run| run.1 > 0);
+        let each = filled.map(|&(offset, n)| Run { a: 4 * offset, count: n / steps, b_skip: 0 });
+        Runs { steps, runs: each.chain([Run::NONE]).collect() }
+    }
+
+    /// `count` runs that follow one another in A, each of as many instructions of `steps` pairs, whose rows of B begin so many pairs
+    /// after the first, in ascending order; `b_row`: pairs from one of its rows to the next.
+    pub fn apart(
+        count: usize,
+        [instructions, steps]: [usize; 2],
+        b_row: usize,
+        b: impl Fn(usize) -> usize,
+    ) -> Runs {
+        assert!((1..=SIDE).contains(&steps), "steps of an instruction");
+        let n = instructions * steps;
+        let each = (0..if n == 0 { 0 } else { count }).map(|i| {
+            let before = if i == 0 { 0 } else { b(i - 1) + n * b_row };
+            Run { a: (4 * i * n) as isize, count: instructions, b_skip: 4 * (b(i) - before) }
+        });
+        Runs { steps, runs: each.chain([Run::NONE]).collect() }
+    }
+}
+
+/// Sums of a block, row by row.
+#[repr(C, align(64))]
+pub struct Sums(pub [f32; BLOCK * BLOCK]);
+
+impl Sums {
+    pub fn new() -> Sums {
+        Sums([0.0; BLOCK * BLOCK])
+    }
+}
+
+/// A block's operands.
+#[derive(Debug, Clone, Copy)]
+pub struct Block {
+    /// The first rows of both squares of A, and pairs from a row to the next.
+    pub a: [*const u32; 2],
+    pub a_row: usize,
+    /// Columns' pairs of the first step, and from a step to the next.
+    pub b: *const u32,
+    pub b_row: usize,
+    /// Squares of rows and of columns: 1 or 2.
+    pub rows: usize,
+    pub columns: usize,
+}
+
+/// The registers, set up for squares of A of some rows and steps, as long as this lives.
+pub struct Registers<'a> {
+    rows: usize,
+    runs: &'a Runs,
+    /// They are the thread's.
+    here: PhantomData<*const ()>,
+}
+
+#[repr(C, align(64))]
+struct Shapes {
+    palette: u8,
+    start: u8,
+    zeros: [u8; 14],
+    bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+impl<'a> Registers<'a> {
+    /// For squares of `rows` rows.
+    pub fn new(rows: usize, runs: &'a Runs) -> Self {
+        assert!((1..=SIDE).contains(&rows), "rows of a square");
+        #[cfg(target_arch = "x86_64")]
+        if super::isa::has_matrix_products() {
+            let mut shapes = Shapes { palette: 1, start: 0, zeros: [0; 14], bytes: [0; 16], rows: [0; 16] };
+            for i in 0..8 {
+                let (height, pairs) = match i {
+                    0..4 => (rows, SIDE),
+                    4..6 => (rows, runs.steps),
+                    _ => (runs.steps, SIDE),
+                };
+                (shapes.rows[i], shapes.bytes[i]) = (height as u8, 4 * pairs as u16);
+            }
+            // SAFETY: the processor has the registers; the shapes are within a square.
+            unsafe { std::arch::asm!("ldtilecfg [{}]", in(reg) &shapes, options(nostack, readonly)) }
+        }
+        Registers { rows, runs, here: PhantomData }
+    }
+
+    /// The sums of a block over all runs.
+    ///
+    /// # Safety
+    /// Of each square of A the rows must be valid at all runs' pairs, and `b` for as many rows of the block's columns as there are
+    /// steps in all runs.
+    #[inline]
+    pub unsafe fn multiply(&self, block: &Block, sums: &mut Sums) {
+        #[cfg(target_arch = "x86_64")]
+        if super::isa::has_matrix_products() {
+            // SAFETY: the caller's promise; the registers are set up.
+            return unsafe { by_instruction(self.runs, block, sums) };
+        }
+        // SAFETY: the caller's promise.
+        unsafe { plainly(self.rows, self.runs, block, sums) }
+    }
+}
+
+impl Drop for Registers<'_> {
+    fn drop(&mut self) {
+        #[cfg(target_arch = "x86_64")]
+        if super::isa::has_matrix_products() {
+            // SAFETY: the processor has the registers, and nobody reads them any more.
+            unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) }
+        }
+    }
+}
+
+/// The loops over runs and over their steps, with what a block of one size has of loads, products and sums.
+#[cfg(target_arch = "x86_64")]
+macro_rules! block {
+    ($runs:expr, $block:expr, $sums:expr, [$($zero:literal),*], [$($step:literal),*], [$($store:literal),*]) => {
+        std::arch::asm!(
+            $($zero,)*
+            "mov {n}, [{run} + 8]",
+            "test {n}, {n}",
+            "jz 4f",
+            "2:",
+            "mov {p}, [{run}]",
+            "add {b}, [{run} + 16]",
+            "lea {q}, [{a1} + {p}]",
+            "add {p}, {a0}",
+            "3:",
+            $($step,)*
+            "add {p}, {a_step}",
+            "add {q}, {a_step}",
+            "add {b}, {b_step}",
+            "dec {n}",
+            "jnz 3b",
+            "add {run}, 24",
+            "mov {n}, [{run} + 8]",
+            "test {n}, {n}",
+            "jnz 2b",
+            "4:",
+            "mov {n}, {row}",
+            $($store,)*
+            run = inout(reg) $runs.runs.as_ptr() => _,
+            n = out(reg) _,
+            p = out(reg) _,
+            q = out(reg) _,
+            a0 = in(reg) $block.a[0],
+            a1 = in(reg) $block.a[1],
+            a_row = in(reg) 4 * $block.a_row,
+            a_step = in(reg) 4 * $runs.steps,
+            b = inout(reg) $block.b => _,
+            b_row = in(reg) 4 * $block.b_row,
+            b_step = in(reg) 4 * $runs.steps * $block.b_row,
+            c = in(reg) $sums.0.as_mut_ptr(),
+            row = const 4 * BLOCK,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        )
+    };
+}
+
+/// # Safety
+/// As of [`Registers::multiply`]; the registers must be set up.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+unsafe fn by_instruction(runs: &Runs, block: &Block, sums: &mut Sums) {
+    // SAFETY: reads what the caller promises, and the runs up to the empty one; writes the block's squares of the sums.
+    unsafe {
+        match (block.rows, block.columns) {
+            (1, 1) => block!(
+                runs,
+                block,
+                sums,
+                ["tilezero tmm0"],
+                [
+                    "tileloadd tmm4, [{p} + {a_row}]",
+                    "tileloadd tmm6, [{b} + {b_row}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6"
+                ],
+                ["tilestored [{c} + {n}], tmm0"]
+            ),
+            (1, _) => block!(
+                runs,
+                block,
+                sums,
+                ["tilezero tmm0", "tilezero tmm1"],
+                [
+                    "tileloadd tmm4, [{p} + {a_row}]",
+                    "tileloadd tmm6, [{b} + {b_row}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{b} + {b_row} + 64]",
+                    "tdpbf16ps tmm1, tmm4, tmm7"
+                ],
+                ["tilestored [{c} + {n}], tmm0", "tilestored [{c} + {n} + 64], tmm1"]
+            ),
+            (_, 1) => block!(
+                runs,
+                block,
+                sums,
+                ["tilezero tmm0", "tilezero tmm2"],
+                [
+                    "tileloadd tmm4, [{p} + {a_row}]",
+                    "tileloadd tmm6, [{b} + {b_row}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm5, [{q} + {a_row}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6"
+                ],
+                ["tilestored [{c} + {n}], tmm0", "tilestored [{c} + {n} + 2048], tmm2"]
+            ),
+            _ => block!(
+                runs,
+                block,
+                sums,
+                ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
+                [
+                    "tileloadd tmm4, [{p} + {a_row}]",
+                    "tileloadd tmm6, [{b} + {b_row}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{b} + {b_row} + 64]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{q} + {a_row}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7"
+                ],
+                [
+                    "tilestored [{c} + {n}], tmm0",
+                    "tilestored [{c} + {n} + 64], tmm1",
+                    "tilestored [{c} + {n} + 2048], tmm2",
+                    "tilestored [{c} + {n} + 2112], tmm3"
+                ]
+            ),
+        }
+    }
+}
+
+/// # Safety
+/// As of [`Registers::multiply`].
+unsafe fn plainly(rows: usize, runs: &Runs, block: &Block, sums: &mut Sums) {
+    let half = |pair: u32, nth: u32| f32::from_bits(if nth == 0 { pair << 16 } else { pair & 0xFFFF_0000 });
+    for (i, j) in (0..block.rows * rows).flat_map(|i| (0..block.columns * SIDE).map(move |j| (i, j))) {
+        let (square, row) = (i / rows, i % rows);
+        let (mut b, mut sum) = (block.b.wrapping_add(j), 0.0);
+        for run in &runs.runs {
+            let a = block.a[square].wrapping_add(row * block.a_row).wrapping_byte_offset(run.a);
+            b = b.wrapping_byte_add(run.b_skip);
+            for k in 0..run.count * runs.steps {
+                // SAFETY: the caller's promise.
+                let (a, pair) = unsafe { (a.add(k).read_unaligned(), b.read_unaligned()) };
+                sum += half(a, 0) * half(pair, 0) + half(a, 1) * half(pair, 1);
+                b = b.wrapping_add(block.b_row);
+            }
+        }
+        sums.0[(square * SIDE + row) * BLOCK + j] = sum;
+    }
+}
+
+/// Squares of `total` rows: where one begins, and how many of its rows belong to the one before it. Where there are fewer rows
+/// than a square has, all squares have as many.
+pub fn square(i: usize, total: usize) -> (usize, usize) {
+    let start = (i * SIDE).min(total.saturating_sub(SIDE));
+    (start, i * SIDE - start)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::isa::has_matrix_products;
+    use crate::kernels::pairs::pair;
+
+    /// Both ways give the same sums but for the order of additions, whatever the block's size, rows and steps.
+    #[test]
+    fn blocks_are_sums_of_products() {
+        if !has_matrix_products() {
+            println!("skipped: this processor has no matrix registers");
+            return;
+        }
+        let value = |i: usize| (i as f32 * 0.71).sin();
+        let some = |n: usize, from: usize| -> Vec<u32> {
+            (0..n).map(|i| pair([value(2 * i + from), value(2 * i + from + 1)])).collect()
+        };
+        let (a, b) = (some(4000, 0), some(4000, 77));
+        for rows in [1, 7, 16] {
+            let near = [&[(0, 16)][..], &[(0, 24), (60, 12), (5, 36)], &[(3, 7)], &[(0, 32), (9, 32)], &[]];
+            let apart = Runs::apart(3, [2, 7], 35, |i| 5 + i * 600);
+            for runs in near.into_iter().map(Runs::of).chain([apart]) {
+                for (r, c) in [(1, 1), (1, 2), (2, 1), (2, 2)] {
+                    let (a, b) = (a.as_ptr(), b.as_ptr());
+                    let second = a.wrapping_add(rows * 100);
+                    let block = Block { a: [a, second], a_row: 100, b, b_row: 35, rows: r, columns: c };
+                    let (mut fast, mut plain) = (Sums::new(), Sums::new());
+                    let registers = Registers::new(rows, &runs);
+                    // SAFETY: the operands are long enough.
+                    unsafe {
+                        registers.multiply(&block, &mut fast);
+                        plainly(rows, &runs, &block, &mut plain);
+                    }
+                    for (x, y) in fast.0.iter().zip(&plain.0) {
+                        assert!((x - y).abs() < 1e-4, "{rows} rows, {r} by {c} squares: {x}, {y}");
+                    }
+                }
+            }
+        }
+    }
+}
