@@ -44,8 +44,9 @@ fn saved_activations_take_half() {
         );
         assert!(activations <= most, "{model}: activations at the peak only fall to {activations:.2}");
         assert!(arena <= most + 0.05, "{model}: the arena only falls to {arena:.2}");
-        let f16 = planned(&shipped(model), &image, Precision::F16);
-        assert_eq!(f16.1, half.1, "{model}: float16 takes what bfloat16 does");
+        // (Pairs need other scratch memory, so that the peak may be at another operator.)
+        let f16 = planned(&shipped(model), &image, Precision::F16).1;
+        assert!((f16 - half.1).abs() <= 0.05 * half.1, "{model}: float16 takes {f16}, bfloat16 {}", half.1);
     }
 }
 

@@ -17,41 +17,73 @@ const ROWS: usize = 8;
 pub(super) struct Blocks<'a, T>(pub Task<'a, u32, T>);
 
 /// Lines of positions in squares of equally many rows, of which neighbours may share some.
+///
+/// Where all positions of an image are equally far apart in A, its lines can be one: then what lies between them is computed, too,
+/// and left out of the results.
 struct Squares {
     walk: Walk,
-    line: usize,
+    /// Positions of a line, of how many lines it consists, and from one of those to the next.
+    length: usize,
+    lines: usize,
+    pitch: usize,
     pieces: Pieces,
     rows: usize,
     piece: usize,
 }
 
-/// Positions of a square, where the first of them begins in A and in the results, and how many belong to the square before.
-#[derive(Clone, Copy)]
+/// Rows of a square, with results.
 struct Square {
+    /// Where the first one begins in A.
     a: usize,
-    y: usize,
-    before: usize,
+    /// The rows that have results of their own, and where those begin.
+    results: [(usize, usize); SIDE],
+    count: usize,
 }
 
 impl Squares {
-    fn of(walk: Walk) -> Squares {
-        let line = walk.extents[2];
-        let pieces = Pieces::of(line, SIDE);
-        Squares { walk, line, rows: pieces.len(0), pieces, piece: 0 }
+    /// `one_line`: are an image's positions equally far apart?
+    fn of(walk: Walk, one_line: bool) -> Squares {
+        let [_, lines, width] = walk.extents;
+        let pitch = walk.a_step[1] / walk.a_step[2].max(1);
+        let length = (lines - 1) * pitch + width;
+        let joins = one_line && length.div_ceil(SIDE) < lines * width.div_ceil(SIDE);
+        let (length, lines) = if joins { (length, lines) } else { (width, 1) };
+        let pieces = Pieces::of(length, SIDE);
+        Squares { walk, length, lines, pitch, rows: pieces.len(0), pieces, piece: 0 }
+    }
+
+    /// Squares of so many images.
+    fn total(&self, images: usize) -> usize {
+        images * self.walk.extents[0] * (self.walk.extents[1] / self.lines) * self.pieces.count
     }
 
     #[inline(always)]
     fn next(&mut self) -> Square {
+        let (walk, width) = (&self.walk, self.walk.extents[2]);
         let start = self.pieces.start(self.piece);
-        let first = start.min(self.line - self.rows);
-        let walk = &self.walk;
-        let (a, y) = (walk.a + first * walk.a_step[2], walk.y + first * walk.y_step[2]);
+        let first = start.min(self.length - self.rows);
+        let mut square = Square { a: walk.a + first * walk.a_step[2], results: [(0, 0); SIDE], count: 0 };
+        let (mut line, mut column) =
+            if self.lines == 1 { (0, start) } else { (start / self.pitch, start % self.pitch) };
+        for row in start - first..start - first + self.pieces.len(self.piece) {
+            if column < width {
+                square.results[square.count] =
+                    (row, walk.y + line * walk.y_step[1] + column * walk.y_step[2]);
+                square.count += 1;
+            }
+            column += 1;
+            if column == self.pitch && self.lines > 1 {
+                (line, column) = (line + 1, 0);
+            }
+        }
         self.piece += 1;
         if self.piece == self.pieces.count {
             self.piece = 0;
-            self.walk.next_line();
+            for _ in 0..self.lines {
+                self.walk.next_line();
+            }
         }
-        Square { a, y, before: start - first }
+        square
     }
 }
 
@@ -71,26 +103,26 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                 if volume(walk.extents) == 0 {
                     continue;
                 }
-                let lines = task.images() * walk.extents[0] * walk.extents[1];
-                let y_step = walk.y_step[2];
-                let mut squares = Squares::of(walk);
-                let (rows, total) = (squares.rows, lines * squares.pieces.count);
+                let one_line = plan.in_step[1..] == [1; 2];
+                let mut squares = Squares::of(walk, one_line);
+                let (rows, total) = (squares.rows, squares.total(task.images()));
+                let a_row = squares.walk.a_step[2];
                 let runs = Runs::of(&grid.runs);
                 let registers = Registers::new(rows, &runs);
                 let mut to = Results::new(&task.epilogue, task.y);
                 for i in (0..total).step_by(2) {
                     let count = 2.min(total - i);
                     let one = squares.next();
-                    let both = [one, if count == 2 { squares.next() } else { one }];
+                    let two = if count == 2 { Some(squares.next()) } else { None };
+                    let a = [one.a, two.as_ref().map_or(one.a, |two| two.a)];
                     for p in first..(first + together).min(task.panels.end) {
-                        let channel = p * panel;
-                        let row = plan.row(panel, p, D::S::LANES);
+                        let (channel, row) = (p * panel, plan.row(panel, p, D::S::LANES));
                         let b = task.weights.as_ptr().wrapping_add(p * size + grid.first * plan.ci * row);
                         to.set(&task.epilogue, channel, panel.min(plan.co - channel));
                         for column in (0..row).step_by(BLOCK) {
                             let block = Block {
-                                a: both.map(|square| task.a.wrapping_add(square.a)),
-                                a_row: squares.walk.a_step[2],
+                                a: a.map(|at| task.a.wrapping_add(at)),
+                                a_row,
                                 b: b.wrapping_add(column),
                                 b_row: row,
                                 rows: count,
@@ -99,16 +131,16 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                             // SAFETY: the squares lie inside the task's rows, whose windows A holds; the panel has the columns.
                             unsafe {
                                 registers.multiply(&block, &mut sums);
-                                for (s, square) in both.iter().enumerate().take(count) {
-                                    for i in (square.before..rows).step_by(ROWS) {
-                                        let y = std::array::from_fn(|j| y0 + square.y + (i + j) * y_step);
-                                        let m = ROWS.min(rows - i);
-                                        for j in 0..block.columns {
-                                            let from = sums.0.as_ptr().add((s * SIDE + i) * BLOCK + j * SIDE);
-                                            let at = column + j * SIDE;
-                                            tile_sizes!(m, 1, D, put_run(&to, from.cast::<T>(), &y, at));
-                                        }
-                                    }
+                                put_square::<D>(&to, &one, &sums.0[..], y0, column, block.columns);
+                                if let Some(two) = &two {
+                                    put_square::<D>(
+                                        &to,
+                                        two,
+                                        &sums.0[SIDE * BLOCK..],
+                                        y0,
+                                        column,
+                                        block.columns,
+                                    );
                                 }
                             }
                         }
@@ -119,23 +151,88 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
     }
 }
 
-/// A column of `M` vectors of a block's sums.
+/// The results of a square, of so many columns' squares from column `at` of the panel on.
 ///
 /// # Safety
-/// `from` must be valid for a vector at as many of a block's rows; else as of [`put_column`].
+/// As of [`put_column`] at each of the square's results, from `y0` on.
+#[inline(always)]
+unsafe fn put_square<D: Pairs>(
+    to: &Results<<D::S as Simd>::Elem>,
+    square: &Square,
+    sums: &[f32],
+    y0: usize,
+    at: usize,
+    columns: usize,
+) {
+    for i in (0..square.count).step_by(ROWS) {
+        let m = ROWS.min(square.count - i);
+        let (mut from, mut y) = ([sums.as_ptr().cast(); ROWS], [0; ROWS]);
+        for j in 0..m {
+            let (row, start) = square.results[i + j];
+            from[j] = sums[row * BLOCK..(row + 1) * BLOCK].as_ptr().cast();
+            y[j] = y0 + start;
+        }
+        for j in 0..columns {
+            // SAFETY: a row of sums is as long; the caller's promise.
+            unsafe { tile_sizes!(m, 1, D, put_run(to, &from, &y, [j * SIDE, at + j * SIDE])) }
+        }
+    }
+}
+
+/// A column of `M` vectors, from one column of the sums' rows and to one of the panel.
+///
+/// # Safety
+/// The first `M` of `from` must be valid for a block's row; else as of [`put_column`].
 #[inline(always)]
 unsafe fn put_run<D: Pairs, const M: usize, const N: usize>(
     to: &Results<<D::S as Simd>::Elem>,
-    from: *const <D::S as Simd>::Elem,
+    from: &[*const <D::S as Simd>::Elem; ROWS],
     y: &[usize; ROWS],
-    at: usize,
+    [column, at]: [usize; 2],
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let mut column = [D::S::load(from); M];
+        let mut sums = [D::S::load(from[0].add(column)); M];
         for i in 1..M {
-            column[i] = D::S::load(from.add(i * BLOCK));
+            sums[i] = D::S::load(from[i].add(column));
         }
-        put_column::<D::S, M>(to, column, y, at);
+        put_column::<D::S, M>(to, sums, y, at);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::kernels::conv::{Geometry, Residual, input_grad, input_grad_scratch};
+    use crate::kernels::layout::Layout;
+
+    /// What squares share is written once: adding to what is there gives the bits of adding something of its own.
+    #[test]
+    fn adds_once() {
+        for (size, k) in [(28, 3), (17, 3), (7, 3), (33, 1), (29, 5)] {
+            let extents = [1, size, size];
+            let g = Geometry {
+                layout: Layout::Last,
+                n: 2,
+                c: 20,
+                oc: 24,
+                groups: 1,
+                axis: 1,
+                x: extents,
+                y: extents,
+                k: [1, k, k],
+                stride: [1; 3],
+                dilation: [1; 3],
+                pad: [0, k / 2, k / 2],
+                pairs: true,
+            };
+            let some = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
+            let (dy, w) = (some(g.outputs(), 0.7), some(g.oc * g.c * k * k, 0.3));
+            let addend = some(g.inputs(), 0.9);
+            let mut scratch = vec![f32::NAN; input_grad_scratch::<f32>(&g)];
+            let (mut apart, mut there) = (vec![0.0; addend.len()], addend.clone());
+            input_grad(&g, &dy, &w, Residual::Of(&addend), &mut apart, &mut scratch);
+            input_grad(&g, &dy, &w, Residual::InOutput, &mut there, &mut scratch);
+            assert_eq!(apart, there, "{g:?}");
+        }
     }
 }

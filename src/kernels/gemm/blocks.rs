@@ -10,9 +10,10 @@ use crate::kernels::pairs::{PairKernel, Pairs};
 use crate::kernels::simd::{Simd, Vectors};
 use crate::tile_sizes;
 
-/// Pairs that are added up in registers before they are added to C: a panel of B stays in the first-level cache
-/// while strips of A pass by.
-const STEPS: usize = 256;
+/// Pairs that are added up in registers before they are added to C.
+const STEPS: usize = 384;
+/// Strips of A that stay in the second-level cache while panels of B pass by.
+const NEAR: usize = 8;
 
 /// Rows that are written at a time: every level has tiles of as many.
 const ROWS: usize = 4;
@@ -31,10 +32,12 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
             let (beta, plus) = if k == 0 { (p.beta, plus) } else { (T::one(), Plus::NOTHING) };
             let runs = Runs::of(&[(0, count)]);
             let registers = Registers::new(p.m.min(SIDE), &runs);
-            for q in panels.clone() {
+            let groups =
+                strips.clone().step_by(NEAR).flat_map(|group| panels.clone().map(move |q| (group, q)));
+            for (group, q) in groups {
                 let (first, width) = (q * order.panel, order.row(p, q));
                 let b = b.as_ptr().wrapping_add(q * order.packed * order.panel + k * width);
-                for i in strips.clone() {
+                for i in group..strips.end.min(group + NEAR) {
                     let (row, height) = (pieces.start(i), pieces.len(i));
                     let squares = [square(row / SIDE, p.m), square(row / SIDE + 1, p.m)];
                     let block = Block {
