@@ -131,6 +131,8 @@ pub struct Registers<'a> {
     here: PhantomData<*const ()>,
 }
 
+/// What the registers are told of their shapes.
+#[cfg(target_arch = "x86_64")]
 #[repr(C, align(64))]
 struct Shapes {
     palette: u8,
