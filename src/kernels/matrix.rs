@@ -103,8 +103,8 @@ impl Runs {
 #[repr(C, align(64))]
 pub struct Sums(pub [f32; BLOCK * BLOCK]);
 
-impl Sums {
-    pub fn new() -> Sums {
+impl Default for Sums {
+    fn default() -> Sums {
         Sums([0.0; BLOCK * BLOCK])
     }
 }
@@ -366,7 +366,7 @@ mod tests {
                     let (a, b) = (a.as_ptr(), b.as_ptr());
                     let second = a.wrapping_add(rows * 100);
                     let block = Block { a: [a, second], a_row: 100, b, b_row: 35, rows: r, columns: c };
-                    let (mut fast, mut plain) = (Sums::new(), Sums::new());
+                    let (mut fast, mut plain) = (Sums::default(), Sums::default());
                     let registers = Registers::new(rows, &runs);
                     // SAFETY: the operands are long enough.
                     unsafe {

@@ -96,7 +96,7 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
         let plan = task.plan;
         let panel = Level::of::<D::S>().panel(plan.co);
         let (size, together) = (plan.steps() * panel, task.together(panel));
-        let mut sums = Sums::new();
+        let mut sums = Sums::default();
         for first in task.panels.clone().step_by(together) {
             for grid in &plan.grids {
                 let (walk, y0) = task.walk(grid);

@@ -274,7 +274,7 @@ pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
         };
     }
     if blocks::applies::<T>(g) {
-        return blocks::scratch::<T>(g);
+        return blocks::scratch(g);
     }
     let p = Plan::new(g);
     let panel = p.panel::<T>();

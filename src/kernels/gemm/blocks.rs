@@ -26,7 +26,7 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
     unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
         let Part { p, order, a, b, plus, c, strips, panels } = self.0;
         let pieces = order.strips(p);
-        let mut sums = Sums::new();
+        let mut sums = Sums::default();
         for k in (0..order.packed).step_by(STEPS) {
             let count = STEPS.min(order.packed - k);
             let (beta, plus) = if k == 0 { (p.beta, plus) } else { (T::one(), Plus::NOTHING) };

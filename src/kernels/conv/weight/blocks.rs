@@ -144,7 +144,7 @@ impl Plan<'_> {
 }
 
 /// Elements of scratch that [`weight_grad`] needs.
-pub(super) fn scratch<T: Vectors>(g: &Geometry) -> usize {
+pub(super) fn scratch(g: &Geometry) -> usize {
     let p = Plan::new(g);
     p.slabs * p.size() + slots(p.tasks(), p.near().iter().sum())
 }
@@ -190,7 +190,7 @@ impl<T: Vectors> PairKernel<T> for Task<'_, T> {
     #[inline(always)]
     unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(mut self) {
         let (p, g) = (self.p, self.p.g);
-        let mut sums = Sums::new();
+        let mut sums = Sums::default();
         let m = self.outputs.len();
         for (nth, chunk) in self.chunks.clone().enumerate() {
             let chunk = p.chunk(chunk);
