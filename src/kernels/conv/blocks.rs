@@ -2,7 +2,8 @@
 //! a line of results, its steps the pairs of channels of neighbouring taps.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
-use super::dense::{Results, Task, Walk, put_column};
+use super::dense::{Task, Walk};
+use super::results::{Results, put_column};
 use super::volume;
 use crate::kernels::matrix::{BLOCK, Block, Registers, Runs, SIDE, Sums};
 use crate::kernels::pairs::{PairKernel, Pairs};

@@ -14,6 +14,7 @@ mod load;
 mod narrow;
 mod paired;
 mod pointwise;
+mod results;
 mod statistics;
 mod weight;
 mod winograd;

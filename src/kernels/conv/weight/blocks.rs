@@ -9,6 +9,7 @@
 use std::ops::Range;
 
 use super::add;
+use super::plan::{SUMS, TASKS};
 use crate::kernels::conv::paired::PadImages;
 use crate::kernels::conv::{Geometry, in_slots, slots, transpose, volume};
 use crate::kernels::half::Elements;
@@ -20,9 +21,6 @@ use crate::kernels::tile::{Form, Pieces};
 
 /// Pairs of X and dY that a task should have near at a time.
 const CHUNK: usize = 1 << 17;
-/// Elements of all slabs' sums together, beyond which the outputs are divided instead of the positions.
-const SUMS: usize = 1 << 19;
-const TASKS: usize = 8;
 /// Multiply-adds worth a task of their own.
 const WORK: usize = 1 << 22;
 /// Runs that need no memory of their own.

@@ -11,8 +11,8 @@ use crate::kernels::tile::Pieces;
 const CHUNK: usize = 1 << 16;
 const LARGE_CHUNK: usize = 1 << 18;
 /// Elements of all slabs' sums together, beyond which the outputs are divided instead of the positions.
-const SUMS: usize = 1 << 19;
-const TASKS: usize = 8;
+pub(super) const SUMS: usize = 1 << 19;
+pub(super) const TASKS: usize = 8;
 /// Elements of dW from which on its operands are packed, or it is one product.
 pub(super) const LARGE: usize = 1 << 16;
 /// Multiply-adds worth a task of their own.
