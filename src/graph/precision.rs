@@ -22,7 +22,7 @@ use crate::tensor::{DType, Dims, Meta};
 
 /// Values of fewer bytes stay as they are.
 const SMALL: usize = 4096;
-/// A reader at most so many kernel calls after the one before reads what that one has read.
+/// A reader at most so many kernel calls after the one before reads what that one has read. Calls that make little are not counted.
 const NEAR: usize = 6;
 /// Late readers at most so many calls apart share a widened copy.
 const TOGETHER: usize = 3;
@@ -104,7 +104,7 @@ pub fn multiply_pairs(graph: &mut Graph) {
 /// A node that reads a value, or one that views it.
 #[derive(Debug, Clone, Copy)]
 struct Use {
-    /// The time of the call.
+    /// The time of the call: those that make something large before it.
     at: usize,
     node: NodeId,
     input: usize,
@@ -135,8 +135,9 @@ impl<'g> Pass<'g> {
         let mut made = vec![None; values];
         let mut uses = vec![Vec::new(); values];
         let order = plan::order(graph, request)?;
-        for (position, &id) in order.iter().enumerate() {
-            let (at, node) = (position + 1, graph.node(id));
+        let mut at = 0;
+        for &id in &order {
+            let node = graph.node(id);
             let known = |v: &ValueId| matches!(graph.value(*v).source, Source::Constant(_));
             if node.outputs.iter().flatten().all(known) {
                 continue;
@@ -148,6 +149,8 @@ impl<'g> Pass<'g> {
                 root[y.index()] = root[x.index()];
                 continue;
             }
+            let bytes = |v: &ValueId| graph.value(*v).meta.as_ref().map_or(0, |m| m.bytes());
+            at += usize::from(node.outputs.iter().flatten().map(bytes).sum::<usize>() >= SMALL);
             for (input, v) in node.inputs.iter().enumerate() {
                 if let Some(value) = *v {
                     uses[root[value.index()].index()].push(Use { at, node: id, input, value });

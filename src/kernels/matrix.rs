@@ -2,8 +2,10 @@
 //!
 //! It takes up to 16 rows of up to 16 pairs of bfloat16 ([`pairs`](crate::kernels::pairs)) of A, as many rows of 16 columns' pairs of
 //! B, and adds the products to 16 by 16 sums in `f32`: as much as 256 of the instructions that multiply vectors of pairs. Operands lie
-//! in memory as vectors read them: A in rows of pairs, at any distance, B with a row of pairs a step. A block is of one or two
-//! squares of rows by one or two of columns, whose sums are left in memory for the vectors of whoever asked for them.
+//! in memory as vectors read them: A in rows of pairs, at any distance, B with a row of pairs a step. A block is of up to four squares,
+//! two by two of them or all in a row or a column: one product's sums are there after about 52 cycles, while the next may begin
+//! after 16, so that four keep the unit busy. They are written to the result, or left in memory for the vectors of whoever asked for
+//! them.
 //!
 //! Elsewhere than on such processors the same sums are computed in plain arithmetic, which only tests ask for.
 #![allow(unsafe_code, clippy::needless_range_loop)]
@@ -17,7 +19,9 @@ use crate::kernels::simd::Vectors;
 
 /// Rows and columns of a square, and the pairs of a row.
 pub const SIDE: usize = 16;
-/// Rows and columns of a block.
+/// Squares of a block.
+pub const SQUARES: usize = 4;
+/// Rows and columns of a block of two by two.
 pub const BLOCK: usize = 2 * SIDE;
 
 /// May this process use the processor's matrix registers, if it has them? (Linux wants to be asked: they make a thread's state
@@ -99,28 +103,47 @@ impl Runs {
     }
 }
 
-/// Sums of a block, row by row.
+/// Memory for a block's sums, row by row.
 #[repr(C, align(64))]
-pub struct Sums(pub [f32; BLOCK * BLOCK]);
+pub struct Sums(pub [f32; SQUARES * SIDE * SIDE]);
 
 impl Default for Sums {
     fn default() -> Sums {
-        Sums([0.0; BLOCK * BLOCK])
+        Sums([0.0; SQUARES * SIDE * SIDE])
     }
 }
 
-/// A block's operands.
+impl Sums {
+    /// For a block of so many squares of columns: the rows of one square after the other's.
+    pub fn place(&mut self, columns: usize) -> Place {
+        let (to, row) = (self.0.as_mut_ptr(), columns * SIDE);
+        Place { to: std::array::from_fn(|i| to.wrapping_add(i * SIDE * row)), row, add: false }
+    }
+}
+
+/// Where a block's sums go: memory of the sums' own, or the result itself.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    /// The first row of each square of rows, and elements from a row to the next.
+    pub to: [*mut f32; SQUARES],
+    pub row: usize,
+    /// They are added to what is there.
+    pub add: bool,
+}
+
+/// A block's operands, and where its sums go.
 #[derive(Debug, Clone, Copy)]
 pub struct Block {
-    /// The first rows of both squares of A, and pairs from a row to the next.
-    pub a: [*const u32; 2],
+    /// The first row of each square of rows of A, and pairs from a row to the next.
+    pub a: [*const u32; SQUARES],
     pub a_row: usize,
     /// Columns' pairs of the first step, and from a step to the next.
     pub b: *const u32,
     pub b_row: usize,
-    /// Squares of rows and of columns: 1 or 2.
+    /// Squares of rows and of columns: two by two at most, or [`SQUARES`] by one, or one by as many.
     pub rows: usize,
     pub columns: usize,
+    pub place: Place,
 }
 
 /// The registers, set up for squares of A of some rows and steps, as long as this lives.
@@ -167,16 +190,16 @@ impl<'a> Registers<'a> {
     ///
     /// # Safety
     /// Of each square of A the rows must be valid at all runs' pairs, and `b` for as many rows of the block's columns as there are
-    /// steps in all runs.
+    /// steps in all runs. Of each square of rows the place must have the rows, each of the block's whole squares of columns.
     #[inline]
-    pub unsafe fn multiply(&self, block: &Block, sums: &mut Sums) {
+    pub unsafe fn multiply(&self, block: &Block) {
         #[cfg(target_arch = "x86_64")]
         if super::isa::has_matrix_products() {
             // SAFETY: the caller's promise; the registers are set up.
-            return unsafe { by_instruction(self.runs, block, sums) };
+            return unsafe { by_instruction(self.runs, block) };
         }
         // SAFETY: the caller's promise.
-        unsafe { plainly(self.rows, self.runs, block, sums) }
+        unsafe { plainly(self.rows, self.runs, block) }
     }
 }
 
@@ -190,48 +213,61 @@ impl Drop for Registers<'_> {
     }
 }
 
-/// The loops over runs and over their steps, with what a block of one size has of loads, products and sums.
+/// The loops over runs and over their steps: rows' pointers, loads and products of a step, and where the sums' registers go.
 #[cfg(target_arch = "x86_64")]
 macro_rules! block {
-    ($runs:expr, $block:expr, $sums:expr, [$($zero:literal),*], [$($step:literal),*], [$($store:literal),*]) => {
+    (
+        $runs:expr, $block:expr, [$(($row:ident, $nth:literal)),*], [$($step:literal),*],
+        [$(($sum:literal, $at:literal)),*]
+    ) => {
         std::arch::asm!(
-            $($zero,)*
+            "cmp byte ptr [{block} + {add}], 0",
+            "jne 5f",
+            $(concat!("tilezero ", $sum),)*
+            "jmp 6f",
+            "5:",
+            $(concat!("mov {", stringify!($row), "}, [{block} + {to} + 8 * ", $nth, "]"),)*
+            "mov {n}, [{block} + {to_row}]",
+            "shl {n}, 2",
+            $(concat!("tileloadd ", $sum, ", [", $at, "]"),)*
+            "6:",
             "mov {n}, [{run} + 8]",
             "test {n}, {n}",
             "jz 4f",
             "2:",
-            "mov {p}, [{run}]",
+            $(concat!("mov {", stringify!($row), "}, [{block} + {a} + 8 * ", $nth, "]"),)*
+            "mov {n}, [{run}]",
+            $(concat!("add {", stringify!($row), "}, {n}"),)*
             "add {b}, [{run} + 16]",
-            "lea {q}, [{a1} + {p}]",
-            "add {p}, {a0}",
+            "mov {n}, [{run} + 8]",
             "3:",
             $($step,)*
-            "add {p}, {a_step}",
-            "add {q}, {a_step}",
+            $(concat!("add {", stringify!($row), "}, {a_step}"),)*
             "add {b}, {b_step}",
             "dec {n}",
             "jnz 3b",
             "add {run}, 24",
-            "mov {n}, [{run} + 8]",
-            "test {n}, {n}",
-            "jnz 2b",
+            "cmp qword ptr [{run} + 8], 0",
+            "jne 2b",
             "4:",
-            "mov {n}, {row}",
-            $($store,)*
+            $(concat!("mov {", stringify!($row), "}, [{block} + {to} + 8 * ", $nth, "]"),)*
+            "mov {n}, [{block} + {to_row}]",
+            "shl {n}, 2",
+            $(concat!("tilestored [", $at, "], ", $sum),)*
             run = inout(reg) $runs.runs.as_ptr() => _,
             n = out(reg) _,
-            p = out(reg) _,
-            q = out(reg) _,
-            a0 = in(reg) $block.a[0],
-            a1 = in(reg) $block.a[1],
+            $($row = out(reg) _,)*
             a_row = in(reg) 4 * $block.a_row,
             a_step = in(reg) 4 * $runs.steps,
             b = inout(reg) $block.b => _,
             b_row = in(reg) 4 * $block.b_row,
             b_step = in(reg) 4 * $runs.steps * $block.b_row,
-            c = in(reg) $sums.0.as_mut_ptr(),
-            row = const 4 * BLOCK,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            block = in(reg) $block as *const Block,
+            a = const std::mem::offset_of!(Block, a),
+            to = const std::mem::offset_of!(Block, place.to),
+            to_row = const std::mem::offset_of!(Block, place.row),
+            add = const std::mem::offset_of!(Block, place.add),
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
         )
@@ -242,27 +278,25 @@ macro_rules! block {
 /// As of [`Registers::multiply`]; the registers must be set up.
 #[cfg(target_arch = "x86_64")]
 #[inline]
-unsafe fn by_instruction(runs: &Runs, block: &Block, sums: &mut Sums) {
+unsafe fn by_instruction(runs: &Runs, block: &Block) {
     // SAFETY: reads what the caller promises, and the runs up to the empty one; writes the block's squares of the sums.
     unsafe {
         match (block.rows, block.columns) {
             (1, 1) => block!(
                 runs,
                 block,
-                sums,
-                ["tilezero tmm0"],
+                [(p, 0)],
                 [
                     "tileloadd tmm4, [{p} + {a_row}]",
                     "tileloadd tmm6, [{b} + {b_row}]",
                     "tdpbf16ps tmm0, tmm4, tmm6"
                 ],
-                ["tilestored [{c} + {n}], tmm0"]
+                [("tmm0", "{p} + {n}")]
             ),
-            (1, _) => block!(
+            (1, 2) => block!(
                 runs,
                 block,
-                sums,
-                ["tilezero tmm0", "tilezero tmm1"],
+                [(p, 0)],
                 [
                     "tileloadd tmm4, [{p} + {a_row}]",
                     "tileloadd tmm6, [{b} + {b_row}]",
@@ -270,27 +304,94 @@ unsafe fn by_instruction(runs: &Runs, block: &Block, sums: &mut Sums) {
                     "tileloadd tmm7, [{b} + {b_row} + 64]",
                     "tdpbf16ps tmm1, tmm4, tmm7"
                 ],
-                ["tilestored [{c} + {n}], tmm0", "tilestored [{c} + {n} + 64], tmm1"]
+                [("tmm0", "{p} + {n}"), ("tmm1", "{p} + {n} + 64")]
             ),
-            (_, 1) => block!(
+            (1, 3) => block!(
                 runs,
                 block,
-                sums,
-                ["tilezero tmm0", "tilezero tmm2"],
+                [(p, 0)],
+                [
+                    "tileloadd tmm4, [{p} + {a_row}]",
+                    "tileloadd tmm6, [{b} + {b_row}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{b} + {b_row} + 64]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm6, [{b} + {b_row} + 128]",
+                    "tdpbf16ps tmm2, tmm4, tmm6"
+                ],
+                [("tmm0", "{p} + {n}"), ("tmm1", "{p} + {n} + 64"), ("tmm2", "{p} + {n} + 128")]
+            ),
+            (1, _) => block!(
+                runs,
+                block,
+                [(p, 0)],
+                [
+                    "tileloadd tmm4, [{p} + {a_row}]",
+                    "tileloadd tmm6, [{b} + {b_row}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{b} + {b_row} + 64]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm6, [{b} + {b_row} + 128]",
+                    "tdpbf16ps tmm2, tmm4, tmm6",
+                    "tileloadd tmm7, [{b} + {b_row} + 192]",
+                    "tdpbf16ps tmm3, tmm4, tmm7"
+                ],
+                [
+                    ("tmm0", "{p} + {n}"),
+                    ("tmm1", "{p} + {n} + 64"),
+                    ("tmm2", "{p} + {n} + 128"),
+                    ("tmm3", "{p} + {n} + 192")
+                ]
+            ),
+            (2, 1) => block!(
+                runs,
+                block,
+                [(p, 0), (q, 1)],
                 [
                     "tileloadd tmm4, [{p} + {a_row}]",
                     "tileloadd tmm6, [{b} + {b_row}]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
                     "tileloadd tmm5, [{q} + {a_row}]",
-                    "tdpbf16ps tmm2, tmm5, tmm6"
+                    "tdpbf16ps tmm1, tmm5, tmm6"
                 ],
-                ["tilestored [{c} + {n}], tmm0", "tilestored [{c} + {n} + 2048], tmm2"]
+                [("tmm0", "{p} + {n}"), ("tmm1", "{q} + {n}")]
+            ),
+            (3, _) => block!(
+                runs,
+                block,
+                [(p, 0), (q, 1), (r, 2)],
+                [
+                    "tileloadd tmm4, [{p} + {a_row}]",
+                    "tileloadd tmm6, [{b} + {b_row}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm5, [{q} + {a_row}]",
+                    "tdpbf16ps tmm1, tmm5, tmm6",
+                    "tileloadd tmm4, [{r} + {a_row}]",
+                    "tdpbf16ps tmm2, tmm4, tmm6"
+                ],
+                [("tmm0", "{p} + {n}"), ("tmm1", "{q} + {n}"), ("tmm2", "{r} + {n}")]
+            ),
+            (4, _) => block!(
+                runs,
+                block,
+                [(p, 0), (q, 1), (r, 2), (s, 3)],
+                [
+                    "tileloadd tmm4, [{p} + {a_row}]",
+                    "tileloadd tmm6, [{b} + {b_row}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm5, [{q} + {a_row}]",
+                    "tdpbf16ps tmm1, tmm5, tmm6",
+                    "tileloadd tmm4, [{r} + {a_row}]",
+                    "tdpbf16ps tmm2, tmm4, tmm6",
+                    "tileloadd tmm5, [{s} + {a_row}]",
+                    "tdpbf16ps tmm3, tmm5, tmm6"
+                ],
+                [("tmm0", "{p} + {n}"), ("tmm1", "{q} + {n}"), ("tmm2", "{r} + {n}"), ("tmm3", "{s} + {n}")]
             ),
             _ => block!(
                 runs,
                 block,
-                sums,
-                ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
+                [(p, 0), (q, 1)],
                 [
                     "tileloadd tmm4, [{p} + {a_row}]",
                     "tileloadd tmm6, [{b} + {b_row}]",
@@ -302,10 +403,10 @@ unsafe fn by_instruction(runs: &Runs, block: &Block, sums: &mut Sums) {
                     "tdpbf16ps tmm3, tmm5, tmm7"
                 ],
                 [
-                    "tilestored [{c} + {n}], tmm0",
-                    "tilestored [{c} + {n} + 64], tmm1",
-                    "tilestored [{c} + {n} + 2048], tmm2",
-                    "tilestored [{c} + {n} + 2112], tmm3"
+                    ("tmm0", "{p} + {n}"),
+                    ("tmm1", "{p} + {n} + 64"),
+                    ("tmm2", "{q} + {n}"),
+                    ("tmm3", "{q} + {n} + 64")
                 ]
             ),
         }
@@ -314,11 +415,13 @@ unsafe fn by_instruction(runs: &Runs, block: &Block, sums: &mut Sums) {
 
 /// # Safety
 /// As of [`Registers::multiply`].
-unsafe fn plainly(rows: usize, runs: &Runs, block: &Block, sums: &mut Sums) {
+unsafe fn plainly(rows: usize, runs: &Runs, block: &Block) {
     let half = |pair: u32, nth: u32| f32::from_bits(if nth == 0 { pair << 16 } else { pair & 0xFFFF_0000 });
     for (i, j) in (0..block.rows * rows).flat_map(|i| (0..block.columns * SIDE).map(move |j| (i, j))) {
         let (square, row) = (i / rows, i % rows);
-        let (mut b, mut sum) = (block.b.wrapping_add(j), 0.0);
+        let to = block.place.to[square].wrapping_add(row * block.place.row + j);
+        // SAFETY: the caller's promise.
+        let (mut b, mut sum) = (block.b.wrapping_add(j), if block.place.add { unsafe { *to } } else { 0.0 });
         for run in &runs.runs {
             let a = block.a[square].wrapping_add(row * block.a_row).wrapping_byte_offset(run.a);
             b = b.wrapping_byte_add(run.b_skip);
@@ -329,7 +432,8 @@ unsafe fn plainly(rows: usize, runs: &Runs, block: &Block, sums: &mut Sums) {
                 b = b.wrapping_add(block.b_row);
             }
         }
-        sums.0[(square * SIDE + row) * BLOCK + j] = sum;
+        // SAFETY: the caller's promise.
+        unsafe { *to = sum }
     }
 }
 
@@ -357,24 +461,28 @@ mod tests {
         let some = |n: usize, from: usize| -> Vec<u32> {
             (0..n).map(|i| pair([value(2 * i + from), value(2 * i + from + 1)])).collect()
         };
-        let (a, b) = (some(4000, 0), some(4000, 77));
+        let (a, b) = (some(7000, 0), some(7000, 77));
         for rows in [1, 7, 16] {
             let near = [&[(0, 16)][..], &[(0, 24), (60, 12), (5, 36)], &[(3, 7)], &[(0, 32), (9, 32)], &[]];
-            let apart = Runs::apart(3, [2, 7], 35, |i| 5 + i * 600);
+            let apart = Runs::apart(3, [2, 7], 67, |i| 5 + i * 1100);
             for runs in near.into_iter().map(Runs::of).chain([apart]) {
-                for (r, c) in [(1, 1), (1, 2), (2, 1), (2, 2)] {
+                for (r, c) in [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (3, 1), (4, 1), (2, 2)] {
                     let (a, b) = (a.as_ptr(), b.as_ptr());
-                    let second = a.wrapping_add(rows * 100);
-                    let block = Block { a: [a, second], a_row: 100, b, b_row: 35, rows: r, columns: c };
+                    let a = std::array::from_fn(|i| a.wrapping_add(i * rows * 100 + i));
                     let (mut fast, mut plain) = (Sums::default(), Sums::default());
+                    let place = fast.place(c);
+                    let block = Block { a, a_row: 100, b, b_row: 67, rows: r, columns: c, place };
                     let registers = Registers::new(rows, &runs);
-                    // SAFETY: the operands are long enough.
-                    unsafe {
-                        registers.multiply(&block, &mut fast);
-                        plainly(rows, &runs, &block, &mut plain);
-                    }
-                    for (x, y) in fast.0.iter().zip(&plain.0) {
-                        assert!((x - y).abs() < 1e-4, "{rows} rows, {r} by {c} squares: {x}, {y}");
+                    for add in [false, true] {
+                        // SAFETY: the operands are long enough.
+                        unsafe {
+                            registers.multiply(&Block { place: Place { add, ..block.place }, ..block });
+                            let place = Place { add, ..plain.place(c) };
+                            plainly(rows, &runs, &Block { place, ..block });
+                        }
+                        for (x, y) in fast.0.iter().zip(&plain.0) {
+                            assert!((x - y).abs() < 1e-4, "{rows} rows, {r} by {c} squares: {x}, {y}");
+                        }
                     }
                 }
             }

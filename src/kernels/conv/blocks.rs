@@ -5,7 +5,7 @@
 use super::dense::{Task, Walk};
 use super::results::{Results, put_column};
 use super::volume;
-use crate::kernels::matrix::{BLOCK, Block, Registers, Runs, SIDE, Sums};
+use crate::kernels::matrix::{BLOCK, Block, Place, Registers, Runs, SIDE, SQUARES, Sums};
 use crate::kernels::pairs::{PairKernel, Pairs};
 use crate::kernels::simd::{Level, Simd, Vectors};
 use crate::kernels::tile::Pieces;
@@ -33,12 +33,31 @@ struct Squares {
 }
 
 /// Rows of a square, with results.
+#[derive(Clone, Copy)]
 struct Square {
     /// Where the first one begins in A.
     a: usize,
-    /// The rows that have results of their own, and where those begin.
-    results: [(usize, usize); SIDE],
+    /// The rows that have results of their own.
+    stretches: [Stretch; SIDE],
     count: usize,
+}
+
+/// Neighbouring rows of a square, of one line of positions.
+#[derive(Clone, Copy)]
+struct Stretch {
+    row: usize,
+    rows: usize,
+    /// Where the first one's results begin.
+    y: usize,
+}
+
+impl Square {
+    const NONE: Square = Square { a: 0, stretches: [Stretch { row: 0, rows: 0, y: 0 }; SIDE], count: 0 };
+
+    /// Are all of its rows, so many, results that are equally far apart?
+    fn is_whole(&self, rows: usize) -> bool {
+        self.count == 1 && self.stretches[0].rows == rows
+    }
 }
 
 impl Squares {
@@ -48,7 +67,7 @@ impl Squares {
         let pitch = walk.a_step[1] / walk.a_step[2].max(1);
         let length = (lines - 1) * pitch + width;
         let joins = one_line && length.div_ceil(SIDE) < lines * width.div_ceil(SIDE);
-        let (length, lines) = if joins { (length, lines) } else { (width, 1) };
+        let (length, lines, pitch) = if joins { (length, lines, pitch) } else { (width, 1, width) };
         let pieces = Pieces::of(length, SIDE);
         Squares { walk, length, lines, pitch, rows: pieces.len(0), pieces, piece: 0 }
     }
@@ -63,19 +82,20 @@ impl Squares {
         let (walk, width) = (&self.walk, self.walk.extents[2]);
         let start = self.pieces.start(self.piece);
         let first = start.min(self.length - self.rows);
-        let mut square = Square { a: walk.a + first * walk.a_step[2], results: [(0, 0); SIDE], count: 0 };
+        let mut square = Square { a: walk.a + first * walk.a_step[2], ..Square::NONE };
         let (mut line, mut column) =
             if self.lines == 1 { (0, start) } else { (start / self.pitch, start % self.pitch) };
-        for row in start - first..start - first + self.pieces.len(self.piece) {
+        let end = start - first + self.pieces.len(self.piece);
+        let mut row = start - first;
+        while row < end {
             if column < width {
-                square.results[square.count] =
-                    (row, walk.y + line * walk.y_step[1] + column * walk.y_step[2]);
+                let rows = (width - column).min(end - row);
+                let y = walk.y + line * walk.y_step[1] + column * walk.y_step[2];
+                square.stretches[square.count] = Stretch { row, rows, y };
                 square.count += 1;
             }
-            column += 1;
-            if column == self.pitch && self.lines > 1 {
-                (line, column) = (line + 1, 0);
-            }
+            row += self.pitch - column;
+            (line, column) = (line + 1, 0);
         }
         self.piece += 1;
         if self.piece == self.pieces.count {
@@ -107,41 +127,48 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                 let one_line = plan.in_step[1..] == [1; 2];
                 let mut squares = Squares::of(walk, one_line);
                 let (rows, total) = (squares.rows, squares.total(task.images()));
-                let a_row = squares.walk.a_step[2];
+                let (a_row, y_row) = (squares.walk.a_step[2], squares.walk.y_step[2]);
                 let runs = Runs::of(&grid.runs);
                 let registers = Registers::new(rows, &runs);
                 let mut to = Results::new(&task.epilogue, task.y);
-                for i in (0..total).step_by(2) {
-                    let count = 2.min(total - i);
-                    let one = squares.next();
-                    let two = if count == 2 { Some(squares.next()) } else { None };
-                    let a = [one.a, two.as_ref().map_or(one.a, |two| two.a)];
+                // Where there are few channels, as many squares of rows keep the registers busy.
+                let high = if plan.row(panel, first, D::S::LANES) == SIDE { SQUARES } else { 2 };
+                let mut taken = [Square::NONE; SQUARES];
+                for i in (0..total).step_by(high) {
+                    let count = high.min(total - i);
+                    taken[..count].fill_with(|| squares.next());
+                    let taken = &taken[..count];
+                    let whole = to.is_plain() && taken.iter().all(|square| square.is_whole(rows));
                     for p in first..(first + together).min(task.panels.end) {
                         let (channel, row) = (p * panel, plan.row(panel, p, D::S::LANES));
                         let b = task.weights.as_ptr().wrapping_add(p * size + grid.first * plan.ci * row);
                         to.set(&task.epilogue, channel, panel.min(plan.co - channel));
                         for column in (0..row).step_by(BLOCK) {
+                            let columns = (row - column).div_ceil(SIDE).min(2);
+                            let own = whole && column + columns * SIDE <= to.lanes;
+                            let mut place = sums.place(columns);
+                            if own {
+                                let y =
+                                    |i: usize| y0 + taken[i.min(count - 1)].stretches[0].y + channel + column;
+                                let at = |i: usize| task.y.wrapping_add(y(i)).cast();
+                                place = Place { to: std::array::from_fn(at), row: y_row, add: false };
+                            }
+                            let a = |i: usize| task.a.wrapping_add(taken[i.min(count - 1)].a);
                             let block = Block {
-                                a: a.map(|at| task.a.wrapping_add(at)),
+                                a: std::array::from_fn(a),
                                 a_row,
                                 b: b.wrapping_add(column),
                                 b_row: row,
                                 rows: count,
-                                columns: (row - column).div_ceil(SIDE).min(2),
+                                columns,
+                                place,
                             };
                             // SAFETY: the squares lie inside the task's rows, whose windows A holds; the panel has the columns.
                             unsafe {
-                                registers.multiply(&block, &mut sums);
-                                put_square::<D>(&to, &one, &sums.0[..], y0, column, block.columns);
-                                if let Some(two) = &two {
-                                    put_square::<D>(
-                                        &to,
-                                        two,
-                                        &sums.0[SIDE * BLOCK..],
-                                        y0,
-                                        column,
-                                        block.columns,
-                                    );
+                                registers.multiply(&block);
+                                for (i, square) in taken.iter().enumerate().filter(|_| !own) {
+                                    let sums = &sums.0[i * SIDE * columns * SIDE..];
+                                    put_square::<D>(&to, square, sums, [y0, y_row], [column, columns]);
                                 }
                             }
                         }
@@ -152,7 +179,7 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
     }
 }
 
-/// The results of a square, of so many columns' squares from column `at` of the panel on.
+/// The results of a square, each so far from the one before: from column `at` of the panel on, of so many columns' squares.
 ///
 /// # Safety
 /// As of [`put_column`] at each of the square's results, from `y0` on.
@@ -161,43 +188,45 @@ unsafe fn put_square<D: Pairs>(
     to: &Results<<D::S as Simd>::Elem>,
     square: &Square,
     sums: &[f32],
-    y0: usize,
-    at: usize,
-    columns: usize,
+    [y0, y_row]: [usize; 2],
+    [at, columns]: [usize; 2],
 ) {
-    for i in (0..square.count).step_by(ROWS) {
-        let m = ROWS.min(square.count - i);
-        let (mut from, mut y) = ([sums.as_ptr().cast(); ROWS], [0; ROWS]);
-        for j in 0..m {
-            let (row, start) = square.results[i + j];
-            from[j] = sums[row * BLOCK..(row + 1) * BLOCK].as_ptr().cast();
-            y[j] = y0 + start;
-        }
-        for j in 0..columns {
-            // SAFETY: a row of sums is as long; the caller's promise.
-            unsafe { tile_sizes!(m, 1, D, put_run(to, &from, &y, [j * SIDE, at + j * SIDE])) }
+    for stretch in &square.stretches[..square.count] {
+        for i in (0..stretch.rows).step_by(ROWS) {
+            let (row, m) = (stretch.row + i, ROWS.min(stretch.rows - i));
+            let from = &sums[row * columns * SIDE..(row + m) * columns * SIDE];
+            let y = y0 + stretch.y + i * y_row;
+            for j in 0..columns {
+                // SAFETY: the rows of sums are there; the caller's promise.
+                unsafe {
+                    let from = from.as_ptr().add(j * SIDE).cast();
+                    tile_sizes!(m, 1, D, put_run(to, from, columns * SIDE, [y, y_row], at + j * SIDE))
+                }
+            }
         }
     }
 }
 
-/// A column of `M` vectors, from one column of the sums' rows and to one of the panel.
+/// A column of `M` vectors, from rows of sums, to results each so far from the one before and to one column of the panel.
 ///
 /// # Safety
-/// The first `M` of `from` must be valid for a block's row; else as of [`put_column`].
+/// `M` rows of sums must be there; else as of [`put_column`].
 #[inline(always)]
 unsafe fn put_run<D: Pairs, const M: usize, const N: usize>(
     to: &Results<<D::S as Simd>::Elem>,
-    from: &[*const <D::S as Simd>::Elem; ROWS],
-    y: &[usize; ROWS],
-    [column, at]: [usize; 2],
+    from: *const <D::S as Simd>::Elem,
+    row: usize,
+    [first, step]: [usize; 2],
+    at: usize,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let mut sums = [D::S::load(from[0].add(column)); M];
+        let (mut sums, mut y) = ([D::S::load(from); M], [first; ROWS]);
         for i in 1..M {
-            sums[i] = D::S::load(from[i].add(column));
+            sums[i] = D::S::load(from.add(i * row));
+            y[i] = first + i * step;
         }
-        put_column::<D::S, M>(to, sums, y, at);
+        put_column::<D::S, M>(to, sums, &y, at);
     }
 }
 

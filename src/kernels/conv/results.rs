@@ -36,6 +36,11 @@ impl<T: Vectors> Results<T> {
         }
     }
 
+    /// Are results written as they are?
+    pub(super) fn is_plain(&self) -> bool {
+        self.plain
+    }
+
     /// For so many channels from one on.
     #[inline(always)]
     pub(super) fn set(&mut self, epilogue: &Epilogue<T>, channel: usize, lanes: usize) {

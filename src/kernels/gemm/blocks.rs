@@ -5,7 +5,7 @@
 use super::Plus;
 use super::pairs::Part;
 use super::tile::Target;
-use crate::kernels::matrix::{BLOCK, Block, Registers, Runs, SIDE, Sums, square};
+use crate::kernels::matrix::{Block, Place, Registers, Runs, SIDE, Sums, square};
 use crate::kernels::pairs::{PairKernel, Pairs};
 use crate::kernels::simd::{Simd, Vectors};
 use crate::tile_sizes;
@@ -30,37 +30,48 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
         for k in (0..order.packed).step_by(STEPS) {
             let count = STEPS.min(order.packed - k);
             let (beta, plus) = if k == 0 { (p.beta, plus) } else { (T::one(), Plus::NOTHING) };
+            let plain = p.alpha == T::one() && plus.is_nothing();
             let runs = Runs::of(&[(0, count)]);
             let registers = Registers::new(p.m.min(SIDE), &runs);
             let groups =
                 strips.clone().step_by(NEAR).flat_map(|group| panels.clone().map(move |q| (group, q)));
             for (group, q) in groups {
                 let (first, width) = (q * order.panel, order.row(p, q));
+                let cols = width.min(p.n - first);
                 let b = b.as_ptr().wrapping_add(q * order.packed * order.panel + k * width);
                 for i in group..strips.end.min(group + NEAR) {
                     let (row, height) = (pieces.start(i), pieces.len(i));
                     let squares = [square(row / SIDE, p.m), square(row / SIDE + 1, p.m)];
+                    let high = height.div_ceil(SIDE);
+                    let squares = &squares[..high];
+                    let last = high - 1;
+                    // What is there is added first; what two squares share, once.
+                    let adds = k > 0 && squares.iter().all(|square| square.1 == 0);
+                    let own = plain && cols == width && (adds || beta == T::zero());
+                    let mut place = sums.place(width / SIDE);
+                    if own {
+                        let to = |i: usize| c.wrapping_add(squares[i.min(last)].0 * p.ldc + first).cast();
+                        place = Place { to: std::array::from_fn(to), row: p.ldc, add: k > 0 };
+                    }
+                    let a_start = |i: usize| a.a.wrapping_add(squares[i.min(last)].0 * a.lda + k);
                     let block = Block {
-                        a: squares.map(|(start, _)| a.a.wrapping_add(start * a.lda + k)),
+                        a: std::array::from_fn(a_start),
                         a_row: a.lda,
                         b,
                         b_row: width,
-                        rows: height.div_ceil(SIDE),
+                        rows: high,
                         columns: width / SIDE,
+                        place,
                     };
                     // SAFETY: the part lies inside the product; its operands are packed, or as if they were.
                     unsafe {
-                        registers.multiply(&block, &mut sums);
-                        for r in 0..block.rows {
-                            let (start, skip) = squares[r];
+                        registers.multiply(&block);
+                        for (r, &(start, skip)) in squares.iter().enumerate().filter(|_| !own) {
                             let end = SIDE.min(p.m - start);
                             for i in (skip..end).step_by(ROWS) {
-                                for j in (0..width.min(p.n - first)).step_by(D::S::LANES) {
-                                    let from = sums.0.as_ptr().add((r * SIDE + i) * BLOCK + j);
-                                    let to = Target::of(p, plus, c, start + i, first + j, D::S::LANES, beta);
-                                    let m = ROWS.min(end - i);
-                                    tile_sizes!(m, 1, D, put_run(&to, from.cast::<T>()));
-                                }
+                                let from = sums.0.as_ptr().add((r * SIDE + i) * width).cast::<T>();
+                                let to = Target::of(p, plus, c, start + i, first, width, beta);
+                                tile_sizes!(ROWS.min(end - i), block.columns, D, put_run(&to, from, width));
                             }
                         }
                     }
@@ -70,21 +81,22 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
     }
 }
 
-/// A column of `M` vectors of a block's sums.
+/// `M` rows of `N` vectors of a block's sums.
 ///
 /// # Safety
-/// `from` must be valid for a vector at as many of a block's rows, and the target for `M` rows.
+/// `from` must be valid for as many vectors at as many rows, `row` elements apart, and the target for `M` rows.
 #[inline(always)]
 unsafe fn put_run<D: Pairs, const M: usize, const N: usize>(
     to: &Target<<D::S as Simd>::Elem>,
     from: *const <D::S as Simd>::Elem,
+    row: usize,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         let mut acc = [[D::S::load(from); N]; M];
         for i in 0..M {
             for j in 0..N {
-                acc[i][j] = D::S::load(from.add(i * BLOCK + j * D::S::LANES));
+                acc[i][j] = D::S::load(from.add(i * row + j * D::S::LANES));
             }
         }
         to.write::<D::S, M, N>(&acc);

@@ -234,6 +234,10 @@ pub struct Plus<'a, T> {
 
 impl<T> Plus<'_, T> {
     pub const NOTHING: Self = Plus { row: None, all: None };
+
+    fn is_nothing(&self) -> bool {
+        self.row.is_none() && self.all.is_none()
+    }
 }
 
 /// `C = alpha · op(A) · op(B) + beta · C`; see [`Product`]. `scratch` has [`room`]`(p, 1)` elements.

@@ -13,7 +13,7 @@ use super::plan::{SUMS, TASKS};
 use crate::kernels::conv::paired::PadImages;
 use crate::kernels::conv::{Geometry, in_slots, slots, transpose, volume};
 use crate::kernels::half::Elements;
-use crate::kernels::matrix::{BLOCK, Block, Registers, Runs, SIDE, Sums, by_blocks, square};
+use crate::kernels::matrix::{BLOCK, Block, Place, Registers, Runs, SIDE, SQUARES, Sums, by_blocks, square};
 use crate::kernels::pairs::{PairKernel, Pairs, across, both};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Simd, Vectors, load_up_to, store_up_to};
@@ -26,7 +26,7 @@ const WORK: usize = 1 << 22;
 /// Runs that need no memory of their own.
 const RUNS: usize = 31;
 /// Pairs after a row of dY that may be written, and after X's that may be read.
-const BEYOND: usize = 2 * SIDE;
+const BEYOND: usize = SQUARES * SIDE;
 
 /// Is the gradient computed this way?
 pub(super) fn applies<T: Vectors>(g: &Geometry) -> bool {
@@ -208,26 +208,42 @@ impl<T: Vectors> PairKernel<T> for Task<'_, T> {
             let registers = Registers::new(m.min(SIDE), &runs);
             for row in (0..m).step_by(BLOCK) {
                 let squares = [square(row / SIDE, m), square(row / SIDE + 1, m)];
+                let high = (m - row).div_ceil(SIDE).min(2);
+                let squares = &squares[..high];
+                let last = high - 1;
+                // What is there is added first; what two squares share, once.
+                let adds = nth == 0 || squares.iter().all(|square| square.1 == 0);
+                let wide = SQUARES / high * SIDE;
                 for tap in 0..p.lines {
-                    for column in (0..p.columns).step_by(BLOCK) {
-                        let columns = BLOCK.min(p.columns - column);
+                    for column in (0..p.columns).step_by(wide) {
+                        let width = wide.min(p.columns - column);
+                        let columns = width.div_ceil(SIDE);
+                        let at = |row: usize| (row * p.lines + tap) * p.columns + column;
+                        let own = adds && width.is_multiple_of(SIDE);
+                        let mut place = sums.place(columns);
+                        if own {
+                            let to = |i: usize| self.sum.wrapping_add(at(squares[i.min(last)].0)).cast();
+                            let row = p.lines * p.columns;
+                            place = Place { to: std::array::from_fn(to), row, add: nth > 0 };
+                        }
+                        let a = |i: usize| dy.as_ptr().wrapping_add(squares[i.min(last)].0 * dy_row);
                         let block = Block {
-                            a: squares.map(|(start, _)| dy.as_ptr().wrapping_add(start * dy_row)),
+                            a: std::array::from_fn(a),
                             a_row: dy_row,
                             b: x.as_ptr().wrapping_add(tap * g.dilation[1] * line + column),
                             b_row,
-                            rows: (m - row).div_ceil(SIDE).min(2),
-                            columns: columns.div_ceil(SIDE),
+                            rows: high,
+                            columns,
+                            place,
                         };
                         // SAFETY: dY's rows and X's lines are near, with what is read beyond them; the sums are this task's.
                         unsafe {
-                            registers.multiply(&block, &mut sums);
-                            for r in 0..block.rows {
-                                let (start, skip) = squares[r];
+                            registers.multiply(&block);
+                            for (r, &(start, skip)) in squares.iter().enumerate().filter(|_| !own) {
                                 for i in skip..SIDE.min(m - start) {
-                                    let from = sums.0.as_ptr().add((r * SIDE + i) * BLOCK).cast::<T>();
-                                    let to = ((start + i) * p.lines + tap) * p.columns + column;
-                                    add_row::<D::S>(from, self.sum.add(to), columns, nth > 0);
+                                    let from = (r * SIDE + i) * columns * SIDE;
+                                    let from = sums.0.as_ptr().add(from).cast::<T>();
+                                    add_row::<D::S>(from, self.sum.add(at(start + i)), width, nth > 0);
                                 }
                             }
                         }
