@@ -133,12 +133,15 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                 let mut to = Results::new(&task.epilogue, task.y);
                 // Where there are few channels, as many squares of rows keep the registers busy.
                 let high = if plan.row(panel, first, D::S::LANES) == SIDE { SQUARES } else { 2 };
+                let ahead = task.ahead.in_steps(total.div_ceil(high));
                 let mut taken = [Square::NONE; SQUARES];
                 for i in (0..total).step_by(high) {
                     let count = high.min(total - i);
                     taken[..count].fill_with(|| squares.next());
                     let taken = &taken[..count];
                     let whole = to.is_plain() && taken.iter().all(|square| square.is_whole(rows));
+                    // SAFETY: `D`'s instructions are there.
+                    unsafe { ahead.fetch::<D::S>(i / high) }
                     for p in first..(first + together).min(task.panels.end) {
                         let (channel, row) = (p * panel, plan.row(panel, p, D::S::LANES));
                         let b = task.weights.as_ptr().wrapping_add(p * size + grid.first * plan.ci * row);
@@ -165,6 +168,9 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                             };
                             // SAFETY: the squares lie inside the task's rows, whose windows A holds; the panel has the columns.
                             unsafe {
+                                if own {
+                                    fetch::<D::S>(&block, rows);
+                                }
                                 registers.multiply(&block);
                                 for (i, square) in taken.iter().enumerate().filter(|_| !own) {
                                     let sums = &sums.0[i * SIDE * columns * SIDE..];
@@ -174,6 +180,23 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                         }
                     }
                 }
+            }
+        }
+    }
+}
+
+/// Fetches what a block of so many rows a square will write, while its sums are computed: registers that are written to memory do not
+/// look like a stream to the processor.
+///
+/// # Safety
+/// `S`'s instructions must be there.
+#[inline(always)]
+unsafe fn fetch<S: Simd>(block: &Block, rows: usize) {
+    for to in &block.place.to[..block.rows] {
+        for i in 0..rows {
+            for j in 0..block.columns {
+                // SAFETY: fetching is allowed anywhere.
+                unsafe { S::prefetch(to.wrapping_add(i * block.place.row + j * SIDE).cast()) }
             }
         }
     }

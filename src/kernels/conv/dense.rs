@@ -136,7 +136,7 @@ pub(super) struct Task<'a, E, T> {
     pub(super) epilogue: Epilogue<'a, T>,
     pub(super) y: *mut T,
     /// What is fetched meanwhile.
-    ahead: Ahead,
+    pub(super) ahead: Ahead,
 }
 
 /// Walks over the positions of a grid in order.

@@ -26,7 +26,7 @@ const WORK: usize = 1 << 22;
 /// Runs that need no memory of their own.
 const RUNS: usize = 31;
 /// Pairs after a row of dY that may be written, and after X's that may be read.
-const BEYOND: usize = SQUARES * SIDE;
+const BEYOND: usize = 2 * SIDE;
 
 /// Is the gradient computed this way?
 pub(super) fn applies<T: Vectors>(g: &Geometry) -> bool {
