@@ -45,9 +45,9 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                     let high = height.div_ceil(SIDE);
                     let squares = &squares[..high];
                     let last = high - 1;
-                    // What is there is added first; what two squares share, once.
-                    let adds = k > 0 && squares.iter().all(|square| square.1 == 0);
-                    let own = plain && cols == width && (adds || beta == T::zero());
+                    // Rows that two squares share may be another task's.
+                    let alone = squares.iter().all(|square| square.1 == 0);
+                    let own = plain && cols == width && alone && (k > 0 || beta == T::zero());
                     let mut place = sums.place(width / SIDE);
                     if own {
                         let to = |i: usize| c.wrapping_add(squares[i.min(last)].0 * p.ldc + first).cast();

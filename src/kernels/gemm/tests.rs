@@ -184,3 +184,24 @@ fn pairs_are_products_of_rounded_operands() {
         keeps_what_lies_between_rows(&p, &c, &y);
     });
 }
+
+/// Nothing is added, so that sums may be written where they belong as soon as they are there: in several rounds, by tasks of which one
+/// ends with rows that another's last square reaches back to.
+#[test]
+fn pairs_alone_are_products_of_rounded_operands() {
+    let round = |x: Vec<f32>| x.iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect::<Vec<_>>();
+    for [m, n, k] in [[40, 32, 7000], [64, 64, 2100], [23, 50, 1700]] {
+        let p = Product::dense(false, false, m, n, k);
+        let (a, b, mut y) = (round(random(m * k, 1)), round(random(k * n, 2)), vec![f32::NAN; m * n]);
+        let (left, right) = (Elements::Whole(&a[..]), Elements::Whole(&b[..]));
+        gemm_pairs(&p, left, right, Plus::NOTHING, &mut y, &mut vec![f32::NAN; room_pairs(&p, None)]);
+        let zeros = vec![0.0; m * n];
+        for (at, y) in y.iter().enumerate() {
+            let want = element(&p, &a, &b, &zeros, at / n, at % n);
+            assert!(
+                (want - f64::from(*y)).abs() < 4e-6 * (k as f64).sqrt(),
+                "{p:?} at {at}: {y}, not {want}"
+            );
+        }
+    }
+}
