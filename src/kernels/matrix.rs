@@ -10,12 +10,15 @@
 //! Elsewhere than on such processors the same sums are computed in plain arithmetic, which only tests ask for.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
+#[cfg(target_arch = "x86_64")]
+mod instructions;
+
 use std::marker::PhantomData;
 
 use smallvec::SmallVec;
 
 use crate::kernels::isa::multiplies_blocks;
-use crate::kernels::simd::Vectors;
+use crate::kernels::simd::{Simd, Vectors};
 
 /// Rows and columns of a square, and the pairs of a row.
 pub const SIDE: usize = 16;
@@ -131,6 +134,25 @@ pub struct Place {
     pub add: bool,
 }
 
+impl Place {
+    /// Fetches the first `rows` rows of so many squares of rows, each of `columns` squares, while the sums are computed: registers
+    /// that are written to memory do not look like a stream to the processor.
+    ///
+    /// # Safety
+    /// `S`'s instructions must be there. (Fetching is allowed anywhere.)
+    #[inline(always)]
+    pub unsafe fn fetch<S: Simd>(&self, squares: usize, rows: usize, columns: usize) {
+        for to in &self.to[..squares] {
+            for i in 0..rows {
+                for j in 0..columns {
+                    // SAFETY: the caller's promise.
+                    unsafe { S::prefetch(to.wrapping_add(i * self.row + j * SIDE).cast()) }
+                }
+            }
+        }
+    }
+}
+
 /// A block's operands, and where its sums go.
 #[derive(Debug, Clone, Copy)]
 pub struct Block {
@@ -196,7 +218,7 @@ impl<'a> Registers<'a> {
         #[cfg(target_arch = "x86_64")]
         if super::isa::has_matrix_products() {
             // SAFETY: the caller's promise; the registers are set up.
-            return unsafe { by_instruction(self.runs, block) };
+            return unsafe { instructions::multiply(self.runs, block) };
         }
         // SAFETY: the caller's promise.
         unsafe { plainly(self.rows, self.runs, block) }
@@ -209,206 +231,6 @@ impl Drop for Registers<'_> {
         if super::isa::has_matrix_products() {
             // SAFETY: the processor has the registers, and nobody reads them any more.
             unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) }
-        }
-    }
-}
-
-/// The loops over runs and over their steps: rows' pointers, loads and products of a step, and where the sums' registers go.
-#[cfg(target_arch = "x86_64")]
-macro_rules! block {
-    (
-        $runs:expr, $block:expr, [$(($row:ident, $nth:literal)),*], [$($step:literal),*],
-        [$(($sum:literal, $at:literal)),*]
-    ) => {
-        std::arch::asm!(
-            "cmp byte ptr [{block} + {add}], 0",
-            "jne 5f",
-            $(concat!("tilezero ", $sum),)*
-            "jmp 6f",
-            "5:",
-            $(concat!("mov {", stringify!($row), "}, [{block} + {to} + 8 * ", $nth, "]"),)*
-            "mov {n}, [{block} + {to_row}]",
-            "shl {n}, 2",
-            $(concat!("tileloadd ", $sum, ", [", $at, "]"),)*
-            "6:",
-            "mov {n}, [{run} + 8]",
-            "test {n}, {n}",
-            "jz 4f",
-            "2:",
-            $(concat!("mov {", stringify!($row), "}, [{block} + {a} + 8 * ", $nth, "]"),)*
-            "mov {n}, [{run}]",
-            $(concat!("add {", stringify!($row), "}, {n}"),)*
-            "add {b}, [{run} + 16]",
-            "mov {n}, [{run} + 8]",
-            "3:",
-            $($step,)*
-            $(concat!("add {", stringify!($row), "}, {a_step}"),)*
-            "add {b}, {b_step}",
-            "dec {n}",
-            "jnz 3b",
-            "add {run}, 24",
-            "cmp qword ptr [{run} + 8], 0",
-            "jne 2b",
-            "4:",
-            $(concat!("mov {", stringify!($row), "}, [{block} + {to} + 8 * ", $nth, "]"),)*
-            "mov {n}, [{block} + {to_row}]",
-            "shl {n}, 2",
-            $(concat!("tilestored [", $at, "], ", $sum),)*
-            run = inout(reg) $runs.runs.as_ptr() => _,
-            n = out(reg) _,
-            $($row = out(reg) _,)*
-            a_row = in(reg) 4 * $block.a_row,
-            a_step = in(reg) 4 * $runs.steps,
-            b = inout(reg) $block.b => _,
-            b_row = in(reg) 4 * $block.b_row,
-            b_step = in(reg) 4 * $runs.steps * $block.b_row,
-            block = in(reg) $block as *const Block,
-            a = const std::mem::offset_of!(Block, a),
-            to = const std::mem::offset_of!(Block, place.to),
-            to_row = const std::mem::offset_of!(Block, place.row),
-            add = const std::mem::offset_of!(Block, place.add),
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        )
-    };
-}
-
-/// # Safety
-/// As of [`Registers::multiply`]; the registers must be set up.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-unsafe fn by_instruction(runs: &Runs, block: &Block) {
-    // SAFETY: reads what the caller promises, and the runs up to the empty one; writes the block's squares of the sums.
-    unsafe {
-        match (block.rows, block.columns) {
-            (1, 1) => block!(
-                runs,
-                block,
-                [(p, 0)],
-                [
-                    "tileloadd tmm4, [{p} + {a_row}]",
-                    "tileloadd tmm6, [{b} + {b_row}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6"
-                ],
-                [("tmm0", "{p} + {n}")]
-            ),
-            (1, 2) => block!(
-                runs,
-                block,
-                [(p, 0)],
-                [
-                    "tileloadd tmm4, [{p} + {a_row}]",
-                    "tileloadd tmm6, [{b} + {b_row}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{b} + {b_row} + 64]",
-                    "tdpbf16ps tmm1, tmm4, tmm7"
-                ],
-                [("tmm0", "{p} + {n}"), ("tmm1", "{p} + {n} + 64")]
-            ),
-            (1, 3) => block!(
-                runs,
-                block,
-                [(p, 0)],
-                [
-                    "tileloadd tmm4, [{p} + {a_row}]",
-                    "tileloadd tmm6, [{b} + {b_row}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{b} + {b_row} + 64]",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tileloadd tmm6, [{b} + {b_row} + 128]",
-                    "tdpbf16ps tmm2, tmm4, tmm6"
-                ],
-                [("tmm0", "{p} + {n}"), ("tmm1", "{p} + {n} + 64"), ("tmm2", "{p} + {n} + 128")]
-            ),
-            (1, _) => block!(
-                runs,
-                block,
-                [(p, 0)],
-                [
-                    "tileloadd tmm4, [{p} + {a_row}]",
-                    "tileloadd tmm6, [{b} + {b_row}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{b} + {b_row} + 64]",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tileloadd tmm6, [{b} + {b_row} + 128]",
-                    "tdpbf16ps tmm2, tmm4, tmm6",
-                    "tileloadd tmm7, [{b} + {b_row} + 192]",
-                    "tdpbf16ps tmm3, tmm4, tmm7"
-                ],
-                [
-                    ("tmm0", "{p} + {n}"),
-                    ("tmm1", "{p} + {n} + 64"),
-                    ("tmm2", "{p} + {n} + 128"),
-                    ("tmm3", "{p} + {n} + 192")
-                ]
-            ),
-            (2, 1) => block!(
-                runs,
-                block,
-                [(p, 0), (q, 1)],
-                [
-                    "tileloadd tmm4, [{p} + {a_row}]",
-                    "tileloadd tmm6, [{b} + {b_row}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm5, [{q} + {a_row}]",
-                    "tdpbf16ps tmm1, tmm5, tmm6"
-                ],
-                [("tmm0", "{p} + {n}"), ("tmm1", "{q} + {n}")]
-            ),
-            (3, _) => block!(
-                runs,
-                block,
-                [(p, 0), (q, 1), (r, 2)],
-                [
-                    "tileloadd tmm4, [{p} + {a_row}]",
-                    "tileloadd tmm6, [{b} + {b_row}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm5, [{q} + {a_row}]",
-                    "tdpbf16ps tmm1, tmm5, tmm6",
-                    "tileloadd tmm4, [{r} + {a_row}]",
-                    "tdpbf16ps tmm2, tmm4, tmm6"
-                ],
-                [("tmm0", "{p} + {n}"), ("tmm1", "{q} + {n}"), ("tmm2", "{r} + {n}")]
-            ),
-            (4, _) => block!(
-                runs,
-                block,
-                [(p, 0), (q, 1), (r, 2), (s, 3)],
-                [
-                    "tileloadd tmm4, [{p} + {a_row}]",
-                    "tileloadd tmm6, [{b} + {b_row}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm5, [{q} + {a_row}]",
-                    "tdpbf16ps tmm1, tmm5, tmm6",
-                    "tileloadd tmm4, [{r} + {a_row}]",
-                    "tdpbf16ps tmm2, tmm4, tmm6",
-                    "tileloadd tmm5, [{s} + {a_row}]",
-                    "tdpbf16ps tmm3, tmm5, tmm6"
-                ],
-                [("tmm0", "{p} + {n}"), ("tmm1", "{q} + {n}"), ("tmm2", "{r} + {n}"), ("tmm3", "{s} + {n}")]
-            ),
-            _ => block!(
-                runs,
-                block,
-                [(p, 0), (q, 1)],
-                [
-                    "tileloadd tmm4, [{p} + {a_row}]",
-                    "tileloadd tmm6, [{b} + {b_row}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{b} + {b_row} + 64]",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tileloadd tmm5, [{q} + {a_row}]",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tdpbf16ps tmm3, tmm5, tmm7"
-                ],
-                [
-                    ("tmm0", "{p} + {n}"),
-                    ("tmm1", "{p} + {n} + 64"),
-                    ("tmm2", "{q} + {n}"),
-                    ("tmm3", "{q} + {n} + 64")
-                ]
-            ),
         }
     }
 }

@@ -141,6 +141,15 @@ impl Level {
         vectors.div_ceil(vectors.div_ceil(self.rows.len())) * self.lanes
     }
 
+    /// As [`panel`](Self::panel), of a matrix product: of two tiles of as many sums the narrower one reads less of B a step.
+    #[inline(always)]
+    pub fn near_panel(&self, columns: usize) -> usize {
+        let wide = self.panel(columns);
+        let narrow = wide - self.lanes;
+        let divides = narrow > 0 && columns.is_multiple_of(narrow);
+        if divides && self.rows(narrow) * narrow == self.rows(wide) * wide { narrow } else { wide }
+    }
+
     /// Width of panels of two vectors.
     pub fn pair(&self) -> usize {
         2 * self.lanes

@@ -169,7 +169,7 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                             // SAFETY: the squares lie inside the task's rows, whose windows A holds; the panel has the columns.
                             unsafe {
                                 if own {
-                                    fetch::<D::S>(&block, rows);
+                                    place.fetch::<D::S>(count, rows, columns);
                                 }
                                 registers.multiply(&block);
                                 for (i, square) in taken.iter().enumerate().filter(|_| !own) {
@@ -180,23 +180,6 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                         }
                     }
                 }
-            }
-        }
-    }
-}
-
-/// Fetches what a block of so many rows a square will write, while its sums are computed: registers that are written to memory do not
-/// look like a stream to the processor.
-///
-/// # Safety
-/// `S`'s instructions must be there.
-#[inline(always)]
-unsafe fn fetch<S: Simd>(block: &Block, rows: usize) {
-    for to in &block.place.to[..block.rows] {
-        for i in 0..rows {
-            for j in 0..block.columns {
-                // SAFETY: fetching is allowed anywhere.
-                unsafe { S::prefetch(to.wrapping_add(i * block.place.row + j * SIDE).cast()) }
             }
         }
     }

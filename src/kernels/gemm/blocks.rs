@@ -48,11 +48,9 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                     // Rows that two squares share may be another task's.
                     let alone = squares.iter().all(|square| square.1 == 0);
                     let own = plain && cols == width && alone && (k > 0 || beta == T::zero());
-                    let mut place = sums.place(width / SIDE);
-                    if own {
-                        let to = |i: usize| c.wrapping_add(squares[i.min(last)].0 * p.ldc + first).cast();
-                        place = Place { to: std::array::from_fn(to), row: p.ldc, add: k > 0 };
-                    }
+                    let columns = width / SIDE;
+                    let to = |i: usize| c.wrapping_add(squares[i.min(last)].0 * p.ldc + first).cast();
+                    let result = Place { to: std::array::from_fn(to), row: p.ldc, add: k > 0 };
                     let a_start = |i: usize| a.a.wrapping_add(squares[i.min(last)].0 * a.lda + k);
                     let block = Block {
                         a: std::array::from_fn(a_start),
@@ -60,18 +58,19 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                         b,
                         b_row: width,
                         rows: high,
-                        columns: width / SIDE,
-                        place,
+                        columns,
+                        place: if own { result } else { sums.place(columns) },
                     };
                     // SAFETY: the part lies inside the product; its operands are packed, or as if they were.
                     unsafe {
+                        result.fetch::<D::S>(high, SIDE.min(p.m), columns);
                         registers.multiply(&block);
                         for (r, &(start, skip)) in squares.iter().enumerate().filter(|_| !own) {
                             let end = SIDE.min(p.m - start);
                             for i in (skip..end).step_by(ROWS) {
                                 let from = sums.0.as_ptr().add((r * SIDE + i) * width).cast::<T>();
                                 let to = Target::of(p, plus, c, start + i, first, width, beta);
-                                tile_sizes!(ROWS.min(end - i), block.columns, D, put_run(&to, from, width));
+                                tile_sizes!(ROWS.min(end - i), columns, D, put_run(&to, from, width));
                             }
                         }
                     }

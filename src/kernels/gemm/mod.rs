@@ -129,7 +129,7 @@ impl<T: Vectors> Product<T> {
 
     /// Columns of a panel, and rows of a strip.
     fn tile(&self) -> (usize, usize) {
-        let panel = T::level().panel(self.n);
+        let panel = T::level().near_panel(self.n);
         (panel, T::level().rows(panel))
     }
 
@@ -387,7 +387,7 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
         let (p, packs) = (self.p, self.p.packs());
-        let panel = Level::of::<S>().panel(p.n);
+        let panel = Level::of::<S>().near_panel(p.n);
         let height = Level::of::<S>().rows(panel);
         let strips = Pieces::of(p.m, height);
         // As they lie, few steps across A at a time, whatever the number of rows. Of a near B, one strip passes by all

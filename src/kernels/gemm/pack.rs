@@ -111,7 +111,7 @@ pub(super) unsafe fn panels<S: Simd>(
     steps: Range<usize>,
     place: Place<S::Elem>,
 ) {
-    let panel = Level::of::<S>().panel(p.n);
+    let panel = Level::of::<S>().near_panel(p.n);
     let of = |q: usize| {
         let row = p.row(panel, q, S::LANES);
         let to = place.out.wrapping_add((q - some.start) * place.room * panel + place.before * row);
@@ -202,7 +202,7 @@ unsafe fn across<S: Simd>(
 #[inline(always)]
 fn height<S: Simd>(p: &Product<S::Elem>) -> usize {
     let level = Level::of::<S>();
-    level.rows(level.panel(p.n))
+    level.rows(level.near_panel(p.n))
 }
 
 /// Some steps of some strips of A, stored K×M: for each step of the summed dimension the strip's rows of op(A), strips
