@@ -9,18 +9,21 @@
 use std::ops::Range;
 
 use super::add;
+use super::order::taps_last;
 use super::plan::{SUMS, TASKS};
 use crate::kernels::conv::paired::PadImages;
-use crate::kernels::conv::{Geometry, in_slots, slots, transpose, volume};
+use crate::kernels::conv::{Geometry, in_slots, slots, volume};
 use crate::kernels::half::Elements;
 use crate::kernels::matrix::{BLOCK, Block, Place, Registers, Runs, SIDE, SQUARES, Sums, by_blocks, square};
 use crate::kernels::pairs::{PairKernel, Pairs, across, both};
-use crate::kernels::par::Shared;
-use crate::kernels::simd::{Simd, Vectors, load_up_to, store_up_to};
+use crate::kernels::par::{self, Shared};
+use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::{Form, Pieces};
 
-/// Pairs of X and dY that a task should have near at a time.
+/// Pairs of X and dY that a task should have near at a time; more of them where there is one sum for all positions, which is large
+/// and should be written once.
 const CHUNK: usize = 1 << 17;
+const LARGE_CHUNK: usize = 1 << 18;
 /// Multiply-adds worth a task of their own.
 const WORK: usize = 1 << 22;
 /// Runs that need no memory of their own.
@@ -68,17 +71,18 @@ impl Plan<'_> {
         let size = g.oc * g.taps() * g.c;
         let tasks = (g.multiply_adds() / WORK).clamp(1, TASKS);
         let slabs = (SUMS / size.max(1)).clamp(1, tasks).min(pairs * y[1]);
-        let per_row = pitch * (stride[1] * g.c + g.oc);
-        let whole = CHUNK / (per_row * y[1]).max(1);
-        let most = if flat { RUNS } else { RUNS / y[1] };
-        let (images, rows) = match whole.min(most) {
-            0 => (1, (CHUNK / per_row).clamp(1, if flat { y[1] } else { y[1].min(RUNS) })),
-            images => (images.min(pairs.div_ceil(slabs)), y[1]),
-        };
-        let rows = if slabs > pairs { rows.min(y[1].div_ceil(slabs.div_ceil(pairs))) } else { rows };
         let blocks = g.oc.div_ceil(BLOCK);
         let each = blocks.div_ceil(tasks.div_ceil(slabs).min(blocks)) * BLOCK;
         let pieces = Pieces::by(g.oc, each);
+        let per_row = pitch * (stride[1] * g.c + pieces.len(0));
+        let chunk = if slabs == 1 { LARGE_CHUNK } else { CHUNK };
+        let whole = chunk / (per_row * y[1]).max(1);
+        let most = if flat { RUNS } else { RUNS / y[1] };
+        let (images, rows) = match whole.min(most) {
+            0 => (1, (chunk / per_row).clamp(1, if flat { y[1] } else { y[1].min(RUNS) })),
+            images => (images.min(pairs.div_ceil(slabs)), y[1]),
+        };
+        let rows = if slabs > pairs { rows.min(y[1].div_ceil(slabs.div_ceil(pairs))) } else { rows };
         Plan { g, pairs, lines: k[1], columns: k[2] * g.c, pitch, flat, images, rows, slabs, pieces }
     }
 
@@ -131,9 +135,28 @@ impl Plan<'_> {
         [self.pieces.len(0) * self.dy_row(self.largest()), self.x_pairs(self.largest()) + beyond]
     }
 
-    /// Elements of a slab's sums.
-    fn size(&self) -> usize {
-        self.g.oc * self.lines * self.columns
+    /// Elements of an output's sums.
+    fn row(&self) -> usize {
+        self.lines * self.columns
+    }
+
+    /// Where sums are kept until all positions are added up.
+    fn kept(&self) -> Kept {
+        match () {
+            _ if self.slabs > 1 => Kept::Apart,
+            _ if self.g.taps() == 1 => Kept::InWeights,
+            _ if self.chunks() == 1 => Kept::Near,
+            _ => Kept::Apart,
+        }
+    }
+
+    /// Elements of sums for all tasks, and of a task's own.
+    fn sums(&self) -> [usize; 2] {
+        match self.kept() {
+            Kept::InWeights => [0, 0],
+            Kept::Near => [0, BLOCK.min(self.g.oc) * self.row()],
+            Kept::Apart => [self.slabs * self.g.oc * self.row(), 0],
+        }
     }
 
     fn tasks(&self) -> usize {
@@ -141,10 +164,22 @@ impl Plan<'_> {
     }
 }
 
+/// Where sums are.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Kept {
+    /// Where the weights are: they are in the same order.
+    InWeights,
+    /// A block's rows at a time, which are put in order before the next.
+    Near,
+    /// In memory of their own, (slabs, M, kernel rows, columns).
+    Apart,
+}
+
 /// Elements of scratch that [`weight_grad`] needs.
 pub(super) fn scratch(g: &Geometry) -> usize {
     let p = Plan::new(g);
-    p.slabs * p.size() + slots(p.tasks(), p.near().iter().sum())
+    let [sums, own] = p.sums();
+    sums + slots(p.tasks(), own + p.near().iter().sum::<usize>())
 }
 
 /// dW (M, C, k…) from dY (N, spatial…, M) and X (N, spatial…, C).
@@ -156,21 +191,54 @@ pub(super) fn weight_grad<T: Vectors>(
     scratch: &mut [T],
 ) {
     let p = &Plan::new(g);
-    let (size, chunks, near) = (p.size(), p.chunks(), p.near());
-    let (sums, slot) = scratch.split_at_mut(p.slabs * size);
-    let shared = Shared::new(sums);
-    in_slots(p.tasks(), near.iter().sum(), slot, |task, slot| {
+    let (row, chunks, kept, [all, own]) = (p.row(), p.chunks(), p.kept(), p.sums());
+    let (sums, slot) = scratch.split_at_mut(all);
+    let (shared, weights) = (Shared::new(sums), Shared::new(dw));
+    in_slots(p.tasks(), own + p.near().iter().sum::<usize>(), slot, |task, slot| {
         let (slab, piece) = (task / p.pieces.count, task % p.pieces.count);
         let first = p.pieces.start(piece);
         let outputs = first..first + p.pieces.len(piece);
         let chunks = chunks * slab / p.slabs..chunks * (slab + 1) / p.slabs;
-        let sum = shared.ptr().wrapping_add(slab * size + first * p.lines * p.columns);
-        let task = Task { p, x, dy: Elements::Whole(dy), chunks, outputs, sum, near: Form::room(slot) };
+        let (own, near) = slot.split_at_mut(own);
+        let to = weights.ptr().wrapping_add(first * row);
+        let sum = match kept {
+            Kept::InWeights => to,
+            Kept::Near => own.as_mut_ptr(),
+            Kept::Apart => shared.ptr().wrapping_add((slab * g.oc + first) * row),
+        };
+        let task =
+            Task { p, x, dy: Elements::Whole(dy), chunks, outputs, kept, sum, to, near: Form::room(near) };
         // SAFETY: the operands have the geometry's extents (the caller has checked them); tasks write different sums.
         unsafe { T::dispatch_pairs(task) }
     });
-    add(sums, size);
-    transpose(g.oc, g.taps(), g.c, &sums[..size], dw);
+    if kept == Kept::Apart {
+        add(sums, g.oc * row);
+        let sums: &[T] = &sums[..g.oc * row];
+        par::rows(dw, row, par::GRAIN, |first, dw| {
+            for (i, dw) in dw.chunks_exact_mut(row).enumerate() {
+                let sizes = [g.taps(), g.c];
+                // SAFETY: the kernel has no promise of its own.
+                unsafe { T::dispatch(Turned { sizes, sum: &sums[(first + i) * row..][..row], dw }) }
+            }
+        });
+    }
+}
+
+/// An output's weights.
+struct Turned<'a, T> {
+    /// Taps and channels.
+    sizes: [usize; 2],
+    sum: &'a [T],
+    dw: &'a mut [T],
+}
+
+impl<T: Vectors> Kernel<T> for Turned<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(self) {
+        assert!(self.sum.len() == self.dw.len() && self.dw.len() == self.sizes[0] * self.sizes[1]);
+        // SAFETY: the lengths are as many elements.
+        unsafe { taps_last::<S>(self.sizes, self.sum.as_ptr(), self.dw.as_mut_ptr()) }
+    }
 }
 
 struct Task<'a, T> {
@@ -179,8 +247,11 @@ struct Task<'a, T> {
     dy: Elements<'a, T>,
     chunks: Range<usize>,
     outputs: Range<usize>,
-    /// (M, kernel rows, columns), from the first output on.
+    kept: Kept,
+    /// (M, kernel rows, columns), from the first output on, or as many as a block has.
     sum: *mut T,
+    /// The weights, from the first output's on.
+    to: *mut T,
     near: &'a mut [u32],
 }
 
@@ -214,6 +285,8 @@ impl<T: Vectors> PairKernel<T> for Task<'_, T> {
                 // What is there is added first; what two squares share, once.
                 let adds = nth == 0 || squares.iter().all(|square| square.1 == 0);
                 let wide = SQUARES / high * SIDE;
+                let before = if self.kept == Kept::Near { squares[0].0 * p.row() } else { 0 };
+                let sum = self.sum.wrapping_sub(before);
                 for tap in 0..p.lines {
                     for column in (0..p.columns).step_by(wide) {
                         let width = wide.min(p.columns - column);
@@ -222,9 +295,8 @@ impl<T: Vectors> PairKernel<T> for Task<'_, T> {
                         let own = adds && width.is_multiple_of(SIDE);
                         let mut place = sums.place(columns);
                         if own {
-                            let to = |i: usize| self.sum.wrapping_add(at(squares[i.min(last)].0)).cast();
-                            let row = p.lines * p.columns;
-                            place = Place { to: std::array::from_fn(to), row, add: nth > 0 };
+                            let to = |i: usize| sum.wrapping_add(at(squares[i.min(last)].0)).cast();
+                            place = Place { to: std::array::from_fn(to), row: p.row(), add: nth > 0 };
                         }
                         let a = |i: usize| dy.as_ptr().wrapping_add(squares[i.min(last)].0 * dy_row);
                         let block = Block {
@@ -243,17 +315,25 @@ impl<T: Vectors> PairKernel<T> for Task<'_, T> {
                                 for i in skip..SIDE.min(m - start) {
                                     let from = (r * SIDE + i) * columns * SIDE;
                                     let from = sums.0.as_ptr().add(from).cast::<T>();
-                                    add_row::<D::S>(from, self.sum.add(at(start + i)), width, nth > 0);
+                                    let to = sum.wrapping_add(at(start + i));
+                                    add_row::<D::S>(from, to, width, nth > 0);
                                 }
                             }
                         }
+                    }
+                }
+                if self.kept == Kept::Near {
+                    for i in squares[0].0..(squares[last].0 + SIDE).min(m) {
+                        let (sum, to) = (sum.wrapping_add(i * p.row()), self.to.wrapping_add(i * p.row()));
+                        // SAFETY: the block's sums; the weights are this task's.
+                        unsafe { taps_last::<D::S>([g.taps(), g.c], sum, to) }
                     }
                 }
             }
         }
         if self.chunks.is_empty() {
             // SAFETY: the sums are this task's.
-            unsafe { std::slice::from_raw_parts_mut(self.sum, m * p.lines * p.columns).fill(T::zero()) }
+            unsafe { std::slice::from_raw_parts_mut(self.sum, m * p.row()).fill(T::zero()) }
         }
     }
 }

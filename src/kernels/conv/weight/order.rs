@@ -3,7 +3,7 @@
 
 use crate::kernels::conv::Geometry;
 use crate::kernels::par;
-use crate::kernels::simd::{Kernel, Simd, Vectors};
+use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
 
 /// Elements that a task should at least put in order, and of a square of the widest vectors.
 const GRAIN: usize = 1 << 14;
@@ -85,6 +85,37 @@ impl<T: Vectors> Kernel<T> for Outputs<T> {
                 for i in 0..outputs {
                     let from = square.as_ptr().add(i * S::LANES);
                     std::ptr::copy_nonoverlapping(from, to.add(i * row + first), n);
+                }
+            }
+        }
+    }
+}
+
+/// One output's weights from the order (taps, channels), in which blocks sum them up, to (channels, taps).
+///
+/// # Safety
+/// Both must be valid for all of them, and `S`'s instructions be there.
+#[inline(always)]
+pub(super) unsafe fn taps_last<S: Simd<Elem: Vectors>>(
+    [taps, channels]: [usize; 2],
+    sum: *const S::Elem,
+    to: *mut S::Elem,
+) {
+    let [mut rows, mut square] = [[num_traits::zero::<S::Elem>(); SQUARE]; 2];
+    for tap in (0..taps).step_by(S::LANES) {
+        let n = S::LANES.min(taps - tap);
+        for channel in (0..channels).step_by(S::LANES) {
+            let m = S::LANES.min(channels - channel);
+            // SAFETY: the caller's promise; both buffers hold a square.
+            unsafe {
+                for i in 0..n {
+                    let v = load_up_to::<S>(sum.add((tap + i) * channels + channel), m);
+                    S::store(rows.as_mut_ptr().add(i * S::LANES), v);
+                }
+                S::transpose(rows.as_ptr(), S::LANES, square.as_mut_ptr(), S::LANES);
+                for i in 0..m {
+                    let v = S::load(square.as_ptr().add(i * S::LANES));
+                    store_up_to::<S>(to.add((channel + i) * taps + tap), v, n);
                 }
             }
         }
