@@ -234,6 +234,8 @@ impl<'g> Pass<'g> {
         if near == uses.len() {
             return Ok(());
         }
+        let by_all = made.is_some_and(|(_, id)| self.graph.node(id).op.is_kept_rounded());
+        let near = if by_all { 0 } else { near };
         // Near readers that would round it themselves read what is rounded.
         let (rounding, near_ones): (Vec<Use>, Vec<Use>) =
             uses[..near].iter().partition(|u| to == DType::BF16 && self.rounds(u));
@@ -268,9 +270,8 @@ impl<'g> Pass<'g> {
     /// Has the node that makes a value put out its half form instead, or as well, if its operator can.
     fn halved(&mut self, v: ValueId, id: NodeId, to: DType) -> Option<ValueId> {
         let node = self.graph.node(id);
-        let alone = matches!(&node.outputs[..], [Some(y)] if *y == v);
         if self.conversions == Conversions::Kernels
-            && alone
+            && node.outputs.first() == Some(&Some(v))
             && let Some(op) = node.op.halved(to)
         {
             let made = op.infer(&self.graph.metas(&node.inputs)).ok()?;

@@ -13,7 +13,7 @@ use crate::kernels::layout::Layout;
 use crate::kernels::norm::{self, Channels, Residual, Stat};
 use crate::kernels::simd::Vectors;
 use crate::ops::clip::passed;
-use crate::ops::half::rounded;
+use crate::ops::half::{computed, elements, rounded, widened};
 use crate::ops::layout::rank_of;
 use crate::ops::{ChannelsLast, Cx, Grads, Mode, Op, Rerun, Row, Spec, get, need};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
@@ -168,7 +168,7 @@ impl BatchNormalization {
         let dims = y0.as_ref().map(|y| y.dims).or(get(x, 0).map(|x| x.dims));
         let d = self.channels(dims.ok_or_else(|| OpError::Internal("nothing to normalise".into()))?);
         let (scale, shift) = (need(x, 1)?.get::<T>()?, need(x, 2)?.get::<T>()?);
-        let input = get(x, 0).map(|x| x.get::<T>()).transpose()?;
+        let input = get(x, 0).map(elements::<T>).transpose()?;
         let residual = match x.get(self.residual()) {
             Some(Some(r)) => Residual::Given(r.get::<T>()?),
             Some(None) => Residual::InResult,
@@ -208,7 +208,7 @@ impl BatchNormalization {
             inv.copy_from_slice(need(x, 6)?.get::<T>()?);
         } else {
             let in_place = y0.as_mut().map(|y| y.get::<T>()).transpose()?;
-            let input = input.or(in_place.map(|y| &*y)).unwrap_or(&[]);
+            let input = input.map(|x| x.whole()).or(in_place.map(|y| &*y)).unwrap_or(&[]);
             norm::channel_stats(input, d, mean, inv, partials);
         }
         let count = d.count() as f64;
@@ -280,7 +280,7 @@ impl Op for BatchNormalization {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let x = need(inputs, 0)?;
+        let x = &widened(need(inputs, 0)?);
         let c = self.channels(&x.dims).c;
         let last = self.residual();
         for i in 1..last {
@@ -372,6 +372,10 @@ impl Op for BatchNormalization {
         if self.given { &[(0, 0), (7, 0)] } else { &[(0, 0), (5, 0)] }
     }
 
+    fn reads_half(&self, input: usize) -> bool {
+        input == 0 && self.given && self.layout == Layout::Last
+    }
+
     fn rounding(&self, to: DType) -> Option<Arc<dyn Op>> {
         Some(Arc::new(BatchNormalization { rounds: Some(to), ..self.clone() }))
     }
@@ -382,11 +386,11 @@ impl Op for BatchNormalization {
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let Some(x) = get(inputs, 0) else { return 0 };
-        let d = self.channels(&x.dims);
+        let (d, dtype) = (self.channels(&x.dims), computed(x));
         match self.training {
-            true if self.given => room_bytes(0, 3 * d.c, x.dtype),
-            true => room_bytes(d.partials(), 3 * d.c, x.dtype),
-            false => room_bytes(0, d.c, x.dtype),
+            true if self.given => room_bytes(0, 3 * d.c, dtype),
+            true => room_bytes(d.partials(), 3 * d.c, dtype),
+            false => room_bytes(0, d.c, dtype),
         }
     }
 

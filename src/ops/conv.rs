@@ -250,7 +250,7 @@ impl Op for Conv {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let (x, w) = (need(inputs, 0)?, need(inputs, 1)?);
+        let (x, w) = (&half::widened(need(inputs, 0)?), need(inputs, 1)?);
         same_type(x, w)?;
         let (g, y) = self.geometry(&x.dims, &w.dims)?;
         if self.normalises.is_some() {
@@ -279,7 +279,7 @@ impl Op for Conv {
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let (input, w) = (need(x, 0)?, need(x, 1)?);
         let (g, _) = self.geometry(input.dims, w.dims)?;
-        float_dispatch!(input.dtype, T => {
+        float_dispatch!(w.dtype, T => {
             let (epilogue, y) = (self.epilogue(x)?, out(y, 0)?.get::<T>()?);
             let (input, scratch) = self.input::<T>(x, g.c, cx.scratch)?;
             kernel::forward(&g, input, w.get::<T>()?, epilogue, y, scratch);
@@ -307,6 +307,10 @@ impl Op for Conv {
 
     fn in_place(&self) -> &[(usize, usize)] {
         if self.normalises.is_some() { &[(7, 0)] } else { &[(3, 0)] }
+    }
+
+    fn reads_half(&self, input: usize) -> bool {
+        input == 0 && self.normalises.is_some()
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {

@@ -172,7 +172,13 @@ pub trait Op: Any + Debug + Send + Sync {
         false
     }
 
-    /// The same operator with its only output in this type of half precision. `None` where it cannot.
+    /// Is output 0, where it is kept in half precision, read so by everyone, those near by as well? Memory is what its maker and its
+    /// readers wait for.
+    fn is_kept_rounded(&self) -> bool {
+        false
+    }
+
+    /// The same operator with output 0 in this type of half precision. `None` where it cannot.
     fn halved(&self, _to: DType) -> Option<Arc<dyn Op>> {
         None
     }

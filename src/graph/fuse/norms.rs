@@ -22,7 +22,7 @@ pub fn gather_statistics(graph: &mut Graph) {
         let Some(&Some(x)) = norm.inputs.first() else { continue };
         let Source::Node(id, 0) = graph.value(x).source else { continue };
         let Some(conv) = graph.node(id).op.as_a::<Conv>() else { continue };
-        let conv: Arc<dyn Op> = Arc::new(ConvStatistics { conv: conv.clone(), rounds: None });
+        let conv: Arc<dyn Op> = Arc::new(ConvStatistics::of(conv.clone()));
         let metas = graph.metas(&graph.node(id).inputs);
         let Ok(metas) = conv.infer(&metas) else { continue };
         let made: Vec<Option<ValueId>> = metas
@@ -201,8 +201,7 @@ fn normalising(graph: &Graph, r: usize, y: ValueId, clamp: Clamp<f64>) -> Option
     }
     if let Some(op) = op.as_a::<ConvStatistics>() {
         let conv = op.conv.normalising(clamp);
-        return able(&op.conv, 0, dims(1)?)
-            .then(|| Arc::new(ConvStatistics { conv, rounds: op.rounds }) as Arc<dyn Op>);
+        return able(&op.conv, 0, dims(1)?).then(|| Arc::new(ConvStatistics { conv, ..*op }) as Arc<dyn Op>);
     }
     let op = op.as_a::<ConvWeightGrad>()?;
     let conv = op.conv.normalising(clamp);

@@ -392,7 +392,7 @@ fn run<T: Vectors>(
     x: Operand<T>,
     w: &[T],
     epilogue: Epilogue<T>,
-    y: &mut [T],
+    y: Option<&mut [T]>,
     scratch: &mut [T],
     done: Option<&Done<T>>,
 ) {
@@ -409,7 +409,7 @@ fn run_form<E: Packs<T>, T: Vectors>(
     x: Operand<T>,
     w: &[T],
     epilogue: Epilogue<T>,
-    y: &mut [T],
+    y: Option<&mut [T]>,
     scratch: &mut [T],
     done: Option<&Done<T>>,
 ) {
@@ -421,10 +421,10 @@ fn run_form<E: Packs<T>, T: Vectors>(
     let d = plan.division(panel);
     let (rows, panels) = (plan.rows(), plan.groups * plan.panels(panel));
     let blocks = plan.blocks(&d, panel);
-    // Results of a row.
-    let line = volume(plan.target) / plan.target[plan.axis] * plan.groups * plan.co;
-    let y = Shared::new(y);
-    let (tasks, room) = (volume(blocks), slot(plan, &d, x.is_plain()));
+    let line = line(plan);
+    let own = if y.is_some() { 0 } else { near(plan, &d) };
+    let y = y.map(Shared::new);
+    let (tasks, room) = (volume(blocks), slot(plan, &d, x.is_plain()) + own);
     // Images and rows of a task.
     let part = |task: usize| {
         let [i, r, _] = split(task, blocks);
@@ -441,17 +441,29 @@ fn run_form<E: Packs<T>, T: Vectors>(
         // Rows of one image, or whole images.
         let first = (images.start * plan.rows() + rows.start) * line;
         let count = images.len() * rows.len() * line;
+        let (own, slot) = slot.split_at_mut(own);
         let (a, window) = E::source(plan, &d, &x, images.clone(), rows.clone(), slot);
+        let y = y.as_ref().map_or(own.as_mut_ptr().wrapping_sub(first), Shared::ptr);
         // SAFETY: the slices have the plan's extents (checked by the callers), so all windows of the task's
-        // positions lie in `a`; no two tasks write the same elements of `y`.
-        unsafe {
-            E::compute(Task { plan, a, window, weights, panels, images, rows, epilogue, y: y.ptr(), ahead });
-        }
+        // positions lie in `a`; no two tasks write the same elements of `y`, unless it is memory of their own.
+        unsafe { E::compute(Task { plan, a, window, weights, panels, images, rows, epilogue, y, ahead }) }
         if let Some(done) = done {
             // SAFETY: with all panels in one task, this one has written all of these results, and it alone.
-            done(i * blocks[1] + r, first, unsafe { std::slice::from_raw_parts(y.ptr().add(first), count) });
+            done(i * blocks[1] + r, first, unsafe {
+                std::slice::from_raw_parts(y.wrapping_add(first), count)
+            });
         }
     });
+}
+
+/// Results of a row.
+fn line(plan: &Plan) -> usize {
+    volume(plan.target) / plan.target[plan.axis] * plan.groups * plan.co
+}
+
+/// Elements of the results of a task, in whole vectors.
+fn near(plan: &Plan, d: &Division) -> usize {
+    (d.images * d.rows * line(plan)).next_multiple_of(16)
 }
 
 /// Elements of a task's copy of its input, and of what it computes of it.
@@ -468,15 +480,17 @@ fn forward_plan(g: &Geometry) -> Plan {
     }
 }
 
-/// Elements of scratch that [`forward`] needs; `plain`: is X?
-pub fn forward_scratch<T: Vectors>(g: &Geometry, plain: bool) -> usize {
-    scratch::<T>(&forward_plan(g), plain) + folded::of(g).map_or(0, |folded| folded::weights_room(&folded))
+/// Elements of scratch that [`forward`] needs; `plain`: is X? `kept`: have results a place?
+pub fn forward_scratch<T: Vectors>(g: &Geometry, plain: bool, kept: bool) -> usize {
+    scratch::<T>(&forward_plan(g), plain, kept)
+        + folded::of(g).map_or(0, |folded| folded::weights_room(&folded))
 }
 
-fn scratch<T: Vectors>(plan: &Plan, plain: bool) -> usize {
+fn scratch<T: Vectors>(plan: &Plan, plain: bool, kept: bool) -> usize {
     let panel = plan.panel::<T>();
     let d = plan.division(panel);
-    let tasks = slots(volume(plan.blocks(&d, panel)), slot(plan, &d, plain));
+    let own = if kept { 0 } else { near(plan, &d) };
+    let tasks = slots(volume(plan.blocks(&d, panel)), slot(plan, &d, plain) + own);
     plan.packed(panel) + if plan.pairs { tasks.max(paired::pack_scratch(plan, panel)) } else { tasks }
 }
 
@@ -488,19 +502,21 @@ pub fn forward_blocks<T: Vectors>(g: &Geometry) -> Option<usize> {
     (panels == 1).then_some(images * rows)
 }
 
-/// `y = clamp(conv(x, w) + bias + residual)` with x (N, spatial…, C) and y (N, spatial…, M), w (M, C/groups, k…).
+/// `y = clamp(conv(x, w) + bias + residual)` with x (N, spatial…, C) and y (N, spatial…, M), w (M, C/groups, k…); see [`Done`] for
+/// results without a place.
 pub fn forward<T: Vectors>(
     g: &Geometry,
     x: Operand<T>,
     w: &[T],
     epilogue: Epilogue<T>,
-    y: &mut [T],
+    y: Option<&mut [T]>,
     scratch: &mut [T],
     done: Option<&Done<T>>,
 ) {
-    g.check_sizes(x.data.len(), y.len());
+    g.check_sizes(x.data.len(), y.as_ref().map_or(g.outputs(), |y| y.len()));
     assert!(x.is_plain() || pointwise::applies(g), "an input that is computed as it is read");
     let (plan, done) = (forward_plan(g), done.filter(|_| forward_blocks::<T>(g).is_some()));
+    assert!(y.is_some() || done.is_some(), "results without a place");
     let Some(folded) = folded::of(g) else {
         return run(&plan, true, x, w, epilogue, y, scratch, done);
     };
@@ -511,7 +527,7 @@ pub fn forward<T: Vectors>(
 
 /// Elements of scratch that [`input_grad`] needs.
 pub fn input_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
-    scratch::<T>(&input_grad_plan(g), true)
+    scratch::<T>(&input_grad_plan(g), true, true)
 }
 
 fn input_grad_plan(g: &Geometry) -> Plan {
@@ -537,5 +553,5 @@ pub fn input_grad<T: Vectors>(
     scratch: &mut [T],
 ) {
     g.check(dx, dy);
-    run(&input_grad_plan(g), false, Operand::plain(dy, g.oc), w, epilogue, dx, scratch, None);
+    run(&input_grad_plan(g), false, Operand::plain(dy, g.oc), w, epilogue, Some(dx), scratch, None);
 }

@@ -410,32 +410,37 @@ impl<T: Vectors> Line<'_, T> {
     }
 }
 
-/// Elements of scratch that [`forward`] needs, and more of it where X is not plain.
-pub fn forward_scratch(g: &Geometry, plain: bool) -> usize {
-    scratch(&Direction::forward(g), plain)
+/// Elements of scratch that [`forward`] needs, more of it where X is not plain, and where results are not `kept`.
+pub fn forward_scratch(g: &Geometry, plain: bool, kept: bool) -> usize {
+    scratch(&Direction::forward(g), plain, kept)
 }
 
 /// Elements of scratch that [`input_grad`] needs.
 pub fn input_grad_scratch(g: &Geometry) -> usize {
-    scratch(&Direction::back(g), true)
+    scratch(&Direction::back(g), true, true)
 }
 
-fn scratch(way: &Direction, plain: bool) -> usize {
+fn scratch(way: &Direction, plain: bool, kept: bool) -> usize {
     let (total, each) = division(way);
-    way.g.taps() * way.g.c + slots(total.div_ceil(each), way.ring(plain))
+    way.g.taps() * way.g.c + slots(total.div_ceil(each), way.ring(plain) + if kept { 0 } else { near(way) })
 }
 
-/// `y = clamp(conv(x, w) + bias + residual)`, all (N, spatial…, C).
+/// Elements of the results of a task.
+fn near(way: &Direction) -> usize {
+    division(way).1 * way.target[2] * way.g.c
+}
+
+/// `y = clamp(conv(x, w) + bias + residual)`, all (N, spatial…, C); see [`Done`] for results without a place.
 pub fn forward<T: Vectors>(
     g: &Geometry,
     x: Operand<T>,
     w: &[T],
     epilogue: Epilogue<T>,
-    y: &mut [T],
+    y: Option<&mut [T]>,
     scratch: &mut [T],
     done: Option<&Done<T>>,
 ) {
-    g.check_sizes(x.data.len(), y.len());
+    g.check_sizes(x.data.len(), y.as_ref().map_or(g.outputs(), |y| y.len()));
     sweep(Direction::forward(g), x, w, epilogue, y, scratch, done);
 }
 
@@ -449,7 +454,7 @@ pub fn input_grad<T: Vectors>(
     scratch: &mut [T],
 ) {
     g.check(dx, dy);
-    sweep(Direction::back(g), Operand::plain(dy, g.oc), w, epilogue, dx, scratch, None);
+    sweep(Direction::back(g), Operand::plain(dy, g.oc), w, epilogue, Some(dx), scratch, None);
 }
 
 /// Rows of the target, all images' counted, and how many a task computes.
@@ -474,7 +479,7 @@ fn sweep<T: Vectors>(
     source: Operand<T>,
     w: &[T],
     epilogue: Epilogue<T>,
-    y: &mut [T],
+    y: Option<&mut [T]>,
     scratch: &mut [T],
     done: Option<&Done<T>>,
 ) {
@@ -483,18 +488,21 @@ fn sweep<T: Vectors>(
     in_tap_order(g, w, by_tap);
     let (total, each) = division(&way);
     let line = way.target[2] * g.c;
-    let y = Shared::new(y);
+    let own = if y.is_some() { 0 } else { near(&way) };
+    let y = y.map(Shared::new);
     let w: &[T] = by_tap;
-    in_slots(total.div_ceil(each), way.ring(source.is_plain()), rings, |i, ring| {
+    in_slots(total.div_ceil(each), way.ring(source.is_plain()) + own, rings, |i, slot| {
+        let (own, ring) = slot.split_at_mut(own);
         let rows = i * each..total.min((i + 1) * each);
         let (first, count) = (rows.start * line, rows.len() * line);
         let source = way.rows(source, ring);
-        let sweep = Sweep { way, w, epilogue, y: y.ptr() };
-        // SAFETY: tasks write different rows of `y`; the extents were checked.
+        let y = y.as_ref().map_or(own.as_mut_ptr().wrapping_sub(first), Shared::ptr);
+        let sweep = Sweep { way, w, epilogue, y };
+        // SAFETY: tasks write different rows of `y`, or rows of their own; the extents were checked.
         unsafe { T::dispatch(Task { sweep, source, rows }) }
         if let Some(done) = done {
             // SAFETY: rows that this task alone has written.
-            done(i, first, unsafe { std::slice::from_raw_parts(y.ptr().add(first), count) });
+            done(i, first, unsafe { std::slice::from_raw_parts(y.wrapping_add(first), count) });
         }
     });
 }

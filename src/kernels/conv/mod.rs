@@ -31,7 +31,7 @@ use statistics::Done;
 pub use both::{Both, Plain, Sums, fuses, grads, grads_scratch, sums_room};
 pub use depthwise::{Expansion, expands, forward_expanded, forward_expanded_scratch};
 pub use load::{Load, Norm, NormGrad, Operand};
-pub use statistics::{Statistics, forward_statistics, statistics_room};
+pub use statistics::{Statistics, forward_statistics, statistics_room, statistics_scratch};
 
 /// Sizes of a convolution. Fewer than three spatial dimensions are preceded by ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -211,9 +211,9 @@ pub fn forward_scratch<T: Vectors>(g: &Geometry, plain: bool) -> usize {
     }
     g.copies()
         + match () {
-            _ if g.depthwise() => depthwise::forward_scratch(g, plain),
+            _ if g.depthwise() => depthwise::forward_scratch(g, plain, true),
             _ if winograd::applies_forward(g) => winograd::forward_scratch::<T>(g),
-            _ => dense::forward_scratch::<T>(g, plain),
+            _ => dense::forward_scratch::<T>(g, plain, true),
         }
 }
 
@@ -246,9 +246,9 @@ fn forward_blocks<T: Vectors>(
     x.check();
     assert!(x.is_plain() || loads(g), "an input that is computed as it is read");
     let kernel = |x: Operand<T>, epilogue: Epilogue<T>, y: &mut [T], scratch: &mut [T]| match () {
-        _ if g.depthwise() => depthwise::forward(g, x, w, epilogue, y, scratch, done),
+        _ if g.depthwise() => depthwise::forward(g, x, w, epilogue, Some(y), scratch, done),
         _ if winograd::applies_forward(g) => winograd::forward(g, x.data.whole(), w, epilogue, y, scratch),
-        _ => dense::forward(g, x, w, epilogue, y, scratch, done),
+        _ => dense::forward(g, x, w, epilogue, Some(y), scratch, done),
     };
     if g.layout == Layout::Last {
         return kernel(x, epilogue, y, scratch);

@@ -1,7 +1,9 @@
 //! Convolution with the statistics of its results, gathered from each block of them while it is near.
 #![allow(unsafe_code)]
 
-use super::{Epilogue, Geometry, Operand, dense, depthwise, forward_blocks, winograd};
+use super::{
+    Epilogue, Geometry, Operand, dense, depthwise, forward_blocks, forward_scratch, loads, winograd,
+};
 use crate::kernels::half::Half;
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::{self, Channels};
@@ -9,7 +11,7 @@ use crate::kernels::par::Shared;
 use crate::kernels::simd::Vectors;
 
 /// Is told of blocks of results, whole positions with all of their channels, each once by the task that computed it.
-/// It is told the block's number and first element.
+/// It is told the block's number and first element. Results without a place of their own are memory of the task's.
 pub(super) type Done<'a, T> = dyn Fn(usize, usize, &[T]) + Sync + 'a;
 
 /// Of each output channel; `room`: [`statistics_room`] elements.
@@ -18,7 +20,7 @@ pub struct Statistics<'a, T> {
     /// Of the whole population.
     pub variance: &'a mut [T],
     pub room: &'a mut [f64],
-    /// All results rounded.
+    /// All results rounded. They may be nowhere else.
     pub rounded: Option<(Half, &'a mut [u16])>,
 }
 
@@ -45,18 +47,30 @@ pub fn statistics_room<T: Vectors>(g: &Geometry) -> usize {
     }
 }
 
+/// Elements of scratch that [`forward_statistics`] needs; `plain`: is X? `kept`: are results not only rounded?
+pub fn statistics_scratch<T: Vectors>(g: &Geometry, plain: bool, kept: bool) -> usize {
+    match blocks::<T>(g) {
+        Some(_) if !kept && g.depthwise() => depthwise::forward_scratch(g, plain, kept),
+        Some(_) if !kept => dense::forward_scratch::<T>(g, plain, kept),
+        _ => forward_scratch::<T>(g, plain) + if kept { 0 } else { g.outputs() },
+    }
+}
+
 /// As [`forward`](super::forward), with the statistics of the results.
 pub fn forward_statistics<T: Vectors>(
     g: &Geometry,
     x: Operand<T>,
     w: &[T],
     epilogue: Epilogue<T>,
-    y: &mut [T],
+    y: Option<&mut [T]>,
     statistics: Statistics<T>,
     scratch: &mut [T],
 ) {
     let Statistics { mean, variance, room, rounded } = statistics;
-    assert!(rounded.as_ref().is_none_or(|r| r.1.len() == y.len()), "rounded results");
+    x.check();
+    assert!(x.is_plain() || loads(g) || y.is_some(), "an input that is computed as it is read");
+    assert!(rounded.as_ref().is_none_or(|r| r.1.len() == g.outputs()), "rounded results");
+    assert!(rounded.is_some() || y.is_some(), "results without a place");
     let rounded = rounded.map(|(half, to)| (half, Shared::new(to)));
     // Of results that are near, from element `first` on.
     let round = |first: usize, y: &[T]| {
@@ -66,6 +80,10 @@ pub fn forward_statistics<T: Vectors>(
         }
     };
     let Some(blocks) = blocks::<T>(g) else {
+        let (y, scratch) = match y {
+            Some(y) => (y, scratch),
+            None => scratch.split_at_mut(g.outputs()),
+        };
         forward_blocks(g, x, w, epilogue, y, scratch, None);
         return norm::channel_stats_and(y, channels(g), mean, variance, room, &round);
     };
@@ -79,6 +97,10 @@ pub fn forward_statistics<T: Vectors>(
         norm::block_moments(y, g.oc, part);
         round(first, y);
     };
-    forward_blocks(g, x, w, epilogue, y, scratch, Some(&done));
+    match y {
+        Some(y) => forward_blocks(g, x, w, epilogue, y, scratch, Some(&done)),
+        None if g.depthwise() => depthwise::forward(g, x, w, epilogue, None, scratch, Some(&done)),
+        None => dense::forward(g, x, w, epilogue, None, scratch, Some(&done)),
+    }
     norm::merge_blocks(room, mean, variance);
 }

@@ -102,11 +102,11 @@ pub(super) fn sweep<T: Float, const K: usize>(
     );
 }
 
-/// `y = clamp((x − mean)·factor + shift + residual)` per channel; `y` holds `x` where that is `None`. All of `y` is also
-/// put in `rounded`, if that is there.
+/// `y = clamp((x − mean)·factor + shift + residual)` per channel; `y` holds `x` where that is `None`; `x` may be of half precision
+/// where `s` is 1. All of `y` is also put in `rounded`, if that is there.
 #[allow(clippy::too_many_arguments)]
 pub fn channel_affine<T: Float>(
-    x: Option<&[T]>,
+    x: Option<Elements<T>>,
     y: &mut [T],
     d: Channels,
     mean: &[T],
@@ -117,14 +117,15 @@ pub fn channel_affine<T: Float>(
     rounded: Option<(Half, &mut [u16])>,
 ) {
     assert!(rounded.as_ref().is_none_or(|r| r.1.len() == y.len()), "rounded results");
+    assert!(d.s == 1 || x.is_none_or(|x| x.is_whole()), "half precision with channels first");
     let rounded = rounded.map(|(half, to)| (half, Shared::new(to)));
     sweep(
         y,
         d,
         [mean, factor, shift],
         #[inline(always)]
-        |start, y, c, _| {
-            let x = cut(x, start, y.len());
+        |start, y, c, near| {
+            let x = x.map(|x| x.near(start, y.len(), near));
             let (r, add) = match residual {
                 Residual::None => (None, false),
                 Residual::Given(r) => (Some(&r[start..start + y.len()]), true),

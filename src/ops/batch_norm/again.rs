@@ -4,7 +4,9 @@ use super::{BatchNormalization, room, room_bytes};
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
+use crate::kernels::layout::Layout;
 use crate::kernels::norm::{self, Residual};
+use crate::ops::half::{computed, elements, widened};
 use crate::ops::{Cx, Grads, Op, get, need, out};
 use crate::tensor::{Float, Meta, View, ViewMut};
 
@@ -21,8 +23,7 @@ impl Op for Normalise {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let x = need(inputs, 0)?;
-        Ok(vec![Meta::new(x.dtype, &x.dims)])
+        Ok(vec![widened(need(inputs, 0)?)])
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
@@ -31,7 +32,7 @@ impl Op for Normalise {
         float_dispatch!(y.dtype, T => {
             let of = |i: usize| need(x, i)?.get::<T>();
             let (scale, shift, mean, inv) = (of(1)?, of(2)?, of(3)?, of(4)?);
-            let input = get(x, 0).map(|x| x.get::<T>()).transpose()?;
+            let input = get(x, 0).map(elements::<T>).transpose()?;
             let residual = match x.get(5) {
                 Some(Some(r)) => Residual::Given(r.get::<T>()?),
                 Some(None) => Residual::InResult,
@@ -50,8 +51,12 @@ impl Op for Normalise {
         &[(0, 0), (5, 0)]
     }
 
+    fn reads_half(&self, input: usize) -> bool {
+        input == 0 && self.of.layout == Layout::Last
+    }
+
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
-        get(inputs, 0).map_or(0, |x: &Meta| room_bytes(0, self.of.channels(&x.dims).c, x.dtype))
+        get(inputs, 0).map_or(0, |x: &Meta| room_bytes(0, self.of.channels(&x.dims).c, computed(x)))
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {

@@ -5,6 +5,7 @@ use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::elementwise::Clamp;
+use crate::kernels::half::Elements;
 use crate::kernels::norm::{self, Channels, Mask, Residual, Stat};
 use crate::ops::half::{computed, elements, widened};
 use crate::ops::layout::rank_of;
@@ -289,7 +290,7 @@ impl Op for BatchNormEvalInputGrad {
             }
             let clamp = Clamp::NONE.to();
             norm::channel_affine(
-                dy, y.get::<T>()?, self.channels, zero, factor, zero, Residual::None, clamp, None,
+                dy.map(Elements::Whole), y.get::<T>()?, self.channels, zero, factor, zero, Residual::None, clamp, None,
             );
             Ok(())
         })

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::conv::{self as kernel, Statistics};
+use crate::kernels::conv::{self as kernel, Geometry, Statistics};
 use crate::ops::conv::{Conv, floats, short};
 use crate::ops::half::rounded;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, get, need};
@@ -18,9 +18,15 @@ pub struct ConvStatistics {
     pub conv: Conv,
     /// Output 3 is Y in this type of half precision.
     pub rounds: Option<DType>,
+    /// Output 0 is, and there is no output 3.
+    pub instead: bool,
 }
 
 impl ConvStatistics {
+    pub fn of(conv: Conv) -> Self {
+        ConvStatistics { conv, rounds: None, instead: false }
+    }
+
     /// Bytes of scratch in front of the convolution's own.
     fn room(&self, x: &[usize], w: &[usize], dtype: DType) -> usize {
         let room = match dtype {
@@ -40,24 +46,29 @@ impl Op for ConvStatistics {
         let mut made = self.conv.infer(inputs)?;
         let channel = Meta::new(made[0].dtype, &need(inputs, 1)?.dims[..1]);
         made.extend([channel.clone(), channel]);
-        made.extend(self.rounds.map(|to| Meta::new(to, &made[0].dims)));
+        match self.rounds {
+            Some(to) if self.instead => made[0].dtype = to,
+            Some(to) => made.push(Meta::new(to, &made[0].dims)),
+            None => {}
+        }
         Ok(made)
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let (input, w) = (need(x, 0)?, need(x, 1)?);
         let (g, _) = self.conv.geometry(input.dims, w.dims)?;
-        let bytes = self.room(input.dims, w.dims, input.dtype);
+        let bytes = self.room(input.dims, w.dims, w.dtype);
         let (room, scratch) = cx.scratch.split_at_mut_checked(bytes).ok_or_else(short)?;
         let [Some(y), Some(mean), Some(variance), more @ ..] = y else {
             return Err(OpError::Internal("three outputs are needed".into()));
         };
-        let rounded = match more {
-            [Some(to), ..] => Some(rounded(to)?),
-            _ => None,
+        let (y, rounded) = match more {
+            [Some(to), ..] => (Some(y), Some(rounded(to)?)),
+            _ if self.instead => (None, Some(rounded(y)?)),
+            _ => (Some(y), None),
         };
-        float_dispatch!(input.dtype, T => {
-            let (epilogue, y) = (self.conv.epilogue(x)?, y.get::<T>()?);
+        float_dispatch!(w.dtype, T => {
+            let (epilogue, y) = (self.conv.epilogue(x)?, y.map(|y| y.get::<T>()).transpose()?);
             let (mean, variance) = (mean.get::<T>()?, variance.get::<T>()?);
             let statistics = Statistics { mean, variance, room: floats(room)?, rounded };
             let (x, scratch) = self.conv.input::<T>(x, g.c, scratch)?;
@@ -68,25 +79,40 @@ impl Op for ConvStatistics {
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Some(x), Some(w)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        self.room(&x.dims, &w.dims, x.dtype) + self.conv.scratch(inputs)
+        let kept = !self.instead;
+        let single = |g: &Geometry, computed: bool| kernel::statistics_scratch::<f32>(g, !computed, kept);
+        let double = |g: &Geometry, computed: bool| kernel::statistics_scratch::<f64>(g, !computed, kept);
+        self.room(&x.dims, &w.dims, w.dtype) + self.conv.room(x, &w.dims, [&single, &double])
     }
 
     fn channels_last(&self, inputs: &[Option<&Meta>], outputs: &[Option<&Meta>]) -> Option<ChannelsLast> {
         let flags = self.conv.channels_last(inputs, outputs)?;
-        let op = ConvStatistics { conv: self.conv.last(), rounds: self.rounds };
+        let op = ConvStatistics { conv: self.conv.last(), ..*self };
         Some(ChannelsLast::by(op, &flags.inputs, &[true, false, false]).wanted())
     }
 
+    fn is_kept_rounded(&self) -> bool {
+        true
+    }
+
+    fn halved(&self, to: DType) -> Option<Arc<dyn Op>> {
+        Some(Arc::new(ConvStatistics { conv: self.conv.clone(), rounds: Some(to), instead: true }))
+    }
+
     fn rounding(&self, to: DType) -> Option<Arc<dyn Op>> {
-        Some(Arc::new(ConvStatistics { conv: self.conv.clone(), rounds: Some(to) }))
+        Some(Arc::new(ConvStatistics { conv: self.conv.clone(), rounds: Some(to), instead: false }))
     }
 
     fn by_pairs(&self) -> Option<Arc<dyn Op>> {
-        Some(Arc::new(ConvStatistics { conv: self.conv.paired()?, rounds: self.rounds }))
+        Some(Arc::new(ConvStatistics { conv: self.conv.paired()?, ..*self }))
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
-        self.conv.in_place()
+        if self.instead { &[] } else { self.conv.in_place() }
+    }
+
+    fn reads_half(&self, input: usize) -> bool {
+        self.conv.reads_half(input)
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {

@@ -116,7 +116,7 @@ fn bits_do_not_depend_on_threads() {
         let (tx, tw) = (wave(&x, 0.7).cast(DType::F32), wave(&w, 1.3).cast(DType::F32));
         let (_, y) = conv.geometry(&x, &w).unwrap();
         let dy = wave(&y, 0.9).cast(DType::F32);
-        let statistics = ConvStatistics { conv: conv.last(), rounds: None };
+        let statistics = ConvStatistics::of(conv.last());
         let lx = wave(&Layout::Last.of(&x), 0.7).cast(DType::F32);
         let ldy = wave(&Layout::Last.of(&y), 0.9).cast(DType::F32);
         let (kept, w_dims) = (conv.last(), Dims::from_slice(&w));
@@ -169,7 +169,7 @@ fn statistics_are_of_the_results() {
             let (x, w) = (wave(&layout.of(&x), 0.7).cast(DType::F32), wave(&w, 1.3).cast(DType::F32));
             let inputs = [&x, &w, &bias].map(Some);
             let y = eval(&conv, &inputs).unwrap().remove(0);
-            let got = eval(&ConvStatistics { conv, rounds: None }, &inputs).unwrap();
+            let got = eval(&ConvStatistics::of(conv), &inputs).unwrap();
             assert_eq!(y.bytes(), got[0].bytes());
             let c = w.dims()[0];
             let inner = if layout == Layout::Last { 1 } else { y.dims()[2] * y.dims()[3] };

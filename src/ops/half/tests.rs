@@ -172,6 +172,10 @@ fn convolutions_read_it() {
             operands.extend(normal.iter().map(Some));
             let weight = ConvWeightGrad { conv: conv.normalising(clamp), w: dims.clone() };
             reads(&what, &weight, &operands);
+            operands[..2].clone_from_slice(&[Some(&input), Some(&weights)]);
+            let forward = ConvStatistics::of(conv.normalising(clamp));
+            reads(&what, &forward.conv, &operands);
+            reads(&what, &forward, &operands);
         }
         if !ConvGrads::can(&conv, &input.meta(), w) {
             continue;
@@ -371,19 +375,25 @@ fn results_are_rounded_where_they_are_made() {
         let made = eval(gelu.halved(to).unwrap().as_ref(), &[Some(&x)]).unwrap().remove(0);
         assert!(made.bytes() == want.cast(to).bytes(), "GELU in {to}");
     }
-    let shapes = [([3, 16, 32, 32], [16, 16, 3, 3], 1), ([2, 8, 30, 31], [40, 8, 1, 1], 1)];
-    for (x, w, groups) in shapes.into_iter().chain([([2, 24, 20, 20], [24, 1, 3, 3], 24)]) {
+    let dense = [([3, 16, 32, 32], [16, 16, 3, 3], 1), ([2, 8, 30, 31], [40, 8, 1, 1], 1)];
+    let others = [([2, 24, 20, 20], [24, 1, 3, 3], 24), ([2, 64, 7, 7], [800, 64, 1, 1], 1)];
+    for (x, w, groups) in dense.into_iter().chain([([5, 3, 40, 41], [16, 3, 3, 3], 1)]).chain(others) {
         for layout in [Layout::First, Layout::Last] {
             let pad = w[2] / 2;
             let conv = Conv { layout, ..last(&[1, 1], &[pad; 4], groups) };
             let (input, weights) = (wave(&layout.of(&x), 0.7), wave(&w, 1.3));
-            let plain: &dyn Op = &ConvStatistics { conv, rounds: None };
+            let plain: &dyn Op = &ConvStatistics::of(conv);
             let want = eval(plain, &[Some(&input), Some(&weights)]).unwrap();
             for to in [DType::BF16, DType::F16] {
                 let op = plain.rounding(to).unwrap();
                 let made = eval(op.as_ref(), &[Some(&input), Some(&weights)]).unwrap();
                 assert!(made[..3].iter().zip(&want).all(|(a, b)| a.bytes() == b.bytes()), "{x:?} {layout:?}");
                 assert!(made[3].bytes() == want[0].cast(to).bytes(), "{x:?} {layout:?} {to}");
+                let made = eval(plain.halved(to).unwrap().as_ref(), &[Some(&input), Some(&weights)]).unwrap();
+                assert!(made[0].bytes() == want[0].cast(to).bytes(), "{x:?} {layout:?} in {to}");
+                assert!(
+                    made.len() == 3 && made[1..].iter().zip(&want[1..]).all(|(a, b)| a.bytes() == b.bytes())
+                );
             }
         }
     }
