@@ -18,7 +18,7 @@ use std::marker::PhantomData;
 use smallvec::SmallVec;
 
 use crate::kernels::isa::multiplies_blocks;
-use crate::kernels::simd::{Simd, Vectors};
+use crate::kernels::simd::Vectors;
 
 /// Rows and columns of a square, and the pairs of a row.
 pub const SIDE: usize = 16;
@@ -134,25 +134,6 @@ pub struct Place {
     pub add: bool,
 }
 
-impl Place {
-    /// Fetches the first `rows` rows of so many squares of rows, each of `columns` squares, while the sums are computed: registers
-    /// that are written to memory do not look like a stream to the processor.
-    ///
-    /// # Safety
-    /// `S`'s instructions must be there. (Fetching is allowed anywhere.)
-    #[inline(always)]
-    pub unsafe fn fetch<S: Simd>(&self, squares: usize, rows: usize, columns: usize) {
-        for to in &self.to[..squares] {
-            for i in 0..rows {
-                for j in 0..columns {
-                    // SAFETY: the caller's promise.
-                    unsafe { S::prefetch(to.wrapping_add(i * self.row + j * SIDE).cast()) }
-                }
-            }
-        }
-    }
-}
-
 /// A block's operands, and where its sums go.
 #[derive(Debug, Clone, Copy)]
 pub struct Block {
@@ -166,6 +147,28 @@ pub struct Block {
     pub rows: usize,
     pub columns: usize,
     pub place: Place,
+    pub ahead: Ahead,
+}
+
+/// Rows that are fetched while a block is multiplied, two lines of each, or one where the block has one square of columns: those
+/// that the next one will write. Registers that are written to memory do not look like a stream to the processor.
+#[derive(Debug, Clone, Copy)]
+pub struct Ahead {
+    /// (Fetching is allowed anywhere.)
+    from: *const f32,
+    /// Bytes from a row to the next.
+    row: usize,
+}
+
+impl Ahead {
+    pub fn rows(from: *const f32, row: usize) -> Ahead {
+        Ahead { from, row: size_of::<f32>() * row }
+    }
+
+    /// Nothing that is not near.
+    pub fn nothing(b: *const u32) -> Ahead {
+        Ahead { from: b.cast(), row: 0 }
+    }
 }
 
 /// The registers, set up for squares of A of some rows and steps, as long as this lives.
@@ -293,7 +296,8 @@ mod tests {
                     let a = std::array::from_fn(|i| a.wrapping_add(i * rows * 100 + i));
                     let (mut fast, mut plain) = (Sums::default(), Sums::default());
                     let place = fast.place(c);
-                    let block = Block { a, a_row: 100, b, b_row: 67, rows: r, columns: c, place };
+                    let ahead = Ahead::nothing(b);
+                    let block = Block { a, a_row: 100, b, b_row: 67, rows: r, columns: c, place, ahead };
                     let registers = Registers::new(rows, &runs);
                     for add in [false, true] {
                         // SAFETY: the operands are long enough.

@@ -5,7 +5,7 @@
 use super::dense::{Task, Walk};
 use super::results::{Results, put_column};
 use super::volume;
-use crate::kernels::matrix::{BLOCK, Block, Place, Registers, Runs, SIDE, SQUARES, Sums};
+use crate::kernels::matrix::{Ahead, BLOCK, Block, Place, Registers, Runs, SIDE, SQUARES, Sums};
 use crate::kernels::pairs::{PairKernel, Pairs};
 use crate::kernels::simd::{Level, Simd, Vectors};
 use crate::kernels::tile::Pieces;
@@ -149,10 +149,10 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                         for column in (0..row).step_by(BLOCK) {
                             let columns = (row - column).div_ceil(SIDE).min(2);
                             let own = whole && column + columns * SIDE <= to.lanes;
+                            let y = |i: usize| y0 + taken[i.min(count - 1)].stretches[0].y + channel + column;
+                            let next = task.y.wrapping_add(y(0) + count * SIDE * y_row);
                             let mut place = sums.place(columns);
                             if own {
-                                let y =
-                                    |i: usize| y0 + taken[i.min(count - 1)].stretches[0].y + channel + column;
                                 let at = |i: usize| task.y.wrapping_add(y(i)).cast();
                                 place = Place { to: std::array::from_fn(at), row: y_row, add: false };
                             }
@@ -165,12 +165,10 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                                 rows: count,
                                 columns,
                                 place,
+                                ahead: Ahead::rows(next.cast(), y_row),
                             };
                             // SAFETY: the squares lie inside the task's rows, whose windows A holds; the panel has the columns.
                             unsafe {
-                                if own {
-                                    place.fetch::<D::S>(count, rows, columns);
-                                }
                                 registers.multiply(&block);
                                 for (i, square) in taken.iter().enumerate().filter(|_| !own) {
                                     let sums = &sums.0[i * SIDE * columns * SIDE..];

@@ -5,7 +5,7 @@
 use super::Plus;
 use super::pairs::Part;
 use super::tile::Target;
-use crate::kernels::matrix::{Block, Place, Registers, Runs, SIDE, Sums, square};
+use crate::kernels::matrix::{Ahead, BLOCK, Block, Place, Registers, Runs, SIDE, Sums, square};
 use crate::kernels::pairs::{PairKernel, Pairs};
 use crate::kernels::simd::{Simd, Vectors};
 use crate::tile_sizes;
@@ -51,6 +51,11 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                     let columns = width / SIDE;
                     let to = |i: usize| c.wrapping_add(squares[i.min(last)].0 * p.ldc + first).cast();
                     let result = Place { to: std::array::from_fn(to), row: p.ldc, add: k > 0 };
+                    // The next strip's rows, or the next panel's of the first one.
+                    let next = match i + 1 < strips.end.min(group + NEAR) {
+                        true => (row + BLOCK) * p.ldc + first,
+                        false => pieces.start(group) * p.ldc + first + order.panel,
+                    };
                     let a_start = |i: usize| a.a.wrapping_add(squares[i.min(last)].0 * a.lda + k);
                     let block = Block {
                         a: std::array::from_fn(a_start),
@@ -60,10 +65,10 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                         rows: high,
                         columns,
                         place: if own { result } else { sums.place(columns) },
+                        ahead: Ahead::rows(c.wrapping_add(next).cast(), p.ldc),
                     };
                     // SAFETY: the part lies inside the product; its operands are packed, or as if they were.
                     unsafe {
-                        result.fetch::<D::S>(high, SIDE.min(p.m), columns);
                         registers.multiply(&block);
                         for (r, &(start, skip)) in squares.iter().enumerate().filter(|_| !own) {
                             let end = SIDE.min(p.m - start);

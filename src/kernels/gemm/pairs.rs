@@ -30,6 +30,8 @@ const ROWS: usize = 64;
 const STEPS_AT_ONCE: usize = 32;
 /// Multiply-adds worth a task of its own where blocks are multiplied.
 const BLOCKS_WORK: usize = 1 << 22;
+/// Elements that rows which are turned are fetched ahead: there are too many of them for the processor to see streams.
+const AHEAD: usize = 64;
 /// Lanes of the widest vectors.
 const SQUARE: usize = 16;
 
@@ -395,10 +397,15 @@ impl<T: Vectors> PairKernel<T> for Turned<'_, T> {
                 unsafe {
                     for k in 0..lanes {
                         let to = square.as_mut_ptr().add(k * lanes);
-                        match first + k < order.steps {
-                            true => across::<D>(a, both(first + k, p.k, row, p.lda), rows, to),
-                            false => std::slice::from_raw_parts_mut(to, lanes).fill(0),
+                        if first + k >= order.steps {
+                            std::slice::from_raw_parts_mut(to, lanes).fill(0);
+                            continue;
                         }
+                        let starts = both(first + k, p.k, row, p.lda);
+                        for start in starts.into_iter().flatten() {
+                            D::S::prefetch(a.address(start + AHEAD));
+                        }
+                        across::<D>(a, starts, rows, to);
                     }
                     let to = out.add(row * order.a_row + first);
                     if rows == lanes {

@@ -14,7 +14,9 @@ use super::plan::{SUMS, TASKS};
 use crate::kernels::conv::paired::PadImages;
 use crate::kernels::conv::{Geometry, in_slots, slots, volume};
 use crate::kernels::half::Elements;
-use crate::kernels::matrix::{BLOCK, Block, Place, Registers, Runs, SIDE, SQUARES, Sums, by_blocks, square};
+use crate::kernels::matrix::{
+    Ahead, BLOCK, Block, Place, Registers, Runs, SIDE, SQUARES, Sums, by_blocks, square,
+};
 use crate::kernels::pairs::{PairKernel, Pairs, across, both};
 use crate::kernels::par::{self, Shared};
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
@@ -307,6 +309,7 @@ impl<T: Vectors> PairKernel<T> for Task<'_, T> {
                             rows: high,
                             columns,
                             place,
+                            ahead: Ahead::nothing(x.as_ptr()),
                         };
                         // SAFETY: dY's rows and X's lines are near, with what is read beyond them; the sums are this task's.
                         unsafe {
