@@ -85,7 +85,7 @@ fn statistics(bencher: Bencher, shape: Shape) {
 fn normalise(bencher: Bencher, shape: Shape) {
     measure(bencher, shape, 2, |b| {
         let (m, a) = (&b.mean, &b.inv);
-        channel_affine(Some(&b.x), &mut b.y, shape.d, m, a, m, Residual::None, RELU, None);
+        channel_affine(Some(Elements::Whole(&b.x)), &mut b.y, shape.d, m, a, m, Residual::None, RELU, None);
     });
 }
 
@@ -93,7 +93,17 @@ fn normalise(bencher: Bencher, shape: Shape) {
 fn normalise_residual(bencher: Bencher, shape: Shape) {
     measure(bencher, shape, 3, |b| {
         let (m, a) = (&b.mean, &b.inv);
-        channel_affine(Some(&b.x), &mut b.y, shape.d, m, a, m, Residual::Given(&b.dy), RELU, None);
+        channel_affine(
+            Some(Elements::Whole(&b.x)),
+            &mut b.y,
+            shape.d,
+            m,
+            a,
+            m,
+            Residual::Given(&b.dy),
+            RELU,
+            None,
+        );
     });
 }
 
