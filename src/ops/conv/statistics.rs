@@ -6,6 +6,7 @@ use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::conv::{self as kernel, Geometry, Statistics};
+use crate::kernels::layout::Layout;
 use crate::ops::conv::{Conv, floats, short};
 use crate::ops::half::rounded;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, get, need};
@@ -92,7 +93,8 @@ impl Op for ConvStatistics {
     }
 
     fn is_kept_rounded(&self) -> bool {
-        true
+        // As the normalisations read it.
+        self.conv.layout == Layout::Last
     }
 
     fn halved(&self, to: DType) -> Option<Arc<dyn Op>> {
