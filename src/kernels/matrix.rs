@@ -153,6 +153,7 @@ pub struct Block {
 /// Rows that are fetched while a block is multiplied, two lines of each, or one where the block has one square of columns: those
 /// that the next one will write. Registers that are written to memory do not look like a stream to the processor.
 #[derive(Debug, Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "plain arithmetic fetches nothing"))]
 pub struct Ahead {
     /// (Fetching is allowed anywhere.)
     from: *const f32,
