@@ -1,7 +1,7 @@
 //! Products inside of other kernels: of elements, or of pairs of bfloat16, by a B that may be packed once for several of
 //! them, to where C lies among what other tasks write.
 
-use super::pairs::{multiply_pairs, pack_pairs, packed_pairs, room_pairs, whole_pairs};
+use super::pairs::{multiply_pairs, pack_pairs, packed_pairs, room_pairs};
 use super::{Plus, Product, divided, pack, shared_out, vector};
 use crate::kernels::half::Elements;
 use crate::kernels::par::Shared;
@@ -67,7 +67,7 @@ impl<T: Vectors> Near<T> {
         assert!(!p.trans_a && b.len() >= p.extents()[1], "operands of a product");
         match self.pairs {
             _ if self.by_vector() => {}
-            true => pack_pairs(p, b, packed),
+            true => pack_pairs(p, b, bytemuck::cast_slice_mut(packed)),
             false => pack::columns(p, b, packed),
         }
     }
@@ -134,7 +134,11 @@ impl<T: Vectors> Near<T> {
         // SAFETY: the caller's promise.
         let Some(c) = (unsafe { self.for_tiles(a, b, c) }) else { return };
         match self.pairs {
-            true => whole_pairs(p, a, b, Plus::NOTHING, &c, scratch),
+            true => {
+                let (packed, rest) = scratch.split_at_mut(packed_pairs(p));
+                pack_pairs(p, b, bytemuck::cast_slice_mut(packed));
+                multiply_pairs(p, a, bytemuck::cast_slice(packed), Plus::NOTHING, &c, rest);
+            }
             false => divided(p, a, b, Plus::NOTHING, &c, scratch),
         }
     }
