@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
+use smallvec::SmallVec;
 
 /// Elements below which a loop is not worth a second thread.
 pub const GRAIN: usize = 1 << 14;
@@ -92,35 +93,52 @@ pub fn slots(tasks: usize, size: usize) -> usize {
     tasks.min(rayon::current_num_threads()) * size
 }
 
-/// The task that a thread will probably run after `task` of those that [`in_slots`] runs.
-pub fn next(task: usize, tasks: usize, size: usize) -> Option<usize> {
-    let step = if size == 0 { 1 } else { tasks.min(rayon::current_num_threads()) };
-    Some(task + step).filter(|next| *next < tasks)
+/// Runs tasks `0..tasks`, each with a slot of `size` elements of `scratch`, as many at a time as there are slots.
+/// A slot's own tasks are neighbours, so that one kernel's results are mostly read by the core that wrote them; when they are
+/// done, it takes others'. What a task computes may not depend on its slot's content.
+pub fn in_slots<T: Send>(tasks: usize, size: usize, scratch: &mut [T], f: impl Fn(usize, &mut [T]) + Sync) {
+    in_prepared_slots(tasks, size, scratch, |_| {}, f);
 }
 
-/// Runs tasks `0..tasks`, each with a slot of `size` elements of `scratch`, as many at a time as there are slots.
-/// Which slot a task gets is left to chance; what it computes may not depend on the slot's content.
-pub fn in_slots<T: Send>(tasks: usize, size: usize, scratch: &mut [T], f: impl Fn(usize, &mut [T]) + Sync) {
-    if tasks == 1 {
-        return f(0, &mut scratch[..size]);
-    }
+/// As [`in_slots`]; `prepare` is given each slot before its first task. What all tasks read, and what is quickly made, had
+/// better be made by each core for itself than be fetched from the one that made it.
+pub fn in_prepared_slots<T: Send>(
+    tasks: usize,
+    size: usize,
+    scratch: &mut [T],
+    prepare: impl Fn(&mut [T]) + Sync,
+    f: impl Fn(usize, &mut [T]) + Sync,
+) {
     if size == 0 {
         return (0..tasks).into_par_iter().for_each(|task| f(task, &mut []));
     }
-    let next = AtomicUsize::new(0);
-    let take = |slot: &mut [T]| {
-        loop {
-            let task = next.fetch_add(1, Ordering::Relaxed);
-            if task >= tasks {
-                return;
-            }
-            f(task, slot);
-        }
-    };
     let slots = tasks.min(scratch.len() / size);
     assert!(slots > 0 || tasks == 0, "scratch of tasks");
-    match slots {
-        1 => take(&mut scratch[..size]),
-        _ => scratch[..slots * size].par_chunks_exact_mut(size).for_each(take),
+    if tasks == 0 {
+        return;
     }
+    if slots <= 1 {
+        let slot = &mut scratch[..size];
+        prepare(slot);
+        return (0..tasks).for_each(|task| f(task, slot));
+    }
+    let begun: SmallVec<[AtomicUsize; 16]> = (0..slots).map(|_| AtomicUsize::new(0)).collect();
+    let take = |(slot, room): (usize, &mut [T])| {
+        let mut prepared = false;
+        for whose in (slot..slots).chain(0..slot) {
+            let own = tasks * whose / slots..tasks * (whose + 1) / slots;
+            loop {
+                let task = own.start + begun[whose].fetch_add(1, Ordering::Relaxed);
+                if task >= own.end {
+                    break;
+                }
+                if !prepared {
+                    prepare(room);
+                    prepared = true;
+                }
+                f(task, room);
+            }
+        }
+    };
+    scratch[..slots * size].par_chunks_exact_mut(size).enumerate().for_each(take);
 }

@@ -144,7 +144,7 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                     unsafe { ahead.fetch::<D::S>(i / high) }
                     for p in first..(first + together).min(task.panels.end) {
                         let (channel, row) = (p * panel, plan.row(panel, p, D::S::LANES));
-                        let b = task.weights.as_ptr().wrapping_add(p * size + grid.first * plan.ci * row);
+                        let b = task.weights.wrapping_add(p * size + grid.first * plan.ci * row);
                         to.set(&task.epilogue, channel, panel.min(plan.co - channel));
                         for column in (0..row).step_by(BLOCK) {
                             let columns = (row - column).div_ceil(SIDE).min(2);

@@ -10,17 +10,14 @@
 use std::ops::Range;
 
 use crate::kernels::ahead::Ahead;
-use crate::kernels::conv::blocks::Blocks;
-use crate::kernels::conv::grids::{Division, Grid, Plan, TILE, pack, pad};
-use crate::kernels::conv::load::{Load, Operand};
+use crate::kernels::conv::grids::{Grid, Plan, TILE};
+use crate::kernels::conv::load::Operand;
 use crate::kernels::conv::results::{Results, put_column};
-use crate::kernels::conv::{
-    Done, Epilogue, Geometry, folded, in_slots, paired, pointwise, slots, split, strides, volume,
-};
-use crate::kernels::matrix::by_blocks;
-use crate::kernels::par::{Shared, next};
+use crate::kernels::conv::way::{Packed, Packs, Way, line};
+use crate::kernels::conv::{Done, Epilogue, Geometry, folded, pointwise, split, strides, volume};
+use crate::kernels::par::{Shared, in_prepared_slots};
 use crate::kernels::simd::{Level, Simd, Vectors};
-use crate::kernels::tile::{Form, Pieces, TermKernel, Terms, along_rows, slide};
+use crate::kernels::tile::{Pieces, TermKernel, Terms, along_rows, slide};
 use crate::tile_sizes;
 
 /// Elements of packed weights that stay near while all of them are used for each tile.
@@ -30,106 +27,14 @@ fn scaled(a: [usize; 3], b: [usize; 3]) -> [usize; 3] {
     [a[0] * b[0], a[1] * b[1], a[2] * b[2]]
 }
 
-/// What A and the packed weights are made of: elements, or pairs of bfloat16 of neighbouring channels.
-trait Packs<T: Vectors>: Form<T> {
-    /// Packs the weights; `scratch`: [`paired::pack_scratch`] elements for pairs.
-    fn pack(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [Self], scratch: &mut [T]);
-
-    /// # Safety
-    /// The task's positions and weights must lie inside the plan's.
-    unsafe fn compute(task: Task<Self, T>) {
-        // SAFETY: the caller's promise.
-        unsafe { Self::dispatch_terms(task) }
-    }
-
-    /// A for some images and rows of positions, and the extents of one image of it; `slot`: [`slot`] elements.
-    fn source(
-        plan: &Plan,
-        d: &Division,
-        x: &Operand<T>,
-        images: Range<usize>,
-        rows: Range<usize>,
-        slot: &mut [T],
-    ) -> (*const Self, [usize; 3]);
-}
-
-impl<T: Vectors> Packs<T> for T {
-    fn pack(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [T], _: &mut [T]) {
-        pack(plan, forward, panel, w, out);
-    }
-
-    fn source(
-        plan: &Plan,
-        d: &Division,
-        x: &Operand<T>,
-        images: Range<usize>,
-        rows: Range<usize>,
-        slot: &mut [T],
-    ) -> (*const T, [usize; 3]) {
-        let row = rows.start * plan.in_step[plan.axis];
-        match (plan.copies(), x.is_plain()) {
-            (true, _) => {
-                let window = plan.window(d.rows);
-                pad(plan, x.data.whole(), images, row, window, slot);
-                (slot.as_ptr(), window)
-            }
-            (false, true) => {
-                let start = images.start * volume(plan.source) + row * strides(plan.source, 1)[plan.axis];
-                (x.data.whole()[start * plan.groups * plan.ci..].as_ptr(), plan.source)
-            }
-            // Pointwise: one image, whose positions are rows.
-            (false, false) => (x.near(row, rows.len(), slot).as_ptr(), [1, 1, rows.len()]),
-        }
-    }
-}
-
-impl<T: Vectors> Packs<T> for u32 {
-    fn pack(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [u32], scratch: &mut [T]) {
-        paired::pack(plan, forward, panel, w, out, scratch);
-    }
-
-    unsafe fn compute(task: Task<u32, T>) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match by_blocks::<T>() {
-                true => T::dispatch_pairs(Blocks(task)),
-                false => Self::dispatch_terms(task),
-            }
-        }
-    }
-
-    fn source(
-        plan: &Plan,
-        d: &Division,
-        x: &Operand<T>,
-        images: Range<usize>,
-        rows: Range<usize>,
-        slot: &mut [T],
-    ) -> (*const u32, [usize; 3]) {
-        let (out, near) = slot.split_at_mut(plan.slot(d));
-        let (out, row) = (u32::room(out), rows.start * plan.in_step[plan.axis]);
-        let a = out.as_ptr();
-        if matches!(x.load, Load::Plain) {
-            let window = plan.window(d.rows);
-            // SAFETY: the kernel has no promise of its own.
-            unsafe { T::dispatch_pairs(paired::Pad { plan, x: x.data, images, row, window, out }) }
-            return (a, window);
-        }
-        // Pointwise, as above.
-        let (x, out) = (x.near(row, rows.len(), near), &mut out[..rows.len() * plan.ci]);
-        // SAFETY: as above.
-        unsafe { T::dispatch_pairs(paired::Positions { plan, x, out }) }
-        (a, [1, 1, rows.len()])
-    }
-}
-
 /// What a task computes: some panels of the outputs of some images and rows.
 pub(super) struct Task<'a, E, T> {
     pub(super) plan: &'a Plan,
     /// A at the first image and row of the task, extents of one image of it.
     pub(super) a: *const E,
     window: [usize; 3],
-    pub(super) weights: &'a [E],
+    /// Packed, from the first panel on; those of the task's panels are there.
+    pub(super) weights: *const E,
     pub(super) panels: Range<usize>,
     images: Range<usize>,
     rows: Range<usize>,
@@ -256,7 +161,7 @@ impl<E: Copy, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
                 let mut tile = Tile {
                     runs: &grid.runs,
                     slides: plan.slides(grid, lanes).then_some(ci),
-                    b: self.weights.as_ptr(),
+                    b: self.weights,
                     input: 0,
                     to: Results::new(&self.epilogue, self.y),
                 };
@@ -282,7 +187,7 @@ impl<E: Copy, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
                         if in_group == per_group {
                             (group, in_group) = (group + 1, 0);
                         }
-                        tile.b = self.weights.as_ptr().wrapping_add(p * size + grid.first * ci * row);
+                        tile.b = self.weights.wrapping_add(p * size + grid.first * ci * row);
                         // What the next tile will write is fetched meanwhile: it lies in short runs, far apart.
                         for i in 0..if oc > panel { after } else { 0 } {
                             for at in (0..tile.to.lanes).step_by(D::S::LANES) {
@@ -373,7 +278,7 @@ pub(super) fn positions<T: Vectors>(
         plan,
         a: a.as_ptr(),
         window,
-        weights,
+        weights: weights.as_ptr(),
         panels,
         images: 0..1,
         rows: 0..rows,
@@ -413,37 +318,64 @@ fn run_form<E: Packs<T>, T: Vectors>(
     scratch: &mut [T],
     done: Option<&Done<T>>,
 ) {
-    let panel = plan.panel::<T>();
-    let (weights, slots) = scratch.split_at_mut(plan.packed(panel));
+    let way = Way::new::<E, T>(plan, x.is_plain(), y.is_some());
+    let (panel, d, blocks) = (plan.panel::<T>(), way.d, way.blocks);
+    let (weights, slots) = scratch.split_at_mut(way.shared);
     let weights = E::room(weights);
-    E::pack(plan, forward, panel, w, weights, slots);
-    let weights: &[E] = weights;
-    let d = plan.division(panel);
-    let (rows, panels) = (plan.rows(), plan.groups * plan.panels(panel));
-    let blocks = plan.blocks(&d, panel);
+    if way.packed == Packed::Once {
+        E::pack(plan, forward, panel, w, weights, slots);
+    }
+    let weights = Shared::new(weights);
+    let (rows, panels, size) = (plan.rows(), plan.groups * plan.panels(panel), plan.steps() * panel);
     let line = line(plan);
-    let own = if y.is_some() { 0 } else { near(plan, &d) };
     let y = y.map(Shared::new);
-    let (tasks, room) = (volume(blocks), slot(plan, &d, x.is_plain()) + own);
-    // Images and rows of a task.
+    let tasks = volume(blocks);
+    // Of a task: panels, images and rows. Neighbouring tasks, which a core computes one after the other, read the same weights.
+    let at = |task: usize| split(task, [blocks[2], blocks[0], blocks[1]]);
     let part = |task: usize| {
-        let [i, r, _] = split(task, blocks);
+        let [_, i, r] = at(task);
         (i * d.images..plan.n.min((i + 1) * d.images), r * d.rows..rows.min((r + 1) * d.rows))
     };
-    in_slots(tasks, room, slots, |task, slot| {
-        let [i, r, p] = split(task, blocks);
+    // Weights of some panels.
+    let pack = |panels: Range<usize>, weights: *mut E, near: &mut [T]| {
+        for p in panels {
+            // SAFETY: the panel's own, or the slot's.
+            let out = unsafe { std::slice::from_raw_parts_mut(weights.add(p * size), size) };
+            E::pack_panel(plan, forward, panel, p, w, out, near);
+        }
+    };
+    let prepare = |slot: &mut [T]| {
+        if way.packed == Packed::InSlots {
+            let (own, slot) = slot.split_at_mut(way.slot[0]);
+            pack(0..panels, E::room(own).as_mut_ptr(), &mut slot[..way.slot[1]]);
+        }
+    };
+    in_prepared_slots(tasks, way.room(), slots, prepare, |task, slot| {
+        let [p, i, r] = at(task);
         let (images, rows) = part(task);
-        let ahead = next(task, tasks, room).map_or(Ahead::NOTHING, |task| {
-            let (images, rows) = part(task);
-            x.ahead(plan.reads(images, rows))
-        });
+        let ahead = match task + 1 < tasks {
+            true => {
+                let (images, rows) = part(task + 1);
+                x.ahead(plan.reads(images, rows))
+            }
+            false => Ahead::NOTHING,
+        };
         let panels = p * d.panels..panels.min((p + 1) * d.panels);
         // Rows of one image, or whole images.
         let first = (images.start * plan.rows() + rows.start) * line;
         let count = images.len() * rows.len() * line;
-        let (own, slot) = slot.split_at_mut(own);
+        let (own, slot) = slot.split_at_mut(way.slot[0]);
+        let (near, slot) = slot.split_at_mut(way.slot[1]);
+        let (results, slot) = slot.split_at_mut(way.slot[2]);
+        let weights = match way.packed {
+            Packed::InSlots => E::room(own).as_mut_ptr(),
+            _ => weights.ptr(),
+        };
+        if way.packed == Packed::InTasks {
+            pack(panels.clone(), weights, near);
+        }
         let (a, window) = E::source(plan, &d, &x, images.clone(), rows.clone(), slot);
-        let y = y.as_ref().map_or(own.as_mut_ptr().wrapping_sub(first), Shared::ptr);
+        let y = y.as_ref().map_or(results.as_mut_ptr().wrapping_sub(first), Shared::ptr);
         // SAFETY: the slices have the plan's extents (checked by the callers), so all windows of the task's
         // positions lie in `a`; no two tasks write the same elements of `y`, unless it is memory of their own.
         unsafe { E::compute(Task { plan, a, window, weights, panels, images, rows, epilogue, y, ahead }) }
@@ -454,21 +386,6 @@ fn run_form<E: Packs<T>, T: Vectors>(
             });
         }
     });
-}
-
-/// Results of a row.
-fn line(plan: &Plan) -> usize {
-    volume(plan.target) / plan.target[plan.axis] * plan.groups * plan.co
-}
-
-/// Elements of the results of a task, in whole vectors.
-fn near(plan: &Plan, d: &Division) -> usize {
-    (d.images * d.rows * line(plan)).next_multiple_of(16)
-}
-
-/// Elements of a task's copy of its input, and of what it computes of it.
-fn slot(plan: &Plan, d: &Division, plain: bool) -> usize {
-    plan.slot(d) + if plain { 0 } else { d.rows * plan.inputs }
 }
 
 /// The forward pass; of a pointwise convolution all images' positions in a row.
@@ -487,11 +404,10 @@ pub fn forward_scratch<T: Vectors>(g: &Geometry, plain: bool, kept: bool) -> usi
 }
 
 fn scratch<T: Vectors>(plan: &Plan, plain: bool, kept: bool) -> usize {
-    let panel = plan.panel::<T>();
-    let d = plan.division(panel);
-    let own = if kept { 0 } else { near(plan, &d) };
-    let tasks = slots(volume(plan.blocks(&d, panel)), slot(plan, &d, plain) + own);
-    plan.packed(panel) + if plan.pairs { tasks.max(paired::pack_scratch(plan, panel)) } else { tasks }
+    match plan.pairs {
+        false => Way::new::<T, T>(plan, plain, kept).scratch(),
+        true => Way::new::<u32, T>(plan, plain, kept).scratch(),
+    }
 }
 
 /// Blocks of whole positions in which [`forward`] computes, if it does so.

@@ -12,8 +12,8 @@ mod weight;
 use smallvec::SmallVec;
 
 use crate::kernels::conv::load::{Operand, Rows};
-use crate::kernels::conv::{Done, Epilogue, Geometry, Residual, in_slots, slots, split};
-use crate::kernels::par::Shared;
+use crate::kernels::conv::{Done, Epilogue, Geometry, Residual, slots, split};
+use crate::kernels::par::{Shared, in_prepared_slots};
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_lanes, store_lanes};
 
 pub use both::{grads, grads_scratch, grads_slabs};
@@ -29,6 +29,9 @@ const POSITIONS: usize = 4;
 /// Elements from what is read or written to what is fetched meanwhile: rows of a position's channels are short runs,
 /// which do not look like a stream to the processor.
 const AHEAD: usize = 1 << 10;
+
+/// Elements of a line of the cache, at least.
+const LINE: usize = 16;
 
 /// Weights (C, 1, k…) as (k…, C).
 fn in_tap_order<T: Vectors>(g: &Geometry, w: &[T], out: &mut [T]) {
@@ -420,9 +423,15 @@ pub fn input_grad_scratch(g: &Geometry) -> usize {
     scratch(&Direction::back(g), true, true)
 }
 
+/// Elements of a slot: of weights, of results without a place, of the ring of rows of the source.
+fn slot(way: &Direction, plain: bool, kept: bool) -> [usize; 3] {
+    let results = if kept { 0 } else { near(way) };
+    [way.g.taps() * way.g.c, results, way.ring(plain)].map(|elements| elements.next_multiple_of(LINE))
+}
+
 fn scratch(way: &Direction, plain: bool, kept: bool) -> usize {
     let (total, each) = division(way);
-    way.g.taps() * way.g.c + slots(total.div_ceil(each), way.ring(plain) + if kept { 0 } else { near(way) })
+    slots(total.div_ceil(each), slot(way, plain, kept).iter().sum())
 }
 
 /// Elements of the results of a task.
@@ -484,15 +493,15 @@ fn sweep<T: Vectors>(
     done: Option<&Done<T>>,
 ) {
     let g = way.g;
-    let (by_tap, rings) = scratch.split_at_mut(g.taps() * g.c);
-    in_tap_order(g, w, by_tap);
     let (total, each) = division(&way);
     let line = way.target[2] * g.c;
-    let own = if y.is_some() { 0 } else { near(&way) };
+    let [weights, own, ring] = slot(&way, source.is_plain(), y.is_some());
     let y = y.map(Shared::new);
-    let w: &[T] = by_tap;
-    in_slots(total.div_ceil(each), way.ring(source.is_plain()) + own, rings, |i, slot| {
-        let (own, ring) = slot.split_at_mut(own);
+    let size = weights + own + ring;
+    let prepare = |slot: &mut [T]| in_tap_order(g, w, slot);
+    in_prepared_slots(total.div_ceil(each), size, scratch, prepare, |i, slot| {
+        let (w, rest) = slot.split_at_mut(weights);
+        let (own, ring) = rest.split_at_mut(own);
         let rows = i * each..total.min((i + 1) * each);
         let (first, count) = (rows.start * line, rows.len() * line);
         let source = way.rows(source, ring);

@@ -13,9 +13,11 @@ mod grids;
 mod load;
 mod narrow;
 mod paired;
+mod panels;
 mod pointwise;
 mod results;
 mod statistics;
+mod way;
 mod weight;
 mod winograd;
 

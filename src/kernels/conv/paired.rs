@@ -3,8 +3,8 @@
 
 use std::ops::Range;
 
-use crate::kernels::conv::grids::{Lines, Plan, pack_panel};
-use crate::kernels::conv::{in_slots, slots};
+use crate::kernels::conv::grids::{Lines, Plan};
+use crate::kernels::conv::{in_slots, panels, slots};
 use crate::kernels::half::Elements;
 use crate::kernels::pairs::{PairKernel, Pairs, STRIP, across, both, in_strips, neighbours};
 use crate::kernels::par::Shared;
@@ -14,18 +14,17 @@ use crate::kernels::tile::Pieces;
 /// Input channels whose weights are put in order at a time.
 const BLOCK: usize = 16;
 
-/// Panels, and elements of scratch for one of them.
-fn panels(plan: &Plan, panel: usize) -> [usize; 2] {
-    [plan.panels(panel), plan.order.len() * BLOCK * panel]
+/// Elements of scratch that [`pack_panel`] needs.
+pub(super) fn near(plan: &Plan, panel: usize) -> usize {
+    plan.order.len() * BLOCK * panel
 }
 
 /// Elements of scratch that [`pack`] needs.
 pub(super) fn pack_scratch(plan: &Plan, panel: usize) -> usize {
-    let [panels, size] = panels(plan, panel);
-    slots(panels, size)
+    slots(plan.panels(panel), near(plan, panel))
 }
 
-/// Weights in panels, as of [`grids::pack`](super::grids::pack), a row for each pair of input channels.
+/// Weights in panels, as of [`panels::pack`](super::panels::pack), a row for each pair of input channels.
 pub(super) fn pack<T: Vectors>(
     plan: &Plan,
     forward: bool,
@@ -34,21 +33,34 @@ pub(super) fn pack<T: Vectors>(
     out: &mut [u32],
     scratch: &mut [T],
 ) {
-    let size = plan.steps() * panel;
-    let [panels, near] = panels(plan, panel);
-    assert!(out.len() >= panels * size, "packed weights");
-    let out = Shared::new(out);
-    in_slots(panels, near, scratch, |p, near| {
-        let row = plan.row(panel, p, T::level().lanes);
-        for first in (0..plan.inputs).step_by(BLOCK) {
-            let inputs = first..plan.inputs.min(first + BLOCK);
-            pack_panel(plan, forward, [panel, row], p, inputs.clone(), w, near);
-            let out = out.ptr().wrapping_add(p * size + first / 2 * row);
-            let taps = plan.order.len();
-            // SAFETY: a panel's rows, which no other task writes.
-            unsafe { T::dispatch_pairs(PairRows { near, taps, rows: inputs.len(), step: plan.ci, row, out }) }
-        }
+    let (panels, size) = (plan.panels(panel), plan.steps() * panel);
+    let out = Shared::new(&mut out[..panels * size]);
+    in_slots(panels, near(plan, panel), scratch, |p, near| {
+        // SAFETY: the panel's own.
+        let out = unsafe { std::slice::from_raw_parts_mut(out.ptr().add(p * size), size) };
+        pack_panel(plan, forward, panel, p, w, out, near);
     });
+}
+
+/// Panel `p` of them.
+pub(super) fn pack_panel<T: Vectors>(
+    plan: &Plan,
+    forward: bool,
+    panel: usize,
+    p: usize,
+    w: &[T],
+    out: &mut [u32],
+    near: &mut [T],
+) {
+    let (row, taps) = (plan.row(panel, p, T::level().lanes), plan.order.len());
+    assert!(out.len() >= plan.steps() * row, "packed weights");
+    for first in (0..plan.inputs).step_by(BLOCK) {
+        let inputs = first..plan.inputs.min(first + BLOCK);
+        panels::pack_panel(plan, forward, [panel, row], p, inputs.clone(), w, near);
+        let out = out[first / 2 * row..].as_mut_ptr();
+        // SAFETY: the panel has its rows.
+        unsafe { T::dispatch_pairs(PairRows { near, taps, rows: inputs.len(), step: plan.ci, row, out }) }
+    }
 }
 
 /// Pairs of neighbouring rows of some input channels, for each tap.

@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use super::both::{Both, Plain};
 use super::grids::Plan;
-use super::{Epilogue, Geometry, dense, grids, in_slots, slots, volume, weight};
+use super::{Epilogue, Geometry, dense, grids, panels, slots, volume, weight};
 use crate::kernels::ahead::Ahead;
-use crate::kernels::par::Shared;
+use crate::kernels::par::{Shared, in_prepared_slots};
 use crate::kernels::simd::Vectors;
 use crate::kernels::tile::Pieces;
 
@@ -68,30 +68,31 @@ pub fn grads_slabs(g: &Geometry) -> usize {
 /// Elements that a task computes near by of dY and of X; those that sums widen take the place of the latter, which
 /// come after them.
 fn near(g: &Geometry, [dy, x, sums]: Plain) -> [usize; 2] {
-    [if dy { 0 } else { chunk(g) * g.oc }, if x && sums { 0 } else { chunk(g) * g.c }]
+    let elements = [if dy { 0 } else { chunk(g) * g.oc }, if x && sums { 0 } else { chunk(g) * g.c }];
+    elements.map(|elements| elements.next_multiple_of(16))
 }
 
 /// Elements of scratch that [`grads`] needs.
 pub fn grads_scratch<T: Vectors>(g: &Geometry, plain: Plain) -> usize {
     let slabs = grads_slabs(g);
-    dense::packed_back::<T>(&of(g, chunk(g)))
-        + slabs * weight::sum_size::<T>(g)
-        + slots(slabs, near(g, plain).iter().sum())
+    let slot = dense::packed_back::<T>(&of(g, chunk(g))) + near(g, plain).iter().sum::<usize>();
+    slabs * weight::sum_size::<T>(g) + slots(slabs, slot)
 }
 
 /// dX (N, spatial…, C) and dW (M, C, 1…).
 pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], scratch: &mut [T]) {
     let (chunks, slabs, size) = (chunks(g), grads_slabs(g), weight::sum_size::<T>(g));
     let back = grids::Plan::input_grad(&of(g, chunk(g)));
-    let (weights, rest) = scratch.split_at_mut(dense::packed_back::<T>(&of(g, chunk(g))));
-    grids::pack(&back, false, back.panel::<T>(), b.w, weights);
-    let weights: &[T] = weights;
-    let (sums, slot) = rest.split_at_mut(slabs * size);
+    let packed = dense::packed_back::<T>(&of(g, chunk(g)));
+    // Few weights: by each core for itself.
+    let prepare = |slot: &mut [T]| panels::pack(&back, false, back.panel::<T>(), b.w, &mut slot[..packed]);
+    let (sums, slot) = scratch.split_at_mut(slabs * size);
     let [dy_near, x_near] = near(g, b.plain());
     let epilogue = Epilogue { residual: b.addend, ..Epilogue::none() };
     let (shared, to) = (Shared::new(sums), Shared::new(dx));
-    in_slots(slabs, dy_near + x_near, slot, |slab, slot| {
-        let (dy_slot, x_slot) = slot.split_at_mut(dy_near);
+    in_prepared_slots(slabs, packed + dy_near + x_near, slot, prepare, |slab, slot| {
+        let (weights, rest) = slot.split_at_mut(packed);
+        let (dy_slot, x_slot) = rest.split_at_mut(dy_near);
         // SAFETY: the slab's own sums.
         let sum = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(slab * size), size) };
         // SAFETY: asked for here alone.

@@ -2,11 +2,11 @@
 #![allow(unsafe_code)]
 
 use super::weight::{add_row, finish};
-use super::{Direction, Sweep, in_tap_order};
+use super::{Direction, LINE, Sweep, in_tap_order};
 use crate::kernels::conv::both::{Both, Plain, Sums};
 use crate::kernels::conv::load::Rows;
-use crate::kernels::conv::{Epilogue, Geometry, in_slots, slots, split};
-use crate::kernels::par::Shared;
+use crate::kernels::conv::{Epilogue, Geometry, slots, split};
+use crate::kernels::par::{Shared, in_prepared_slots};
 use crate::kernels::simd::{Kernel, Simd, Vectors};
 
 /// Sums of dW, each over a share of the rows of dY.
@@ -69,23 +69,23 @@ fn rings(g: &Geometry, [dy, x, sums]: Plain) -> [usize; 3] {
 
 /// Elements of scratch that [`grads`] needs.
 pub fn grads_scratch(g: &Geometry, plain: Plain) -> usize {
-    let size = g.taps() * g.c;
-    (1 + grads_slabs(g)) * size + slots(grads_slabs(g), rings(g, plain).iter().sum())
+    let [size, slabs] = [g.taps() * g.c, grads_slabs(g)];
+    slabs * size + slots(slabs, size.next_multiple_of(LINE) + rings(g, plain).iter().sum::<usize>())
 }
 
 /// dX (N, spatial…, C) and dW (C, 1, k…), over at most two dimensions.
 pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], scratch: &mut [T]) {
     let (size, slabs, total) = (g.taps() * g.c, grads_slabs(g), g.n * g.y[1]);
-    let (w, rest) = scratch.split_at_mut(size);
-    in_tap_order(g, b.w, w);
-    let w: &[T] = w;
-    let (sums, slots) = rest.split_at_mut(slabs * size);
+    let (sums, slots) = scratch.split_at_mut(slabs * size);
     let [dy_ring, x_ring, row] = rings(g, b.plain());
     let way = Direction::back(g);
     let epilogue = Epilogue { residual: b.addend, ..Epilogue::none() };
     let (shared, dx) = (Shared::new(sums), Shared::new(dx));
-    in_slots(slabs, dy_ring + x_ring + row, slots, |slab, slot| {
-        let (dy, rest) = slot.split_at_mut(dy_ring);
+    let weights = size.next_multiple_of(LINE);
+    let prepare = |slot: &mut [T]| in_tap_order(g, b.w, slot);
+    in_prepared_slots(slabs, weights + dy_ring + x_ring + row, slots, prepare, |slab, slot| {
+        let (w, rest) = slot.split_at_mut(weights);
+        let (dy, rest) = rest.split_at_mut(dy_ring);
         let (x, near) = rest.split_at_mut(x_ring);
         // SAFETY: the slab's own sum.
         let dw = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(slab * size), size) };

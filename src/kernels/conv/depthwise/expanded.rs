@@ -2,13 +2,15 @@
 //! they are read, and the whole never lies in memory.
 #![allow(unsafe_code)]
 
-use super::{Direction, Sweep, Task, in_tap_order};
-use crate::kernels::conv::grids::{Plan, pack};
+use super::{Direction, LINE, Sweep, Task, in_tap_order};
+use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::load::Rows;
+use crate::kernels::conv::panels::{pack, pack_whole};
 use crate::kernels::conv::pointwise::{self, Panel};
-use crate::kernels::conv::{Epilogue, Geometry, in_slots, slots};
+use crate::kernels::conv::way::{FEW, Packed};
+use crate::kernels::conv::{Epilogue, Geometry, slots};
 use crate::kernels::layout::Layout;
-use crate::kernels::par::Shared;
+use crate::kernels::par::{Shared, in_prepared_slots};
 use crate::kernels::simd::Vectors;
 use crate::kernels::tile::Pieces;
 
@@ -85,6 +87,31 @@ impl<'a> Division<'a> {
     fn tasks(&self) -> usize {
         self.g.n * self.parts.count * self.plan.panels(self.panel)
     }
+
+    /// Who packs the weights of the pointwise convolution.
+    fn packs(&self) -> Packed {
+        match () {
+            _ if self.g.n * self.parts.count == 1 => Packed::InTasks,
+            _ if self.plan.packed(self.panel) <= FEW => Packed::InSlots,
+            _ => Packed::Once,
+        }
+    }
+
+    /// Elements of weights for all slots.
+    fn shared(&self) -> usize {
+        if self.packs() == Packed::Once { self.plan.packed(self.panel) } else { 0 }
+    }
+
+    /// Elements of a slot: of weights of the pointwise and of the depthwise convolution, and of the ring.
+    fn slot(&self) -> [usize; 3] {
+        let weights = match self.packs() {
+            Packed::Once => 0,
+            Packed::InSlots => self.plan.packed(self.panel),
+            Packed::InTasks => self.plan.steps() * self.panel,
+        };
+        let g = self.way.g;
+        [weights, g.taps() * g.c, self.ring()].map(|elements| elements.next_multiple_of(LINE))
+    }
 }
 
 /// Can a depthwise convolution expand what it reads from `c` channels?
@@ -96,7 +123,7 @@ pub fn expands<T: Vectors>(g: &Geometry, c: usize) -> bool {
 /// Elements of scratch that [`forward_expanded`] needs.
 pub fn forward_expanded_scratch<T: Vectors>(g: &Geometry, c: usize) -> usize {
     let d = Division::new::<T>(g, c);
-    g.taps() * g.c + d.plan.packed(d.panel) + slots(d.tasks(), d.ring())
+    d.shared() + slots(d.tasks(), d.slot().iter().sum())
 }
 
 /// `y = clamp(conv(expansion, w) + bias)`, y (N, spatial…, C).
@@ -113,20 +140,41 @@ pub fn forward_expanded<T: Vectors>(
     assert!(
         from.x.len() == g.inputs() / g.c * from.c && from.w.len() == g.c * from.c && y.len() == g.outputs()
     );
-    let (by_tap, scratch) = scratch.split_at_mut(g.taps() * g.c);
-    in_tap_order(g, w, by_tap);
-    let (packed, rings) = scratch.split_at_mut(d.plan.packed(d.panel));
-    pack(&d.plan, true, d.panel, from.w, packed);
-    let (by_tap, packed): (&[T], &[T]) = (by_tap, packed);
+    let (packed, slots) = scratch.split_at_mut(d.shared());
+    let packs = d.packs();
+    if packs == Packed::Once {
+        pack(&d.plan, true, d.panel, from.w, packed);
+    }
+    let packed: &[T] = packed;
     let (panels, size) = (d.plan.panels(d.panel), d.plan.steps() * d.panel);
+    let [own, by_tap, ring] = d.slot();
+    let prepare = |slot: &mut [T]| {
+        let (own, rest) = slot.split_at_mut(own);
+        in_tap_order(g, w, rest);
+        if packs == Packed::InSlots {
+            for (p, own) in own.chunks_exact_mut(size).enumerate() {
+                pack_whole(&d.plan, true, d.panel, p, from.w, own);
+            }
+        }
+    };
     let y = Shared::new(y);
-    in_slots(d.tasks(), d.ring(), rings, |task, ring| {
+    in_prepared_slots(d.tasks(), own + by_tap + ring, slots, prepare, |task, slot| {
+        let (own, rest) = slot.split_at_mut(own);
+        let (by_tap, ring) = rest.split_at_mut(by_tap);
         let (p, part) = (task % panels, task / panels);
         let (image, part) = (part / d.parts.count, part % d.parts.count);
+        let packed = match packs {
+            Packed::Once => &packed[p * size..],
+            Packed::InSlots => &own[p * size..],
+            Packed::InTasks => {
+                pack_whole(&d.plan, true, d.panel, p, from.w, own);
+                &*own
+            }
+        };
         let channels = p * d.panel..g.c.min((p + 1) * d.panel);
         let (first, count) = (channels.start, channels.len());
         let layout = [d.band, d.step(count)];
-        let panel = Panel::new(&d.g, from.x, &packed[p * size..][..size], from.epilogue, channels, layout);
+        let panel = Panel::new(&d.g, from.x, &packed[..size], from.epilogue, channels, layout);
         let ring = &mut ring[..d.bands * d.band * d.step(count)];
         let source = Rows::of_panel(&panel, d.way.source, d.bands, d.way.around(), ring);
         let epilogue = Epilogue { bias: epilogue.bias.map(|bias| &bias[first..first + count]), ..epilogue };

@@ -1,28 +1,31 @@
-//! Many weights for few tiles (the last layers of a network): transformed, the weights of a layer would be four times
-//! as many and go through the memory twice. So all tiles are transformed first; then each task transforms the weights
+//! Many weights for few tiles (the last layers of a network, or one image of others): transformed, the weights of a layer would be
+//! four times as many and go through the memory, or from one core to the others. So all tiles are transformed first; then each task transforms the weights
 //! of one panel, a block of input channels at a time, and multiplies while they are near.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
 
-use super::forward::{Multiply, Target, transform_inputs, transform_weights, weights_room};
+use super::forward::{Multiply, Target, Transform, Weights, transform_inputs};
 use super::{Source, Tiles, Transformed};
-use crate::kernels::conv::grids::{Plan, pack_panel};
+use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::{Epilogue, in_slots, slots};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Simd, Vectors};
 use crate::kernels::tile::{Form, TermKernel, Terms};
 
-/// Weights from which on, and tiles up to which, it pays.
+/// Weights from which on, and tiles up to which, it pays, and results of a tile's position for each tile with which it does
+/// for fewer weights as well.
 const WEIGHTS: usize = 1 << 17;
 const TILES: usize = 64;
+const RESULTS: usize = 4;
 /// Input channels whose weights are transformed at a time.
 const BLOCK: usize = 64;
 /// Tiles that a task transforms.
 const EACH: usize = 4;
 
 pub(super) fn applies(plan: &Plan) -> bool {
-    plan.ci * plan.co >= WEIGHTS && Tiles::of(plan.n, plan.target).total <= TILES
+    let tiles = Tiles::of(plan.n, plan.target).total;
+    tiles <= TILES && (plan.ci * plan.co >= WEIGHTS || plan.co >= RESULTS * tiles)
 }
 
 /// Transformed inputs, in terms of `each` channels, and the products with one panel.
@@ -33,7 +36,7 @@ fn layouts(plan: &Plan, each: usize, panel: usize) -> [Transformed; 2] {
 }
 
 fn weights(plan: &Plan, each: usize, panel: usize) -> usize {
-    weights_room(BLOCK.min(plan.ci), each, panel)[0]
+    Weights::new(BLOCK.min(plan.ci), each, panel).size()
 }
 
 pub(super) fn scratch(plan: &Plan, each: usize, panel: usize) -> usize {
@@ -93,18 +96,19 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Panel<'_, E, T> {
         let mut first = 0;
         while first < plan.ci {
             let inputs = first..plan.ci.min(first + BLOCK);
-            let [size, taps] = weights_room(inputs.len(), E::EACH, panel);
-            let room = &mut self.weights[taps..size];
-            pack_panel(plan, self.forward, [panel; 2], self.panel, inputs.clone(), self.w, room);
+            let layout = Weights::new(inputs.len(), E::EACH, panel);
+            let (p, w, forward) = (self.panel, self.w, self.forward);
+            let transform = Transform { plan, forward, p, inputs: inputs.clone(), w, out: self.weights };
             // SAFETY: the buffers have the layouts' sizes.
             unsafe {
-                transform_weights::<D>(self.weights.as_mut_ptr(), taps, inputs.len(), E::EACH);
+                TermKernel::<E, T>::run::<D>(transform);
                 let multiply = Multiply {
                     tiles,
                     x: self.x.add(first / E::EACH),
                     x_layout: self.layouts[0],
                     terms: inputs.len().div_ceil(E::EACH),
                     weights: self.weights.as_ptr().cast(),
+                    weights_product: layout.product,
                     to: self.products,
                     to_layout: self.layouts[1],
                     vectors: self.target.vectors::<D::S>(self.panel),

@@ -7,9 +7,10 @@ use rayon::prelude::*;
 
 use super::transform::{IN, OUT, PRODUCTS, input_tile, output_tile, put_across, put_beside, weight_tile};
 use super::{Source, TAPS, Tiles, Transformed, few};
-use crate::kernels::conv::grids::{Plan, pack_panel};
-use crate::kernels::conv::{Epilogue, Residual, in_slots, slots};
-use crate::kernels::par::Shared;
+use crate::kernels::conv::grids::Plan;
+use crate::kernels::conv::panels::pack_panel;
+use crate::kernels::conv::{Epilogue, Residual, slots};
+use crate::kernels::par::{Shared, in_prepared_slots};
 use crate::kernels::simd::{Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::{Form, Pieces, TermKernel, Terms, multiply};
 use crate::tile_sizes;
@@ -19,6 +20,10 @@ const CHUNK: usize = 1 << 16;
 const TILES: usize = 16;
 /// Tasks that keep the threads of a small machine equally busy.
 const TASKS: usize = 16;
+/// Input channels whose taps are transformed at a time.
+const NEAR: usize = 16;
+/// Elements of transformed weights that each slot has for itself.
+const FEW: usize = 1 << 16;
 
 /// How the work is divided.
 struct Division {
@@ -33,7 +38,8 @@ impl Division {
         let tiles = Tiles::of(plan.n, plan.target);
         let each = CHUNK / (PRODUCTS * (plan.ci + panel));
         let least = if plan.ci < 2 * TILES { 8 } else { TILES };
-        let chunks = Pieces::of(tiles.total, each.clamp(least, 2 * TILES) / 8 * 8);
+        let each = each.clamp(least, 2 * TILES).min((tiles.total / 2).max(8));
+        let chunks = Pieces::of(tiles.total, each / 8 * 8);
         let panels = plan.panels(panel);
         let groups = TASKS.div_ceil(chunks.count).min(panels);
         Division { tiles, chunks, panels: panels.div_ceil(groups) }
@@ -46,10 +52,10 @@ impl Division {
         [Transformed::new(most, terms, panel / 2), Transformed::new(most, panel, panel / 2)]
     }
 
-    /// Elements of scratch of one task: those, and a position of zeros.
+    /// Elements of scratch of one task: those, and a position of zeros, in whole vectors.
     fn slot(&self, plan: &Plan, each: usize, panel: usize) -> usize {
         let [x, m] = self.layouts(plan, each, panel);
-        x.size() + m.size() + plan.ci
+        (x.size() + m.size() + plan.ci).next_multiple_of(panel)
     }
 
     fn tasks(&self, plan: &Plan, panel: usize) -> [usize; 2] {
@@ -57,49 +63,64 @@ impl Division {
     }
 }
 
-/// A panel's transformed weights of some input channels, as terms of `each`, and how many elements of room are before their taps.
-pub(super) fn weights_room(channels: usize, each: usize, panel: usize) -> [usize; 2] {
-    // Whole elements are written over the taps they are made of, a vector of each at a time.
-    let taps = if each > 1 { PRODUCTS } else { PRODUCTS - TAPS } * channels.div_ceil(each) * panel;
-    [taps + TAPS * channels * panel, taps]
+/// A panel's transformed weights of some input channels: for each product a row of the panel for each term, and after all of them
+/// the taps that are being transformed.
+#[derive(Clone, Copy)]
+pub(super) struct Weights {
+    channels: usize,
+    panel: usize,
+    /// Elements from a product to the next. (Rows that are written together would share the same few lines of the cache if they were
+    /// a power of two apart.)
+    pub(super) product: usize,
 }
 
-/// Transforms the taps of `channels` rows of a panel, which lie so many elements after the beginning: see [`weights_room`].
-///
-/// # Safety
-/// `panel` must be valid for all of them.
-#[inline(always)]
-pub(super) unsafe fn transform_weights<D: Terms>(
-    panel: *mut <D::S as Simd>::Elem,
-    taps: usize,
-    channels: usize,
-    each: usize,
-) {
-    let row = 2 * D::S::LANES;
-    for channel in 0..channels {
-        for vector in 0..2 {
-            let at = vector * D::S::LANES;
-            // SAFETY: the caller's promise; each vector's taps are read before its products are written.
-            unsafe {
-                let all = weight_tile::<D::S>(panel.add(taps + channel * row + at), channels * row);
-                let to = panel.cast::<D::Term>().add(channel / each * row + at);
-                put_across::<D>(channel % each, &all, to, channels.div_ceil(each) * row);
-            }
-        }
+impl Weights {
+    /// In terms of `each` channels.
+    pub(super) fn new(channels: usize, each: usize, panel: usize) -> Weights {
+        Weights { channels, panel, product: channels.div_ceil(each) * panel + panel / 2 }
+    }
+
+    pub(super) fn size(&self) -> usize {
+        PRODUCTS * self.product + TAPS * self.channels.min(NEAR) * self.panel
     }
 }
 
-struct TransformWeights<'a, T> {
-    panel: &'a mut [T],
-    taps: usize,
-    channels: usize,
+/// Puts some input channels' weights of panel `p` in order and transforms them.
+pub(super) struct Transform<'a, T> {
+    pub(super) plan: &'a Plan,
+    pub(super) forward: bool,
+    pub(super) p: usize,
+    pub(super) inputs: Range<usize>,
+    pub(super) w: &'a [T],
+    /// As many elements as [`Weights`] have.
+    pub(super) out: &'a mut [T],
 }
 
-impl<E: Form<T>, T: Vectors> TermKernel<E, T> for TransformWeights<'_, T> {
+impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Transform<'_, T> {
     #[inline(always)]
     unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(self) {
-        // SAFETY: the panel has room for all.
-        unsafe { transform_weights::<D>(self.panel.as_mut_ptr(), self.taps, self.channels, E::EACH) }
+        let Transform { plan, forward, p, inputs, w, out } = self;
+        let panel = 2 * D::S::LANES;
+        let layout = Weights::new(inputs.len(), E::EACH, panel);
+        assert!(out.len() >= layout.size(), "room for weights");
+        let (out, taps) = out.split_at_mut(PRODUCTS * layout.product);
+        let out = out.as_mut_ptr().cast::<E>();
+        for first in inputs.clone().step_by(NEAR) {
+            let some = first..inputs.end.min(first + NEAR);
+            pack_panel(plan, forward, [panel; 2], p, some.clone(), w, taps);
+            for (nth, channel) in some.clone().enumerate() {
+                let term = channel - inputs.start;
+                for at in [0, D::S::LANES] {
+                    // SAFETY: the taps of so many channels are there, and room for all products of all terms.
+                    unsafe {
+                        let all =
+                            weight_tile::<D::S>(taps.as_ptr().add(nth * panel + at), some.len() * panel);
+                        let to = out.add(term / E::EACH * panel + at);
+                        put_across::<D>(term % E::EACH, &all, to, layout.product);
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -139,8 +160,9 @@ pub(super) struct Multiply<E, T> {
     pub(super) x: *const E,
     pub(super) x_layout: Transformed,
     pub(super) terms: usize,
-    /// Transformed weights, each product's `terms` rows of a panel.
+    /// Transformed weights, and how far apart those of its products are.
     pub(super) weights: *const E,
+    pub(super) weights_product: usize,
     pub(super) to: *mut T,
     pub(super) to_layout: Transformed,
     /// Vectors of the panel that are needed.
@@ -160,7 +182,7 @@ impl<E: Copy, T: Vectors> Multiply<E, T> {
         for product in 0..PRODUCTS {
             // SAFETY: the caller's promise.
             unsafe {
-                let b = self.weights.add(product * self.terms * 2 * D::S::LANES);
+                let b = self.weights.add(product * self.weights_product);
                 for i in 0..pieces.count {
                     let (start, rows) = (pieces.start(i), pieces.len(i));
                     let a = self.x.add(product * x.product + start * x.tile);
@@ -184,9 +206,9 @@ struct Task<'a, E, T> {
     tiles: Range<usize>,
     source: Source<'a, T>,
     layouts: [Transformed; 2],
-    /// All panels' weights, so many elements from one to the next.
+    /// All panels' weights.
     weights: &'a [T],
-    size: usize,
+    layout: Weights,
     panels: Range<usize>,
     transformed: *mut E,
     products: *mut T,
@@ -207,7 +229,8 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
                     x: self.transformed.cast_const(),
                     x_layout: x,
                     terms: self.target.plan.ci.div_ceil(E::EACH),
-                    weights: self.weights[p * self.size..].as_ptr().cast(),
+                    weights: self.weights[p * self.layout.size()..].as_ptr().cast(),
+                    weights_product: self.layout.product,
                     to: self.products,
                     to_layout: m,
                     vectors: self.target.vectors::<D::S>(p),
@@ -308,21 +331,25 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
     if few::applies(plan) {
         return few::run::<E, T>(plan, forward, x, w, epilogue, y, scratch);
     }
-    let [size, taps] = weights_room(plan.ci, E::EACH, panel);
-    let (weights, slots) = scratch.split_at_mut(plan.panels(panel) * size);
-    weights.par_chunks_exact_mut(size).enumerate().for_each(|(p, out)| {
-        pack_panel(plan, forward, [panel; 2], p, 0..plan.ci, w, &mut out[taps..]);
+    let layout = Weights::new(plan.ci, E::EACH, panel);
+    let (size, [shared, own]) = (layout.size(), weights(plan, layout));
+    let (weights, slots) = scratch.split_at_mut(shared);
+    let transform = |(p, out): (usize, &mut [T])| {
         // SAFETY: the kernel has no promise of its own.
-        unsafe { E::dispatch_terms(TransformWeights { panel: out, taps, channels: plan.ci }) }
-    });
+        unsafe { E::dispatch_terms(Transform { plan, forward, p, inputs: 0..plan.ci, w, out }) }
+    };
+    weights.par_chunks_exact_mut(size).enumerate().for_each(transform);
     let weights: &[T] = weights;
+    let prepare = |slot: &mut [T]| slot[..own].chunks_exact_mut(size).enumerate().for_each(transform);
     let d = Division::new(plan, panel);
     let layouts = d.layouts(plan, E::EACH, panel);
     let [chunks, groups] = d.tasks(plan, panel);
     let y = Shared::new(y);
-    in_slots(chunks * groups, d.slot(plan, E::EACH, panel), slots, |task, slot| {
-        let (chunk, group) = (task / groups, task % groups);
+    in_prepared_slots(chunks * groups, own + d.slot(plan, E::EACH, panel), slots, prepare, |task, slot| {
+        // Neighbouring tasks, which a core computes one after the other, read the same weights.
+        let (group, chunk) = (task / chunks, task % chunks);
         let start = d.chunks.start(chunk);
+        let (own, slot) = slot.split_at_mut(own);
         let (transformed, rest) = slot.split_at_mut(layouts[0].size());
         let (products, zeros) = rest.split_at_mut(layouts[1].size());
         zeros.fill(T::zero());
@@ -333,8 +360,8 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
                 tiles: start..start + d.chunks.len(chunk),
                 source: Source::of(plan, x, zeros),
                 layouts,
-                weights,
-                size,
+                weights: if own.is_empty() { weights } else { own },
+                layout,
                 panels: group * d.panels..plan.panels(panel).min((group + 1) * d.panels),
                 transformed: E::room(transformed).as_mut_ptr(),
                 products: products.as_mut_ptr(),
@@ -342,6 +369,13 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
             });
         }
     });
+}
+
+/// Elements of transformed weights of all panels: for all tasks, and, where they are few, for those of each slot, since a core
+/// makes them faster than it fetches them from another.
+fn weights(plan: &Plan, layout: Weights) -> [usize; 2] {
+    let all = plan.panels(layout.panel) * layout.size();
+    if all <= FEW { [0, all] } else { [all, 0] }
 }
 
 /// Elements of scratch that [`run`] needs.
@@ -352,6 +386,6 @@ pub(super) fn scratch<E: Form<T>, T: Vectors>(plan: &Plan) -> usize {
     }
     let d = Division::new(plan, panel);
     let [chunks, groups] = d.tasks(plan, panel);
-    let [size, _] = weights_room(plan.ci, E::EACH, panel);
-    plan.panels(panel) * size + slots(chunks * groups, d.slot(plan, E::EACH, panel))
+    let [shared, own] = weights(plan, Weights::new(plan.ci, E::EACH, panel));
+    shared + slots(chunks * groups, own + d.slot(plan, E::EACH, panel))
 }

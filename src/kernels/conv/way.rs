@@ -1,0 +1,209 @@
+//! How a dense convolution is computed: of elements or of pairs of them, and who packs the weights.
+#![allow(unsafe_code)]
+
+use std::ops::Range;
+
+use crate::kernels::conv::blocks::Blocks;
+use crate::kernels::conv::dense::Task;
+use crate::kernels::conv::grids::{Division, Plan, pad};
+use crate::kernels::conv::load::{Load, Operand};
+use crate::kernels::conv::{paired, panels, slots, strides, volume};
+use crate::kernels::matrix::by_blocks;
+use crate::kernels::simd::Vectors;
+use crate::kernels::tile::Form;
+
+/// What A and the packed weights are made of: elements, or pairs of bfloat16 of neighbouring channels.
+pub(super) trait Packs<T: Vectors>: Form<T> {
+    /// Elements of scratch for the packing of weights: of all of them, of one panel.
+    fn pack_scratch(plan: &Plan, panel: usize) -> [usize; 2];
+
+    /// Packs the weights.
+    fn pack(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [Self], scratch: &mut [T]);
+
+    /// Packs those of panel `p`.
+    fn pack_panel(
+        plan: &Plan,
+        forward: bool,
+        panel: usize,
+        p: usize,
+        w: &[T],
+        out: &mut [Self],
+        scratch: &mut [T],
+    );
+
+    /// # Safety
+    /// The task's positions and weights must lie inside the plan's.
+    unsafe fn compute(task: Task<Self, T>) {
+        // SAFETY: the caller's promise.
+        unsafe { Self::dispatch_terms(task) }
+    }
+
+    /// A for some images and rows of positions, and the extents of one image of it; `slot`: [`slot`] elements.
+    fn source(
+        plan: &Plan,
+        d: &Division,
+        x: &Operand<T>,
+        images: Range<usize>,
+        rows: Range<usize>,
+        slot: &mut [T],
+    ) -> (*const Self, [usize; 3]);
+}
+
+impl<T: Vectors> Packs<T> for T {
+    fn pack_scratch(_: &Plan, _: usize) -> [usize; 2] {
+        [0; 2]
+    }
+
+    fn pack_panel(plan: &Plan, forward: bool, panel: usize, p: usize, w: &[T], out: &mut [T], _: &mut [T]) {
+        panels::pack_whole(plan, forward, panel, p, w, out);
+    }
+
+    fn pack(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [T], _: &mut [T]) {
+        panels::pack(plan, forward, panel, w, out);
+    }
+
+    fn source(
+        plan: &Plan,
+        d: &Division,
+        x: &Operand<T>,
+        images: Range<usize>,
+        rows: Range<usize>,
+        slot: &mut [T],
+    ) -> (*const T, [usize; 3]) {
+        let row = rows.start * plan.in_step[plan.axis];
+        match (plan.copies(), x.is_plain()) {
+            (true, _) => {
+                let window = plan.window(d.rows);
+                pad(plan, x.data.whole(), images, row, window, slot);
+                (slot.as_ptr(), window)
+            }
+            (false, true) => {
+                let start = images.start * volume(plan.source) + row * strides(plan.source, 1)[plan.axis];
+                (x.data.whole()[start * plan.groups * plan.ci..].as_ptr(), plan.source)
+            }
+            // Pointwise: one image, whose positions are rows.
+            (false, false) => (x.near(row, rows.len(), slot).as_ptr(), [1, 1, rows.len()]),
+        }
+    }
+}
+
+impl<T: Vectors> Packs<T> for u32 {
+    fn pack_scratch(plan: &Plan, panel: usize) -> [usize; 2] {
+        [paired::pack_scratch(plan, panel), paired::near(plan, panel)]
+    }
+
+    fn pack_panel(
+        plan: &Plan,
+        forward: bool,
+        panel: usize,
+        p: usize,
+        w: &[T],
+        out: &mut [u32],
+        scratch: &mut [T],
+    ) {
+        paired::pack_panel(plan, forward, panel, p, w, out, scratch);
+    }
+
+    fn pack(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [u32], scratch: &mut [T]) {
+        paired::pack(plan, forward, panel, w, out, scratch);
+    }
+
+    unsafe fn compute(task: Task<u32, T>) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match by_blocks::<T>() {
+                true => T::dispatch_pairs(Blocks(task)),
+                false => Self::dispatch_terms(task),
+            }
+        }
+    }
+
+    fn source(
+        plan: &Plan,
+        d: &Division,
+        x: &Operand<T>,
+        images: Range<usize>,
+        rows: Range<usize>,
+        slot: &mut [T],
+    ) -> (*const u32, [usize; 3]) {
+        let (out, near) = slot.split_at_mut(plan.slot(d));
+        let (out, row) = (u32::room(out), rows.start * plan.in_step[plan.axis]);
+        let a = out.as_ptr();
+        if matches!(x.load, Load::Plain) {
+            let window = plan.window(d.rows);
+            // SAFETY: the kernel has no promise of its own.
+            unsafe { T::dispatch_pairs(paired::Pad { plan, x: x.data, images, row, window, out }) }
+            return (a, window);
+        }
+        // Pointwise, as above.
+        let (x, out) = (x.near(row, rows.len(), near), &mut out[..rows.len() * plan.ci]);
+        // SAFETY: as above.
+        unsafe { T::dispatch_pairs(paired::Positions { plan, x, out }) }
+        (a, [1, 1, rows.len()])
+    }
+}
+
+/// Who packs weights. They are read from a core's own cache if it was that core which packed them, and packing them
+/// takes less time than fetching them from another's.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Packed {
+    /// All tasks together, beforehand.
+    Once,
+    /// Each slot all of them, for the tasks that run in it: there are few.
+    InSlots,
+    /// Each task those of its panels, which no other has.
+    InTasks,
+}
+
+/// Elements of packed weights that each slot has for itself.
+pub(super) const FEW: usize = 1 << 16;
+
+/// How a plan is computed.
+pub(super) struct Way {
+    pub(super) d: Division,
+    pub(super) blocks: [usize; 3],
+    pub(super) packed: Packed,
+    /// Elements of weights for all slots; of a slot: of weights, of scratch to pack them, of results without a place, of the
+    /// copy of the input.
+    pub(super) shared: usize,
+    pub(super) slot: [usize; 4],
+    /// Elements of scratch to pack all weights at once.
+    pub(super) pack: usize,
+}
+
+impl Way {
+    /// `plain`: is the input? `kept`: have results a place?
+    pub(super) fn new<E: Packs<T>, T: Vectors>(plan: &Plan, plain: bool, kept: bool) -> Way {
+        let panel = plan.panel::<T>();
+        let d = plan.division(panel);
+        let (blocks, weights) = (plan.blocks(&d, panel), plan.packed(panel));
+        let packed = match () {
+            _ if blocks[0] * blocks[1] == 1 => Packed::InTasks,
+            _ if weights <= FEW => Packed::InSlots,
+            _ => Packed::Once,
+        };
+        let [pack, pack_panel] = E::pack_scratch(plan, panel);
+        let (shared, own, pack, near) = match packed {
+            Packed::Once => (weights, 0, pack, 0),
+            Packed::InSlots => (0, weights, 0, pack_panel),
+            Packed::InTasks => (weights, 0, 0, pack_panel),
+        };
+        let copy = plan.slot(&d) + if plain { 0 } else { d.rows * plan.inputs };
+        let whole = |elements: usize| elements.next_multiple_of(16);
+        let results = if kept { 0 } else { d.images * d.rows * line(plan) };
+        Way { d, blocks, packed, shared, slot: [own, near, results, copy].map(whole), pack }
+    }
+
+    pub(super) fn room(&self) -> usize {
+        self.slot.iter().sum()
+    }
+
+    pub(super) fn scratch(&self) -> usize {
+        self.shared + slots(volume(self.blocks), self.room()).max(self.pack)
+    }
+}
+
+/// Results of a row.
+pub(super) fn line(plan: &Plan) -> usize {
+    volume(plan.target) / plan.target[plan.axis] * plan.groups * plan.co
+}
