@@ -18,7 +18,7 @@ import peers
 import tables
 
 DENSE = {"Conv": "forward", "ConvInputGrad": "input gradient", "ConvWeightGrad": "weight gradient", "ConvGrads": "both gradients"}
-SWEEPS = re.compile(r"BatchNormalization|BatchNorm|Norm|Relu|Clip|Add")
+SWEEPS = re.compile(r"BatchNormalization|BatchNorm|Norm|Relu|Clip\b|Add")
 
 
 def profile(args, model, mode, runs):
