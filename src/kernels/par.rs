@@ -88,6 +88,9 @@ impl<'a, T> Shared<'a, T> {
     }
 }
 
+/// Elements of a line of the cache, at least: slots are whole lines, so that no two share one and vectors lie in one.
+pub const LINE: usize = 16;
+
 /// Elements of scratch for as many of the tasks as run at a time, `size` each.
 pub fn slots(tasks: usize, size: usize) -> usize {
     tasks.min(rayon::current_num_threads()) * size
@@ -141,4 +144,37 @@ pub fn in_prepared_slots<T: Send>(
         }
     };
     scratch[..slots * size].par_chunks_exact_mut(size).enumerate().for_each(take);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every task runs once, in a slot that was prepared.
+    #[test]
+    fn slots_are_prepared_and_tasks_run_once() {
+        for threads in [1, 2, 3, 5] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            for tasks in [0, 1, 2, 3, 7, 64] {
+                let runs: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                pool.install(|| {
+                    let mut scratch = vec![0; slots(tasks, 2)];
+                    in_prepared_slots(
+                        tasks,
+                        2,
+                        &mut scratch,
+                        |slot| slot.fill(1),
+                        |task, slot| {
+                            assert_eq!(slot, [1, 1]);
+                            runs[task].fetch_add(1, Ordering::Relaxed);
+                        },
+                    );
+                });
+                assert!(
+                    runs.iter().all(|n| n.load(Ordering::Relaxed) == 1),
+                    "{threads} threads, {tasks} tasks"
+                );
+            }
+        }
+    }
 }

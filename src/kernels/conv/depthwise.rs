@@ -13,7 +13,7 @@ use smallvec::SmallVec;
 
 use crate::kernels::conv::load::{Operand, Rows};
 use crate::kernels::conv::{Done, Epilogue, Geometry, Residual, slots, split};
-use crate::kernels::par::{Shared, in_prepared_slots};
+use crate::kernels::par::{LINE, Shared, in_prepared_slots};
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_lanes, store_lanes};
 
 pub use both::{grads, grads_scratch, grads_slabs};
@@ -29,9 +29,6 @@ const POSITIONS: usize = 4;
 /// Elements from what is read or written to what is fetched meanwhile: rows of a position's channels are short runs,
 /// which do not look like a stream to the processor.
 const AHEAD: usize = 1 << 10;
-
-/// Elements of a line of the cache, at least.
-const LINE: usize = 16;
 
 /// Weights (C, 1, k…) as (k…, C).
 fn in_tap_order<T: Vectors>(g: &Geometry, w: &[T], out: &mut [T]) {

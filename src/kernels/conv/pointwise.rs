@@ -7,7 +7,7 @@ use super::both::{Both, Plain};
 use super::grids::Plan;
 use super::{Epilogue, Geometry, dense, grids, panels, slots, volume, weight};
 use crate::kernels::ahead::Ahead;
-use crate::kernels::par::{Shared, in_prepared_slots};
+use crate::kernels::par::{LINE, Shared, in_prepared_slots};
 use crate::kernels::simd::Vectors;
 use crate::kernels::tile::Pieces;
 
@@ -69,7 +69,7 @@ pub fn grads_slabs(g: &Geometry) -> usize {
 /// come after them.
 fn near(g: &Geometry, [dy, x, sums]: Plain) -> [usize; 2] {
     let elements = [if dy { 0 } else { chunk(g) * g.oc }, if x && sums { 0 } else { chunk(g) * g.c }];
-    elements.map(|elements| elements.next_multiple_of(16))
+    elements.map(|elements| elements.next_multiple_of(LINE))
 }
 
 /// Elements of scratch that [`grads`] needs.

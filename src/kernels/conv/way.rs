@@ -9,6 +9,7 @@ use crate::kernels::conv::grids::{Division, Plan, pad};
 use crate::kernels::conv::load::{Load, Operand};
 use crate::kernels::conv::{paired, panels, slots, strides, volume};
 use crate::kernels::matrix::by_blocks;
+use crate::kernels::par::LINE;
 use crate::kernels::simd::Vectors;
 use crate::kernels::tile::Form;
 
@@ -38,7 +39,7 @@ pub(super) trait Packs<T: Vectors>: Form<T> {
         unsafe { Self::dispatch_terms(task) }
     }
 
-    /// A for some images and rows of positions, and the extents of one image of it; `slot`: [`slot`] elements.
+    /// A for some images and rows of positions, and the extents of one image of it; `slot`: what [`Way`] has for it.
     fn source(
         plan: &Plan,
         d: &Division,
@@ -163,12 +164,12 @@ pub(super) struct Way {
     pub(super) d: Division,
     pub(super) blocks: [usize; 3],
     pub(super) packed: Packed,
-    /// Elements of weights for all slots; of a slot: of weights, of scratch to pack them, of results without a place, of the
-    /// copy of the input.
+    /// Elements of weights for all slots.
     pub(super) shared: usize,
+    /// Of a slot: of weights, of scratch to pack them, of results without a place, of the copy of the input.
     pub(super) slot: [usize; 4],
-    /// Elements of scratch to pack all weights at once.
-    pub(super) pack: usize,
+    /// Of scratch to pack all weights at once.
+    pack: usize,
 }
 
 impl Way {
@@ -189,7 +190,7 @@ impl Way {
             Packed::InTasks => (weights, 0, 0, pack_panel),
         };
         let copy = plan.slot(&d) + if plain { 0 } else { d.rows * plan.inputs };
-        let whole = |elements: usize| elements.next_multiple_of(16);
+        let whole = |elements: usize| elements.next_multiple_of(LINE);
         let results = if kept { 0 } else { d.images * d.rows * line(plan) };
         Way { d, blocks, packed, shared, slot: [own, near, results, copy].map(whole), pack }
     }
@@ -206,4 +207,55 @@ impl Way {
 /// Results of a row.
 pub(super) fn line(plan: &Plan) -> usize {
     volume(plan.target) / plan.target[plan.axis] * plan.groups * plan.co
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::kernels::conv::*;
+
+    /// Whoever packs the weights (of one image each task, of several a slot or all together): the bits are the same.
+    #[test]
+    fn results_do_not_depend_on_who_packs() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        for (c, oc, size, k, stride, pairs) in [
+            (320, 160, 7, 1, 1, false),
+            (320, 160, 7, 1, 1, true),
+            (96, 160, 14, 3, 2, false),
+            (96, 160, 14, 3, 2, true),
+            (16, 16, 32, 3, 1, false),
+            (24, 24, 8, 3, 1, false),
+        ] {
+            let of = |n: usize| Geometry {
+                layout: Layout::Last,
+                n,
+                c,
+                oc,
+                groups: 1,
+                axis: 1,
+                x: [1, size, size],
+                y: [1, size / stride, size / stride],
+                k: [1, k, k],
+                stride: [1, stride, stride],
+                dilation: [1; 3],
+                pad: [0, k / 2, k / 2],
+                pairs,
+            };
+            let some = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
+            let w = some(oc * c * k * k, 0.3);
+            let results = |n: usize| {
+                let g = of(n);
+                let (x, dy) = (some(g.inputs(), 0.7), some(g.outputs(), 0.9));
+                let (mut y, mut dx) = (vec![f32::NAN; dy.len()], vec![f32::NAN; x.len()]);
+                let mut scratch = vec![f32::NAN; forward_scratch::<f32>(&g, true)];
+                forward(&g, Operand::plain(&x, c), &w, Epilogue::none(), &mut y, &mut scratch);
+                let mut scratch = vec![f32::NAN; input_grad_scratch::<f32>(&g)];
+                input_grad(&g, &dy, &w, Residual::None, &mut dx, &mut scratch);
+                (y, dx)
+            };
+            let (y, dx) = pool.install(|| results(1));
+            let (all_y, all_dx) = pool.install(|| results(16));
+            assert!(y == all_y[..y.len()] && dx == all_dx[..dx.len()], "{:?}", of(1));
+            assert!(results(1) == (y, dx), "{:?}", of(1));
+        }
+    }
 }

@@ -2,11 +2,11 @@
 #![allow(unsafe_code)]
 
 use super::weight::{add_row, finish};
-use super::{Direction, LINE, Sweep, in_tap_order};
+use super::{Direction, Sweep, in_tap_order};
 use crate::kernels::conv::both::{Both, Plain, Sums};
 use crate::kernels::conv::load::Rows;
 use crate::kernels::conv::{Epilogue, Geometry, slots, split};
-use crate::kernels::par::{Shared, in_prepared_slots};
+use crate::kernels::par::{LINE, Shared, in_prepared_slots};
 use crate::kernels::simd::{Kernel, Simd, Vectors};
 
 /// Sums of dW, each over a share of the rows of dY.

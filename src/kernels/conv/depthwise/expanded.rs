@@ -2,7 +2,7 @@
 //! they are read, and the whole never lies in memory.
 #![allow(unsafe_code)]
 
-use super::{Direction, LINE, Sweep, Task, in_tap_order};
+use super::{Direction, Sweep, Task, in_tap_order};
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::load::Rows;
 use crate::kernels::conv::panels::{pack, pack_whole};
@@ -10,7 +10,7 @@ use crate::kernels::conv::pointwise::{self, Panel};
 use crate::kernels::conv::way::{FEW, Packed};
 use crate::kernels::conv::{Epilogue, Geometry, slots};
 use crate::kernels::layout::Layout;
-use crate::kernels::par::{Shared, in_prepared_slots};
+use crate::kernels::par::{LINE, Shared, in_prepared_slots};
 use crate::kernels::simd::Vectors;
 use crate::kernels::tile::Pieces;
 

@@ -1,6 +1,6 @@
-//! Many weights for few tiles (the last layers of a network, or one image of others): transformed, the weights of a layer would be
-//! four times as many and go through the memory, or from one core to the others. So all tiles are transformed first; then each task transforms the weights
-//! of one panel, a block of input channels at a time, and multiplies while they are near.
+//! Many weights for few tiles (the last layers of a network, or one image of others): transformed, the weights of a layer would
+//! be four times as many and go through the memory, or from one core to the others. So all tiles are transformed first; then
+//! each task transforms the weights of one panel, a block of input channels at a time, and multiplies while they are near.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -13,11 +13,10 @@ use crate::kernels::par::Shared;
 use crate::kernels::simd::{Simd, Vectors};
 use crate::kernels::tile::{Form, TermKernel, Terms};
 
-/// Weights from which on, and tiles up to which, it pays, and results of a tile's position for each tile with which it does
-/// for fewer weights as well.
+/// Weights from which on, and tiles up to which, it pays; for fewer weights, output channels for each tile.
 const WEIGHTS: usize = 1 << 17;
 const TILES: usize = 64;
-const RESULTS: usize = 4;
+const CHANNELS: usize = 4;
 /// Input channels whose weights are transformed at a time.
 const BLOCK: usize = 64;
 /// Tiles that a task transforms.
@@ -25,7 +24,7 @@ const EACH: usize = 4;
 
 pub(super) fn applies(plan: &Plan) -> bool {
     let tiles = Tiles::of(plan.n, plan.target).total;
-    tiles <= TILES && (plan.ci * plan.co >= WEIGHTS || plan.co >= RESULTS * tiles)
+    tiles <= TILES && (plan.ci * plan.co >= WEIGHTS || plan.co >= CHANNELS * tiles)
 }
 
 /// Transformed inputs, in terms of `each` channels, and the products with one panel.

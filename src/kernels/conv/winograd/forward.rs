@@ -9,6 +9,7 @@ use super::transform::{IN, OUT, PRODUCTS, input_tile, output_tile, put_across, p
 use super::{Source, TAPS, Tiles, Transformed, few};
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::panels::pack_panel;
+use crate::kernels::conv::way::FEW;
 use crate::kernels::conv::{Epilogue, Residual, slots};
 use crate::kernels::par::{Shared, in_prepared_slots};
 use crate::kernels::simd::{Simd, Vectors, load_up_to, store_up_to};
@@ -22,8 +23,6 @@ const TILES: usize = 16;
 const TASKS: usize = 16;
 /// Input channels whose taps are transformed at a time.
 const NEAR: usize = 16;
-/// Elements of transformed weights that each slot has for itself.
-const FEW: usize = 1 << 16;
 
 /// How the work is divided.
 struct Division {
