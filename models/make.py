@@ -37,11 +37,9 @@ def read_idx(path):
 
 
 def write_idx(path, array):
-    import zopfli.gzip as zopfli  # only here: others import this file for its networks
-
     header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
-    # Smaller than gzip's own, and the same bytes whenever it is made
-    Path(path).write_bytes(zopfli.compress(header + array.astype(np.uint8).tobytes(), numiterations=30))
+    # mtime=0: the same bytes whenever it is made
+    Path(path).write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes(), 9, mtime=0))
 
 
 def load(folder, prefix):

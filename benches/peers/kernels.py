@@ -64,7 +64,7 @@ def rows(args, model):
             key, name, depthwise = geometry(k["op"], k["operands"])
             names[key] = name
             share = k["gigabytes_per_second"] / bandwidth if depthwise else k["gflops"] / peak
-            found[key][k["op"]].append((share, depthwise))
+            found[key][k["op"]].append(share)
         elif SWEEPS.search(k["op"]):
             gigabytes = k["gigabytes_per_second"] * k["ms"] * 1e-3
             sweeps[k["op"]].append((gigabytes, k["ms"] * 1e-3))
@@ -73,13 +73,13 @@ def rows(args, model):
         cells = []
         for op in DENSE:
             values = found[key][op]
-            mean = sum(v for v, _ in values) / len(values) if values else None
-            cells.append("–" if mean is None else f"{mean:.0%}" + (" of memory" if values[0][1] else ""))
+            mean = sum(values) / len(values) if values else None
+            cells.append("–" if mean is None else f"{mean:.0%}")
         lines.append([f"{model} {names[key]}", *cells])
     for op, values in sorted(sweeps.items()):
         seconds = sum(s for _, s in values)
         if seconds > 0:
-            lines.append([f"{model} {op}", f"{sum(g for g, _ in values) / seconds / bandwidth:.0%} of memory", *[""] * (len(DENSE) - 1)])
+            lines.append([f"{model} {op}", f"{sum(g for g, _ in values) / seconds / bandwidth:.0%}", *[""] * (len(DENSE) - 1)])
     return peak, bandwidth, lines
 
 
@@ -95,7 +95,7 @@ def main():
     for model in ("resnet20", "mobilenetv2", "resnet18"):
         peak, bandwidth, lines = rows(args, model)
         table += lines
-    text = f"{args.threads} threads; peak {peak:.0f} GFLOP/s, memory {bandwidth:.0f} GB/s.\n\n{tables.table(table[0], table[1:])}"
+    text = f"{args.threads} threads; peak {peak:.0f} GFLOP/s, memory {bandwidth:.0f} GB/s. Of that: depthwise, sweeps.\n\n{tables.table(table[0], table[1:])}"
     print(text)
     if args.markdown:
         tables.replace(args.markdown, text, "kernels")
