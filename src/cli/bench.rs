@@ -45,6 +45,9 @@ pub struct Args {
     /// What a step may hold at most, as 64MiB
     #[arg(long, value_name = "SIZE")]
     memory_budget: Option<String>,
+    /// Where it cannot be kept otherwise, half precision may be used
+    #[arg(long)]
+    allow_half: bool,
     #[command(flatten)]
     icp: super::icp_flags::IcpFlags,
     /// Timed runs, after two that are not
@@ -127,6 +130,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
         method: if matches!(args.mode, ModeName::Icp) { MethodName::Icp } else { MethodName::Supervised },
         train: args.train.clone(),
         memory_budget: args.memory_budget.clone(),
+        allow_half: args.allow_half,
         ..args.icp.config()?
     };
     config.check()?;
@@ -162,6 +166,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
                     session: &session,
                     recipe: &recipe,
                     method: &|| config.training_method(false),
+                    allow_half: args.allow_half,
                     shapes: &shapes,
                     epochs: 2,
                     samples: 0,
@@ -174,7 +179,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
                 };
                 let found = job.fit(budget)?;
                 found.describe().iter().for_each(|note| eprintln!("note: {note}"));
-                session.keep_arena_to(found.arena);
+                session = session.alike(found.options(session.options()))?;
                 recipe.accumulate = found.parts;
                 fitted = Some(found);
             }
@@ -222,7 +227,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
         mode: args.mode,
         batch: args.batch,
         threads: session.threads(),
-        precision: args.precision,
+        precision: session.options().precision,
         runs: args.runs,
         median_ms: median,
         min_ms: ms(times[0]),

@@ -125,6 +125,10 @@ pub struct Overrides {
     /// What the run may hold at most, as 64MiB: values are computed again rather than kept, batches are cut into parts
     #[arg(long, value_name = "SIZE")]
     memory_budget: Option<String>,
+    /// Where --memory-budget cannot be kept otherwise, half precision may be used: bf16 for what gradients need, the
+    /// optimizer's moments in 8 bits, weights without an f32 copy
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    allow_half: Option<bool>,
     /// Folder to keep checkpoints in
     #[arg(long, value_name = "DIR")]
     checkpoint: Option<PathBuf>,

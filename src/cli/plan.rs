@@ -206,6 +206,7 @@ fn training(
             session: &session,
             recipe: &recipe,
             method: &|| config.training_method(false),
+            allow_half: config.allow_half,
             shapes: &shapes,
             epochs: config.epochs,
             samples: 0,
@@ -217,7 +218,7 @@ fn training(
             edited: false,
         };
         let fitted = job.fit(bytes)?;
-        session = session.dry(fitted.arena)?;
+        session = session.alike(fitted.options(session.options()))?;
         recipe.accumulate *= fitted.parts;
         shapes = with_batch(&shapes, fitted.micro);
         budget = Some(fitted);

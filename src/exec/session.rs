@@ -225,11 +225,6 @@ impl Session {
         if self.exact { Precision::F32 } else { self.options.precision }
     }
 
-    /// A session like this one, with the same parts, for plans alone: it takes no memory and nothing can be run.
-    pub fn dry(&self, arena: Option<usize>) -> Result<Session> {
-        self.alike(Options { dry: true, arena, ..self.options.clone() })
-    }
-
     /// A session like this one, with the same parts, and the weights of the file.
     pub fn another(&self) -> Result<Session> {
         self.alike(self.options.clone())
@@ -385,11 +380,6 @@ impl Session {
             }
         }
         Ok(())
-    }
-
-    /// Sets [`Options::arena`] for what is compiled from now on.
-    pub fn keep_arena_to(&mut self, bytes: Option<usize>) {
-        self.options.arena = bytes;
     }
 
     /// Gives back memory that holds nothing between runs, and what only updates need.

@@ -3,11 +3,14 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::exec::Session;
 use crate::graph::WeightId;
 use crate::import::Model;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor, View};
+
+/// Bytes that are widened together.
+const PIECE: usize = 1 << 14;
 
 /// Weights that may change, and what the file will hold of them.
 pub trait Source {
@@ -42,13 +45,26 @@ impl Source for Learned<'_> {
     }
 
     fn stored(&self, model: &Model, id: WeightId) -> Result<Option<Cow<'_, [u8]>>> {
-        let Some(state) = self.0.held_as_stored(id) else {
-            return restored(model, id, &self.0.weight(id)?);
+        let (weight, held) = (super::patch::get(model, id)?, |state| self.0.store().view(state));
+        let new = match (self.0.held_as_stored(id), self.0.widened(id)) {
+            (Some(state), _) => Cow::Borrowed(held(state).bytes),
+            // One copy rather than several: where half precision is held, there is little room.
+            (None, Some(state)) => Cow::Owned(widened(held(state))?),
+            (None, None) => return restored(model, id, &self.0.weight(id)?),
         };
-        let (old, new) =
-            (super::patch::get(model, id)?.stored(&model.files)?, self.0.store().view(state).bytes);
-        Ok((*old != *new).then_some(Cow::Borrowed(new)))
+        Ok((*weight.stored(&model.files)? != *new).then_some(new))
     }
+}
+
+/// As float32, piece by piece.
+fn widened(half: View) -> Result<Vec<u8>> {
+    let mut all = Vec::with_capacity(2 * half.bytes.len());
+    for piece in half.bytes.chunks(PIECE) {
+        let piece = Tensor::from_bytes(half.dtype, &[piece.len() / half.dtype.size()], piece);
+        let piece = piece.map_err(|e| Error::Config(e.to_string()))?;
+        all.extend_from_slice(piece.cast(DType::F32).bytes());
+    }
+    Ok(all)
 }
 
 /// Bytes as the file stores them.

@@ -5,14 +5,15 @@
 //! itself takes. The file's mapping is not among it: the system drops its pages and reads them again as it likes.
 //!
 //! From the cheapest on, until it fits: the usual plan; frozen weights left in the file and updates at once; values computed
-//! again rather than kept (the same weights to the last bit); the batch cut into parts whose gradients add up.
+//! again rather than kept (the same weights to the last bit); the batch cut into parts whose gradients add up; and, where that is
+//! allowed, what is kept in fewer bits ([`Kept`]).
 
 use std::sync::Arc;
 
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::exec::{Options, Session, Usage};
+use crate::exec::{OptimizerState, Options, Precision, Session, Usage};
 use crate::graph::WeightId;
 use crate::import::{Model, Role};
 use crate::ops::batch_norm::BatchNormalization;
@@ -23,20 +24,23 @@ use crate::train::method::Method;
 use crate::train::select::Select;
 use crate::train::step::{self, Evaluation, Network, Norm, Recipe, Shapes};
 
-/// Of [`process`]: threads and the model's graph. Measured for five networks of 280 to 1,000 kernel calls (1.4 to 5 MiB in
-/// all), with half as much again to be safe.
-const PROCESS: usize = 5 << 19;
+/// Of [`process`]: threads, the model's graph, and what planning leaves behind. Measured for five networks of 280 to 1,000 kernel
+/// calls (1.4 to 7 MiB in all), with a little more to be safe.
+const PROCESS: usize = 6 << 19;
 /// The same for each kernel call.
-const PER_KERNEL: usize = 6 << 10;
+const PER_KERNEL: usize = 8 << 10;
 /// A model's graph, for each node: of a file that was edited there are two. Measured with an encoder's 354 (0.5 MiB beyond
 /// what was counted), with twice that to be safe.
 const PER_NODE: usize = 3 << 10;
 /// Kernel calls that computing again adds, about.
 const MORE_KERNELS: usize = 24;
-/// Copies of a weight while it is made and written.
+/// Copies of a weight while it is made and written; of one that is widened.
 const AT_ONCE: usize = 6;
+const WIDENED: usize = 2;
 /// Threads that every plan has room for.
 const THREADS: usize = 4;
+/// The share of additional work above which fewer bits are tried, where they are allowed.
+const MUCH: f64 = 0.2;
 /// Samples of a channel that the statistics of a part of a batch must at least be over.
 const LEAST_SAMPLES: usize = 16;
 
@@ -73,6 +77,8 @@ pub struct Job<'a> {
     pub session: &'a Session,
     pub recipe: &'a Recipe,
     pub method: &'a dyn Fn() -> Result<Box<dyn Method>>,
+    /// What is kept may be so in fewer bits than the session's options say.
+    pub allow_half: bool,
     /// Of batches of the full size.
     pub shapes: &'a Shapes,
     pub epochs: usize,
@@ -92,10 +98,67 @@ pub struct Job<'a> {
     pub edited: bool,
 }
 
+/// What a run keeps things in: of a session's [`Options`].
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Kept {
+    pub precision: Precision,
+    pub master_free: bool,
+    pub optimizer_state: OptimizerState,
+}
+
+impl Kept {
+    fn of(options: &Options) -> Kept {
+        let Options { precision, master_free, optimizer_state, .. } = *options;
+        Kept { precision, master_free, optimizer_state }
+    }
+
+    /// This and what takes less, in the order in which it is tried.
+    fn and_less(self) -> Vec<Kept> {
+        let half = match self.precision {
+            Precision::F32 => Precision::Bf16,
+            half => half,
+        };
+        let eight = OptimizerState::EightBit;
+        let mut all = vec![self];
+        for less in [
+            Kept { precision: half, ..self },
+            Kept { optimizer_state: eight, ..self },
+            Kept { precision: half, optimizer_state: eight, ..self },
+            Kept { precision: half, optimizer_state: eight, master_free: true },
+        ] {
+            if !all.contains(&less) {
+                all.push(less);
+            }
+        }
+        all
+    }
+
+    /// What is other than in `asked`, for people.
+    fn instead_of(self, asked: Kept) -> Vec<&'static str> {
+        let all = [
+            (self.precision != asked.precision, "what gradients need is kept in bf16"),
+            (self.optimizer_state != asked.optimizer_state, "the optimizer's moments in 8 bits"),
+            (self.master_free != asked.master_free, "trained weights in half precision, rounded at random"),
+        ];
+        all.into_iter().filter(|a| a.0).map(|a| a.1).collect()
+    }
+}
+
+/// What a plan is tried with.
+#[derive(Clone, Copy)]
+struct Way<'a> {
+    recipe: &'a Recipe,
+    kept: Kept,
+}
+
 /// How a run keeps to its budget.
 #[derive(Debug, Clone, Serialize)]
 pub struct Fitted {
     pub budget: usize,
+    pub kept: Kept,
+    /// As it was asked for.
+    #[serde(skip)]
+    asked: Kept,
     /// What the run will hold at most.
     pub bytes: usize,
     /// What it would hold without a budget.
@@ -165,16 +228,32 @@ impl Job<'_> {
 
     /// Of sessions that only plan. Kernels take scratch memory for each thread: planned for [`THREADS`] at least, so that what
     /// is decided, and with it the result, is the same on fewer.
-    fn dry(&self, arena: Option<usize>) -> Result<Session> {
+    fn dry(&self, kept: Kept, arena: Option<usize>) -> Result<Session> {
         let threads = self.session.threads().max(THREADS);
-        self.session.alike(Options { dry: true, arena, threads, ..self.session.options().clone() })
+        let Kept { precision, master_free, optimizer_state } = kept;
+        let options = self.session.options().clone();
+        self.session.alike(Options {
+            dry: true,
+            arena,
+            threads,
+            precision,
+            master_free,
+            optimizer_state,
+            ..options
+        })
+    }
+
+    /// As it was asked for.
+    fn asked(&self) -> Kept {
+        Kept::of(self.session.options())
     }
 
     /// Plans a run in parts of `micro` samples, in `arena` bytes.
-    fn probe(&self, recipe: &Recipe, micro: usize, arena: Option<usize>) -> Result<Probe> {
+    fn probe(&self, way: Way, micro: usize, arena: Option<usize>) -> Result<Probe> {
         let parts = self.batch() / micro.max(1);
-        let recipe = Recipe { accumulate: recipe.accumulate * parts.max(1), ..recipe.clone() };
-        let mut session = self.dry(arena)?;
+        let recipe = Recipe { accumulate: way.recipe.accumulate * parts.max(1), ..way.recipe.clone() };
+        let way = Way { recipe: &recipe, ..way };
+        let mut session = self.dry(way.kept, arena)?;
         recipe.prepare(&mut session)?;
         let shapes = with_batch(self.shapes, micro);
         let mut method = (self.method)()?;
@@ -201,7 +280,7 @@ impl Job<'_> {
         let mut evaluated = 0;
         if self.held > 0 {
             let limit = arena.filter(|a| *a > 0).unwrap_or(usage.arena).min(usage.arena.max(1 << 24));
-            let (n, taken) = self.evaluation(&recipe, arena, limit)?;
+            let (n, taken) = self.evaluation(way, arena, limit)?;
             evaluated = n;
             usage.arena = usage.arena.max(taken);
             beside = beside.max(bytes(&with_batch(self.shapes, n)));
@@ -214,8 +293,13 @@ impl Job<'_> {
         // of, the value, its bytes, and what the allocator keeps of those before.
         let all = (0..session.model().weights.len() as u32).map(WeightId);
         let written: Vec<WeightId> = if self.folded { all.collect() } else { changing };
-        let made = written.into_iter().filter(|w| self.folded || session.held_as_stored(*w).is_none());
-        let written = copies + AT_ONCE * made.map(|w| self.bytes_of(w)).max().unwrap_or(0);
+        let made =
+            written.into_iter().map(|w| match (self.folded, session.held_as_stored(w), session.widened(w)) {
+                (false, Some(_), _) => 0,
+                (false, _, Some(_)) => WIDENED * self.bytes_of(w),
+                _ => AT_ONCE * self.bytes_of(w),
+            });
+        let written = copies + made.max().unwrap_or(0);
         Ok(Probe {
             usage,
             again,
@@ -232,10 +316,10 @@ impl Job<'_> {
     }
 
     /// The largest evaluation batch whose plan takes no more than `limit` bytes of arena, or one sample; and what it takes.
-    fn evaluation(&self, recipe: &Recipe, arena: Option<usize>, limit: usize) -> Result<(usize, usize)> {
-        let mut session = self.dry(arena.map(|_| limit))?;
-        recipe.prepare(&mut session)?;
-        let loss = recipe.loss.unweighted();
+    fn evaluation(&self, way: Way, arena: Option<usize>, limit: usize) -> Result<(usize, usize)> {
+        let mut session = self.dry(way.kept, arena.map(|_| limit))?;
+        way.recipe.prepare(&mut session)?;
+        let loss = way.recipe.loss.unweighted();
         let mut n = super::EVAL_BATCH.min(self.held);
         loop {
             let taken =
@@ -269,7 +353,7 @@ impl Job<'_> {
 
     /// Of the normalisations by batch: the fewest places a sample that one takes its statistics over.
     fn least_places(&self) -> Result<usize> {
-        let session = self.dry(None)?;
+        let session = self.dry(self.asked(), None)?;
         let net = Network::new(
             &session,
             crate::ops::Mode::TRAIN,
@@ -287,11 +371,14 @@ impl Job<'_> {
 
     /// The cheapest way that keeps to the budget. Fails, with what would help, where there is none.
     pub fn fit(&self, budget: usize) -> Result<Fitted> {
-        let batch = self.batch();
-        let usual = self.probe(self.recipe, batch, None)?;
+        let (batch, asked) = (self.batch(), self.asked());
+        let way = |kept: Kept| Way { recipe: self.recipe, kept };
+        let usual = self.probe(way(asked), batch, None)?;
         let unconstrained = usual.total();
-        let fitted = |micro: usize, arena: Option<usize>, p: &Probe| Fitted {
+        let fitted = |kept: Kept, micro: usize, arena: Option<usize>, p: &Probe| Fitted {
             budget,
+            kept,
+            asked,
             bytes: p.total(),
             unconstrained,
             arena,
@@ -303,30 +390,54 @@ impl Job<'_> {
             evaluated: p.evaluated,
         };
         let micros = self.micros()?;
-        let mut found = None;
-        if unconstrained <= budget {
-            found = Some(fitted(batch, None, &usual));
-        }
-        for &micro in &micros {
+        let all = match self.allow_half {
+            true => asked.and_less(),
+            false => vec![asked],
+        };
+        // Statistics of parts differ from the batch's by more than what is rounded.
+        let whole = if self.normalises() { 1 } else { micros.len() };
+        let (first, later) = micros.split_at(whole.min(micros.len()));
+        let mut found = (unconstrained <= budget).then(|| fitted(asked, batch, None, &usual));
+        for micros in [first, later] {
+            let tried = all.iter().flat_map(|kept| micros.iter().map(move |micro| (*kept, *micro)));
+            for (kept, micro) in tried {
+                let much = found.as_ref().is_some_and(|f| f.again.work > MUCH && all.len() > 1);
+                if found.is_some() && !much {
+                    break;
+                }
+                let Some((arena, p)) = self.within(way(kept), micro, budget)? else { continue };
+                if !much || p.again.work <= MUCH {
+                    found = Some(fitted(kept, micro, Some(arena), &p));
+                }
+            }
             if found.is_some() {
                 break;
             }
-            found = self.within(self.recipe, micro, budget)?.map(|(arena, p)| fitted(micro, Some(arena), &p));
         }
-        let (micro, least) = self.smallest(self.recipe, &micros)?;
+        // Of what was asked for, and of what takes the fewest bits (those in between where it matters).
+        let mut least: Option<(Kept, usize, Probe)> = None;
+        for (i, kept) in all.iter().enumerate() {
+            if found.is_none() || i == 0 || i + 1 == all.len() {
+                let (micro, p) = self.smallest(way(*kept), &micros)?;
+                if least.as_ref().is_none_or(|l| p.total() < l.2.total()) {
+                    least = Some((*kept, micro, p));
+                }
+            }
+        }
+        let Some((kept, micro, least)) = least else { return Err(Error::Config("nothing to plan".into())) };
         let smallest = least.total();
         if found.is_none() && smallest <= budget {
-            found = Some(fitted(micro, Some(0), &least));
+            found = Some(fitted(kept, micro, Some(0), &least));
         }
         match found {
             Some(f) => Ok(Fitted { smallest: smallest.min(f.bytes), ..f }),
-            None => Err(self.refuse(budget, &least, &micros)?),
+            None => Err(self.refuse(budget, kept, &least, &micros)?),
         }
     }
 
     /// A plan for parts of `micro` samples that keeps to the budget, and its arena's bound.
-    fn within(&self, recipe: &Recipe, micro: usize, budget: usize) -> Result<Option<(usize, Probe)>> {
-        let loose = self.probe(recipe, micro, Some(usize::MAX))?;
+    fn within(&self, way: Way, micro: usize, budget: usize) -> Result<Option<(usize, Probe)>> {
+        let loose = self.probe(way, micro, Some(usize::MAX))?;
         if loose.total() <= budget {
             return Ok(Some((loose.usage.arena, loose)));
         }
@@ -337,7 +448,7 @@ impl Job<'_> {
         // More kernel calls take a little memory too.
         let mut arena = arena.saturating_sub(MORE_KERNELS * PER_KERNEL).max(1);
         for _ in 0..4 {
-            let tight = self.probe(recipe, micro, Some(arena))?;
+            let tight = self.probe(way, micro, Some(arena))?;
             if tight.total() <= budget {
                 return Ok(Some((arena, tight)));
             }
@@ -352,11 +463,11 @@ impl Job<'_> {
     }
 
     /// Of the whole batch and of its smallest parts, the samples of what takes least, and what that is.
-    fn smallest(&self, recipe: &Recipe, micros: &[usize]) -> Result<(usize, Probe)> {
-        let whole = (self.batch(), self.probe(recipe, self.batch(), Some(0))?);
+    fn smallest(&self, way: Way, micros: &[usize]) -> Result<(usize, Probe)> {
+        let whole = (self.batch(), self.probe(way, self.batch(), Some(0))?);
         match micros.last().filter(|m| **m < whole.0) {
             Some(&micro) => {
-                let parts = (micro, self.probe(recipe, micro, Some(0))?);
+                let parts = (micro, self.probe(way, micro, Some(0))?);
                 Ok(if parts.1.total() < whole.1.total() { parts } else { whole })
             }
             None => Ok(whole),
@@ -364,7 +475,7 @@ impl Job<'_> {
     }
 
     /// The error that says what would fit.
-    fn refuse(&self, budget: usize, least: &Probe, micros: &[usize]) -> Result<Error> {
+    fn refuse(&self, budget: usize, kept: Kept, least: &Probe, micros: &[usize]) -> Result<Error> {
         let mut text = format!(
             "--memory-budget {}: the run takes at least {}; {}",
             human(budget),
@@ -374,10 +485,17 @@ impl Job<'_> {
         // Of whole weights.
         let options = self.session.options().clone();
         let whole = Session::new(self.model().clone(), options)?;
-        let fits = Job { session: &whole, ..*self }.fitting(budget, micros)?;
+        let fits = Job { session: &whole, ..*self }.fitting(budget, kept, micros)?;
         match fits.is_empty() {
             true => text.push_str("; nothing that freezes weights fits either"),
             false => text.push_str(&format!("; what would fit: {}", fits.join(", or "))),
+        }
+        let less = self.asked().and_less();
+        if let (false, Some(kept), true) = (self.allow_half, less.last(), less.len() > 1) {
+            let (_, p) = self.smallest(Way { recipe: self.recipe, kept: *kept }, micros)?;
+            if p.total() < least.total() {
+                text.push_str(&format!("; with --allow-half {} would do", human(p.total())));
+            }
         }
         if self.recipe.clip.is_some() {
             let gradients: usize = self.recipe.params.iter().map(|w| self.bytes_of(*w)).sum();
@@ -397,18 +515,18 @@ impl Job<'_> {
     /// The parameters that `select` chooses of those that the loss depends on.
     fn select(&self, select: &str) -> Option<Recipe> {
         let select: Select = select.parse().ok()?;
-        let session = self.dry(None).ok()?;
+        let session = self.dry(self.asked(), None).ok()?;
         let reached = step::reached(&session, &self.recipe.loss, self.shapes).ok()?;
         let mut params = select.resolve(self.model()).ok()?;
         params.retain(|w| reached[w.index()]);
         (!params.is_empty()).then(|| Recipe { params, ..self.recipe.clone() })
     }
 
-    fn fits(&self, select: &str, budget: usize, micros: &[usize]) -> Result<bool> {
+    fn fits(&self, select: &str, budget: usize, kept: Kept, micros: &[usize]) -> Result<bool> {
         let Some(recipe) = self.select(select) else { return Ok(false) };
         for micro in micros.iter().take(1).chain(micros.iter().skip(1).last()) {
             // Whether anything has to be computed again does not matter here.
-            if self.within(&recipe, *micro, budget)?.is_some() {
+            if self.within(Way { recipe: &recipe, kept }, *micro, budget)?.is_some() {
                 return Ok(true);
             }
         }
@@ -417,7 +535,7 @@ impl Job<'_> {
 
     /// What may be frozen so that the rest fits: the shortest list of large tensors, as many of the last layers as may train,
     /// and the smaller presets.
-    fn fitting(&self, budget: usize, micros: &[usize]) -> Result<Vec<String>> {
+    fn fitting(&self, budget: usize, kept: Kept, micros: &[usize]) -> Result<Vec<String>> {
         let mut found = Vec::new();
         let mut largest = self.recipe.params.clone();
         largest.sort_by_key(|w| (std::cmp::Reverse(self.bytes_of(*w)), w.index()));
@@ -425,7 +543,7 @@ impl Job<'_> {
             for n in [1, 2, 3, 5] {
                 let names = largest.iter().take(n).map(|w| format!("!{}", self.model().weight(*w).name));
                 let select = names.collect::<Vec<_>>().join(",");
-                if n < largest.len() && self.fits(&select, budget, micros)? {
+                if n < largest.len() && self.fits(&select, budget, kept, micros)? {
                     found.push(format!("--train '{select}' (all but {n})"));
                     break;
                 }
@@ -435,7 +553,7 @@ impl Job<'_> {
         let (mut low, mut high) = (0, self.recipe.params.iter().filter(layers).count());
         while low + 1 < high {
             let middle = (low + high) / 2;
-            match self.fits(&format!("last:{middle}"), budget, micros)? {
+            match self.fits(&format!("last:{middle}"), budget, kept, micros)? {
                 true => low = middle,
                 false => high = middle,
             }
@@ -444,7 +562,7 @@ impl Job<'_> {
             found.push(format!("--train last:{low}"));
         }
         for preset in ["norm", "bias", "head"] {
-            if self.train != preset && self.fits(preset, budget, micros)? {
+            if self.train != preset && self.fits(preset, budget, kept, micros)? {
                 found.push(format!("--train {preset}"));
                 break;
             }
@@ -454,6 +572,12 @@ impl Job<'_> {
 }
 
 impl Fitted {
+    /// Options of a session that keeps to it.
+    pub fn options(&self, of: &Options) -> Options {
+        let Kept { precision, master_free, optimizer_state } = self.kept;
+        Options { arena: self.arena, precision, master_free, optimizer_state, ..of.clone() }
+    }
+
     /// About what it takes to run the model in tract, which unpacks the file several times over.
     pub fn to_verify(&self, model: &Model) -> usize {
         let file: usize = model.files.iter().map(|f| f.bytes.len()).sum();
@@ -480,6 +604,10 @@ impl Fitted {
                 human(self.smallest)
             ),
         }];
+        let instead = self.kept.instead_of(self.asked);
+        if !instead.is_empty() {
+            notes.push(format!("as --allow-half allows, {}", instead.join(", ")));
+        }
         if self.parts > 1 {
             notes.push(format!(
                 "batches are learned from in {} parts of {} samples, whose gradients add up{}",

@@ -194,6 +194,9 @@ pub struct Config {
     pub optimizer_state: OptimizerState,
     /// What a run may hold at most, as `64MiB`.
     pub memory_budget: Option<String>,
+    /// To keep to it, half precision may be used where nothing else is enough.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub allow_half: bool,
     pub checkpoint: Option<PathBuf>,
     pub checkpoint_every: usize,
     pub resume: bool,
@@ -280,6 +283,7 @@ impl Default for Config {
             master_free: false,
             optimizer_state: OptimizerState::F32,
             memory_budget: None,
+            allow_half: false,
             checkpoint: None,
             checkpoint_every: 20,
             resume: false,
@@ -357,7 +361,11 @@ impl Config {
                 "--master-free needs --precision bf16 or f16: it keeps no f32 copy of the weights",
             );
         }
-        self.memory_budget()?;
+        if self.memory_budget()?.is_none() && self.allow_half {
+            return config(
+                "--allow-half is for --memory-budget; --precision bf16 takes half precision in any case",
+            );
+        }
         if self.resume && self.checkpoint.is_none() {
             return config("--resume needs --checkpoint DIR");
         }
@@ -519,6 +527,7 @@ mod tests {
         assert!(bad(|c| c.at = Some("x".into())).contains("--head"));
         assert!(bad(|c| c.nesterov = true).contains("--momentum"));
         assert!(bad(|c| c.master_free = true).contains("--precision"));
+        assert!(bad(|c| c.allow_half = true).contains("--memory-budget"));
         assert!(bad(|c| c.memory_budget = Some("64 apples".into())).contains("--memory-budget"));
         assert!(bad(|c| c.train = "lora:0".into()).contains("--train"));
         assert!(bad(|c| c.lora_alpha = Some(0.0)).contains("--lora-alpha"));

@@ -273,6 +273,7 @@ pub fn finetune(
         session: &session,
         recipe: &recipe,
         method: &|| config.training_method(false),
+        allow_half: config.allow_half,
         shapes: &shapes,
         epochs: config.epochs,
         samples: train.len(),
@@ -286,7 +287,7 @@ pub fn finetune(
     let budget = config.memory_budget()?.map(|b| job.fit(b)).transpose()?;
     let (mut batch, mut evaluated) = (config.batch, EVAL_BATCH);
     if let Some(b) = &budget {
-        session.keep_arena_to(b.arena);
+        session = session.alike(b.options(session.options()))?;
         recipe.accumulate *= b.parts;
         batch = if b.parts > 1 { b.micro } else { batch };
         evaluated = b.evaluated.max(1);

@@ -93,10 +93,31 @@ where
                 }
                 let to = &mut piece[(row - first) * block..][..block];
                 let from = &dy[(o * m + k) * block..][..block];
-                to.iter_mut().zip(from).for_each(|(t, f)| *t += *f);
+                add(to, from);
             }
         }
     });
+}
+
+/// The same for one outer position, of the `n` rows only those that were read: `sums[k]` is the sum for the row that `index[k]`
+/// is the first to read, or zero; `at[row]` is that k, or -1.
+pub fn row_sums<T>(dy: &[T], n: usize, block: usize, index: Indices, sums: &mut [T], at: &mut [i32])
+where
+    T: Pod + std::ops::AddAssign,
+{
+    sums.fill(T::zeroed());
+    at.fill(-1);
+    for k in 0..index.len() {
+        let first = &mut at[index.at(k, n)];
+        if *first < 0 {
+            *first = k as i32;
+        }
+        add(&mut sums[*first as usize * block..][..block], &dy[k * block..][..block]);
+    }
+}
+
+fn add<T: Copy + std::ops::AddAssign>(to: &mut [T], from: &[T]) {
+    to.iter_mut().zip(from).for_each(|(t, f)| *t += *f);
 }
 
 /// `y = f(y, updates)`, element by element.

@@ -62,6 +62,45 @@ impl<'a, T: Float> Cells<'a, T> {
     }
 }
 
+/// The gradient of a parameter.
+#[derive(Clone, Copy)]
+pub enum Gradient<'a, T> {
+    Whole(&'a [T]),
+    /// Of some rows of `len` elements: `sums[at[row]]`, and zero where that is negative.
+    Rows {
+        sums: &'a [T],
+        at: &'a [i32],
+        len: usize,
+    },
+}
+
+impl<T: Float> Gradient<'_, T> {
+    fn len(&self) -> usize {
+        match self {
+            Gradient::Whole(all) => all.len(),
+            Gradient::Rows { at, len, .. } => at.len() * len,
+        }
+    }
+
+    /// Elements from `start` on, into zeros.
+    #[inline(always)]
+    fn load(&self, start: usize, out: &mut [T]) {
+        match self {
+            Gradient::Whole(all) => out.copy_from_slice(&all[start..][..out.len()]),
+            Gradient::Rows { sums, at, len } => {
+                let (mut row, mut from, mut done) = (start / len, start % len, 0);
+                while done < out.len() {
+                    let n = (len - from).min(out.len() - done);
+                    if let Ok(k) = usize::try_from(at[row]) {
+                        out[done..done + n].copy_from_slice(&sums[k * len + from..][..n]);
+                    }
+                    (row, from, done) = (row + 1, 0, done + n);
+                }
+            }
+        }
+    }
+}
+
 /// What [`sweep`] reads and writes.
 trait Access<T> {
     /// Elements from `start` on, at most `RUN`.
@@ -122,35 +161,35 @@ impl<T: Float> Access<T> for Cells<'_, T> {
 pub fn sweep<'a, T: Float, const N: usize>(
     param: impl Into<Cells<'a, T>>,
     states: [Cells<'a, T>; N],
-    grad: &[T],
+    grad: Gradient<T>,
     f: &(impl Fn(T, [T; N], T) -> (T, [T; N]) + Sync),
 ) {
     let zeros = [T::zero(); N];
     let rests = f(T::one(), zeros, T::zero()) == (T::one(), zeros);
-    part(param.into(), states, grad, 0, rests, f);
+    part(param.into(), states, grad, 0..grad.len(), rests, f);
 }
 
-/// A part of [`sweep`], from element `nth` of the tensor on; `rests`: does `f` leave a parameter as it is where the
+/// A part of [`sweep`], elements `at` of the tensor; `rests`: does `f` leave a parameter as it is where the
 /// gradient and the states are zero?
 fn part<T: Float, const N: usize>(
     param: Cells<T>,
     states: [Cells<T>; N],
-    grad: &[T],
-    nth: usize,
+    grad: Gradient<T>,
+    at: Range<usize>,
     rests: bool,
     f: &(impl Fn(T, [T; N], T) -> (T, [T; N]) + Sync),
 ) {
-    let len = grad.len();
+    let len = at.len();
     if len <= GRAIN {
         let wide = [&param].into_iter().chain(&states).all(Cells::is_wide);
         return match wide {
-            true => in_runs::<T, _, N, RUN>(param.wide(), states.map(Cells::wide), grad, nth, rests, f),
-            false => in_runs::<T, _, N, BLOCK>(param, states, grad, nth, rests, f),
+            true => in_runs::<T, _, N, RUN>(param.wide(), states.map(Cells::wide), grad, at, rests, f),
+            false => in_runs::<T, _, N, BLOCK>(param, states, grad, at, rests, f),
         };
     }
     let mid = (len / 2).next_multiple_of(GRAIN);
     let (param, param_right) = param.split_at(mid);
-    let (grad, grad_right) = grad.split_at(mid);
+    let middle = at.start + mid;
     let mut right: [Cells<T>; N] = std::array::from_fn(|_| Cells::Wide(&mut [][..]));
     let mut k = 0;
     let left = states.map(|s| {
@@ -160,8 +199,8 @@ fn part<T: Float, const N: usize>(
         a
     });
     rayon::join(
-        || part(param, left, grad, nth, rests, f),
-        || part(param_right, right, grad_right, nth + mid, rests, f),
+        || part(param, left, grad, at.start..middle, rests, f),
+        || part(param_right, right, grad, middle..at.end, rests, f),
     );
 }
 
@@ -169,21 +208,22 @@ fn part<T: Float, const N: usize>(
 fn in_runs<T: Float, A: Access<T>, const N: usize, const RUN: usize>(
     mut param: A,
     mut states: [A; N],
-    grad: &[T],
-    nth: usize,
+    grad: Gradient<T>,
+    at: Range<usize>,
     rests: bool,
     f: &impl Fn(T, [T; N], T) -> (T, [T; N]),
 ) {
-    let whole = grad.len() / RUN * RUN;
+    let (nth, len) = (at.start, at.len());
+    let whole = len / RUN * RUN;
     vectorize(
         #[inline(always)]
         || {
             for start in (0..whole).step_by(RUN) {
-                run::<T, A, N, RUN>(&mut param, &mut states, grad, start..start + RUN, nth, rests, f);
+                run::<T, A, N, RUN>(&mut param, &mut states, &grad, start..start + RUN, nth, rests, f);
             }
             // (By itself, so that the runs before are copied without a call.)
-            if whole < grad.len() {
-                run::<T, A, N, RUN>(&mut param, &mut states, grad, whole..grad.len(), nth, rests, f);
+            if whole < len {
+                run::<T, A, N, RUN>(&mut param, &mut states, &grad, whole..len, nth, rests, f);
             }
         },
     );
@@ -193,7 +233,7 @@ fn in_runs<T: Float, A: Access<T>, const N: usize, const RUN: usize>(
 fn run<T: Float, A: Access<T>, const N: usize, const RUN: usize>(
     param: &mut A,
     states: &mut [A; N],
-    grad: &[T],
+    grad: &Gradient<T>,
     at: Range<usize>,
     nth: usize,
     rests: bool,
@@ -203,7 +243,7 @@ fn run<T: Float, A: Access<T>, const N: usize, const RUN: usize>(
     let [mut p, mut g] = [[T::zero(); RUN]; 2];
     let mut s = [[T::zero(); RUN]; N];
     let (start, n) = (at.start, at.len());
-    g[..n].copy_from_slice(&grad[at]);
+    grad.load(nth + start, &mut g[..n]);
     let mut zero = rests && is_zero(&g[..n]);
     for (s, state) in s.iter_mut().zip(&*states) {
         state.load::<RUN>(start, &mut s[..n]);
@@ -278,7 +318,7 @@ mod tests {
             let mut velocity: Vec<f32> = (0..n).map(|i| sparse(i, 0)).collect();
             let grad: Vec<f32> = (0..n).map(|i| sparse(i, 1)).collect();
             let expected: Vec<_> = (0..n).map(|i| f(param[i], [velocity[i]], grad[i])).collect();
-            sweep(&mut param[..], [Cells::Wide(&mut velocity)], &grad, &f);
+            sweep(&mut param[..], [Cells::Wide(&mut velocity)], Gradient::Whole(&grad), &f);
             for (i, (p, [v])) in expected.into_iter().enumerate() {
                 assert_eq!((param[i], velocity[i]), (p, v), "element {i}");
             }

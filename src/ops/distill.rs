@@ -8,7 +8,7 @@ use crate::graph::GradBuilder;
 use crate::kernels::distill;
 use crate::kernels::half::Half;
 use crate::kernels::random::Stream;
-use crate::kernels::update::{Cells, sweep};
+use crate::kernels::update::{Cells, Gradient, sweep};
 use crate::ops::half::half_bits_mut;
 use crate::ops::update::seed;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, get, need, out};
@@ -186,7 +186,7 @@ impl Op for Average {
                 Some(half) => Cells::Half(half, half_bits_mut(y)?, seed(self.salt, step)),
                 None => Cells::Wide(y.get::<T>()?),
             };
-            sweep(average, [], x.get::<T>()?, &|a, [], v| (a + weight * (v - a), []));
+            sweep(average, [], Gradient::Whole(x.get::<T>()?), &|a, [], v| (a + weight * (v - a), []));
             Ok(())
         })
     }

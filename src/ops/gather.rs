@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use crate::error::OpError;
 use crate::float_dispatch;
-use crate::graph::GradBuilder;
-use crate::kernels::index::{AlongAxis, Indices, Tuples, each, gather, scatter_add};
+use crate::graph::{GradBuilder, Graph, NodeId, Source, ValueId};
+use crate::kernels::index::{AlongAxis, Indices, Tuples, each, gather, row_sums, scatter_add};
 use crate::ops::bytes::{by_size, second_derivative, sized, units, units_mut};
 use crate::ops::{Cx, Grads, Op, Row, Spec, need, out};
 use crate::tensor::{DType, Dims, Meta, View, ViewMut, axis};
@@ -109,6 +109,60 @@ impl Op for GatherGrad {
         let block = self.dims[self.axis + 1..].iter().product();
         float_dispatch!(dy.dtype, T => {
             scatter_add::<T>(dy.get()?, n, block, index, y.get()?);
+            Ok(())
+        })
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        second_derivative()
+    }
+}
+
+/// The gradient of a table of `rows`, of those rows alone that were read: (dY, indices) to sums of the shape of dY, at a
+/// row's first index, zero at its others; and int32 [rows]: which index that is, or -1. What
+/// [`Update`](crate::ops::update::Update) takes in place of a gradient of the table's size.
+#[derive(Debug)]
+pub struct RowSums {
+    pub rows: usize,
+}
+
+impl RowSums {
+    /// Computes the gradient `g` in this form, if it is one of a table's: the sums, and what tells where they are.
+    pub fn instead(graph: &mut Graph, g: ValueId) -> Result<Option<(ValueId, ValueId)>, OpError> {
+        let Source::Node(NodeId(n), 0) = graph.value(g).source else { return Ok(None) };
+        let node = &graph.nodes[n as usize];
+        let &[Some(dy), Some(index)] = &node.inputs[..] else { return Ok(None) };
+        let Some(GatherGrad { axis: 0, dims }) = node.op.as_a() else { return Ok(None) };
+        let rows = dims[0];
+        // Indices are told apart by 31 bits.
+        let read = graph.value(index).meta.as_ref().map_or(usize::MAX, Meta::len);
+        if read >= rows.min(i32::MAX as usize) {
+            return Ok(None);
+        }
+        let made = graph.emit("grad", Arc::new(RowSums { rows }), &[Some(dy), Some(index)], 2)?;
+        Ok(Some((made[0], made[1])))
+    }
+}
+
+impl Op for RowSums {
+    fn name(&self) -> &'static str {
+        "RowSums"
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let dy = need(inputs, 0)?;
+        Ok(vec![Meta::new(dy.dtype, &dy.dims), Meta::new(DType::I32, &[self.rows])])
+    }
+
+    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let (dy, index) = (need(x, 0)?, indices(&need(x, 1)?)?);
+        in_range(&index, self.rows)?;
+        let block = dy.dims.iter().product::<usize>() / index.len().max(1);
+        let [Some(sums), Some(at)] = y else {
+            return Err(OpError::Internal("sums of rows need two buffers".into()));
+        };
+        float_dispatch!(dy.dtype, T => {
+            row_sums::<T>(dy.get()?, self.rows, block, index, sums.get()?, at.get()?);
             Ok(())
         })
     }

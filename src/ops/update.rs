@@ -2,7 +2,8 @@
 //!
 //! Inputs: parameter, gradient, `hyper` (float64 [2]: learning rate, 1-based step), `scale` (optional float64
 //! scalar multiplied into the gradient; not finite: nothing changes), then the states. Outputs: the next
-//! parameter, then the next states. A parameter of f32 may be stored in half precision, a state too, or in eight-bit codes
+//! parameter, then the next states. The gradient of a table may be the sums of [`RowSums`](crate::ops::gather::RowSums), whose
+//! second output is then the last input. A parameter of f32 may be stored in half precision, a state too, or in eight-bit codes
 //! (uint8, see `kernels::update::packed`): they are widened, updated, and rounded. The perturbers of ICP are these same operators applied to the network's input.
 
 mod scale;
@@ -11,7 +12,7 @@ use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::half::Half;
-use crate::kernels::update::{Cells, Map, packed, sweep};
+use crate::kernels::update::{Cells, Gradient, Map, packed, sweep};
 use crate::ops::half::half_bits_mut;
 use crate::ops::{Cx, Grads, Op, get, need};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
@@ -120,6 +121,20 @@ fn hyper(x: &[Option<View>]) -> Result<Option<(f64, f64, f64)>, OpError> {
     Ok(scale.is_finite().then_some((*lr, *t, scale)))
 }
 
+/// The gradient of a parameter with so many states, whose next value `y` has the shape of (where it is updated in place, the
+/// parameter is no input).
+fn gradient<'a, T: Float>(
+    x: &[Option<View<'a>>],
+    y: &[Option<ViewMut>],
+    states: usize,
+) -> Result<Gradient<'a, T>, OpError> {
+    let sums = need(x, 1)?.get()?;
+    let (Some(at), Some(Some(y))) = (get(x, FIRST_STATE + states), y.first()) else {
+        return Ok(Gradient::Whole(sums));
+    };
+    Ok(Gradient::Rows { sums, at: at.get()?, len: y.dims[1..].iter().product() })
+}
+
 /// Of random rounding in a step: follows from the parameter and the step's number.
 pub(super) fn seed(salt: u64, t: f64) -> u64 {
     (salt ^ t as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
@@ -165,12 +180,17 @@ fn infer(inputs: &[Option<&Meta>], states: usize) -> Result<Vec<Meta>, OpError> 
     let param = need(inputs, 0)?;
     let wide = Meta::new(param.dtype.working(), &param.dims);
     let mut made = vec![Meta::new(param.dtype, &param.dims)];
+    // Whether sums are those of rows of the parameter.
+    let rows = get(inputs, FIRST_STATE + states).is_some_and(|at| {
+        let of_rows = at.dtype == DType::I32 && param.dims.first() == Some(&at.len());
+        of_rows && inputs[1].is_some_and(|g| g.dtype == wide.dtype && g.dims.ends_with(&param.dims[1..]))
+    });
     for i in [1].into_iter().chain(FIRST_STATE..FIRST_STATE + states) {
         let m = need(inputs, i)?;
         let rounded = Half::of(m.dtype).is_some() && m.dims == param.dims;
         let codes = m.dtype == DType::U8 && m.dims.as_slice() == [packed(param.len())];
         let narrow = i > 1 && wide.dtype == DType::F32 && (rounded || codes);
-        if !(m.same_shape(&wide) || narrow) {
+        if !(m.same_shape(&wide) || narrow || i == 1 && rows) {
             return Err(OpError::Shape(format!(
                 "input {i} is {} {:?}, the parameter {} {:?}",
                 m.dtype,
@@ -233,7 +253,7 @@ update_op!(AdEMAMix, "AdEMAMix", |_| 3);
 
 impl Sgd {
     fn run<T: Float>(&self, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let grad = need(x, 1)?.get::<T>()?;
+        let grad = gradient::<T>(x, y, self.states())?;
         let step = hyper(x)?;
         let seed = seed(self.salt, step.map_or(0.0, |s| s.1));
         // Skipping comes after `buffers`, which carries old values over to separate outputs.
@@ -262,7 +282,7 @@ impl Sgd {
 
 impl Adam {
     fn run<T: Float>(&self, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let grad = need(x, 1)?.get::<T>()?;
+        let grad = gradient::<T>(x, y, self.states())?;
         let step = hyper(x)?;
         let (lr, t, scale) = step.unwrap_or((0.0, 1.0, 1.0));
         let seed = seed(self.salt, t);
@@ -304,7 +324,7 @@ impl Adam {
 
 impl AdEMAMix {
     fn run<T: Float>(&self, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        let grad = need(x, 1)?.get::<T>()?;
+        let grad = gradient::<T>(x, y, self.states())?;
         let step = hyper(x)?;
         let seed = seed(self.salt, step.map_or(0.0, |s| s.1));
         let (param, states) = buffers::<T, 3>(x, y, [true, false, true], seed)?;
@@ -345,8 +365,8 @@ impl Op for Accumulate {
             return Err(OpError::Internal("two hyperparameters are needed".into()));
         };
         float_dispatch!(need(x, 1)?.dtype, T => {
+            let (grad, weight) = (gradient::<T>(x, y, 0)?, T::of(*weight));
             let (acc, []) = buffers::<T, 0>(x, y, [], 0)?;
-            let (grad, weight) = (need(x, 1)?.get::<T>()?, T::of(*weight));
             match *first != 0.0 {
                 true => sweep(acc, [], grad, &|_, [], g| (weight * g, [])),
                 false => sweep(acc, [], grad, &|a, [], g| (a + weight * g, [])),

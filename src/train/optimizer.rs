@@ -94,17 +94,18 @@ impl Optimizer {
         step: Step,
         states: &[StateId],
     ) -> std::result::Result<ValueId, OpError> {
-        self.emit_as(graph, param, grad, step, states, OptimizerState::F32, 0)
+        self.emit_as(graph, param, (grad, None), step, states, OptimizerState::F32, 0)
     }
 
-    /// As [`emit`](Self::emit), of states as [`states_as`](Self::states_as) makes them. What is rounded at random is so
+    /// As [`emit`](Self::emit), of states as [`states_as`](Self::states_as) makes them, by a gradient that may be of rows
+    /// ([`RowSums`](crate::ops::gather::RowSums)). What is rounded at random is so
     /// by numbers that follow from `seed`, the parameter's name, the step and the element.
     #[allow(clippy::too_many_arguments)]
     pub fn emit_as(
         &self,
         graph: &mut Graph,
         param: ValueId,
-        grad: ValueId,
+        (grad, rows): (ValueId, Option<ValueId>),
         step: Step,
         states: &[StateId],
         kept: OptimizerState,
@@ -118,6 +119,7 @@ impl Optimizer {
             let meta = kept_meta(&meta, what, kept);
             inputs.push(Some(graph.add_state(format!("{name}.{what}"), *s, meta)));
         }
+        inputs.extend(rows.map(Some));
         let op = self.op(salt(&name, seed));
         Ok(graph.emit(&format!("update/{name}"), op, &inputs, 1 + states.len())?[0])
     }

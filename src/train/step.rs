@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use crate::error::{Error, Result};
 use crate::exec::{Program, Purpose, Session, infer};
 use crate::graph::{self, Graph, Source, StateId, ValueId, WeightId};
+use crate::ops::gather::RowSums;
 use crate::ops::update::{Accumulate, ClipScale, SumSquares};
 use crate::ops::variadic::Variadic;
 use crate::ops::{Mode, Op};
@@ -220,9 +221,6 @@ pub fn update_and(
     let of_others = others.iter().map(|v| grads.get(v).copied()).collect();
     let grads: Vec<(ValueId, ValueId)> = params.iter().map(|v| (*v, grads[v])).collect();
     let mut updates = Updates::default();
-    for (_, g) in &grads {
-        updates.kinds.insert(*g, Kind::Gradient);
-    }
     match recipe.accumulate {
         0 | 1 => emit_updates(session, graph, recipe, loss, &grads, &mut updates)?,
         _ => emit_accumulation(session, graph, loss, &grads, &mut updates)?,
@@ -238,18 +236,26 @@ fn emit_updates(
     grads: &[(ValueId, ValueId)],
     updates: &mut Updates,
 ) -> Result<()> {
-    let mut inputs = vec![Some(loss), Some(sum_squares(graph, grads.iter().map(|(_, g)| *g))?)];
+    let mut of = Vec::with_capacity(grads.len());
+    for (_, g) in grads {
+        of.push(match at_loss(RowSums::instead(graph, *g))? {
+            Some((sums, at)) => (sums, Some(at)),
+            None => (*g, None),
+        });
+    }
+    updates.kinds.extend(of.iter().map(|(g, _)| (*g, Kind::Gradient)));
+    let mut inputs = vec![Some(loss), Some(sum_squares(graph, of.iter().map(|(g, _)| *g))?)];
     inputs.extend(loss_scale::of(session, graph).map(Some));
     let clip = emit(graph, "norm", ClipScale { max_norm: recipe.clip }, &inputs, 2)?;
     (updates.scale, updates.norm) = (Some(clip[0]), Some(clip[1]));
     let step = shared_step(session, graph, updates);
-    for (param, g) in grads {
+    for ((param, _), g) in grads.iter().zip(of) {
         let name = graph.value(*param).name.clone();
         let meta = graph.meta(*param)?.clone();
         let (kept, seed) = (session.options().optimizer_state, session.options().seed);
         let (optimizer, store) = (&recipe.optimizer, session.store_mut());
         let states = optimizer.states_as(store, &name, &meta, Purpose::Optimizer, kept);
-        updates.effects.push(at_loss(optimizer.emit_as(graph, *param, *g, step, &states, kept, seed))?);
+        updates.effects.push(at_loss(optimizer.emit_as(graph, *param, g, step, &states, kept, seed))?);
     }
     updates.effects.extend(loss_scale::next(session, graph, clip[0])?);
     Ok(())
@@ -302,6 +308,7 @@ fn emit_accumulation(
     grads: &[(ValueId, ValueId)],
     updates: &mut Updates,
 ) -> Result<()> {
+    updates.kinds.extend(grads.iter().map(|(_, g)| (*g, Kind::Gradient)));
     let share = hyper_state(session, SHARE);
     let share = graph.add_state(SHARE, share, hyper_meta());
     let mut sums = vec![(LOSS_SUM.to_string(), loss)];

@@ -9,6 +9,7 @@ use crate::exec::parts::{self, Held, Part};
 use crate::exec::store::Purpose;
 use crate::graph::{StateId, ValueId, WeightId};
 use crate::import::Role;
+use crate::kernels::half::Half;
 use crate::tensor::{DType, Meta, Tensor};
 
 impl Session {
@@ -133,6 +134,12 @@ impl Session {
         let weight = self.model.weight(id);
         let same = |s: &StateId| weight.quantised.is_none() && self.store.meta(*s).dtype == weight.dtype;
         self.states[id.index()].filter(same)
+    }
+
+    /// The state of a weight that is held in half precision, where the file has float32.
+    pub fn widened(&self, id: WeightId) -> Option<StateId> {
+        let half = |s: &StateId| Half::of(self.store.meta(*s).dtype).is_some();
+        self.states[id.index()].filter(|s| self.model.weight(id).dtype == DType::F32 && half(s))
     }
 
     /// A weight as a constant operand.

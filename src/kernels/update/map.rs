@@ -31,8 +31,8 @@ pub struct Map {
     values: [f32; 256],
     /// Between a value and the next; infinite after the last.
     middle: [f32; 256],
-    /// The code of the smallest magnitude of each bucket.
-    bucket: [u8; BUCKETS],
+    /// The code of the smallest magnitude of each bucket; within one, at most one more code begins.
+    bucket: [u32; BUCKETS],
     signed: bool,
 }
 
@@ -72,20 +72,17 @@ impl Map {
             while least > map.middle[code] {
                 code += 1;
             }
-            *bucket = code as u8;
+            *bucket = code as u32;
         }
         map
     }
 
     /// The nearest code of a magnitude in 0 … 1.
     #[inline(always)]
-    fn nearest(&self, size: f32) -> usize {
+    fn nearest(&self, size: f32) -> u32 {
         let at = (size.to_bits() >> 16).saturating_sub(LEAST);
-        let mut code = usize::from(self.bucket[(at as usize).min(BUCKETS - 1)]);
-        while size > self.middle[code] {
-            code += 1;
-        }
-        code
+        let code = self.bucket[(at as usize).min(BUCKETS - 1)] & 0xFF;
+        code + u32::from(size > self.middle[code as usize])
     }
 
     /// Codes of at most [`BLOCK`] elements, to `packed` bytes.
@@ -95,14 +92,19 @@ impl Map {
         let (head, codes) = packed.split_at_mut(HEAD);
         head.copy_from_slice(&largest.to_le_bytes());
         let unit = if largest > 0.0 { largest } else { 1.0 };
-        for (x, code) in x.iter().zip(codes) {
-            let mut nearest = self.nearest((x.abs() / unit).min(1.0));
-            if !self.signed && nearest == 0 && *x != 0.0 {
-                nearest = 1;
-            }
-            let sign = if self.signed && x.is_sign_negative() && nearest > 0 { 0x80 } else { 0 };
-            *code = nearest as u8 | sign;
+        // In loops of one thing each, which are vectorised.
+        let mut sizes = [0.0f32; BLOCK];
+        let mut nearest = [0u32; BLOCK];
+        sizes.iter_mut().zip(x).for_each(|(s, x)| *s = (x.abs() / unit).min(1.0));
+        nearest.iter_mut().zip(&sizes).for_each(|(n, s)| *n = self.nearest(*s));
+        match self.signed {
+            true => nearest
+                .iter_mut()
+                .zip(x)
+                .for_each(|(n, x)| *n |= (u32::from(*n > 0) & x.to_bits() >> 31) << 7),
+            false => nearest.iter_mut().zip(x).for_each(|(n, x)| *n = (*n).max(u32::from(*x != 0.0))),
         }
+        codes.iter_mut().zip(&nearest).for_each(|(c, n)| *c = *n as u8);
     }
 
     /// What [`encode`](Self::encode) kept.
@@ -111,10 +113,11 @@ impl Map {
         let (head, codes) = packed.split_at(HEAD);
         let largest = f32::from_le_bytes([head[0], head[1], head[2], head[3]]);
         for (x, code) in x.iter_mut().zip(codes) {
-            *x = match self.signed {
-                true if code & 0x80 != 0 => -self.values[usize::from(code & 0x7F)] * largest,
-                _ => self.values[usize::from(*code)] * largest,
+            let (code, sign) = match self.signed {
+                true => (code & 0x7F, u32::from(code & 0x80) << 24),
+                false => (*code, 0),
             };
+            *x = f32::from_bits(self.values[usize::from(code)].to_bits() | sign) * largest;
         }
     }
 }
@@ -130,7 +133,12 @@ mod tests {
             let codes = if signed { 128 } else { 256 };
             assert!(map.values[..codes].is_sorted_by(|a, b| a < b) && map.values[codes - 1] == 1.0);
             for code in 0..codes {
-                assert_eq!(map.nearest(map.values[code]), code);
+                assert_eq!(map.nearest(map.values[code]) as usize, code);
+            }
+            for code in 0..codes - 1 {
+                let middle = map.middle[code];
+                let around = [middle, middle.next_up()].map(|m| map.nearest(m) as usize);
+                assert_eq!(around, [code, code + 1]);
             }
             for i in 0..100_000 {
                 let x = (i as f32 / 100_000.0).powi(6);
@@ -138,7 +146,7 @@ mod tests {
                     let off = |c: usize| (f64::from(map.values[c]) - f64::from(x)).abs();
                     off(*a).total_cmp(&off(*b))
                 });
-                let (found, best) = (map.nearest(x), best.unwrap());
+                let (found, best) = (map.nearest(x) as usize, best.unwrap());
                 let off = |c: usize| (f64::from(map.values[c]) - f64::from(x)).abs();
                 assert!(off(found) <= off(best) * (1.0 + 1e-5), "{x}: {found}, not {best}");
             }

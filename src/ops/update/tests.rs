@@ -1,6 +1,7 @@
 use super::*;
 use crate::ops::eval;
-use crate::tensor::Tensor;
+use crate::ops::gather::{GatherGrad, RowSums};
+use crate::tensor::{Dims, Tensor};
 
 fn step(op: &dyn Update, state: &mut [Tensor], grad: &Tensor, (lr, t): (f64, f64), scale: Option<f64>) {
     let hyper = Tensor::from_slice(&[2], &[lr, t]).unwrap();
@@ -82,6 +83,47 @@ fn in_the_states_buffers_as_in_separate_ones() {
         let x = [None, Some(grad.view()), Some(hyper.view()), None, None, None, None];
         op.forward(&mut Cx { scratch: &mut [], seed: 0 }, &x, &mut y).unwrap();
         assert!(separate.iter().zip(&shared).all(|(a, b)| a.bytes() == b.bytes()), "{op:?}");
+    }
+}
+
+/// A table of which some rows were read, by their gradients alone and by one of its whole size; in place too.
+#[test]
+fn rows_that_were_read_move_as_by_the_whole_gradient() {
+    let (rows, block) = (150, 300);
+    let dims = [rows, block];
+    let wave = |n: usize, f: f32| (0..n).map(|i| (i as f32 * f).sin()).collect::<Vec<_>>();
+    let table = Tensor::from_slice(&dims, &wave(rows * block, 0.37)).unwrap();
+    for op in all() {
+        for (of_param, of_states) in [(DType::F32, DType::F32), (DType::BF16, DType::U8)] {
+            let mut whole = vec![table.cast(of_param)];
+            let packed = packed(rows * block);
+            whole.extend((0..op.states()).map(|_| match of_states {
+                DType::U8 => Tensor::zeros(DType::U8, &[packed]),
+                _ => Tensor::zeros(of_states, &dims),
+            }));
+            let mut few = whole.clone();
+            for t in 1..=3i64 {
+                let read: Vec<i64> = (0..40).map(|i| (i * i * t + 7 * t) % 150 - 30 * (i % 2)).collect();
+                let index = Tensor::from_slice(&[5, 8], &read).unwrap();
+                let dy = Tensor::from_slice(&[5, 8, block], &wave(40 * block, t as f32 * 0.11)).unwrap();
+                let grad = GatherGrad { axis: 0, dims: Dims::from_slice(&dims) };
+                let grad = eval(&grad, &[Some(&dy), Some(&index)]).unwrap();
+                step(op.as_ref(), &mut whole, &grad[0], (0.01, t as f64), None);
+                let sums = eval(&RowSums { rows }, &[Some(&dy), Some(&index)]).unwrap();
+                let hyper = Tensor::from_slice(&[2], &[0.01, t as f64]).unwrap();
+                let mut x = vec![Some(&few[0]), Some(&sums[0]), Some(&hyper), None];
+                x.extend(few[1..].iter().chain([&sums[1]]).map(Some));
+                let next = eval(op.as_ref(), &x).unwrap();
+                let mut x = vec![None, Some(sums[0].view()), Some(hyper.view()), None];
+                x.resize(FIRST_STATE + op.states(), None);
+                x.push(Some(sums[1].view()));
+                let mut y: Vec<Option<ViewMut>> = few.iter_mut().map(|t| Some(t.view_mut())).collect();
+                op.forward(&mut Cx { scratch: &mut [], seed: 0 }, &x, &mut y).unwrap();
+                for others in [&next, &few] {
+                    assert!(whole.iter().zip(others).all(|(a, b)| a.bytes() == b.bytes()), "{op:?}, {t}");
+                }
+            }
+        }
     }
 }
 
@@ -174,53 +216,4 @@ fn clipping_and_accumulation() {
     let acc = add(&acc, 1.0);
     assert_eq!(acc.to_f64(), [1.5, 2.0]);
     assert_eq!(add(&acc, 0.0).to_f64(), [3.0, 4.0]);
-}
-
-#[cfg(feature = "cli")]
-#[test]
-fn every_optimizer_equals_pytorch() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/optimizers.npz");
-    let mut npz = ndarray_npy::NpzReader::new(std::fs::File::open(path).unwrap()).unwrap();
-    let text: ndarray::Array1<u8> = npz.by_name("cases").unwrap();
-    let kinds: std::collections::BTreeMap<String, String> =
-        serde_json::from_slice(text.as_slice().unwrap()).unwrap();
-    for (name, kind) in kinds {
-        let mut number = |key: &str| -> f64 {
-            let a: ndarray::Array0<f64> = npz.by_name(&format!("{name}.{key}")).unwrap();
-            a.into_scalar()
-        };
-        let (lr, weight_decay) = (number("lr"), number("weight_decay"));
-        let op: Box<dyn Update> = match kind.as_str() {
-            "sgd" => {
-                let momentum = number("momentum");
-                let nesterov: ndarray::Array0<bool> = npz.by_name(&format!("{name}.nesterov")).unwrap();
-                Box::new(Sgd { momentum, nesterov: nesterov.into_scalar(), weight_decay, salt: 0 })
-            }
-            _ => {
-                let eps = number("eps");
-                let alpha = if kind == "ademamix" { number("alpha") } else { 0.0 };
-                let betas: ndarray::Array1<f64> = npz.by_name(&format!("{name}.betas")).unwrap();
-                let (beta1, beta2) = (betas[0], betas[1]);
-                if kind == "ademamix" {
-                    Box::new(AdEMAMix { beta1, beta2, beta3: betas[2], alpha, eps, weight_decay, salt: 0 })
-                } else {
-                    let amsgrad: ndarray::Array0<bool> = npz.by_name(&format!("{name}.amsgrad")).unwrap();
-                    let (decoupled, amsgrad) = (kind == "adamw", amsgrad.into_scalar());
-                    Box::new(Adam { beta1, beta2, eps, weight_decay, decoupled, amsgrad, salt: 0 })
-                }
-            }
-        };
-        let p0: ndarray::Array1<f32> = npz.by_name(&format!("{name}.p0")).unwrap();
-        let grads: ndarray::Array2<f32> = npz.by_name(&format!("{name}.grads")).unwrap();
-        let expected: ndarray::Array2<f64> = npz.by_name(&format!("{name}.p64")).unwrap();
-        let mut state = start(op.as_ref(), p0.as_slice().unwrap());
-        for (t, (g, want)) in grads.outer_iter().zip(expected.outer_iter()).enumerate() {
-            let g = Tensor::from_slice(&[g.len()], &g.to_vec()).unwrap();
-            step(op.as_ref(), &mut state, &g, (lr, t as f64 + 1.0), None);
-            let moved = want.iter().zip(&p0).map(|(w, p)| (w - f64::from(*p)).abs()).fold(0.0, f64::max);
-            for (a, b) in state[0].to_f64().iter().zip(want) {
-                assert!((a - b).abs() <= 1e-4 * moved, "{name}, step {}: {a} and {b}", t + 1);
-            }
-        }
-    }
 }
