@@ -28,12 +28,13 @@ const NEAR: usize = 6;
 /// Late readers at most so many calls apart share a widened copy.
 const TOGETHER: usize = 3;
 
-/// Who converts between `f32` and half precision. Results are the same bits.
+/// Who converts between `f32` and half precision. Results are the same bits whether kernels do or operators of their own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Conversions {
     /// Kernels that read or make a value, where they can.
     Kernels,
-    /// Kernels that read it alone: what is computed again should be of one operator each.
+    /// Kernels that read it alone: what is computed again should be of one operator each. What is kept rounded is read so by
+    /// those near by too: else what is computed again of their results would begin with the network's input.
     Reads,
     /// Operators of their own.
     Apart,
@@ -236,7 +237,9 @@ impl<'g> Pass<'g> {
             return Ok(());
         }
         // (Whoever converts: results are the same bits.)
-        let by_all = made.is_some_and(|(_, id)| self.graph.node(id).op.is_kept_rounded());
+        // Where values are computed again, it is of what was kept: all that read it meanwhile read the same.
+        let by_all = self.conversions == Conversions::Reads
+            || made.is_some_and(|(_, id)| self.graph.node(id).op.is_kept_rounded());
         let near = if by_all { 0 } else { near };
         // Near readers that would round it themselves read what is rounded.
         let (rounding, near_ones): (Vec<Use>, Vec<Use>) =

@@ -12,6 +12,7 @@ use std::ops::Range;
 use crate::kernels::ahead::Ahead;
 use crate::kernels::conv::grids::{Grid, Plan, TILE};
 use crate::kernels::conv::load::Operand;
+use crate::kernels::conv::panels::Unpacked;
 use crate::kernels::conv::results::{Results, put_column};
 use crate::kernels::conv::way::{Packed, Packs, Way, line};
 use crate::kernels::conv::{Done, Epilogue, Geometry, folded, pointwise, split, strides, volume};
@@ -320,10 +321,11 @@ fn run_form<E: Packs<T>, T: Vectors>(
 ) {
     let way = Way::new::<E, T>(plan, x.is_plain(), y.is_some());
     let (panel, d, blocks) = (plan.panel::<T>(), way.d, way.blocks);
+    let of = Unpacked { plan, forward, panel, w };
     let (weights, slots) = scratch.split_at_mut(way.shared);
     let weights = E::room(weights);
     if way.packed == Packed::Once {
-        E::pack(plan, forward, panel, w, weights, slots);
+        E::pack(&of, weights, slots);
     }
     let weights = Shared::new(weights);
     let (rows, panels, size) = (plan.rows(), plan.groups * plan.panels(panel), plan.steps() * panel);
@@ -341,7 +343,7 @@ fn run_form<E: Packs<T>, T: Vectors>(
         for p in panels {
             // SAFETY: the panel's own, or the slot's.
             let out = unsafe { std::slice::from_raw_parts_mut(weights.add(p * size), size) };
-            E::pack_panel(plan, forward, panel, p, w, out, near);
+            E::pack_panel(&of, p, out, near);
         }
     };
     let prepare = |slot: &mut [T]| {

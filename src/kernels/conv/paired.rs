@@ -4,7 +4,8 @@
 use std::ops::Range;
 
 use crate::kernels::conv::grids::{Lines, Plan};
-use crate::kernels::conv::{in_slots, panels, slots};
+use crate::kernels::conv::panels::Unpacked;
+use crate::kernels::conv::{in_slots, slots};
 use crate::kernels::half::Elements;
 use crate::kernels::pairs::{PairKernel, Pairs, STRIP, across, both, in_strips, neighbours};
 use crate::kernels::par::Shared;
@@ -24,39 +25,26 @@ pub(super) fn pack_scratch(plan: &Plan, panel: usize) -> usize {
     slots(plan.panels(panel), near(plan, panel))
 }
 
-/// Weights in panels, as of [`panels::pack`](super::panels::pack), a row for each pair of input channels.
-pub(super) fn pack<T: Vectors>(
-    plan: &Plan,
-    forward: bool,
-    panel: usize,
-    w: &[T],
-    out: &mut [u32],
-    scratch: &mut [T],
-) {
+/// Weights in panels, as of [`Unpacked::pack`], a row for each pair of input channels.
+pub(super) fn pack<T: Vectors>(of: &Unpacked<T>, out: &mut [u32], scratch: &mut [T]) {
+    let Unpacked { plan, panel, .. } = *of;
     let (panels, size) = (plan.panels(panel), plan.steps() * panel);
     let out = Shared::new(&mut out[..panels * size]);
     in_slots(panels, near(plan, panel), scratch, |p, near| {
         // SAFETY: the panel's own.
         let out = unsafe { std::slice::from_raw_parts_mut(out.ptr().add(p * size), size) };
-        pack_panel(plan, forward, panel, p, w, out, near);
+        pack_panel(of, p, out, near);
     });
 }
 
 /// Panel `p` of them.
-pub(super) fn pack_panel<T: Vectors>(
-    plan: &Plan,
-    forward: bool,
-    panel: usize,
-    p: usize,
-    w: &[T],
-    out: &mut [u32],
-    near: &mut [T],
-) {
+pub(super) fn pack_panel<T: Vectors>(of: &Unpacked<T>, p: usize, out: &mut [u32], near: &mut [T]) {
+    let Unpacked { plan, panel, .. } = *of;
     let (row, taps) = (plan.row(panel, p, T::level().lanes), plan.order.len());
     assert!(out.len() >= plan.steps() * row, "packed weights");
     for first in (0..plan.inputs).step_by(BLOCK) {
         let inputs = first..plan.inputs.min(first + BLOCK);
-        panels::pack_panel(plan, forward, [panel, row], p, inputs.clone(), w, near);
+        of.pack_inputs(p, inputs.clone(), row, near);
         let out = out[first / 2 * row..].as_mut_ptr();
         // SAFETY: the panel has its rows.
         unsafe { T::dispatch_pairs(PairRows { near, taps, rows: inputs.len(), step: plan.ci, row, out }) }

@@ -20,31 +20,53 @@ const AHEAD: usize = 64;
 /// Taps of kernels for which the places of taps are looked up in a table.
 const PLACES: usize = 32;
 
-/// Weights of (M, C/groups, taps) in panels: see [`pack_panel`].
-pub(super) fn pack<T: Vectors>(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [T]) {
-    if !forward && plan.taps == 1 {
-        return pack_rows(plan, panel, w, out);
-    }
-    let one = |(p, out): (usize, &mut [T])| pack_whole(plan, forward, panel, p, w, out);
-    let size = plan.steps() * panel;
-    if out.len() < LARGE {
-        out.chunks_mut(size.max(1)).enumerate().for_each(one);
-    } else {
-        out.par_chunks_mut(size.max(1)).enumerate().for_each(one);
-    }
+/// Weights of (M, C/groups, taps), read forwards or for the input's gradient, and how many outputs a panel of them has.
+#[derive(Clone, Copy)]
+pub(super) struct Unpacked<'a, T> {
+    pub(super) plan: &'a Plan,
+    pub(super) forward: bool,
+    pub(super) panel: usize,
+    pub(super) w: &'a [T],
 }
 
-/// Panel `p` of them.
-pub(super) fn pack_whole<T: Vectors>(
-    plan: &Plan,
-    forward: bool,
-    panel: usize,
-    p: usize,
-    w: &[T],
-    out: &mut [T],
-) {
-    let row = plan.row(panel, p, T::level().lanes);
-    pack_panel(plan, forward, [panel, row], p, 0..plan.inputs, w, out);
+impl<T: Vectors> Unpacked<'_, T> {
+    /// All panels, one after the other: see [`pack_inputs`](Self::pack_inputs).
+    pub(super) fn pack(&self, out: &mut [T]) {
+        let Unpacked { plan, forward, panel, w } = *self;
+        if !forward && plan.taps == 1 {
+            return pack_rows(plan, panel, w, out);
+        }
+        let one = |(p, out): (usize, &mut [T])| self.pack_panel(p, out);
+        let size = plan.steps() * panel;
+        if out.len() < LARGE {
+            out.chunks_mut(size.max(1)).enumerate().for_each(one);
+        } else {
+            out.par_chunks_mut(size.max(1)).enumerate().for_each(one);
+        }
+    }
+
+    /// Panel `p` of them.
+    pub(super) fn pack_panel(&self, p: usize, out: &mut [T]) {
+        let row = self.plan.row(self.panel, p, T::level().lanes);
+        self.pack_inputs(p, 0..self.plan.inputs, row, out);
+    }
+
+    /// Panel `p` of the output channels, all groups' counted: for each of the plan's taps, in its order, and each of some
+    /// input channels a row of `row` elements, zeros beyond the last of the panel's outputs.
+    pub(super) fn pack_inputs(&self, p: usize, inputs: Range<usize>, row: usize, out: &mut [T]) {
+        let Unpacked { plan, forward, panel, w } = *self;
+        let (ci, co, taps) = (plan.inputs, plan.co, plan.taps);
+        let (group, first) = (p / plan.panels(panel), p % plan.panels(panel) * panel);
+        let start = match forward {
+            true => (first * ci + inputs.start) * taps,
+            false => (inputs.start * co + first) * taps,
+        };
+        let (lanes, inputs) = (panel.min(co - first), inputs.len());
+        assert!(out.len() >= plan.order.len() * inputs * row, "packed weights");
+        let w = &w[group * ci * co * taps + start..];
+        // SAFETY: the panel has its rows.
+        unsafe { T::dispatch(PackPanel { plan, forward, row, lanes, inputs, w, out }) }
+    }
 }
 
 /// The same where W's rows are the panels' in one: of an input gradient without taps. They are read in the order in which they
@@ -97,30 +119,6 @@ impl<T: Vectors> Kernel<T> for PackRows<'_, T> {
             }
         }
     }
-}
-
-/// Panel `p` of the output channels, all groups' counted: for each of the plan's taps, in its order, and each of some
-/// input channels a row of `row` elements, zeros beyond the last of the `panel`'s outputs.
-pub(super) fn pack_panel<T: Vectors>(
-    plan: &Plan,
-    forward: bool,
-    [panel, row]: [usize; 2],
-    p: usize,
-    inputs: Range<usize>,
-    w: &[T],
-    out: &mut [T],
-) {
-    let (ci, co, taps) = (plan.inputs, plan.co, plan.taps);
-    let (group, first) = (p / plan.panels(panel), p % plan.panels(panel) * panel);
-    let start = match forward {
-        true => (first * ci + inputs.start) * taps,
-        false => (inputs.start * co + first) * taps,
-    };
-    let (lanes, inputs) = (panel.min(co - first), inputs.len());
-    assert!(out.len() >= plan.order.len() * inputs * row, "packed weights");
-    let w = &w[group * ci * co * taps + start..];
-    // SAFETY: the panel has its rows.
-    unsafe { T::dispatch(PackPanel { plan, forward, row, lanes, inputs, w, out }) }
 }
 
 struct PackPanel<'a, T> {

@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use super::both::{Both, Plain};
 use super::grids::Plan;
-use super::{Epilogue, Geometry, dense, grids, panels, slots, volume, weight};
+use super::panels::Unpacked;
+use super::{Epilogue, Geometry, dense, grids, slots, volume, weight};
 use crate::kernels::ahead::Ahead;
 use crate::kernels::par::{LINE, Shared, in_prepared_slots};
 use crate::kernels::simd::Vectors;
@@ -84,8 +85,9 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
     let (chunks, slabs, size) = (chunks(g), grads_slabs(g), weight::sum_size::<T>(g));
     let back = grids::Plan::input_grad(&of(g, chunk(g)));
     let packed = dense::packed_back::<T>(&of(g, chunk(g)));
+    let of = Unpacked { plan: &back, forward: false, panel: back.panel::<T>(), w: b.w };
     // Few weights: by each core for itself.
-    let prepare = |slot: &mut [T]| panels::pack(&back, false, back.panel::<T>(), b.w, &mut slot[..packed]);
+    let prepare = |slot: &mut [T]| of.pack(&mut slot[..packed]);
     let (sums, slot) = scratch.split_at_mut(slabs * size);
     let [dy_near, x_near] = near(g, b.plain());
     let epilogue = Epilogue { residual: b.addend, ..Epilogue::none() };

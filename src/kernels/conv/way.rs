@@ -7,7 +7,8 @@ use crate::kernels::conv::blocks::Blocks;
 use crate::kernels::conv::dense::Task;
 use crate::kernels::conv::grids::{Division, Plan, pad};
 use crate::kernels::conv::load::{Load, Operand};
-use crate::kernels::conv::{paired, panels, slots, strides, volume};
+use crate::kernels::conv::panels::Unpacked;
+use crate::kernels::conv::{paired, slots, strides, volume};
 use crate::kernels::matrix::by_blocks;
 use crate::kernels::par::LINE;
 use crate::kernels::simd::Vectors;
@@ -19,18 +20,10 @@ pub(super) trait Packs<T: Vectors>: Form<T> {
     fn pack_scratch(plan: &Plan, panel: usize) -> [usize; 2];
 
     /// Packs the weights.
-    fn pack(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [Self], scratch: &mut [T]);
+    fn pack(of: &Unpacked<T>, out: &mut [Self], scratch: &mut [T]);
 
     /// Packs those of panel `p`.
-    fn pack_panel(
-        plan: &Plan,
-        forward: bool,
-        panel: usize,
-        p: usize,
-        w: &[T],
-        out: &mut [Self],
-        scratch: &mut [T],
-    );
+    fn pack_panel(of: &Unpacked<T>, p: usize, out: &mut [Self], scratch: &mut [T]);
 
     /// # Safety
     /// The task's positions and weights must lie inside the plan's.
@@ -55,12 +48,12 @@ impl<T: Vectors> Packs<T> for T {
         [0; 2]
     }
 
-    fn pack_panel(plan: &Plan, forward: bool, panel: usize, p: usize, w: &[T], out: &mut [T], _: &mut [T]) {
-        panels::pack_whole(plan, forward, panel, p, w, out);
+    fn pack(of: &Unpacked<T>, out: &mut [T], _: &mut [T]) {
+        of.pack(out);
     }
 
-    fn pack(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [T], _: &mut [T]) {
-        panels::pack(plan, forward, panel, w, out);
+    fn pack_panel(of: &Unpacked<T>, p: usize, out: &mut [T], _: &mut [T]) {
+        of.pack_panel(p, out);
     }
 
     fn source(
@@ -93,20 +86,12 @@ impl<T: Vectors> Packs<T> for u32 {
         [paired::pack_scratch(plan, panel), paired::near(plan, panel)]
     }
 
-    fn pack_panel(
-        plan: &Plan,
-        forward: bool,
-        panel: usize,
-        p: usize,
-        w: &[T],
-        out: &mut [u32],
-        scratch: &mut [T],
-    ) {
-        paired::pack_panel(plan, forward, panel, p, w, out, scratch);
+    fn pack(of: &Unpacked<T>, out: &mut [u32], scratch: &mut [T]) {
+        paired::pack(of, out, scratch);
     }
 
-    fn pack(plan: &Plan, forward: bool, panel: usize, w: &[T], out: &mut [u32], scratch: &mut [T]) {
-        paired::pack(plan, forward, panel, w, out, scratch);
+    fn pack_panel(of: &Unpacked<T>, p: usize, out: &mut [u32], scratch: &mut [T]) {
+        paired::pack_panel(of, p, out, scratch);
     }
 
     unsafe fn compute(task: Task<u32, T>) {
@@ -157,7 +142,18 @@ pub(super) enum Packed {
 }
 
 /// Elements of packed weights that each slot has for itself.
-pub(super) const FEW: usize = 1 << 16;
+const FEW: usize = 1 << 16;
+
+impl Packed {
+    /// Of so many elements, where so many tasks read the same.
+    pub(super) fn of(readers: usize, weights: usize) -> Packed {
+        match () {
+            _ if readers == 1 => Packed::InTasks,
+            _ if weights <= FEW => Packed::InSlots,
+            _ => Packed::Once,
+        }
+    }
+}
 
 /// How a plan is computed.
 pub(super) struct Way {
@@ -178,11 +174,7 @@ impl Way {
         let panel = plan.panel::<T>();
         let d = plan.division(panel);
         let (blocks, weights) = (plan.blocks(&d, panel), plan.packed(panel));
-        let packed = match () {
-            _ if blocks[0] * blocks[1] == 1 => Packed::InTasks,
-            _ if weights <= FEW => Packed::InSlots,
-            _ => Packed::Once,
-        };
+        let packed = Packed::of(blocks[0] * blocks[1], weights);
         let [pack, pack_panel] = E::pack_scratch(plan, panel);
         let (shared, own, pack, near) = match packed {
             Packed::Once => (weights, 0, pack, 0),

@@ -144,7 +144,6 @@ fn channels_in_rows_as_in_planes() {
 
 #[test]
 fn bits_do_not_depend_on_threads() {
-    use crate::kernels::elementwise::Clamp;
     let pools: Vec<_> =
         (1..5).map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap()).collect();
     for (n, c) in [(9000, 16), (700, 300), (333, 1280)] {

@@ -5,9 +5,9 @@
 use super::{Direction, Sweep, Task, in_tap_order};
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::load::Rows;
-use crate::kernels::conv::panels::{pack, pack_whole};
+use crate::kernels::conv::panels::Unpacked;
 use crate::kernels::conv::pointwise::{self, Panel};
-use crate::kernels::conv::way::{FEW, Packed};
+use crate::kernels::conv::way::Packed;
 use crate::kernels::conv::{Epilogue, Geometry, slots};
 use crate::kernels::layout::Layout;
 use crate::kernels::par::{LINE, Shared, in_prepared_slots};
@@ -90,11 +90,7 @@ impl<'a> Division<'a> {
 
     /// Who packs the weights of the pointwise convolution.
     fn packs(&self) -> Packed {
-        match () {
-            _ if self.g.n * self.parts.count == 1 => Packed::InTasks,
-            _ if self.plan.packed(self.panel) <= FEW => Packed::InSlots,
-            _ => Packed::Once,
-        }
+        Packed::of(self.g.n * self.parts.count, self.plan.packed(self.panel))
     }
 
     /// Elements of weights for all slots.
@@ -142,8 +138,9 @@ pub fn forward_expanded<T: Vectors>(
     );
     let (packed, slots) = scratch.split_at_mut(d.shared());
     let packs = d.packs();
+    let of = Unpacked { plan: &d.plan, forward: true, panel: d.panel, w: from.w };
     if packs == Packed::Once {
-        pack(&d.plan, true, d.panel, from.w, packed);
+        of.pack(packed);
     }
     let packed: &[T] = packed;
     let (panels, size) = (d.plan.panels(d.panel), d.plan.steps() * d.panel);
@@ -153,7 +150,7 @@ pub fn forward_expanded<T: Vectors>(
         in_tap_order(g, w, rest);
         if packs == Packed::InSlots {
             for (p, own) in own.chunks_exact_mut(size).enumerate() {
-                pack_whole(&d.plan, true, d.panel, p, from.w, own);
+                of.pack_panel(p, own);
             }
         }
     };
@@ -167,7 +164,7 @@ pub fn forward_expanded<T: Vectors>(
             Packed::Once => &packed[p * size..],
             Packed::InSlots => &own[p * size..],
             Packed::InTasks => {
-                pack_whole(&d.plan, true, d.panel, p, from.w, own);
+                of.pack_panel(p, own);
                 &*own
             }
         };

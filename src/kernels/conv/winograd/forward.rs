@@ -8,8 +8,8 @@ use rayon::prelude::*;
 use super::transform::{IN, OUT, PRODUCTS, input_tile, output_tile, put_across, put_beside, weight_tile};
 use super::{Source, TAPS, Tiles, Transformed, few};
 use crate::kernels::conv::grids::Plan;
-use crate::kernels::conv::panels::pack_panel;
-use crate::kernels::conv::way::FEW;
+use crate::kernels::conv::panels::Unpacked;
+use crate::kernels::conv::way::Packed;
 use crate::kernels::conv::{Epilogue, Residual, slots};
 use crate::kernels::par::{Shared, in_prepared_slots};
 use crate::kernels::simd::{Simd, Vectors, load_up_to, store_up_to};
@@ -106,7 +106,7 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Transform<'_, T> {
         let out = out.as_mut_ptr().cast::<E>();
         for first in inputs.clone().step_by(NEAR) {
             let some = first..inputs.end.min(first + NEAR);
-            pack_panel(plan, forward, [panel; 2], p, some.clone(), w, taps);
+            Unpacked { plan, forward, panel, w }.pack_inputs(p, some.clone(), panel, taps);
             for (nth, channel) in some.clone().enumerate() {
                 let term = channel - inputs.start;
                 for at in [0, D::S::LANES] {
@@ -374,7 +374,7 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
 /// makes them faster than it fetches them from another.
 fn weights(plan: &Plan, layout: Weights) -> [usize; 2] {
     let all = plan.panels(layout.panel) * layout.size();
-    if all <= FEW { [0, all] } else { [all, 0] }
+    if Packed::of(usize::MAX, all) == Packed::InSlots { [0, all] } else { [all, 0] }
 }
 
 /// Elements of scratch that [`run`] needs.
