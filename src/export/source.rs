@@ -7,10 +7,7 @@ use crate::error::{Error, Result};
 use crate::exec::Session;
 use crate::graph::WeightId;
 use crate::import::Model;
-use crate::tensor::{DType, Tensor, View};
-
-/// Bytes that are widened together.
-const PIECE: usize = 1 << 14;
+use crate::tensor::{DType, Tensor, View, cast_pieces};
 
 /// Weights that may change, and what the file will hold of them.
 pub trait Source {
@@ -56,14 +53,11 @@ impl Source for Learned<'_> {
     }
 }
 
-/// As float32, piece by piece.
+/// As float32.
 fn widened(half: View) -> Result<Vec<u8>> {
     let mut all = Vec::with_capacity(2 * half.bytes.len());
-    for piece in half.bytes.chunks(PIECE) {
-        let piece = Tensor::from_bytes(half.dtype, &[piece.len() / half.dtype.size()], piece);
-        let piece = piece.map_err(|e| Error::Config(e.to_string()))?;
-        all.extend_from_slice(piece.cast(DType::F32).bytes());
-    }
+    cast_pieces(half.dtype, half.bytes, DType::F32, |piece| all.extend_from_slice(piece))
+        .map_err(|e| Error::Config(e.to_string()))?;
     Ok(all)
 }
 

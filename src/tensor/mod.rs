@@ -242,6 +242,22 @@ impl Tensor {
     }
 }
 
+/// Bytes that are cast together.
+const PIECE: usize = 1 << 14;
+
+/// As [`Tensor::cast`], of elements one after the other, piece by piece: without room for all of them at once.
+pub fn cast_pieces(
+    from: DType,
+    bytes: &[u8],
+    to: DType,
+    mut put: impl FnMut(&[u8]),
+) -> Result<(), crate::error::OpError> {
+    for piece in bytes.chunks(PIECE) {
+        put(Tensor::from_bytes(from, &[piece.len() / from.size()], piece)?.cast(to).bytes());
+    }
+    Ok(())
+}
+
 fn fill<S: Copy, T: Elem>(out: &mut Tensor, src: &[S], f: impl Fn(S) -> T) {
     let dst: &mut [T] = bytemuck::cast_slice_mut(out.bytes_mut());
     for (d, &s) in dst.iter_mut().zip(src) {

@@ -10,7 +10,7 @@ use crate::exec::store::Purpose;
 use crate::graph::{StateId, ValueId, WeightId};
 use crate::import::Role;
 use crate::kernels::half::Half;
-use crate::tensor::{DType, Meta, Tensor};
+use crate::tensor::{DType, Meta, Tensor, cast_pieces};
 
 impl Session {
     /// Makes weights states, initialised from the file, so that updates can change them.
@@ -39,11 +39,23 @@ impl Session {
                 self.store.set(*s, bytes);
                 continue;
             }
-            let loaded = model.load_weight(*id);
-            if loaded.is_err() {
+            let whole = weight.bytes_stored(&model.files).filter(|_| !weight.dtype.is_narrow());
+            let put = match whole {
+                Some(bytes) => {
+                    let mut room = self.store.view_mut(*s).bytes;
+                    let cast = cast_pieces(weight.dtype, bytes, dtype, |piece| {
+                        let (here, rest) = std::mem::take(&mut room).split_at_mut(piece.len());
+                        here.copy_from_slice(piece);
+                        room = rest;
+                    });
+                    cast.map_err(|e| Error::value(&weight.name, e.to_string()))
+                }
+                None => model.load_weight(*id).map(|t| self.store.set(*s, t.cast(dtype).bytes())),
+            };
+            if put.is_err() {
                 new[i..].iter().for_each(|(id, _)| self.states[id.index()] = None);
             }
-            self.store.set(*s, loaded?.cast(dtype).bytes());
+            put?;
         }
         Ok(())
     }
