@@ -8,12 +8,12 @@
 //! again rather than kept (the same weights to the last bit); the batch cut into parts whose gradients add up; and, where that is
 //! allowed, what is kept in fewer bits ([`Kept`]).
 
+mod fitted;
+
 use std::sync::Arc;
 
-use serde::Serialize;
-
 use crate::error::{Error, Result};
-use crate::exec::{OptimizerState, Options, Precision, Session, Usage};
+use crate::exec::{Options, Session, Usage};
 use crate::graph::WeightId;
 use crate::import::{Model, Role};
 use crate::ops::batch_norm::BatchNormalization;
@@ -23,6 +23,8 @@ use crate::tensor::Meta;
 use crate::train::method::Method;
 use crate::train::select::Select;
 use crate::train::step::{self, Evaluation, Network, Norm, Recipe, Shapes};
+
+pub use fitted::{Fitted, Kept};
 
 /// Of [`process`]: threads, the model's graph, and what planning leaves behind. Measured for five networks of 280 to 1,000 kernel
 /// calls (1.4 to 7 MiB in all), with a little more to be safe.
@@ -98,83 +100,11 @@ pub struct Job<'a> {
     pub edited: bool,
 }
 
-/// What a run keeps things in: of a session's [`Options`].
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Kept {
-    pub precision: Precision,
-    pub master_free: bool,
-    pub optimizer_state: OptimizerState,
-}
-
-impl Kept {
-    fn of(options: &Options) -> Kept {
-        let Options { precision, master_free, optimizer_state, .. } = *options;
-        Kept { precision, master_free, optimizer_state }
-    }
-
-    /// This and what takes less, in the order in which it is tried.
-    fn and_less(self) -> Vec<Kept> {
-        let half = match self.precision {
-            Precision::F32 => Precision::Bf16,
-            half => half,
-        };
-        let eight = OptimizerState::EightBit;
-        let mut all = vec![self];
-        for less in [
-            Kept { precision: half, ..self },
-            Kept { optimizer_state: eight, ..self },
-            Kept { precision: half, optimizer_state: eight, ..self },
-            Kept { precision: half, optimizer_state: eight, master_free: true },
-        ] {
-            if !all.contains(&less) {
-                all.push(less);
-            }
-        }
-        all
-    }
-
-    /// What is other than in `asked`, for people.
-    fn instead_of(self, asked: Kept) -> Vec<&'static str> {
-        let all = [
-            (self.precision != asked.precision, "what gradients need is kept in bf16"),
-            (self.optimizer_state != asked.optimizer_state, "the optimizer's moments in 8 bits"),
-            (self.master_free != asked.master_free, "trained weights in half precision, rounded at random"),
-        ];
-        all.into_iter().filter(|a| a.0).map(|a| a.1).collect()
-    }
-}
-
 /// What a plan is tried with.
 #[derive(Clone, Copy)]
 struct Way<'a> {
     recipe: &'a Recipe,
     kept: Kept,
-}
-
-/// How a run keeps to its budget.
-#[derive(Debug, Clone, Serialize)]
-pub struct Fitted {
-    pub budget: usize,
-    pub kept: Kept,
-    /// As it was asked for.
-    #[serde(skip)]
-    asked: Kept,
-    /// What the run will hold at most.
-    pub bytes: usize,
-    /// What it would hold without a budget.
-    pub unconstrained: usize,
-    /// The arena's bound; absent: the usual plan fits.
-    pub arena: Option<usize>,
-    /// Samples of one part of a batch, and how many parts one has.
-    pub micro: usize,
-    pub parts: usize,
-    /// Parts are normalised by statistics of their own.
-    pub ghost_norm: bool,
-    pub again: Again,
-    /// The smallest budget that would do.
-    pub smallest: usize,
-    /// Samples of an evaluation batch.
-    pub evaluated: usize,
 }
 
 /// What a session would hold.
@@ -230,17 +160,7 @@ impl Job<'_> {
     /// is decided, and with it the result, is the same on fewer.
     fn dry(&self, kept: Kept, arena: Option<usize>) -> Result<Session> {
         let threads = self.session.threads().max(THREADS);
-        let Kept { precision, master_free, optimizer_state } = kept;
-        let options = self.session.options().clone();
-        self.session.alike(Options {
-            dry: true,
-            arena,
-            threads,
-            precision,
-            master_free,
-            optimizer_state,
-            ..options
-        })
+        self.session.alike(Options { dry: true, arena, threads, ..kept.options(self.session.options()) })
     }
 
     /// As it was asked for.
@@ -568,59 +488,5 @@ impl Job<'_> {
             }
         }
         Ok(found)
-    }
-}
-
-impl Fitted {
-    /// Options of a session that keeps to it.
-    pub fn options(&self, of: &Options) -> Options {
-        let Kept { precision, master_free, optimizer_state } = self.kept;
-        Options { arena: self.arena, precision, master_free, optimizer_state, ..of.clone() }
-    }
-
-    /// About what it takes to run the model in tract, which unpacks the file several times over.
-    pub fn to_verify(&self, model: &Model) -> usize {
-        let file: usize = model.files.iter().map(|f| f.bytes.len()).sum();
-        (16 << 20) + 6 * file
-    }
-
-    /// What was chosen, for people.
-    pub fn describe(&self) -> Vec<String> {
-        let mut notes = vec![match self.arena {
-            None => format!(
-                "memory budget {}: the usual plan takes {}, nothing had to be done; at least {} would do",
-                human(self.budget),
-                human(self.bytes),
-                human(self.smallest)
-            ),
-            Some(_) => format!(
-                "memory budget {}: takes {} where {} would be usual; {:.0}% more work, by {} kernel calls that compute again \
-                 what is not kept; at least {} would do",
-                human(self.budget),
-                human(self.bytes),
-                human(self.unconstrained),
-                self.again.work * 100.0,
-                self.again.kernels,
-                human(self.smallest)
-            ),
-        }];
-        let instead = self.kept.instead_of(self.asked);
-        if !instead.is_empty() {
-            notes.push(format!("as --allow-half allows, {}", instead.join(", ")));
-        }
-        if self.parts > 1 {
-            notes.push(format!(
-                "batches are learned from in {} parts of {} samples, whose gradients add up{}",
-                self.parts,
-                self.micro,
-                match self.ghost_norm {
-                    true =>
-                        ": each part is normalised by statistics of its own (ghost batch normalisation), which is not what \
-                         the whole batch would be",
-                    false => ", the same but for rounding",
-                }
-            ));
-        }
-        notes
     }
 }

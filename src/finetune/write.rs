@@ -36,7 +36,7 @@ pub(super) fn write(
     };
     let target = aside.as_ref().map_or(output.to_path_buf(), |dir| dir.path().join("new.onnx"));
     let staged = export::stage_from(&model, &*learned(session, reinserted), &target, options)?;
-    let verified = match budget.is_some_and(|b| b.budget < b.to_verify(&model)) {
+    let verified = match budget.is_some_and(|b| b.budget < b.to_verify(&model, &session.usage())) {
         true => "unavailable: tract would take more than the memory budget".to_string(),
         false => {
             let n = verified_batch(&model, data.len());
@@ -94,6 +94,8 @@ fn verify(
     session.set_exact(true);
     let expected = session.forward(inputs);
     session.set_exact(false);
+    // Nothing runs any more, and tract takes much.
+    session.release();
     let (expected, feeds) = (expected?, model.with_fixed(inputs)?);
     let verification = match draws(model) {
         true => Verification::Unavailable("the network draws random numbers, and each engine its own".into()),
