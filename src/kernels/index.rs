@@ -5,6 +5,7 @@
 
 use bytemuck::Pod;
 
+use crate::kernels::half::Half;
 use crate::kernels::par::{GRAIN, rows};
 use crate::kernels::strided::{Extents, Unit, dense};
 use crate::tensor::Float;
@@ -65,6 +66,26 @@ pub fn gather<T: Unit>(x: &[T], n: usize, block: usize, index: Indices, y: &mut 
             let (o, k) = ((first + r) / m, (first + r) % m);
             let at = (o * n + index.at(k, n)) * block;
             y.copy_from_slice(&x[at..at + block]);
+        }
+    });
+}
+
+/// Elements that are moved before they are widened.
+const NEAR: usize = 256;
+
+/// As [`gather`], of a table in half precision, whose bytes may lie anywhere.
+pub fn gather_half(half: Half, x: &[u8], n: usize, block: usize, index: Indices, y: &mut [f32]) {
+    let (m, size) = (index.len(), half.dtype().size());
+    rows(y, block, GRAIN, |first, piece| {
+        let mut near = [0u16; NEAR];
+        for (r, y) in piece.chunks_exact_mut(block).enumerate() {
+            let (o, k) = ((first + r) / m, (first + r) % m);
+            let at = (o * n + index.at(k, n)) * block * size;
+            for (y, x) in y.chunks_mut(NEAR).zip(x[at..].chunks(NEAR * size)) {
+                let near = &mut near[..y.len()];
+                bytemuck::cast_slice_mut(near).copy_from_slice(&x[..y.len() * size]);
+                half.widen(near, y);
+            }
         }
     });
 }

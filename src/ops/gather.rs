@@ -5,7 +5,8 @@ use std::sync::Arc;
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::{GradBuilder, Graph, NodeId, Source, ValueId};
-use crate::kernels::index::{AlongAxis, Indices, Tuples, each, gather, row_sums, scatter_add};
+use crate::kernels::half::Half;
+use crate::kernels::index::{AlongAxis, Indices, Tuples, each, gather, gather_half, row_sums, scatter_add};
 use crate::ops::bytes::{by_size, second_derivative, sized, units, units_mut};
 use crate::ops::{Cx, Grads, Op, Row, Spec, need, out};
 use crate::tensor::{DType, Dims, Meta, View, ViewMut, axis};
@@ -60,6 +61,10 @@ impl Op for Gather {
         let n = x.dims[a];
         in_range(&index, n)?;
         let block: usize = x.dims[a + 1..].iter().product();
+        if let (Some(half), DType::F32) = (Half::of(x.dtype), y.dtype) {
+            gather_half(half, x.bytes, n, block, index, y.get()?);
+            return Ok(());
+        }
         if !(x.bytes.as_ptr() as usize).is_multiple_of(x.dtype.size()) {
             // A table where it lies in the file.
             gather::<u8>(x.bytes, n, block * x.dtype.size(), index, y.bytes);
@@ -72,6 +77,10 @@ impl Op for Gather {
     }
 
     fn reads_anywhere(&self, input: usize) -> bool {
+        input == 0
+    }
+
+    fn reads_half(&self, input: usize) -> bool {
         input == 0
     }
 
@@ -409,6 +418,24 @@ mod tests {
             assert!(eval(&Gather { axis: 0 }, &[Some(&x), Some(&Tensor::ints(&[k]))]).is_err());
             assert!(eval(&GatherElements { axis: 0 }, &[Some(&x), Some(&Tensor::ints(&[k]))]).is_err());
             assert!(eval(&GatherND { batch_dims: 0 }, &[Some(&x), Some(&Tensor::ints(&[k]))]).is_err());
+        }
+    }
+
+    #[test]
+    fn half_precision_is_widened_as_it_is_read() {
+        for (dims, axis) in [([7, 300], 0), ([3, 5], 1)] {
+            let x: Vec<f32> = (0..dims[0] * dims[1]).map(|i| (i as f32 * 0.37).sin()).collect();
+            let (op, index) = (Gather { axis }, Tensor::ints(&[2, 0, -1, 2]));
+            for dtype in [DType::BF16, DType::F16] {
+                let half = Tensor::from_slice(&dims, &x).unwrap().cast(dtype);
+                let wide = half.cast(DType::F32);
+                let expected = eval(&op, &[Some(&wide), Some(&index)]).unwrap().remove(0);
+                let mut y = Tensor::zeros(DType::F32, expected.dims());
+                let read = [Some(half.view()), Some(index.view())];
+                let cx = &mut Cx { scratch: &mut [], seed: 0 };
+                op.forward(cx, &read, &mut [Some(y.view_mut())]).unwrap();
+                assert!(y.bytes() == expected.bytes());
+            }
         }
     }
 
