@@ -5,6 +5,7 @@ mod carve;
 mod forward;
 mod frozen;
 mod parts;
+mod pieces;
 mod precision;
 pub mod reference;
 mod run;

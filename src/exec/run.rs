@@ -8,7 +8,7 @@ use crate::error::{Error, OpError, Result};
 use crate::exec::carve::carve;
 use crate::exec::session::Frozen;
 use crate::exec::store::Store;
-use crate::graph::Graph;
+use crate::graph::{Graph, StateId};
 use crate::ops::{Cx, need, out};
 use crate::plan::{Place, Plan, Step};
 use crate::tensor::{Buffer, View, ViewMut};
@@ -30,10 +30,39 @@ impl Profile {
     }
 }
 
+/// What lies outside of the arena: a session's states, or what a chain of pieces is given.
+pub(super) trait States {
+    /// A state's memory while it is written.
+    type Taken: AsMut<[u8]>;
+
+    fn read(&self, id: StateId) -> &[u8];
+
+    /// Takes a state's memory out, to be written while others are read.
+    fn take(&mut self, id: StateId) -> Self::Taken;
+
+    fn put(&mut self, id: StateId, taken: Self::Taken);
+}
+
+impl States for Store {
+    type Taken = Buffer;
+
+    fn read(&self, id: StateId) -> &[u8] {
+        self.view(id).bytes
+    }
+
+    fn take(&mut self, id: StateId) -> Buffer {
+        Store::take(self, id)
+    }
+
+    fn put(&mut self, id: StateId, taken: Buffer) {
+        Store::put(self, id, taken);
+    }
+}
+
 /// What a run needs beside its plan.
-pub(super) struct Memory<'a> {
+pub(super) struct Memory<'a, S> {
     pub arena: &'a mut [u8],
-    pub store: &'a mut Store,
+    pub store: &'a mut S,
     /// By `Plan::constants` index.
     pub constants: &'a [Frozen],
     pub seed: u64,
@@ -42,7 +71,7 @@ pub(super) struct Memory<'a> {
 pub(super) fn run(
     plan: &Plan,
     graph: &Graph,
-    memory: &mut Memory,
+    memory: &mut Memory<Store>,
     mut profile: Option<&mut Profile>,
 ) -> Result<()> {
     if let Some(p) = profile.as_deref_mut() {
@@ -58,9 +87,9 @@ pub(super) fn run(
     Ok(())
 }
 
-fn call(step: &Step, memory: &mut Memory) -> std::result::Result<(), OpError> {
+pub(super) fn call<S: States>(step: &Step, memory: &mut Memory<S>) -> std::result::Result<(), OpError> {
     // States that are written leave the store for the call, so that others can be read meanwhile.
-    let mut taken: SmallVec<[Option<Buffer>; 8]> =
+    let mut taken: SmallVec<[Option<S::Taken>; 8]> =
         step.store.iter().map(|c| c.write.then(|| memory.store.take(c.state))).collect();
     let done = with_states(step, memory, &mut taken);
     for (cut, data) in step.store.iter().zip(taken) {
@@ -71,14 +100,14 @@ fn call(step: &Step, memory: &mut Memory) -> std::result::Result<(), OpError> {
     done
 }
 
-fn with_states(
+fn with_states<S: States>(
     step: &Step,
-    memory: &mut Memory,
-    taken: &mut [Option<Buffer>],
+    memory: &mut Memory<S>,
+    taken: &mut [Option<S::Taken>],
 ) -> std::result::Result<(), OpError> {
     let store = &*memory.store;
     let mut written: SmallVec<[Option<&mut [u8]>; 8]> =
-        taken.iter_mut().map(|b| b.as_mut().map(Buffer::bytes_mut)).collect();
+        taken.iter_mut().map(|b| b.as_mut().map(|b| b.as_mut())).collect();
     let cuts = step.arena.iter().map(|c| (c.range.start, c.range.end, c.write));
     let mut arena = carve(memory.arena, cuts);
     let constants = memory.constants;
@@ -87,7 +116,7 @@ fn with_states(
     for o in &step.x {
         let bytes = match o.place {
             Place::Arena(i) => arena[i].read(),
-            Place::Store(i) => store.view(step.store[i].state).bytes,
+            Place::Store(i) => store.read(step.store[i].state),
             Place::Constant(i) => constants[i].bytes(),
             Place::None => {
                 x.push(None);

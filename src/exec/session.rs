@@ -10,6 +10,7 @@ use bytes::Bytes;
 use crate::error::{Error, Result};
 use crate::exec::awake::awake;
 use crate::exec::parts::{self, Held};
+use crate::exec::pieces;
 use crate::exec::precision::{OptimizerState, Precision};
 use crate::exec::run::{self, Memory, Profile};
 use crate::exec::store::{Purpose, Store};
@@ -313,11 +314,7 @@ impl Session {
         // On the session's threads: scratch memory depends on their number.
         let plan = match self.options.arena {
             None => self.pool.install(|| plan::plan(&graph, &request))?,
-            // The search is on this one: what a thread has freed, the system does not get back.
-            Some(limit) => {
-                let scratch = self.pool.install(|| plan::scratch(&graph));
-                plan::plan_within(&mut graph, &request, limit, &scratch)?
-            }
+            Some(limit) => self.plan_within(&mut graph, &request, limit)?,
         };
         let mut constants = Vec::with_capacity(plan.constants.len());
         for c in &plan.constants {
@@ -336,6 +333,30 @@ impl Session {
         self.arena_bytes = self.arena_bytes.max(plan.arena_bytes);
         self.programs += 1;
         Ok(Program { id: self.programs, graph, plan, constants })
+    }
+
+    /// A plan in an arena of at most `limit` bytes, or in the smallest that was found.
+    fn plan_within(&self, graph: &mut Graph, request: &Request, limit: usize) -> Result<Plan> {
+        // The search is on this thread: what another has freed, the system does not get back.
+        let within = |graph: &mut Graph| {
+            let scratch = self.pool.install(|| plan::scratch(graph));
+            plan::plan_within(graph, request, limit, &scratch)
+        };
+        let whole = graph.clone();
+        let plan = within(graph)?;
+        if plan.arena_bytes <= limit {
+            return Ok(plan);
+        }
+        let Some(mut cut) = self.pool.install(|| pieces::cut(&whole, request))? else { return Ok(plan) };
+        let more = plan::all_work(&cut, request)? / plan::all_work(&whole, request)?.max(1.0);
+        let mut tighter = within(&mut cut)?;
+        if tighter.arena_bytes >= plan.arena_bytes {
+            return Ok(plan);
+        }
+        tighter.again.work = ((1.0 + tighter.again.work) * more - 1.0).max(0.0);
+        tighter.again.chains = pieces::count(&tighter);
+        *graph = cut;
+        Ok(tighter)
     }
 
     /// Folds normalisations into weights once where neither changes.

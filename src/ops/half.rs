@@ -4,7 +4,7 @@
 use crate::error::OpError;
 use crate::graph::GradBuilder;
 use crate::kernels::half::{Elements, Half};
-use crate::ops::{Cx, Grads, Op, need, out};
+use crate::ops::{Cx, Grads, Op, Piece, need, out, piece};
 use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut};
 
 /// X (f32) rounded to nearest, ties to even, in half precision.
@@ -48,6 +48,10 @@ impl Op for Narrow {
         Ok(())
     }
 
+    fn in_pieces(&self, _: &[Option<&Meta>], _: usize) -> Option<Piece> {
+        Piece::elementwise(self.clone())
+    }
+
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
         no_gradient()
     }
@@ -75,6 +79,10 @@ impl Op for Widen {
         let x = need(x, 0)?;
         half(x.dtype)?.widen_all(half_bits(x)?, out(y, 0)?.get()?);
         Ok(())
+    }
+
+    fn in_pieces(&self, _: &[Option<&Meta>], count: usize) -> Option<Piece> {
+        Piece::elementwise(Widen { dims: piece::cut(&self.dims, count)? })
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {

@@ -13,7 +13,7 @@ use crate::graph::GradBuilder;
 use crate::kernels::norm::Channels;
 use crate::ops::batch_norm::ChannelSum;
 use crate::ops::half::widened;
-use crate::ops::{Cx, Grads, Op, Row, get, need, out};
+use crate::ops::{Cx, Grads, Made, Op, Piece, Row, get, need, out, piece};
 use crate::tensor::{Dims, Meta, View, ViewMut};
 
 /// ONNX `MatMul` (opset 1): matrices, stacks of matrices with broadcast stack dimensions, and vectors.
@@ -98,6 +98,15 @@ impl Op for MatMul {
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
         self.stacked(&a.dims, &b.dims).map_or(0, |s| s.rows() * s.n * s.k)
+    }
+
+    fn in_pieces(&self, inputs: &[Option<&Meta>], count: usize) -> Option<Piece> {
+        // Rows of A, if the result has their axes.
+        let (a, b) = (get(inputs, 0)?, get(inputs, 1)?);
+        let s = self.stacked(&a.dims, &b.dims).ok()?;
+        (s.one_b() && s.stack.len() + 2 == a.rank()).then_some(())?;
+        piece::cut(&a.dims, count)?;
+        Piece::made(MatMul { ..*self }, &[true, false, false, true], Made::Cut)
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -216,6 +225,25 @@ impl Op for MatMulAs {
 
     fn multiply_adds(&self, _: &[Option<&Meta>]) -> usize {
         self.stacked().map_or(0, |s| s.rows() * s.n * s.k)
+    }
+
+    fn in_pieces(&self, inputs: &[Option<&Meta>], count: usize) -> Option<Piece> {
+        let s = self.stacked().ok()?;
+        let [x0, x1] = [get(inputs, 0)?, get(inputs, 1)?].map(|x| piece::cut(&x.dims, count).is_some());
+        match (self.trans_a, self.trans_b) {
+            // Rows of A.
+            (false, _) if x0 && s.one_b() => {
+                let (a, y) = (piece::cut(&self.a, count)?, piece::cut(&self.y, count)?);
+                Piece::made(MatMulAs { a, y, ..self.clone() }, &[true, false, true], Made::Cut)
+            }
+            // Sums over rows of both.
+            (true, false) if x0 && x1 && s.stack.is_empty() && get(inputs, 2).is_none() => {
+                let (a, b) = (piece::cut(&self.a, count)?, piece::cut(&self.b, count)?);
+                let sum = Made::Sum { onto: Some(2) };
+                Piece::made(MatMulAs { a, b, ..self.clone() }, &[true, true], sum)
+            }
+            _ => None,
+        }
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {

@@ -49,6 +49,7 @@ pub mod matmul;
 pub mod norm;
 pub mod pad;
 pub mod part;
+pub mod piece;
 pub mod pool;
 pub mod quant;
 pub mod random;
@@ -79,6 +80,7 @@ pub mod window;
 
 pub use foreign::{Foreign, stand_in};
 pub use layout::ChannelsLast;
+pub use piece::{Made, Piece};
 pub use table::{Row, create, table};
 
 /// Gradients with respect to a node's inputs, in input order; `None` where there is none.
@@ -219,6 +221,12 @@ pub trait Op: Any + Debug + Send + Sync {
     /// How output 0 of a node of this operator is computed once more in the same run, where it cannot be by the node as
     /// it is: an operator and its operands, perhaps results of the first time.
     fn again(&self, _: &Node) -> Option<Rerun> {
+        None
+    }
+
+    /// The same operator for one of `count` equal pieces of its operands, cut along the first axes of some of them: for
+    /// operators with one output. `None` where its result is not made of, or the sum of, those of pieces.
+    fn in_pieces(&self, _inputs: &[Option<&Meta>], _count: usize) -> Option<Piece> {
         None
     }
 

@@ -14,7 +14,7 @@ use crate::kernels::half::Half;
 use crate::kernels::integer::Integer;
 use crate::kernels::math::Math;
 use crate::ops::binary::slice;
-use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Piece, Row, Spec, get, need, out};
 use crate::tensor::{DType, Elem, Meta, View, ViewMut};
 use crate::{float_dispatch, int_dispatch};
 
@@ -93,6 +93,10 @@ impl<K: Kind> Op for Unary<K> {
 
     fn cheap(&self) -> bool {
         true
+    }
+
+    fn in_pieces(&self, _: &[Option<&Meta>], _: usize) -> Option<Piece> {
+        Piece::elementwise(*self)
     }
 
     fn halved(&self, to: DType) -> Option<Arc<dyn Op>> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::error::OpError;
 use crate::graph::GradBuilder;
 use crate::ops::bytes::sized;
-use crate::ops::{Cx, Grads, Op, Row, Spec, get, need};
+use crate::ops::{Cx, Grads, Made, Op, Piece, Row, Spec, get, need, piece};
 use crate::tensor::{Dims, Meta, View, ViewMut, axis};
 
 /// A view under fixed dimensions; every view's gradient is one.
@@ -112,6 +112,13 @@ macro_rules! view_op {
 
             fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
                 view_grad(g)
+            }
+
+            fn in_pieces(&self, inputs: &[Option<&Meta>], count: usize) -> Option<Piece> {
+                let x = get(inputs, 0)?;
+                piece::cut(&x.dims, count)?;
+                let dims = piece::cut(&self.dims(x, inputs).ok()?, count)?;
+                Piece::made(ReshapeTo { dims }, &[true], Made::Cut)
             }
 
             fn is_view(&self) -> bool {

@@ -18,7 +18,7 @@ use crate::tensor::{ALIGN, DType, Dims, Meta};
 
 pub use arena::{Block, assign};
 pub(crate) use order::order;
-pub use recompute::{Again, plan_within, work};
+pub use recompute::{Again, all_work, plan_within, work};
 pub use report::{Kind, Peak};
 
 /// What a plan must compute.

@@ -45,6 +45,9 @@ pub struct Again {
     pub kernels: usize,
     /// Their work as a share of that of all others: of multiply-adds, and of bytes that are read and written.
     pub work: f64,
+    /// Chains of kernel calls that run for pieces of the batch, one after the other, so that the largest values are never
+    /// whole: sums over the batch, as gradients of weights, are rounded in another order.
+    pub chains: usize,
 }
 
 /// As [`super::plan`], in an arena of at most `limit` bytes: where it would be larger, values are computed again rather
@@ -64,7 +67,7 @@ pub fn plan_within(graph: &mut Graph, request: &Request, limit: usize, scratch: 
     let mut planner = Planner::new(&built.graph, request, &built.order)?;
     planner.scratch = Some(scratch);
     let mut plan = planner.finish()?;
-    plan.again = Again { kernels: built.copies, work: built.extra / search.work.max(1.0) };
+    plan.again = Again { kernels: built.copies, work: built.extra / search.work.max(1.0), chains: 0 };
     *graph = built.graph;
     Ok(plan)
 }
@@ -138,6 +141,11 @@ pub fn work(graph: &Graph, node: &Node) -> (f64, f64) {
 fn cost(graph: &Graph, node: &Node) -> f64 {
     let (work, bytes) = work(graph, node);
     work + WORK_OF_BYTE * bytes
+}
+
+/// Of all that runs: multiply-adds, and bytes in multiply-adds that take as long.
+pub fn all_work(graph: &Graph, request: &Request) -> Result<f64> {
+    Ok(order(graph, request)?.iter().map(|id| cost(graph, graph.node(*id))).sum())
 }
 
 /// A value is dropped after an event, the running of one node of the original order and of what is computed again for

@@ -81,6 +81,12 @@ impl Default for Buffer {
     }
 }
 
+impl AsMut<[u8]> for Buffer {
+    fn as_mut(&mut self) -> &mut [u8] {
+        self.bytes_mut()
+    }
+}
+
 impl Clone for Buffer {
     fn clone(&self) -> Self {
         let mut copy = Buffer::zeroed(self.len());

@@ -9,7 +9,7 @@ use crate::kernels::half::Elements;
 use crate::kernels::norm::{self, Channels, Mask, Residual, Stat};
 use crate::ops::half::{computed, elements, widened};
 use crate::ops::layout::rank_of;
-use crate::ops::{ChannelsLast, Cx, Grads, Op, get, need, out};
+use crate::ops::{ChannelsLast, Cx, Grads, Made, Op, Piece, get, need, out, piece};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
 
 fn same(meta: &Meta) -> Meta {
@@ -120,6 +120,13 @@ impl Op for ChannelSum {
     fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
         per_channel(inputs, self.channels)?;
         Some(ChannelsLast::by(ChannelSum { channels: self.channels.last() }, &[true], &[]))
+    }
+
+    fn in_pieces(&self, inputs: &[Option<&Meta>], count: usize) -> Option<Piece> {
+        piece::cut(&get(inputs, 0)?.dims, count)?;
+        let n = Some(self.channels.n / count).filter(|_| self.channels.n.is_multiple_of(count))?;
+        let channels = Channels { n, ..self.channels };
+        Piece::made(ChannelSum { channels }, &[true], Made::Sum { onto: None })
     }
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {

@@ -11,7 +11,7 @@ use crate::kernels::math::Math;
 use crate::kernels::par;
 use crate::ops::binary::slice;
 use crate::ops::half::elements;
-use crate::ops::{ChannelsLast, Cx, Grads, Op, get, need, out};
+use crate::ops::{ChannelsLast, Cx, Grads, Op, Piece, get, need, out};
 use crate::tensor::{Elem, Meta, View, ViewMut};
 
 /// Elements that are widened at a time.
@@ -59,6 +59,10 @@ impl<K: Kind> Op for UnaryGrad<K> {
 
     fn reads_half(&self, input: usize) -> bool {
         input == 0
+    }
+
+    fn in_pieces(&self, _: &[Option<&Meta>], _: usize) -> Option<Piece> {
+        Piece::elementwise(*self)
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
