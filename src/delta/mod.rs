@@ -112,7 +112,7 @@ impl Delta {
             let Some(new) = source.stored(model, id)? else { continue };
             let weight = model.weight(id);
             let old = weight.stored(&model.files)?;
-            let (values, error) = encode::encode(weight, &old, &new, kind)?;
+            let (values, error) = encode::encode(weight, &old, &new.bytes()?, kind)?;
             delta.max_error = delta.max_error.max(error);
             delta.tensors.push((weight.name.clone(), values));
         }

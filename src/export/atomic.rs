@@ -1,12 +1,12 @@
 //! Files that appear whole or not at all.
 
-use std::borrow::Cow;
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
+use super::Stored;
 use crate::error::{Error, Result};
 use crate::import::wire::{self, Segment};
 
@@ -57,7 +57,7 @@ impl Stage {
         relative: &Path,
         original: &[u8],
         segments: &[Segment],
-        placed: impl Iterator<Item = Result<(usize, Cow<'a, [u8]>)>>,
+        placed: impl Iterator<Item = Result<(usize, Stored<'a>)>>,
     ) -> Result<()> {
         let path = self.prepare(relative)?;
         let target = self.folder.join(relative);
@@ -65,9 +65,15 @@ impl Stage {
         let mut file = File::create_new(&path).map_err(fail)?;
         wire::write(original, segments, &mut file).map_err(fail)?;
         for part in placed {
-            let (at, bytes) = part?;
+            let (at, stored) = part?;
             file.seek(SeekFrom::Start(at as u64)).map_err(fail)?;
-            file.write_all(&bytes).map_err(fail)?;
+            let mut written = Ok(());
+            stored.each(|piece| {
+                if written.is_ok() {
+                    written = file.write_all(piece);
+                }
+            })?;
+            written.map_err(fail)?;
         }
         // A file that is replaced keeps its permissions.
         if let Ok(before) = fs::metadata(&target) {

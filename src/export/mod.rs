@@ -11,7 +11,6 @@ mod rename;
 mod source;
 pub mod verify;
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -23,7 +22,7 @@ use crate::import::{Model, SourceFile};
 use crate::tensor::Tensor;
 
 pub(crate) use source::restored;
-pub use source::{Given, Learned, Source};
+pub use source::{Given, Learned, Source, Stored};
 pub use verify::{Verification, verify};
 
 /// Choices of an export.
@@ -136,8 +135,11 @@ pub fn to_bytes(model: &Model, changes: &[(WeightId, &Tensor)]) -> Result<Vec<u8
     let segments = segments(&file.path, &file.bytes, own)?;
     let mut out = wire::concat(&file.bytes, &segments);
     for part in placed(model, &source, later, &segments) {
-        let (at, bytes) = part?;
-        out[at..at + bytes.len()].copy_from_slice(&bytes);
+        let (mut at, stored) = part?;
+        stored.each(|piece| {
+            out[at..at + piece.len()].copy_from_slice(piece);
+            at += piece.len();
+        })?;
     }
     Ok(out)
 }
@@ -150,11 +152,12 @@ pub(crate) fn equals(model: &Model, source: &dyn Source, others: &[SourceFile]) 
         let segments = segments(&file.path, &file.bytes, own)?;
         let mut places = Vec::new();
         for part in placed(model, source, later, &segments) {
-            let (at, bytes) = part?;
-            if other.bytes.get(at..at + bytes.len()) != Some(&*bytes) {
-                return Ok(false);
+            let (at, stored) = part?;
+            let place = at..at + stored.len();
+            match other.bytes.get(place.clone()) {
+                Some(bytes) if stored.equals(bytes)? => places.push(place),
+                _ => return Ok(false),
             }
-            places.push(at..at + bytes.len());
         }
         if !wire::equal(&file.bytes, &segments, &places, &other.bytes) {
             return Ok(false);
@@ -169,13 +172,13 @@ fn placed<'a>(
     source: &'a dyn Source,
     later: Vec<patch::Later>,
     segments: &'a [Segment],
-) -> impl Iterator<Item = Result<(usize, Cow<'a, [u8]>)>> {
+) -> impl Iterator<Item = Result<(usize, Stored<'a>)>> {
     later.into_iter().map(move |l| {
         let name = || &model.weight(l.weight).name;
-        let bytes = source.stored(model, l.weight)?.filter(|b| b.len() == l.range.len());
-        let bytes = bytes.ok_or_else(|| Error::value(name(), "has changed while it was written"))?;
+        let stored = source.stored(model, l.weight)?.filter(|s| s.len() == l.range.len());
+        let stored = stored.ok_or_else(|| Error::value(name(), "has changed while it was written"))?;
         let at = wire::moved(segments, &l.range);
-        Ok((at.ok_or_else(|| Error::value(name(), "lies in an edit of the file"))?, bytes))
+        Ok((at.ok_or_else(|| Error::value(name(), "lies in an edit of the file"))?, stored))
     })
 }
 

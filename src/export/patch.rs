@@ -44,12 +44,12 @@ pub(super) fn edits(model: &Model, source: &dyn Source) -> Result<Edits> {
         if !seen.insert(id) {
             return Err(Error::value(&weight.name, "is changed twice"));
         }
-        let Some(bytes) = source.stored(model, id)? else { continue };
+        let Some(stored) = source.stored(model, id)? else { continue };
         changed.push(id);
-        match in_place(weight, bytes.len()).filter(|_| !bound.contains(&id)) {
+        match in_place(weight, stored.len()).filter(|_| !bound.contains(&id)) {
             Some(range) => later.entry(weight.location.file).or_default().push(Later { weight: id, range }),
             None => {
-                new.insert(id, bytes.into_owned());
+                new.insert(id, stored.bytes()?.into_owned());
             }
         }
     }

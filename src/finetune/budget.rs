@@ -216,6 +216,7 @@ impl Job<'_> {
         let made =
             written.into_iter().map(|w| match (self.folded, session.held_as_stored(w), session.widened(w)) {
                 (false, Some(_), _) => 0,
+                (false, _, Some(_)) if self.lies_in_one_piece(w) => 0,
                 (false, _, Some(_)) => WIDENED * self.bytes_of(w),
                 _ => AT_ONCE * self.bytes_of(w),
             });
@@ -291,6 +292,12 @@ impl Job<'_> {
 
     /// The cheapest way that keeps to the budget. Fails, with what would help, where there is none.
     pub fn fit(&self, budget: usize) -> Result<Fitted> {
+        // All that plan run on the same threads: what each new one allocates would stay.
+        let session = &self.dry(self.asked(), None)?;
+        Job { session, ..*self }.search(budget)
+    }
+
+    fn search(&self, budget: usize) -> Result<Fitted> {
         let (batch, asked) = (self.batch(), self.asked());
         let way = |kept: Kept| Way { recipe: self.recipe, kept };
         let usual = self.probe(way(asked), batch, None)?;
@@ -425,6 +432,11 @@ impl Job<'_> {
             ));
         }
         Ok(Error::Config(text))
+    }
+
+    fn lies_in_one_piece(&self, w: WeightId) -> bool {
+        let model = self.model();
+        model.weight(w).bytes_stored(&model.files).is_some()
     }
 
     fn bytes_of(&self, w: WeightId) -> usize {

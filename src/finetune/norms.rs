@@ -3,7 +3,6 @@
 //! A normalisation with the statistics of sample data, scale σ and shift μ is the identity; what training makes of it
 //! goes back into the weight and bias that the file has: `w·γ/√(var + ε)` and `(b − mean)·γ/√(var + ε) + β`.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -237,7 +236,7 @@ impl Source for Folded<'_> {
         all
     }
 
-    fn stored(&self, model: &Model, id: WeightId) -> Result<Option<Cow<'_, [u8]>>> {
+    fn stored(&self, model: &Model, id: WeightId) -> Result<Option<export::Stored<'_>>> {
         export::restored(model, id, &self.value(id)?)
     }
 }

@@ -269,7 +269,7 @@ impl<'g> Pass<'g> {
     /// Does the reader round the value before it computes with it?
     fn rounds(&self, u: &Use) -> bool {
         let node = self.graph.node(u.node);
-        self.conversions == Conversions::Kernels && node.op.rounds(&self.graph.metas(&node.inputs), u.input)
+        self.conversions != Conversions::Apart && node.op.rounds(&self.graph.metas(&node.inputs), u.input)
     }
 
     /// Has the node that makes a value put out its half form instead, or as well, if its operator can.
