@@ -193,6 +193,8 @@ impl Profile {
 
 /// A block that may be dropped over the moment of the peak.
 struct Candidate {
+    /// What it holds, of the original values.
+    values: Vec<ValueId>,
     cuts: Vec<Cut>,
     score: f64,
 }
@@ -314,14 +316,19 @@ impl<'a> Search<'a> {
                     break;
                 }
                 let mut more = cuts.clone();
-                more.extend(c.cuts);
-                let Some(next) = self.build(&self.graph, &more) else { continue };
-                if next.extra > MOST * self.work {
-                    continue;
-                }
-                let after = self.profile(&next)?;
-                let gain = excess - after.excess(target);
+                more.extend(&c.cuts);
+                let Some(mut next) = self.build(&self.graph, &more) else { continue };
+                let mut after = self.profile(&next)?;
+                let mut gain = excess - after.excess(target);
                 if gain <= 0.0 {
+                    // What is computed on the way to it would wait for its own later readers.
+                    more.extend(self.on_the_way(&next, &c));
+                    let Some(lean) = self.build(&self.graph, &more) else { continue };
+                    next = lean;
+                    after = self.profile(&next)?;
+                    gain = excess - after.excess(target);
+                }
+                if gain <= 0.0 || next.extra > MOST * self.work {
                     continue;
                 }
                 let ratio = gain / (next.extra - built.extra).max(1.0);
@@ -405,13 +412,14 @@ impl<'a> Search<'a> {
             }
             let soonest = values.iter().map(|v| next[v.index()]).min().unwrap_or(here);
             let seen = values.iter().map(|v| made_at[v.index()]).max().unwrap_or(here);
-            let origins = values.iter().map(|v| built.origins[v.index()]).collect();
-            let Some((cuts_here, cost)) = self.dropping(origins, &at_hand, built, event) else { continue };
+            let origins: Vec<ValueId> = values.iter().map(|v| built.origins[v.index()]).collect();
+            let dropping = self.dropping(origins.clone(), &at_hand, built, event);
+            let Some((cuts_here, cost)) = dropping else { continue };
             if cuts_here.iter().all(|c| cuts.contains(c)) {
                 continue;
             }
             let waits = (soonest - seen.min(here)) as f64;
-            found.push(Candidate { cuts: cuts_here, score: block.bytes as f64 * waits / cost.max(1.0) });
+            found.push(Candidate { values: origins, cuts: cuts_here, score: block.bytes as f64 * waits / cost.max(1.0) });
         }
         // In an order that does not depend on the map's.
         found.sort_by(|a, b| a.cuts.cmp(&b.cuts));
@@ -457,6 +465,29 @@ impl<'a> Search<'a> {
         }
         list.sort();
         Some((list, cost))
+    }
+
+    /// The cuts that drop, once a dropped value is there again, what was only computed again to compute that.
+    fn on_the_way(&self, built: &Built, dropped: &Candidate) -> Vec<Cut> {
+        let of_it = dropped.cuts.iter().filter(|c| dropped.values.contains(&c.0));
+        let again = of_it.filter_map(|(v, last)| built.touched.get(v)?.iter().find(|e| *e > last));
+        let again: HashSet<u32> = again.copied().collect();
+        let mut cuts = Vec::new();
+        for (id, event) in built.order.iter().zip(&built.events) {
+            if id.index() < self.graph.nodes.len() || !again.contains(event) {
+                continue;
+            }
+            let reader = self.graph.node(self.order[*event as usize]);
+            for v in built.graph.node(*id).outputs.iter().flatten() {
+                let origin = built.origins[v.index()];
+                let wanted = reader.inputs.contains(&Some(origin)) || dropped.values.contains(&origin);
+                let large = self.graph.value(origin).meta.as_ref().is_some_and(|m| m.bytes() >= LEAST);
+                if large && !wanted {
+                    cuts.push((origin, *event));
+                }
+            }
+        }
+        cuts
     }
 
     fn profile(&self, built: &Built) -> Result<Profile> {
