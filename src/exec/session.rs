@@ -338,8 +338,10 @@ impl Session {
     /// A plan in an arena of at most `limit` bytes, or in the smallest that was found.
     fn plan_within(&self, graph: &mut Graph, request: &Request, limit: usize) -> Result<Plan> {
         // The search is on this thread: what another has freed, the system does not get back.
+        // (Scratch memory depends on the number of the session's.)
+        let scratch = |graph: &Graph| self.pool.install(|| plan::scratch(graph));
         let within = |graph: &mut Graph| {
-            let scratch = self.pool.install(|| plan::scratch(graph));
+            let scratch = scratch(graph);
             plan::plan_within(graph, request, limit, &scratch)
         };
         let whole = graph.clone();
@@ -347,7 +349,7 @@ impl Session {
         if plan.arena_bytes <= limit {
             return Ok(plan);
         }
-        let Some(mut cut) = self.pool.install(|| pieces::cut(&whole, request))? else { return Ok(plan) };
+        let Some(mut cut) = pieces::cut(&whole, request, &scratch)? else { return Ok(plan) };
         let more = plan::all_work(&cut, request)? / plan::all_work(&whole, request)?.max(1.0);
         let mut tighter = within(&mut cut)?;
         if tighter.arena_bytes >= plan.arena_bytes {

@@ -133,6 +133,14 @@ pub fn plan(graph: &Graph, request: &Request) -> Result<Plan> {
     Planner::new(graph, request, &order)?.finish()
 }
 
+/// The same, where each node's bytes of scratch memory are known.
+pub fn plan_with(graph: &Graph, request: &Request, scratch: &[usize]) -> Result<Plan> {
+    let order = order::order(graph, request)?;
+    let mut planner = Planner::new(graph, request, &order)?;
+    planner.scratch = Some(scratch);
+    planner.finish()
+}
+
 struct Planner<'a> {
     graph: &'a Graph,
     request: &'a Request,

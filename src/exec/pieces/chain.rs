@@ -20,14 +20,18 @@ const LARGE: usize = 4;
 
 /// The graph with its largest values made and read in pieces. `None`: there are none that can be.
 ///
-/// On the session's threads: scratch memory depends on their number.
-pub fn cut(graph: &Graph, request: &Request) -> Result<Option<Graph>> {
+/// `scratch`: see [`plan::scratch`].
+pub fn cut(
+    graph: &Graph,
+    request: &Request,
+    scratch: &dyn Fn(&Graph) -> Vec<usize>,
+) -> Result<Option<Graph>> {
     let order = plan::order(graph, request)?;
     let Some(finder) = Finder::new(graph, request, &order) else { return Ok(None) };
     let chains = finder.chains();
     let mut new = graph.clone();
     for chain in &chains {
-        finder.replace(&mut new, chain)?;
+        finder.replace(&mut new, chain, scratch)?;
     }
     // (A weight might be read after its update.)
     let fits = !chains.is_empty() && plan::order(&new, request).is_ok();
@@ -154,9 +158,14 @@ impl<'a> Finder<'a> {
     }
 
     /// Puts a node in the place of a chain's last ones.
-    fn replace(&self, graph: &mut Graph, chain: &Chain) -> Result<()> {
+    fn replace(
+        &self,
+        graph: &mut Graph,
+        chain: &Chain,
+        scratch: &dyn Fn(&Graph) -> Vec<usize>,
+    ) -> Result<()> {
         let at = self.order[chain.at()];
-        let made = self.build(chain);
+        let made = self.build(chain, scratch);
         let (op, inputs, outputs) =
             made.map_err(|source| Error::Op { node: self.graph.describe(at), source })?;
         for id in chain.last.iter().map(|at| self.order[*at]) {
@@ -175,6 +184,7 @@ impl<'a> Finder<'a> {
     fn build(
         &self,
         chain: &Chain,
+        scratch: &dyn Fn(&Graph) -> Vec<usize>,
     ) -> std::result::Result<(Pieces, Vec<Option<ValueId>>, Vec<ValueId>), OpError> {
         let piece = |at: usize| {
             let piece = self.pieces[at].as_ref();
@@ -245,7 +255,9 @@ impl<'a> Finder<'a> {
             nested.last(piece, x, becomes, target, &meta)?;
             made.push(Made { meta, cut });
         }
-        let plan = plan::plan(&nested.graph, &nested.request).map_err(|e| OpError::Internal(e.to_string()))?;
+        let scratch = scratch(&nested.graph);
+        let plan = plan::plan_with(&nested.graph, &nested.request, &scratch)
+            .map_err(|e| OpError::Internal(e.to_string()))?;
         let constants = plan.constants.iter().filter_map(|c| match c {
             Constant::Tensor(t) => Some(Frozen::Owned(t.clone())),
             Constant::Weight(_) => None,
