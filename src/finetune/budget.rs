@@ -5,7 +5,7 @@
 //! itself takes. The file's mapping is not among it: the system drops its pages and reads them again as it likes.
 //!
 //! From the cheapest on, until it fits: the usual plan; frozen weights left in the file and updates at once; values computed
-//! again rather than kept (the same weights to the last bit); the batch cut into parts whose gradients add up; and, where that is
+//! again rather than kept (the same weights to the last bit); chains of kernel calls run in pieces; the batch cut into parts whose gradients add up; and, where that is
 //! allowed, what is kept in fewer bits ([`Kept`]).
 
 mod fitted;

@@ -419,7 +419,11 @@ impl<'a> Search<'a> {
                 continue;
             }
             let waits = (soonest - seen.min(here)) as f64;
-            found.push(Candidate { values: origins, cuts: cuts_here, score: block.bytes as f64 * waits / cost.max(1.0) });
+            found.push(Candidate {
+                values: origins,
+                cuts: cuts_here,
+                score: block.bytes as f64 * waits / cost.max(1.0),
+            });
         }
         // In an order that does not depend on the map's.
         found.sort_by(|a, b| a.cuts.cmp(&b.cuts));

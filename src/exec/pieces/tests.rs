@@ -1,1 +1,94 @@
+use std::sync::Arc;
 
+use crate::exec::{Options, Precision, Session};
+use crate::graph::WeightId;
+use crate::import::make::{floats, import, model, node};
+use crate::plan::Again;
+use crate::tensor::{DType, Meta, Tensor};
+use crate::train::loss::Loss;
+use crate::train::optimizer::Optimizer;
+use crate::train::step::{Norm, Recipe, Shapes, Supervised, set_step};
+
+const WIDTH: usize = 32;
+const HIDDEN: usize = 512;
+
+/// Two feed-forward layers, with what lies between as `dims`: weights after some steps, the arena, and what was computed again.
+fn learned(options: Options, dims: &[usize], steps: usize) -> (Vec<f32>, usize, Again) {
+    let (mut nodes, mut weights, mut x) = (Vec::new(), Vec::new(), "x".to_string());
+    for i in 0..2 {
+        let name = |s: &str| format!("{s}{i}");
+        let values =
+            |n: usize| -> Vec<f32> { (0..n).map(|k| ((k * (i + 3)) as f32 * 0.7).sin() * 0.2).collect() };
+        weights.push(floats(&name("up"), &[WIDTH as i64, HIDDEN as i64], &values(WIDTH * HIDDEN)));
+        weights.push(floats(&name("bias"), &[HIDDEN as i64], &values(HIDDEN)));
+        weights.push(floats(&name("down"), &[HIDDEN as i64, WIDTH as i64], &values(HIDDEN * WIDTH)));
+        let y = if i == 1 { "y".to_string() } else { name("y") };
+        nodes.push(node("MatMul", &[&x, &name("up")], &[&name("h")]));
+        nodes.push(node("Add", &[&name("h"), &name("bias")], &[&name("b")]));
+        nodes.push(node("Tanh", &[&name("b")], &[&name("a")]));
+        nodes.push(node("MatMul", &[&name("a"), &name("down")], &[&name("d")]));
+        nodes.push(node("Add", &[&name("d"), &x], &[&y]));
+        x = y;
+    }
+    let m = Arc::new(import(&model(nodes, weights, "y")).unwrap());
+    let meta = Meta::new(DType::F32, dims);
+    let shapes = Shapes { inputs: vec![("x".into(), meta.clone())], target: meta.clone() };
+    let mut session = Session::new(m.clone(), options).unwrap();
+    let recipe = Recipe {
+        loss: Loss::Mse,
+        optimizer: Optimizer::sgd(),
+        clip: None,
+        params: (0..m.weights.len() as u32).map(WeightId).collect(),
+        norm: Norm::Batch,
+        accumulate: 1,
+    };
+    recipe.prepare(&mut session).unwrap();
+    let step = Supervised::new(&mut session, &recipe, &shapes).unwrap();
+    let x: Vec<f32> = (0..meta.len()).map(|i| (i as f32 * 0.37).sin()).collect();
+    let x = Tensor::from_slice(&meta.dims, &x).unwrap();
+    let y: Vec<f32> = (0..meta.len()).map(|i| (i as f32 * 0.11).cos()).collect();
+    let y = Tensor::from_slice(&meta.dims, &y).unwrap();
+    for t in 0..steps {
+        set_step(&mut session, 0.5, t + 1);
+        let fed = [(step.inputs[0], x.view()), (step.attached.target, y.view())];
+        session.run(&step.program, &fed, t as u64).unwrap();
+    }
+    let changes = session.changes().unwrap();
+    let values = changes.iter().flat_map(|c| c.1.to_f64()).map(|x| x as f32).collect();
+    let plan = &step.program.plan;
+    (values, plan.arena_bytes, plan.again)
+}
+
+fn options(arena: Option<usize>, precision: Precision, threads: usize) -> Options {
+    Options { threads, arena, precision, ..Options::default() }
+}
+
+#[test]
+fn hidden_units_in_pieces_teach_the_same() {
+    // A batch whose hidden units are whole only where there is room; 12 samples make six pieces.
+    for (dims, precision, tolerance) in [
+        (&[8, 16, WIDTH][..], Precision::F32, 1e-4),
+        (&[96, WIDTH], Precision::F32, 1e-4),
+        (&[12, 8, WIDTH], Precision::F32, 1e-4),
+        (&[8, 16, WIDTH], Precision::Bf16, 5e-2),
+    ] {
+        let (usual, whole, _) = learned(options(None, Precision::F32, 2), dims, 3);
+        let (pieces, small, again) = learned(options(Some(0), precision, 2), dims, 3);
+        let hidden = dims.iter().product::<usize>() / WIDTH * HIDDEN * 4;
+        assert!(again.chains > 0 && small < whole && small < hidden, "{again:?}: {small} of {whole}");
+        let first = learned(options(Some(0), precision, 1), dims, 3).0;
+        assert!(first == pieces && first == learned(options(Some(0), precision, 4), dims, 3).0, "threads");
+        let moved = |a: &[f32], b: &[f32]| {
+            let squares = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2));
+            squares.sum::<f64>().sqrt()
+        };
+        let start = learned(options(None, Precision::F32, 2), dims, 0).0;
+        let (apart, all) = (moved(&usual, &pieces), moved(&usual, &start));
+        assert!(apart <= tolerance * all, "{dims:?} {precision:?}: {apart} of {all}");
+    }
+}
+
+#[test]
+fn a_batch_of_one_stays_whole() {
+    assert_eq!(learned(options(Some(0), Precision::F32, 1), &[1, 64, WIDTH], 1).2.chains, 0);
+}

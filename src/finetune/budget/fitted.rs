@@ -117,6 +117,13 @@ impl Fitted {
                 human(self.smallest)
             ),
         }];
+        if self.again.chains > 0 {
+            notes.push(format!(
+                "{} chains of kernel calls run for pieces of the batch, so that the largest values are never whole: the same but \
+                 for rounding",
+                self.again.chains
+            ));
+        }
         let instead = self.kept.instead_of(self.asked);
         if !instead.is_empty() {
             notes.push(format!("as --allow-half allows, {}", instead.join(", ")));
