@@ -5,8 +5,8 @@
 //! itself takes. The file's mapping is not among it: the system drops its pages and reads them again as it likes.
 //!
 //! From the cheapest on, until it fits: the usual plan; frozen weights left in the file and updates at once; values computed
-//! again rather than kept (the same weights to the last bit); chains of kernel calls run in pieces; the batch cut into parts whose gradients add up; and, where that is
-//! allowed, what is kept in fewer bits ([`Kept`]).
+//! again rather than kept (the same weights to the last bit); the largest values made and read in pieces; the batch cut into
+//! parts whose gradients add up; and, where that is allowed, what is kept in fewer bits ([`Kept`]).
 
 mod fitted;
 
@@ -30,7 +30,7 @@ pub use fitted::{Fitted, Kept};
 /// calls (2 to 6 MiB in all), with a little more to be safe.
 const PROCESS: usize = 6 << 19;
 /// The same for each kernel call.
-const PER_KERNEL: usize = 4 << 10;
+const PER_KERNEL: usize = 5 << 10;
 /// A model's graph, for each node: of a file that was edited there are two. Measured with an encoder's 354 (0.5 MiB beyond
 /// what was counted), with twice that to be safe.
 const PER_NODE: usize = 3 << 10;
