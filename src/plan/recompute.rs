@@ -189,6 +189,10 @@ impl Profile {
     fn arena(&self) -> usize {
         assign(&mut self.blocks.clone())
     }
+
+    fn fits(&self, limit: usize) -> bool {
+        self.peak().1 <= limit && self.arena() <= limit
+    }
 }
 
 /// A block that may be dropped over the moment of the peak.
@@ -310,36 +314,48 @@ impl<'a> Search<'a> {
             let excess = profile.excess(target);
             let mut candidates = self.candidates(built, profile, cuts);
             candidates.sort_by(|a, b| b.score.total_cmp(&a.score));
-            let mut best: Option<(f64, Cuts, Built, Profile)> = None;
-            for (i, c) in candidates.into_iter().enumerate() {
-                if i >= TRIED && best.is_some() {
-                    break;
-                }
-                let mut more = cuts.clone();
-                more.extend(&c.cuts);
-                let Some(mut next) = self.build(&self.graph, &more) else { continue };
-                let mut after = self.profile(&next)?;
-                let mut gain = excess - after.excess(target);
-                if gain <= 0.0 {
-                    // What is computed on the way to it would wait for its own later readers.
-                    more.extend(self.on_the_way(&next, &c));
-                    let Some(lean) = self.build(&self.graph, &more) else { continue };
-                    next = lean;
-                    after = self.profile(&next)?;
-                    gain = excess - after.excess(target);
-                }
-                if gain <= 0.0 || next.extra > MOST * self.work {
-                    continue;
-                }
-                let ratio = gain / (next.extra - built.extra).max(1.0);
-                if best.as_ref().is_none_or(|b| ratio > b.0) {
-                    best = Some((ratio, more, next, after));
-                }
-            }
-            let Some((_, c, b, p)) = best else { return Ok(false) };
+            let best = self.best(&candidates, cuts, built, excess, target)?;
+            let Some((c, b, p)) = best else { return Ok(false) };
             (*cuts, *built, *profile) = (c, b, p);
         }
         Ok(true)
+    }
+
+    /// The candidate that frees most of what does not fit, for the least additional work, and what follows of it. Where one
+    /// frees nothing, what is computed on the way to it is dropped with it: it would wait for its own later readers.
+    fn best(
+        &self,
+        candidates: &[Candidate],
+        cuts: &Cuts,
+        built: &Built,
+        excess: f64,
+        target: usize,
+    ) -> Result<Option<(Cuts, Built, Profile)>> {
+        let mut best: Option<(f64, Cuts, Built, Profile)> = None;
+        for (i, c) in candidates.iter().enumerate() {
+            if i >= TRIED && best.is_some() {
+                break;
+            }
+            let mut more = cuts.clone();
+            more.extend(&c.cuts);
+            let Some(mut next) = self.build(&self.graph, &more) else { continue };
+            let mut after = self.profile(&next)?;
+            if after.excess(target) >= excess {
+                more.extend(self.on_the_way(&next, c));
+                let Some(lean) = self.build(&self.graph, &more) else { continue };
+                next = lean;
+                after = self.profile(&next)?;
+            }
+            let gain = excess - after.excess(target);
+            if gain <= 0.0 || next.extra > MOST * self.work {
+                continue;
+            }
+            let ratio = gain / (next.extra - built.extra).max(1.0);
+            if best.as_ref().is_none_or(|b| ratio > b.0) {
+                best = Some((ratio, more, next, after));
+            }
+        }
+        Ok(best.map(|b| (b.1, b.2, b.3)))
     }
 
     /// Takes back, the most costly first, what the plan fits without.
@@ -354,7 +370,7 @@ impl<'a> Search<'a> {
         for c in all {
             cuts.remove(&c);
             let less = match self.build(&self.graph, cuts) {
-                Some(b) if b.extra < extra && self.profile(&b)?.arena() <= limit => Some(b.extra),
+                Some(b) if b.extra < extra && self.profile(&b)?.fits(limit) => Some(b.extra),
                 _ => None,
             };
             match less {
