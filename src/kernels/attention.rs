@@ -248,9 +248,9 @@ pub struct Out<'a, T> {
     pub mask: Option<&'a mut [T]>,
 }
 
-/// The room of a task of the backward pass: probabilities and the gradient of scores, K twice and V as products read them,
-/// what products need besides, and the rows that are widened.
-fn grad_room<T: Vectors>(a: &Attention, halves: [bool; 3]) -> [usize; 9] {
+/// The room of a task of the backward pass: probabilities and the gradient of scores, a block's rows of dY, K twice and V as
+/// products read them, what products need besides, and the rows that are widened.
+fn grad_room<T: Vectors>(a: &Attention, halves: [bool; 3]) -> [usize; 10] {
     let (rows, one) = (a.block(), T::one());
     let by_packed = [a.scores(rows, one), a.query_grads(a.q.position, rows, one), a.score_grads(rows)];
     let others = [rows, a.queries % rows].into_iter().filter(|rows| *rows > 0).flat_map(|rows| {
@@ -260,7 +260,7 @@ fn grad_room<T: Vectors>(a: &Attention, halves: [bool; 3]) -> [usize; 9] {
     let rest = by_packed.iter().map(Near::room_packed).chain(others).fold(0, usize::max);
     let [k_across, k_along, v_across] = by_packed.map(|p| p.packed());
     let [q, k, v] = a.widened::<T>(halves);
-    [rows * a.keys, rows * a.keys, k_across, k_along, v_across, rest, q, k, v]
+    [rows * a.keys, rows * a.keys, rows * a.values, k_across, k_along, v_across, rest, q, k, v]
 }
 
 impl Attention {
@@ -303,18 +303,21 @@ pub fn grads_scratch<T: Vectors>(a: &Attention, halves: [bool; 3]) -> usize {
 }
 
 /// dQ, dK and dV, each laid out as what it is the gradient of, from dY, laid out as Y, and the `logs` of [`forward`].
+///
+/// Without `dy`, it lies where dQ is to be: Q and Y are laid out alike then.
 #[allow(clippy::too_many_arguments)]
 pub fn grads<T: Vectors + Math>(
     a: &Attention,
     [q, k, v]: [Elements<T>; 3],
     scores: Scores<T>,
-    dy: &[T],
+    dy: Option<&[T]>,
     logs: &[T],
     out: Out<T>,
     scratch: &mut [T],
 ) {
     let len = |x: &Option<&mut [T]>| x.as_ref().map(|x| x.len());
-    a.check([q.len(), k.len(), v.len(), dy.len()], scores.mask);
+    let dy_len = dy.map(<[T]>::len).or(len(&out.q).filter(|_| a.q == a.y && a.depth == a.values));
+    a.check([q.len(), k.len(), v.len(), dy_len.unwrap_or(0)], scores.mask);
     assert!(
         len(&out.q).is_none_or(|n| n == q.len())
             && len(&out.k).is_none_or(|n| n == k.len())
@@ -331,10 +334,10 @@ pub fn grads<T: Vectors + Math>(
     let [dq, dk, dv, dmask] = [out.q, out.k, out.v, out.mask].map(|x| x.map(Shared::new));
     in_slots(a.tasks(), room.iter().sum(), scratch, |task, slot| {
         let at @ [sample, head] = [task / a.heads, task % a.heads];
-        let [p, ds, k_across, k_along, v_across, rest, near @ ..] = split(slot, room);
+        let [p, ds, dy_near, k_across, k_along, v_across, rest, near @ ..] = split(slot, room);
         // Q, K and V lie as `a` says from here on; their gradients as `to` says.
-        let (to, (a, [q, k, v])) = (a, a.near_rows([q, k, v], at, near));
-        let dy = Elements::Whole(&dy[a.y.at(sample, head)..]);
+        let (to, (mut a, [q, k, v])) = (a, a.near_rows([q, k, v], at, near));
+        a.y.position = a.values;
         // SAFETY: `check` has seen to the extents; the rows of this sample's head are this task's.
         let place = |x: &Shared<T>, rows: Rows, first: usize| unsafe {
             x.ptr().add(rows.at(sample, head) + first * rows.position)
@@ -345,7 +348,23 @@ pub fn grads<T: Vectors + Math>(
         for first in (0..a.queries).step_by(rows) {
             let n = rows.min(a.queries - first);
             let (p, ds) = (&mut p[..n * a.keys], &mut ds[..n * a.keys]);
-            let (q, dy) = (q.from(first * a.q.position), dy.from(first * a.y.position));
+            for (i, near) in dy_near.chunks_exact_mut(a.values.max(1)).take(n).enumerate() {
+                match (dy, &dq) {
+                    (Some(dy), _) => near.copy_from_slice(
+                        &dy[to.y.at(sample, head) + (first + i) * to.y.position..][..a.values],
+                    ),
+                    // SAFETY: as of `place`; dQ of these rows is written after this.
+                    (None, Some(dq)) => unsafe {
+                        std::ptr::copy_nonoverlapping(
+                            place(dq, to.q, first + i),
+                            near.as_mut_ptr(),
+                            a.values,
+                        );
+                    },
+                    (None, None) => near.fill(T::zero()),
+                }
+            }
+            let (q, dy) = (q.from(first * a.q.position), Elements::Whole(&*dy_near));
             a.scores(n, scale).multiply_packed(q, k, k_across, p, rest);
             a.score_grads(n).multiply_packed(dy, v, v_across, ds, rest);
             let logs = &logs[task * a.queries + first..][..n];

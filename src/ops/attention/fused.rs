@@ -215,7 +215,7 @@ impl Op for FusedAttentionGrad {
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let a = self.of.of_views(x)?;
-        float_dispatch!(need(x, 4)?.dtype, T => {
+        float_dispatch!(need(x, 5)?.dtype, T => {
             let operands = [elements::<T>(need(x, 0)?)?, elements(need(x, 1)?)?, elements(need(x, 2)?)?];
             let room = cx.room::<T>(kernel::grads_scratch::<T>(&a, operands.map(|x| !x.is_whole())))?;
             let scale = T::of(self.of.scale as f64);
@@ -223,7 +223,8 @@ impl Op for FusedAttentionGrad {
             let mut outs = y.iter_mut().map(|y| y.as_mut().map(|y| y.get::<T>()).transpose());
             let mut next = || outs.next().transpose().map(Option::flatten);
             let out = Out { q: next()?, k: next()?, v: next()?, mask: next()? };
-            kernel::grads(&a, operands, scores, need(x, 4)?.get()?, need(x, 5)?.get()?, out, room);
+            let dy = get(x, 4).map(|dy| dy.get()).transpose()?;
+            kernel::grads(&a, operands, scores, dy, need(x, 5)?.get()?, out, room);
             Ok(())
         })
     }
@@ -241,6 +242,11 @@ impl Op for FusedAttentionGrad {
         input < 3
     }
 
+    /// Of each row of dY's, which is read first, dQ's may take the place, if those are alike.
+    fn in_place(&self) -> &[(usize, usize)] {
+        if self.of.axes[0] == self.of.axes[3] { &[(4, 0)] } else { &[] }
+    }
+
     fn by_pairs(&self) -> Option<Arc<dyn Op>> {
         Some(Arc::new(FusedAttentionGrad { of: FusedAttention { pairs: true, ..self.of.clone() } }))
     }
@@ -253,5 +259,47 @@ impl Op for FusedAttentionGrad {
 
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
         Err(OpError::NotDifferentiable("second derivatives of attention".into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::eval;
+    use crate::tensor::Tensor;
+
+    #[test]
+    fn in_place_gives_the_same_bits() {
+        // Positions in front of heads; more than one block of queries.
+        let axes = || Dims::from_slice(&[0, 2, 1, 3]);
+        let of = FusedAttention { scale: 0.3, axes: [axes(), axes(), axes(), axes()], pairs: false };
+        let wave = |positions: usize, step: f32| {
+            let dims = [2, positions, 3, 16];
+            let data: Vec<f32> = (0..dims.iter().product()).map(|i| (i as f32 * step).sin()).collect();
+            Tensor::from_slice(&dims, &data).unwrap()
+        };
+        let (q, k, v, dy) = (wave(70, 0.7), wave(300, 0.9), wave(300, 0.2), wave(70, 0.5));
+        let logs = eval(&of, &[Some(&q), Some(&k), Some(&v), None]).unwrap().remove(1);
+        let metas = [&q, &k, &v, &dy, &logs].map(|t| Meta::new(t.dtype(), t.dims()));
+        let [mq, mk, mv, mdy, mlogs] = &metas;
+        let inputs = [Some(mq), Some(mk), Some(mv), None, Some(mdy), Some(mlogs)];
+        for op in [Arc::new(FusedAttentionGrad { of: of.clone() }) as Arc<dyn Op>, of_pairs(&of)] {
+            assert_eq!(op.in_place(), [(4, 0)]);
+            let operands = [Some(&q), Some(&k), Some(&v), None, Some(&dy), Some(&logs)];
+            let want = eval(op.as_ref(), &operands).unwrap();
+            let (mut dq, mut dk, mut dv) = (dy.clone(), k.clone(), v.clone());
+            let mut scratch = crate::tensor::Buffer::zeroed(op.scratch(&inputs));
+            let cx = &mut Cx { scratch: scratch.bytes_mut(), seed: 0 };
+            let x = [Some(q.view()), Some(k.view()), Some(v.view()), None, None, Some(logs.view())];
+            let mut y = [Some(dq.view_mut()), Some(dk.view_mut()), Some(dv.view_mut()), None];
+            op.forward(cx, &x, &mut y).unwrap();
+            for (got, want) in [dq, dk, dv].iter().zip(&want) {
+                assert!(got.bytes() == want.bytes(), "{op:?}");
+            }
+        }
+    }
+
+    fn of_pairs(of: &FusedAttention) -> Arc<dyn Op> {
+        FusedAttentionGrad { of: of.clone() }.by_pairs().unwrap()
     }
 }
