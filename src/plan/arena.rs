@@ -23,53 +23,101 @@ impl Block {
     }
 }
 
+/// Rounds in which what stands out is placed earlier.
+const ROUNDS: usize = 40;
+/// Gaps that are left alone: this share of what the fullest moment takes.
+const GAPS: usize = 256;
+
 /// Gives every block an offset such that blocks alive at the same time do not overlap, and returns the
-/// size of the arena.
+/// size of the arena: at most `enough` bytes, or as small as was found.
 ///
-/// Largest first, each at the lowest offset where it fits (Pisarchyk and Lee, *Efficient Memory Management
-/// for Deep Neural Net Inference*, 2020, greedy by size); or, where that is smaller, those first that take the most over
-/// time, or that live longest.
-pub fn assign(blocks: &mut [Block]) -> usize {
+/// Blocks are placed one after the other, each at the lowest offset where it fits: largest first (Pisarchyk and Lee,
+/// *Efficient Memory Management for Deep Neural Net Inference*, 2020, greedy by size), or those first that take the most
+/// over time, or that live longest. Where all of that leaves gaps, what stood out beyond the bytes of the fullest moment is
+/// placed earlier in a next round (Joslin and Clements, *Squeaky Wheel Optimization*, 1999).
+pub fn assign(blocks: &mut [Block], enough: usize) -> usize {
     type Key = fn(&Block) -> (usize, usize);
+    // (The rounds begin with the last order.)
     let keys: [Key; 3] =
         [|b| (b.bytes, 0), |b| (b.bytes.saturating_mul(b.life()), 0), |b| (b.life(), b.bytes)];
-    let mut best: Option<(usize, Vec<usize>)> = None;
-    for key in keys {
-        let (total, offsets) = place(blocks, key);
-        if best.as_ref().is_none_or(|b| total < b.0) {
-            best = Some((total, offsets));
+    let fullest = fullest(blocks);
+    let enough = enough.max(fullest + fullest / GAPS);
+    let (mut total, mut best) = (usize::MAX, Vec::new());
+    let (mut order, mut offsets): (Vec<usize>, Vec<usize>) = ((0..blocks.len()).collect(), Vec::new());
+    for round in 0..keys.len() + ROUNDS {
+        if total <= enough {
+            break;
+        }
+        match keys.get(round) {
+            Some(key) => {
+                order.sort_by_key(|&i| (std::cmp::Reverse(key(&blocks[i])), blocks[i].born, i));
+            }
+            None => order = outstanding_earlier(blocks, &order, &offsets, fullest),
+        }
+        let taken;
+        (taken, offsets) = place(blocks, &order);
+        if taken < total {
+            (total, best) = (taken, offsets.clone());
         }
     }
-    let (total, offsets) = best.unwrap_or_default();
-    blocks.iter_mut().zip(offsets).for_each(|(b, offset)| b.offset = offset);
-    total
+    blocks.iter_mut().zip(best).for_each(|(b, offset)| b.offset = offset);
+    if blocks.is_empty() { 0 } else { total }
 }
 
-/// The arena's size and the offsets, blocks being placed by falling `key`.
-fn place(blocks: &[Block], key: impl Fn(&Block) -> (usize, usize)) -> (usize, Vec<usize>) {
-    let mut order: Vec<usize> = (0..blocks.len()).collect();
-    order.sort_by_key(|&i| (std::cmp::Reverse(key(&blocks[i])), blocks[i].born, i));
+/// The most bytes that are alive at a time: no arena is smaller.
+fn fullest(blocks: &[Block]) -> usize {
+    let (mut born, mut dies): (Vec<_>, Vec<_>) =
+        blocks.iter().map(|b| ((b.born, aligned(b.bytes)), (b.dies, aligned(b.bytes)))).unzip();
+    born.sort();
+    dies.sort();
+    let (mut live, mut most, mut dead) = (0, 0, dies.into_iter().peekable());
+    for (time, bytes) in born {
+        while let Some((_, bytes)) = dead.next_if(|d| d.0 < time) {
+            live -= bytes;
+        }
+        live += bytes;
+        most = most.max(live);
+    }
+    most
+}
+
+/// The order in which what came to lie beyond `limit` has half the rank that it had.
+fn outstanding_earlier(blocks: &[Block], order: &[usize], offsets: &[usize], limit: usize) -> Vec<usize> {
+    let rank = |(rank, i): (usize, &usize)| match offsets[*i] + aligned(blocks[*i].bytes) > limit {
+        true => (rank / 2, false, *i),
+        false => (rank, true, *i),
+    };
+    let mut ranked: Vec<(usize, bool, usize)> = order.iter().enumerate().map(rank).collect();
+    ranked.sort_by_key(|r| (r.0, r.1));
+    ranked.into_iter().map(|r| r.2).collect()
+}
+
+/// The arena's size and the offsets, blocks being placed in an order.
+fn place(blocks: &[Block], order: &[usize]) -> (usize, Vec<usize>) {
+    struct Placed {
+        offset: usize,
+        end: usize,
+        born: usize,
+        dies: usize,
+    }
     let mut offsets = vec![0; blocks.len()];
     // Kept sorted by offset.
-    let mut placed: Vec<usize> = Vec::with_capacity(blocks.len());
+    let mut placed: Vec<Placed> = Vec::with_capacity(blocks.len());
     let mut total = 0;
-    for i in order {
-        let size = aligned(blocks[i].bytes);
+    for &i in order {
+        let Block { bytes, born, dies, .. } = blocks[i];
+        let size = aligned(bytes);
         let mut offset = 0;
-        for &j in &placed {
-            let other = &blocks[j];
-            if other.born > blocks[i].dies || other.dies < blocks[i].born {
-                continue;
-            }
-            if offset + size <= offsets[j] {
+        for other in placed.iter().filter(|o| o.born <= dies && born <= o.dies) {
+            if offset + size <= other.offset {
                 break;
             }
-            offset = offset.max(offsets[j] + aligned(other.bytes));
+            offset = offset.max(other.end);
         }
         offsets[i] = offset;
         total = total.max(offset + size);
-        let at = placed.partition_point(|&j| offsets[j] <= offset);
-        placed.insert(at, i);
+        let at = placed.partition_point(|o| o.offset <= offset);
+        placed.insert(at, Placed { offset, end: offset + size, born, dies });
     }
     (total, offsets)
 }
@@ -94,7 +142,7 @@ mod tests {
                     block(rng.random_range(0..5000), born, born + rng.random_range(0..12))
                 })
                 .collect();
-            let total = assign(&mut blocks);
+            let total = assign(&mut blocks, 0);
             let mut live_peak = 0;
             for t in 0..60 {
                 let live: Vec<&Block> = blocks.iter().filter(|b| b.born <= t && t <= b.dies).collect();
@@ -118,6 +166,6 @@ mod tests {
     #[test]
     fn disjoint_lifetimes_share() {
         let mut blocks = [block(100, 0, 1), block(100, 2, 3), block(100, 4, 5)];
-        assert_eq!(assign(&mut blocks), 128);
+        assert_eq!(assign(&mut blocks, 0), 128);
     }
 }

@@ -130,7 +130,7 @@ enum Home {
 /// Orders the nodes, decides what shares memory, and assigns the arena.
 pub fn plan(graph: &Graph, request: &Request) -> Result<Plan> {
     let order = order::order(graph, request)?;
-    Planner::new(graph, request, &order)?.finish()
+    Planner::new(graph, request, &order)?.finish(0)
 }
 
 /// The same, where each node's bytes of scratch memory are known.
@@ -138,7 +138,7 @@ pub fn plan_with(graph: &Graph, request: &Request, scratch: &[usize]) -> Result<
     let order = order::order(graph, request)?;
     let mut planner = Planner::new(graph, request, &order)?;
     planner.scratch = Some(scratch);
-    planner.finish()
+    planner.finish(0)
 }
 
 struct Planner<'a> {
@@ -347,10 +347,11 @@ impl<'a> Planner<'a> {
         scratch
     }
 
-    fn finish(mut self) -> Result<Plan> {
+    /// The plan, in an arena of `enough` bytes, or of as few as was found.
+    fn finish(mut self, enough: usize) -> Result<Plan> {
         let end = time(self.order.len());
         let scratch = self.close();
-        let arena_bytes = assign(&mut self.blocks);
+        let arena_bytes = assign(&mut self.blocks, enough);
         let mut steps = Vec::with_capacity(self.order.len());
         for (position, scratch) in scratch.into_iter().enumerate() {
             if let Some(step) = self.step(position, scratch)? {

@@ -66,7 +66,7 @@ pub fn plan_within(graph: &mut Graph, request: &Request, limit: usize, scratch: 
     check_updates(&built.graph, &built.order)?;
     let mut planner = Planner::new(&built.graph, request, &built.order)?;
     planner.scratch = Some(scratch);
-    let mut plan = planner.finish()?;
+    let mut plan = planner.finish(limit)?;
     plan.again = Again { kernels: built.copies, work: built.extra / search.work.max(1.0), chains: 0 };
     *graph = built.graph;
     Ok(plan)
@@ -186,12 +186,12 @@ impl Profile {
         self.live.iter().map(|l| l.saturating_sub(target) as f64).sum()
     }
 
-    fn arena(&self) -> usize {
-        assign(&mut self.blocks.clone())
+    fn arena(&self, enough: usize) -> usize {
+        assign(&mut self.blocks.clone(), enough)
     }
 
     fn fits(&self, limit: usize) -> bool {
-        self.peak().1 <= limit && self.arena() <= limit
+        self.peak().1 <= limit && self.arena(limit) <= limit
     }
 }
 
@@ -225,7 +225,7 @@ impl<'a> Search<'a> {
         let mut cuts = Cuts::new();
         let Some(mut built) = self.build(&self.graph, &cuts) else { return Ok(cuts) };
         let mut profile = self.profile(&built)?;
-        let mut best = (profile.arena(), cuts.clone());
+        let mut best = (profile.arena(limit), cuts.clone());
         if self.request.no_reuse {
             return Ok(cuts);
         }
@@ -237,7 +237,7 @@ impl<'a> Search<'a> {
         if limit == 0 {
             // Straight there, then step by step.
             self.improve(&mut cuts, &mut built, &mut profile, target)?;
-            let arena = profile.arena();
+            let arena = profile.arena(limit);
             if arena < best.0 {
                 best = (arena, cuts.clone());
             }
@@ -248,7 +248,7 @@ impl<'a> Search<'a> {
             if limit == 0 {
                 target = (peak as f64 * NEXT) as usize;
             } else if peak <= target {
-                let arena = profile.arena();
+                let arena = profile.arena(limit);
                 if arena < best.0 {
                     best = (arena, cuts.clone());
                 }
@@ -261,7 +261,7 @@ impl<'a> Search<'a> {
             }
             let improved = self.improve(&mut cuts, &mut built, &mut profile, target)?;
             if limit == 0 || !improved {
-                let arena = profile.arena();
+                let arena = profile.arena(limit);
                 if arena < best.0 {
                     best = (arena, cuts.clone());
                 }
