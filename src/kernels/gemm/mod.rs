@@ -235,6 +235,11 @@ pub struct Plus<'a, T> {
 impl<T> Plus<'_, T> {
     pub const NOTHING: Self = Plus { row: None, all: None };
 
+    /// What is added to the columns from one on.
+    fn from(self, column: usize) -> Self {
+        Plus { row: self.row.map(|x| &x[column..]), all: self.all.map(|x| &x[column..]) }
+    }
+
     fn is_nothing(&self) -> bool {
         self.row.is_none() && self.all.is_none()
     }

@@ -1,7 +1,9 @@
 //! Products inside of other kernels: of elements, or of pairs of bfloat16, by a B that may be packed once for several of
 //! them, to where C lies among what other tasks write.
 
-use super::pairs::{multiply_pairs, pack_pairs, packed_pairs, room_pairs};
+use super::pairs::{
+    divided_pairs, multiply_pairs, pack_pairs, packed_pairs, room_by_packed_pairs, room_pairs,
+};
 use super::{Plus, Product, divided, pack, shared_out, vector};
 use crate::kernels::half::Elements;
 use crate::kernels::par::Shared;
@@ -74,7 +76,7 @@ impl<T: Vectors> Near<T> {
 
     /// Elements of scratch of a product by a packed B.
     pub fn room_packed(&self) -> usize {
-        if self.pairs { room_pairs(&self.product, None) - packed_pairs(&self.product) } else { 0 }
+        if self.pairs { room_by_packed_pairs(&self.product) } else { 0 }
     }
 
     /// C, by a B that [`pack`](Self::pack) has packed.
@@ -134,11 +136,7 @@ impl<T: Vectors> Near<T> {
         // SAFETY: the caller's promise.
         let Some(c) = (unsafe { self.for_tiles(a, b, c) }) else { return };
         match self.pairs {
-            true => {
-                let (packed, rest) = scratch.split_at_mut(packed_pairs(p));
-                pack_pairs(p, b, bytemuck::cast_slice_mut(packed));
-                multiply_pairs(p, a, bytemuck::cast_slice(packed), Plus::NOTHING, &c, rest);
-            }
+            true => divided_pairs(p, a, b, Plus::NOTHING, &c, scratch),
             false => divided(p, a, b, Plus::NOTHING, &c, scratch),
         }
     }

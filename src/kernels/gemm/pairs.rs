@@ -32,6 +32,9 @@ const STEPS_AT_ONCE: usize = 32;
 const BLOCKS_WORK: usize = 1 << 22;
 /// Elements that rows which are turned are fetched ahead: there are too many of them for the processor to see streams.
 const AHEAD: usize = 64;
+/// Rows of A that are few, and pairs of B that are then packed at a time: what takes little memory besides.
+const FEW: usize = 256;
+const AT_ONCE: usize = 1 << 16;
 /// Lanes of the widest vectors.
 const SQUARE: usize = 16;
 
@@ -115,6 +118,12 @@ impl Order {
     fn b_pairs<T>(&self, p: &Product<T>) -> usize {
         self.panels(p) * self.panel * self.packed
     }
+
+    /// Columns of B that are packed at a time: all, unless few rows of A would wait for that much.
+    fn columns<T>(&self, p: &Product<T>) -> usize {
+        let panels = (AT_ONCE / (self.panel * self.packed).max(1)).max(1);
+        if p.m > FEW { p.n } else { p.n.min(panels * self.panel) }
+    }
 }
 
 /// Elements of B, packed by [`pack_pairs`].
@@ -125,7 +134,12 @@ pub(super) fn packed_pairs<T: Vectors>(p: &Product<T>) -> usize {
 /// Elements of scratch that [`gemm_pairs`] needs; `a`: which type of half precision A is of.
 pub fn room_pairs<T: Vectors>(p: &Product<T>, a: Option<Half>) -> usize {
     let order = Order::of(p);
-    order.a_pairs(p, a) + order.b_pairs(p)
+    order.a_pairs(p, a) + order.b_pairs(&Product { n: order.columns(p), ..*p })
+}
+
+/// Elements of scratch that [`multiply_pairs`] needs.
+pub(super) fn room_by_packed_pairs<T: Vectors>(p: &Product<T>) -> usize {
+    Order::of(p).a_pairs(p, None)
 }
 
 /// As [`gemm`](super::gemm), of operands rounded to bfloat16, with something added.
@@ -141,9 +155,30 @@ pub fn gemm_pairs<T: Vectors>(
     if p.m * p.n == 0 {
         return;
     }
-    let (packed, rest) = scratch.split_at_mut(packed_pairs(p));
-    pack_pairs(p, b, bytemuck::cast_slice_mut(packed));
-    multiply_pairs(p, a, bytemuck::cast_slice(packed), plus, &Shared::new(c), rest);
+    divided_pairs(p, a, b, plus, &Shared::new(c), scratch);
+}
+
+/// The same; the callers have checked the extents.
+pub(super) fn divided_pairs<T: Vectors>(
+    p: &Product<T>,
+    a: Elements<T>,
+    b: Elements<T>,
+    plus: Plus<T>,
+    c: &Shared<T>,
+    scratch: &mut [T],
+) {
+    let order = &Order::of(p);
+    let columns = order.columns(p);
+    let (packed, rest) = scratch.split_at_mut(order.b_pairs(&Product { n: columns, ..*p }));
+    let packed: &mut [u32] = bytemuck::cast_slice_mut(packed);
+    let a = rows(p, order, a, rest);
+    for first in (0..p.n).step_by(columns) {
+        let p = &Product { n: columns.min(p.n - first), ..*p };
+        pack_panels(p, order, b.from(if p.trans_b { first * p.ldb } else { first }), packed);
+        // SAFETY: C has the columns, and nobody else uses them.
+        let c = unsafe { Shared::at(c.ptr().add(first)) };
+        multiply_packed(p, order, &a, packed, plus.from(first), &c);
+    }
 }
 
 /// By a packed B; the callers have checked the other extents.
@@ -155,18 +190,33 @@ pub(super) fn multiply_pairs<T: Vectors>(
     c: &Shared<T>,
     scratch: &mut [T],
 ) {
-    let order = Order::of(p);
-    assert!(b.len() >= order.b_pairs(p), "operands of a product");
-    let (a, lda) = match order.lies_in_pairs(p, a.half()) {
-        true => (a.address(0).cast::<u32>(), p.lda / 2),
+    let order = &Order::of(p);
+    let a = rows(p, order, a, scratch);
+    multiply_packed(p, order, &a, b, plus, c);
+}
+
+/// A as rows of pairs or in strips: as it lies, or packed into `scratch`.
+fn rows<T: Vectors>(p: &Product<T>, order: &Order, a: Elements<T>, scratch: &mut [T]) -> Rows {
+    match order.lies_in_pairs(p, a.half()) {
+        true => Rows { a: a.address(0).cast::<u32>(), lda: p.lda / 2 },
         false => {
             let scratch: &mut [u32] = bytemuck::cast_slice_mut(scratch);
             let out = &mut scratch[..order.a_pairs(p, None)];
-            pack_a(p, &order, a, out);
-            (out.as_ptr(), order.a_row)
+            pack_a(p, order, a, out);
+            Rows { a: out.as_ptr(), lda: order.a_row }
         }
-    };
-    let a = Rows { a, lda };
+    }
+}
+
+fn multiply_packed<T: Vectors>(
+    p: &Product<T>,
+    order: &Order,
+    a: &Rows,
+    b: &[u32],
+    plus: Plus<T>,
+    c: &Shared<T>,
+) {
+    assert!(b.len() >= order.b_pairs(p), "operands of a product");
     let (strips, panels) = (order.strips(p).count, order.panels(p));
     let worth = if order.blocks { BLOCKS_WORK } else { WORK };
     let tasks = if p.alone { 1 } else { (p.work() / worth).clamp(1, TASKS) };
@@ -174,7 +224,7 @@ pub(super) fn multiply_pairs<T: Vectors>(
     let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
     super::tasks::<T>(rows * cols, 0, &mut [], |task, _| {
         let (strips, panels) = (share(task / cols, rows, strips), share(task % cols, cols, panels));
-        let part = Part { p, order: &order, a: &a, b, plus, c: c.ptr(), strips, panels };
+        let part = Part { p, order, a, b, plus, c: c.ptr(), strips, panels };
         // SAFETY: the extents were checked; no two tasks share elements of C.
         unsafe {
             match order.blocks {
@@ -196,7 +246,10 @@ fn each<T>(p: &Product<T>, count: usize, run: impl Fn(usize) + Send + Sync) {
 /// Packs B: a panel of op(B) is, for each step, its columns' pairs in whole vectors. In pieces such that B is read in
 /// order.
 pub(super) fn pack_pairs<T: Vectors>(p: &Product<T>, b: Elements<T>, out: &mut [u32]) {
-    let order = &Order::of(p);
+    pack_panels(p, &Order::of(p), b, out);
+}
+
+fn pack_panels<T: Vectors>(p: &Product<T>, order: &Order, b: Elements<T>, out: &mut [u32]) {
     assert!(b.len() >= p.extents()[1] && out.len() >= order.b_pairs(p), "operands of a product");
     let (out, count) = (Shared::new(out), order.panels(p));
     let blocks = if p.trans_b { count } else { order.packed.div_ceil(STEPS_AT_ONCE) };

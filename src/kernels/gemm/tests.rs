@@ -190,8 +190,15 @@ fn pairs_are_products_of_rounded_operands() {
 #[test]
 fn pairs_alone_are_products_of_rounded_operands() {
     let round = |x: Vec<f32>| x.iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect::<Vec<_>>();
-    for [m, n, k] in [[40, 32, 7000], [64, 64, 2100], [23, 50, 1700]] {
-        let p = Product::dense(false, false, m, n, k);
+    // (Of few rows, B is packed some columns at a time.)
+    for ([m, n, k], trans_a, trans_b) in [
+        ([40, 32, 7000], false, false),
+        ([64, 64, 2100], false, false),
+        ([23, 50, 1700], false, false),
+        ([30, 333, 1400], false, true),
+        ([50, 300, 1400], true, false),
+    ] {
+        let p = Product::dense(trans_a, trans_b, m, n, k);
         let (a, b, mut y) = (round(random(m * k, 1)), round(random(k * n, 2)), vec![f32::NAN; m * n]);
         let (left, right) = (Elements::Whole(&a[..]), Elements::Whole(&b[..]));
         gemm_pairs(&p, left, right, Plus::NOTHING, &mut y, &mut vec![f32::NAN; room_pairs(&p, None)]);
