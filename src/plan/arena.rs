@@ -45,9 +45,6 @@ pub fn assign(blocks: &mut [Block], enough: usize) -> usize {
     let (mut total, mut best) = (usize::MAX, Vec::new());
     let (mut order, mut offsets): (Vec<usize>, Vec<usize>) = ((0..blocks.len()).collect(), Vec::new());
     for round in 0..keys.len() + ROUNDS {
-        if total <= enough {
-            break;
-        }
         match keys.get(round) {
             Some(key) => {
                 order.sort_by_key(|&i| (std::cmp::Reverse(key(&blocks[i])), blocks[i].born, i));
@@ -59,9 +56,12 @@ pub fn assign(blocks: &mut [Block], enough: usize) -> usize {
         if taken < total {
             (total, best) = (taken, offsets.clone());
         }
+        if total <= enough {
+            break;
+        }
     }
     blocks.iter_mut().zip(best).for_each(|(b, offset)| b.offset = offset);
-    if blocks.is_empty() { 0 } else { total }
+    total
 }
 
 /// The most bytes that are alive at a time: no arena is smaller.
@@ -161,6 +161,25 @@ mod tests {
                 "{total} for a live peak of {live_peak}"
             );
         }
+    }
+
+    #[test]
+    fn gaps_are_filled_unless_there_is_room_enough() {
+        // (By size, the third would come to lie above the first two.)
+        let blocks = [block(640, 0, 1), block(640, 3, 4), block(576, 1, 3), block(64, 0, 1), block(64, 3, 4)];
+        let sizes = [0, usize::MAX].map(|enough| {
+            let mut blocks = blocks.clone();
+            let total = assign(&mut blocks, enough);
+            for (i, a) in blocks.iter().enumerate() {
+                for b in blocks[..i].iter().filter(|b| b.born <= a.dies && a.born <= b.dies) {
+                    assert!(a.offset + a.bytes <= b.offset || b.offset + b.bytes <= a.offset);
+                }
+            }
+            total
+        });
+        assert_eq!(sizes[0], fullest(&blocks));
+        assert!(sizes[1] >= sizes[0]);
+        assert_eq!(assign(&mut [], 0), 0);
     }
 
     #[test]
