@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::graph::{Graph, Node, NodeId, Source, ValueId, WeightId, op_type};
 use crate::kernels::half::Half;
 use crate::ops::Op;
+use crate::ops::batch_norm::ChannelSum;
 use crate::ops::half::{Narrow, Widen};
 use crate::ops::view::ReshapeTo;
 use crate::plan::{self, Kind, Request};
@@ -84,6 +85,9 @@ pub fn halve(
     if let Some(to) = to {
         for v in (0..pass.root.len() as u32).map(ValueId) {
             pass.save(v, to)?;
+        }
+        for v in (0..pass.root.len() as u32).map(ValueId) {
+            pass.round_for_products(v, to)?;
         }
     }
     pass.finish();
@@ -230,12 +234,13 @@ impl<'g> Pass<'g> {
         if !large || self.promised[v.index()] {
             return Ok(());
         }
-        let uses = std::mem::take(&mut self.uses[v.index()]);
+        let uses = &self.uses[v.index()];
         let mut last = made.map_or(0, |m| m.0);
         let near = uses.iter().take_while(|u| u.at - std::mem::replace(&mut last, u.at) <= NEAR).count();
         if near == uses.len() {
             return Ok(());
         }
+        let uses = std::mem::take(&mut self.uses[v.index()]);
         // (Whoever converts: results are the same bits.)
         // Where values are computed again, it is of what was kept: all that read it meanwhile read the same.
         let by_all = self.conversions == Conversions::Reads
@@ -274,18 +279,55 @@ impl<'g> Pass<'g> {
 
     /// Has the node that makes a value put out its half form instead, or as well, if its operator can.
     fn halved(&mut self, v: ValueId, id: NodeId, to: DType) -> Option<ValueId> {
+        let instead = match self.conversions {
+            Conversions::Kernels => self.instead(v, id, to),
+            _ => None,
+        };
+        instead.or_else(|| self.rounded(v, id, to))
+    }
+
+    /// Has the node that makes a value put out its half form instead, if its operator can.
+    fn instead(&mut self, v: ValueId, id: NodeId, to: DType) -> Option<ValueId> {
         let node = self.graph.node(id);
-        if self.conversions == Conversions::Kernels
-            && node.outputs.first() == Some(&Some(v))
-            && let Some(op) = node.op.halved(to)
-        {
-            let made = op.infer(&self.graph.metas(&node.inputs)).ok()?;
-            let half = self.value(v, "half", Source::Node(id, 0), made.into_iter().next()?);
-            let node = &mut self.graph.nodes[id.index()];
-            (node.op, node.outputs[0]) = (op, Some(half));
-            return Some(half);
+        let output = node.outputs.iter().position(|y| *y == Some(v))?;
+        let op = node.op.halved(output, to)?;
+        let made = op.infer(&self.graph.metas(&node.inputs)).ok()?;
+        let half = self.value(v, "half", Source::Node(id, output), made.into_iter().nth(output)?);
+        let node = &mut self.graph.nodes[id.index()];
+        (node.op, node.outputs[output]) = (op, Some(half));
+        Some(half)
+    }
+
+    /// Rounds where it is made what only products read that would round it, a layer's gradient above all, and sums over its
+    /// rows: less memory, and less to read.
+    fn round_for_products(&mut self, v: ValueId, to: DType) -> Result<()> {
+        let value = self.graph.value(v);
+        let large = value.meta.as_ref().is_some_and(|m| m.dtype == DType::F32 && m.bytes() >= SMALL);
+        let (Source::Node(id, output), true) = (&value.source, large && to == DType::BF16) else {
+            return Ok(());
+        };
+        let (id, output) = (*id, *output);
+        let product = |u: &Use| {
+            let node = self.graph.node(u.node);
+            node.op.rounds(&self.graph.metas(&node.inputs), u.input)
+        };
+        let sum = |u: &Use| self.graph.node(u.node).op.as_a::<ChannelSum>().is_some();
+        let uses = &self.uses[v.index()];
+        let read_so = uses.iter().any(product) && uses.iter().all(|u| product(u) || sum(u));
+        let can = self.graph.node(id).op.halved(output, to).is_some();
+        if self.promised[v.index()] || !read_so || !can {
+            return Ok(());
         }
-        self.rounded(v, id, to)
+        let uses = std::mem::take(&mut self.uses[v.index()]);
+        if self.conversions == Conversions::Apart {
+            let (half, node) = self.converted(v, "half", v, Narrow { to })?;
+            self.after[id.index()].push(node);
+            return self.widen(half, &uses);
+        }
+        match self.instead(v, id, to) {
+            Some(half) => self.widen(half, &uses),
+            None => Ok(()),
+        }
     }
 
     /// Has the node that makes a value put out its half form too, if its operator can.

@@ -5,14 +5,17 @@
 //! 2022). A sample's head is one task, whose sums have one order.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
+
 use crate::kernels::gemm::{Near, Product};
-use crate::kernels::half::Elements;
+use crate::kernels::half::{Elements, Half};
 use crate::kernels::isa::vectorize;
 use crate::kernels::math::Math;
 use crate::kernels::norm::{sum, sum2};
 use crate::kernels::par::{Shared, in_slots, slots};
 use crate::kernels::simd::Vectors;
 use crate::kernels::softmax::largest;
+use crate::tensor::Float;
 
 /// Scores that are computed at a time: they stay in the second-level cache.
 const BLOCK: usize = 1 << 14;
@@ -241,16 +244,79 @@ fn split<T, const N: usize>(slot: &mut [T], sizes: [usize; N]) -> [&mut [T]; N] 
 
 /// What is written; a gradient that nobody wants may be absent.
 pub struct Out<'a, T> {
-    pub q: Option<&'a mut [T]>,
-    pub k: Option<&'a mut [T]>,
-    pub v: Option<&'a mut [T]>,
+    pub q: Option<Gradient<'a, T>>,
+    pub k: Option<Gradient<'a, T>>,
+    pub v: Option<Gradient<'a, T>>,
     /// Of what is added to the scores: (batch, heads, queries, keys).
     pub mask: Option<&'a mut [T]>,
 }
 
-/// The room of a task of the backward pass: probabilities and the gradient of scores, a block's rows of dY, K twice and V as
-/// products read them, what products need besides, and the rows that are widened.
-fn grad_room<T: Vectors>(a: &Attention, halves: [bool; 3]) -> [usize; 10] {
+/// A gradient's place, whole or rounded.
+pub enum Gradient<'a, T> {
+    Whole(&'a mut [T]),
+    Half(Half, &'a mut [u16]),
+}
+
+impl<'a, T: Float> Gradient<'a, T> {
+    fn len(&self) -> usize {
+        match self {
+            Gradient::Whole(x) => x.len(),
+            Gradient::Half(_, x) => x.len(),
+        }
+    }
+
+    fn zero(&mut self) {
+        match self {
+            Gradient::Whole(x) => x.fill(T::zero()),
+            Gradient::Half(_, x) => x.fill(0),
+        }
+    }
+
+    fn shared(self) -> Place<'a, T> {
+        match self {
+            Gradient::Whole(x) => Place::Whole(Shared::new(x)),
+            Gradient::Half(half, x) => Place::Half(half, Shared::new(x)),
+        }
+    }
+}
+
+enum Place<'a, T> {
+    Whole(Shared<'a, T>),
+    Half(Half, Shared<'a, u16>),
+}
+
+impl<T: Float> Place<'_, T> {
+    /// Has `multiply` put rows where they belong, `step` apart from element `at` on; or, where they are rounded, near and
+    /// dense, until the `last` time. It is given their step and place.
+    ///
+    /// # Safety
+    /// As many rows of `len` elements as `near` has must lie there, and be this task's.
+    unsafe fn fill(
+        &self,
+        (at, step): (usize, usize),
+        len: usize,
+        near: &mut [T],
+        last: bool,
+        multiply: impl FnOnce(usize, *mut T),
+    ) {
+        match self {
+            Place::Whole(x) => multiply(step, x.ptr().wrapping_add(at)),
+            Place::Half(half, x) => {
+                multiply(len, near.as_mut_ptr());
+                for (i, near) in near.chunks_exact(len.max(1)).enumerate().filter(|_| last) {
+                    // SAFETY: the caller's promise.
+                    let to = unsafe { std::slice::from_raw_parts_mut(x.ptr().add(at + i * step), len) };
+                    half.round_near(near, to);
+                }
+            }
+        }
+    }
+}
+
+/// The room of a task of the backward pass: probabilities and the gradient of scores, a block's rows of dY or, later, dQ, those
+/// of dK and dV where they are rounded, K twice and V as products read them, what products need besides, and the rows that are
+/// widened.
+fn grad_room<T: Vectors>(a: &Attention, halves: [bool; 3], made: [bool; 3]) -> [usize; 11] {
     let (rows, one) = (a.block(), T::one());
     let by_packed = [a.scores(rows, one), a.query_grads(a.q.position, rows, one), a.score_grads(rows)];
     let others = [rows, a.queries % rows].into_iter().filter(|rows| *rows > 0).flat_map(|rows| {
@@ -260,7 +326,10 @@ fn grad_room<T: Vectors>(a: &Attention, halves: [bool; 3]) -> [usize; 10] {
     let rest = by_packed.iter().map(Near::room_packed).chain(others).fold(0, usize::max);
     let [k_across, k_along, v_across] = by_packed.map(|p| p.packed());
     let [q, k, v] = a.widened::<T>(halves);
-    [rows * a.keys, rows * a.keys, rows * a.values, k_across, k_along, v_across, rest, q, k, v]
+    let block = rows * if made[0] { a.values.max(a.depth) } else { a.values };
+    let [dk, dv] = a.sums_near(made);
+    let sums = dk.end.max(dv.end);
+    [rows * a.keys, rows * a.keys, block, sums, k_across, k_along, v_across, rest, q, k, v]
 }
 
 impl Attention {
@@ -269,6 +338,14 @@ impl Attention {
         let sizes = [self.queries * self.depth, self.keys * self.depth, self.keys * self.values];
         let widens = !self.by_pairs::<T>();
         [0, 1, 2].map(|i| if halves[i] && widens { sizes[i] } else { 0 })
+    }
+
+    /// Where dK and dV of a task are added up before they are rounded: of one block of queries alone, one after the other.
+    fn sums_near(&self, made: [bool; 3]) -> [Range<usize>; 2] {
+        let of = |i: usize, len: usize| if made[i] { self.keys * len } else { 0 };
+        let (dk, dv) = (of(1, self.depth), of(2, self.values));
+        let start = if self.block() >= self.queries { 0 } else { dk };
+        [0..dk, start..start + dv]
     }
 
     /// Q, K and V of a task from its first rows on, and where those lie from there: as before, or, widened, next to one
@@ -297,9 +374,10 @@ impl Attention {
     }
 }
 
-/// Elements of scratch that [`grads`] needs; `halves`: which of Q, K and V are of half precision?
-pub fn grads_scratch<T: Vectors>(a: &Attention, halves: [bool; 3]) -> usize {
-    slots(a.tasks(), grad_room::<T>(a, halves).iter().sum())
+/// Elements of scratch that [`grads`] needs; `halves` and `made`: which of Q, K and V, and of dQ, dK and dV, are of half
+/// precision?
+pub fn grads_scratch<T: Vectors>(a: &Attention, halves: [bool; 3], made: [bool; 3]) -> usize {
+    slots(a.tasks(), grad_room::<T>(a, halves, made).iter().sum())
 }
 
 /// dQ, dK and dV, each laid out as what it is the gradient of, from dY, laid out as Y, and the `logs` of [`forward`].
@@ -315,56 +393,56 @@ pub fn grads<T: Vectors + Math>(
     out: Out<T>,
     scratch: &mut [T],
 ) {
-    let len = |x: &Option<&mut [T]>| x.as_ref().map(|x| x.len());
-    let dy_len = dy.map(<[T]>::len).or(len(&out.q).filter(|_| a.q == a.y && a.depth == a.values));
-    a.check([q.len(), k.len(), v.len(), dy_len.unwrap_or(0)], scores.mask);
+    let len = |x: &Option<Gradient<T>>| x.as_ref().map(Gradient::len);
+    let in_place = match &out.q {
+        Some(Gradient::Whole(dq)) if a.q == a.y && a.depth == a.values => dq.len(),
+        _ => 0,
+    };
+    let dy_len = dy.map_or(in_place, <[T]>::len);
+    a.check([q.len(), k.len(), v.len(), dy_len], scores.mask);
     assert!(
         len(&out.q).is_none_or(|n| n == q.len())
             && len(&out.k).is_none_or(|n| n == k.len())
             && len(&out.v).is_none_or(|n| n == v.len())
-            && len(&out.mask).is_none_or(|n| n == a.tasks() * a.queries * a.keys)
+            && out.mask.as_ref().is_none_or(|x| x.len() == a.tasks() * a.queries * a.keys)
             && logs.len() == a.tasks() * a.queries,
         "operands of attention"
     );
     if a.tasks() * a.queries * a.keys == 0 {
-        return [out.q, out.k, out.v, out.mask].into_iter().flatten().for_each(|x| x.fill(T::zero()));
+        [out.q, out.k, out.v].into_iter().flatten().for_each(|mut x| x.zero());
+        return out.mask.into_iter().for_each(|x| x.fill(T::zero()));
     }
-    let room = grad_room::<T>(a, [q, k, v].map(|x| !x.is_whole()));
-    let (rows, scale) = (a.block(), scores.scale);
-    let [dq, dk, dv, dmask] = [out.q, out.k, out.v, out.mask].map(|x| x.map(Shared::new));
+    let made = [&out.q, &out.k, &out.v].map(|x| matches!(x, Some(Gradient::Half(..))));
+    let room = grad_room::<T>(a, [q, k, v].map(|x| !x.is_whole()), made);
+    let (rows, scale, sums_near) = (a.block(), scores.scale, a.sums_near(made));
+    let [dq, dk, dv] = [out.q, out.k, out.v].map(|x| x.map(Gradient::shared));
+    let dmask = out.mask.map(Shared::new);
     in_slots(a.tasks(), room.iter().sum(), scratch, |task, slot| {
         let at @ [sample, head] = [task / a.heads, task % a.heads];
-        let [p, ds, dy_near, k_across, k_along, v_across, rest, near @ ..] = split(slot, room);
+        let [p, ds, block, sums, k_across, k_along, v_across, rest, near @ ..] = split(slot, room);
         // Q, K and V lie as `a` says from here on; their gradients as `to` says.
         let (to, (mut a, [q, k, v])) = (a, a.near_rows([q, k, v], at, near));
         a.y.position = a.values;
-        // SAFETY: `check` has seen to the extents; the rows of this sample's head are this task's.
-        let place = |x: &Shared<T>, rows: Rows, first: usize| unsafe {
-            x.ptr().add(rows.at(sample, head) + first * rows.position)
-        };
+        // The first element of a row, and from there to the next row's.
+        let place = |rows: Rows, first: usize| (rows.at(sample, head) + first * rows.position, rows.position);
         a.scores(rows, scale).pack(k, k_across);
         a.query_grads(to.q.position, rows, scale).pack(k, k_along);
         a.score_grads(rows).pack(v, v_across);
         for first in (0..a.queries).step_by(rows) {
             let n = rows.min(a.queries - first);
             let (p, ds) = (&mut p[..n * a.keys], &mut ds[..n * a.keys]);
-            for (i, near) in dy_near.chunks_exact_mut(a.values.max(1)).take(n).enumerate() {
+            for (i, near) in block.chunks_exact_mut(a.values.max(1)).take(n).enumerate() {
+                let (start, _) = place(to.y, first + i);
                 match (dy, &dq) {
-                    (Some(dy), _) => near.copy_from_slice(
-                        &dy[to.y.at(sample, head) + (first + i) * to.y.position..][..a.values],
-                    ),
-                    // SAFETY: as of `place`; dQ of these rows is written after this.
-                    (None, Some(dq)) => unsafe {
-                        std::ptr::copy_nonoverlapping(
-                            place(dq, to.q, first + i),
-                            near.as_mut_ptr(),
-                            a.values,
-                        );
+                    (Some(dy), _) => near.copy_from_slice(&dy[start..start + a.values]),
+                    // SAFETY: `check` has seen to the extents; the row is this task's, which makes dQ of it later.
+                    (None, Some(Place::Whole(dq))) => unsafe {
+                        std::ptr::copy_nonoverlapping(dq.ptr().add(start), near.as_mut_ptr(), a.values);
                     },
-                    (None, None) => near.fill(T::zero()),
+                    (None, _) => unreachable!("dY lies where nothing does"),
                 }
             }
-            let (q, dy) = (q.from(first * a.q.position), Elements::Whole(&*dy_near));
+            let (q, dy) = (q.from(first * a.q.position), Elements::Whole(&block[..n * a.values]));
             a.scores(n, scale).multiply_packed(q, k, k_across, p, rest);
             a.score_grads(n).multiply_packed(dy, v, v_across, ds, rest);
             let logs = &logs[task * a.queries + first..][..n];
@@ -389,18 +467,28 @@ pub fn grads<T: Vectors + Math>(
                 unsafe { std::ptr::copy_nonoverlapping(ds.as_ptr(), dmask.ptr().add(start), ds.len()) }
             }
             let beta = if first == 0 { T::zero() } else { T::one() };
-            let (p, ds) = (Elements::Whole(&*p), Elements::Whole(&*ds));
-            // SAFETY: as of `place`.
+            let (p, ds, last) = (Elements::Whole(&*p), Elements::Whole(&*ds), first + n == a.queries);
+            let [dk_near, dv_near] = sums_near.clone();
+            // SAFETY: `check` has seen to the extents; the rows of this sample's head are this task's.
             unsafe {
-                if let Some(dq) = &dq {
-                    let (product, dq) = (a.query_grads(to.q.position, n, scale), place(dq, to.q, first));
-                    product.multiply_packed_at(ds, k, k_along, dq, rest);
+                if let Some(dv) = &dv {
+                    dv.fill(place(to.v, 0), a.values, &mut sums[dv_near], last, |step, dv| {
+                        a.value_grads(step, n, beta).multiply_at(p, dy, dv, rest);
+                    });
                 }
                 if let Some(dk) = &dk {
-                    a.key_grads(to.k.position, n, scale, beta).multiply_at(ds, q, place(dk, to.k, 0), rest);
+                    dk.fill(place(to.k, 0), a.depth, &mut sums[dk_near], last, |step, dk| {
+                        a.key_grads(step, n, scale, beta).multiply_at(ds, q, dk, rest);
+                    });
                 }
-                if let Some(dv) = &dv {
-                    a.value_grads(to.v.position, n, beta).multiply_at(p, dy, place(dv, to.v, 0), rest);
+                if let Some(dq) = &dq {
+                    let near = match dq {
+                        Place::Whole(_) => &mut [],
+                        Place::Half(..) => &mut block[..n * a.depth],
+                    };
+                    dq.fill(place(to.q, first), a.depth, near, true, |step, dq| {
+                        a.query_grads(step, n, scale).multiply_packed_at(ds, k, k_along, dq, rest);
+                    });
                 }
             }
         }

@@ -180,8 +180,8 @@ pub trait Op: Any + Debug + Send + Sync {
         false
     }
 
-    /// The same operator with output 0 in this type of half precision. `None` where it cannot.
-    fn halved(&self, _to: DType) -> Option<Arc<dyn Op>> {
+    /// The same operator with this output in this type of half precision. `None` where it cannot.
+    fn halved(&self, _output: usize, _to: DType) -> Option<Arc<dyn Op>> {
         None
     }
 

@@ -99,7 +99,7 @@ impl<K: Kind> Op for Unary<K> {
         Piece::elementwise(*self)
     }
 
-    fn halved(&self, to: DType) -> Option<Arc<dyn Op>> {
+    fn halved(&self, _: usize, to: DType) -> Option<Arc<dyn Op>> {
         Some(Arc::new(halved::Halved { of: self.0, to: Half::of(to)? }))
     }
 }

@@ -286,7 +286,7 @@ fn row_moments<T: Vectors>(x: &[T], c: usize, means: &mut [f64], squares: &mut [
         // is off adds to the variance of all rows as much as it takes from a block's digits.
         let few = x.len().min(FEW * strip.step);
         let all = Elements::Whole(x);
-        strip.fold::<_, _, false>(0..few, all, &[T::zero(); WIDTH], &mut Given(x), &mut lanes);
+        strip.fold::<_, _, false>(0..few, all, &[T::zero(); WIDTH], &mut Given::whole(x), &mut lanes);
         sums.fill(0.0);
         strip.gather(&lanes.plain, sums);
         means.iter_mut().zip(&*sums).for_each(|(m, s)| *m = s / (few / c) as f64);
@@ -356,7 +356,7 @@ pub fn param_grad<T: Vectors>(
                 let (x, dy) = (x.part(rows.clone()), &dy[rows]);
                 match stat {
                     Stat::Channel => match mask {
-                        Mask::All => column_products(x, d.c, mean, Given(dy), scales, shifts),
+                        Mask::All => column_products(x, d.c, mean, Given::whole(dy), scales, shifts),
                         Mask::Inside { factor, shift, clamp } => {
                             let term = Passed::new(dy, factor, shift, clamp);
                             column_products(x, d.c, mean, term, scales, shifts);
@@ -554,18 +554,19 @@ pub fn masked_param_grad<T: Vectors>(
 }
 
 /// `Σ dy` of each channel. `partials`: [`Channels::partials`] elements.
-pub fn channel_sum<T: Vectors>(dy: &[T], d: Channels, out: &mut [T], partials: &mut [f64]) {
+pub fn channel_sum<T: Vectors>(dy: Elements<T>, d: Channels, out: &mut [T], partials: &mut [f64]) {
     if d.s == 1 {
         d.tasks(
             partials,
             #[inline(always)]
             |first, sums, _| {
                 let (less, mut lanes) = ([T::zero(); WIDTH], Sums::zero());
-                let dy = &dy[d.rows_of(first)];
+                let (dy, mut near) = (dy.part(d.rows_of(first)), [T::zero(); NEAR]);
                 for strip in Strip::all(d.c) {
                     for range in blocks(dy.len(), strip.block()) {
                         let none = Elements::Whole(&[]);
-                        strip.fold::<_, _, false>(range, none, &less, &mut Given(dy), &mut lanes);
+                        let mut given = Given { dy, near: &mut near };
+                        strip.fold::<_, _, false>(range, none, &less, &mut given, &mut lanes);
                         strip.gather(&lanes.plain, &mut sums[strip.first..][..strip.columns]);
                     }
                 }
@@ -577,7 +578,7 @@ pub fn channel_sum<T: Vectors>(dy: &[T], d: Channels, out: &mut [T], partials: &
         }
         return;
     }
-    let per = d.per_piece();
+    let (per, dy) = (d.per_piece(), dy.whole());
     par::chunks(out, per, |i, out| {
         vectorize_sweep(
             #[inline(always)]

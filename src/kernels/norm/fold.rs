@@ -52,22 +52,43 @@ unsafe impl<T: Float> Term<T> for Centred {
 }
 
 /// The elements of a matrix like `x`.
-pub(super) struct Given<'a, T>(pub &'a [T]);
+pub(super) struct Given<'a, T> {
+    pub dy: Elements<'a, T>,
+    /// Room for [`NEAR`] elements of a `dy` of half precision, widened.
+    pub near: &'a mut [T],
+}
+
+impl<'a, T> Given<'a, T> {
+    pub fn whole(dy: &'a [T]) -> Self {
+        Given { dy: Elements::Whole(dy), near: &mut [] }
+    }
+}
 
 // SAFETY: reads elements that there are.
 unsafe impl<T: Float> Term<T> for Given<'_, T> {
     fn holds(&self, elements: usize) -> bool {
-        elements <= self.0.len()
+        elements <= self.dy.len()
+    }
+    fn prepare(&mut self, rows: Rows) {
+        if !self.dy.is_whole() {
+            rows.widen(self.dy, self.near);
+        }
     }
     #[inline(always)]
-    unsafe fn of<S: Simd<Elem = T>>(&mut self, [i, ..]: [usize; 3], n: usize, _: S::V) -> S::V {
+    unsafe fn of<S: Simd<Elem = T>>(&mut self, [i, _, k]: [usize; 3], n: usize, _: S::V) -> S::V {
         // SAFETY: the caller's promise.
-        unsafe { load_up_to::<S>(self.0.as_ptr().add(i), n) }
+        unsafe {
+            let dy = match self.dy {
+                Elements::Whole(dy) => dy.as_ptr().add(i),
+                Elements::Half(..) => self.near.as_ptr().add(k),
+            };
+            load_up_to::<S>(dy, n)
+        }
     }
     #[inline(always)]
     unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize) {
         // SAFETY: fetching is allowed anywhere.
-        unsafe { S::prefetch(self.0.as_ptr().wrapping_add(i)) }
+        unsafe { S::prefetch(self.dy.address(i)) }
     }
 }
 

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::attention::{self as kernel, Attention, Out, Rows, Scores};
+use crate::kernels::attention::{self as kernel, Attention, Gradient, Out, Rows, Scores};
 use crate::kernels::half::Half;
-use crate::ops::half::{computed, elements};
+use crate::kernels::simd::Vectors;
+use crate::ops::half::{computed, elements, half_bits_mut};
 use crate::ops::{Cx, Grads, Op, get, need, out};
 use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut, broadcast};
 
@@ -120,6 +121,14 @@ fn bytes(dtype: DType, count: impl Fn(bool) -> usize) -> usize {
     }
 }
 
+/// A gradient's place.
+fn gradient<'a, T: Float>(y: &'a mut ViewMut) -> Result<Gradient<'a, T>, OpError> {
+    match Half::of(y.dtype) {
+        Some(half) => Ok(Gradient::Half(half, half_bits_mut(y)?)),
+        None => Ok(Gradient::Whole(y.get()?)),
+    }
+}
+
 /// Which of Q, K and V are of half precision.
 fn halves(inputs: &[Option<&Meta>]) -> [bool; 3] {
     [0, 1, 2].map(|i| get(inputs, i).is_some_and(|x| Half::of(x.dtype).is_some()))
@@ -180,16 +189,28 @@ impl Op for FusedAttention {
         let (dy, logs) = (g.dy0()?, g.y(1)?);
         let inputs = [Some(q), Some(k), Some(v), mask, Some(dy), Some(logs)];
         let count = if g.wants(3) { 4 } else { 3 };
-        let made = g.emit_all(FusedAttentionGrad { of: self.clone() }, &inputs, count)?;
+        let made = g.emit_all(FusedAttentionGrad::new(self.clone()), &inputs, count)?;
         Ok(made.into_iter().map(Some).collect())
     }
 }
 
 /// dQ, dK, dV, and the gradient of what is added to the scores (…, T, S), of [`FusedAttention`]. Inputs: Q, K, V, the mask
 /// or nothing, dY, and the forward pass's output 1.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(in crate::ops) struct FusedAttentionGrad {
     pub of: FusedAttention,
+    /// In which half precision dQ, dK and dV are put out.
+    pub made: [Option<Half>; 3],
+}
+
+impl FusedAttentionGrad {
+    pub fn new(of: FusedAttention) -> Self {
+        FusedAttentionGrad { of, made: [None; 3] }
+    }
+
+    fn room<T: Vectors>(&self, a: &Attention, read: [bool; 3]) -> usize {
+        kernel::grads_scratch::<T>(a, read, self.made.map(|half| half.is_some()))
+    }
 }
 
 impl Op for FusedAttentionGrad {
@@ -204,7 +225,9 @@ impl Op for FusedAttentionGrad {
             return Err(OpError::Shape(format!("dY of {:?} where Y is {y:?}", dy.dims)));
         }
         let dtype = computed(q);
-        let mut made: Vec<Meta> = [q, k, v].iter().map(|x| Meta::new(dtype, &x.dims)).collect();
+        let of_type = |made: Option<Half>| made.map_or(dtype, Half::dtype);
+        let gradients = [q, k, v].into_iter().zip(self.made);
+        let mut made: Vec<Meta> = gradients.map(|(x, made)| Meta::new(of_type(made), &x.dims)).collect();
         let scores = [a.batch, a.heads, a.queries, a.keys];
         made.push(match q.rank() {
             3 => Meta::new(dtype, &[a.batch, a.queries, a.keys]),
@@ -217,12 +240,14 @@ impl Op for FusedAttentionGrad {
         let a = self.of.of_views(x)?;
         float_dispatch!(need(x, 5)?.dtype, T => {
             let operands = [elements::<T>(need(x, 0)?)?, elements(need(x, 1)?)?, elements(need(x, 2)?)?];
-            let room = cx.room::<T>(kernel::grads_scratch::<T>(&a, operands.map(|x| !x.is_whole())))?;
+            let room = cx.room::<T>(self.room::<T>(&a, operands.map(|x| !x.is_whole())))?;
             let scale = T::of(self.of.scale as f64);
             let scores = Scores { scale, mask: get(x, 3).map(|m| m.get()).transpose()? };
-            let mut outs = y.iter_mut().map(|y| y.as_mut().map(|y| y.get::<T>()).transpose());
-            let mut next = || outs.next().transpose().map(Option::flatten);
-            let out = Out { q: next()?, k: next()?, v: next()?, mask: next()? };
+            let mut outs = y.iter_mut();
+            let mut next = || outs.next().and_then(Option::as_mut).map(gradient::<T>).transpose();
+            let [q, k, v] = [next()?, next()?, next()?];
+            let mask = outs.next().and_then(Option::as_mut).map(|y| y.get::<T>()).transpose()?;
+            let out = Out { q, k, v, mask };
             let dy = get(x, 4).map(|dy| dy.get()).transpose()?;
             kernel::grads(&a, operands, scores, dy, need(x, 5)?.get()?, out, room);
             Ok(())
@@ -233,8 +258,8 @@ impl Op for FusedAttentionGrad {
         let (Ok((a, _)), Some(q)) = (self.of.of_metas(inputs), get(inputs, 0)) else { return 0 };
         let halves = halves(inputs);
         bytes(computed(q), |double| match double {
-            true => kernel::grads_scratch::<f64>(&a, halves),
-            false => kernel::grads_scratch::<f32>(&a, halves),
+            true => self.room::<f64>(&a, halves),
+            false => self.room::<f32>(&a, halves),
         })
     }
 
@@ -244,11 +269,17 @@ impl Op for FusedAttentionGrad {
 
     /// Of each row of dY's, which is read first, dQ's may take the place, if those are alike.
     fn in_place(&self) -> &[(usize, usize)] {
-        if self.of.axes[0] == self.of.axes[3] { &[(4, 0)] } else { &[] }
+        if self.of.axes[0] == self.of.axes[3] && self.made[0].is_none() { &[(4, 0)] } else { &[] }
     }
 
     fn by_pairs(&self) -> Option<Arc<dyn Op>> {
-        Some(Arc::new(FusedAttentionGrad { of: FusedAttention { pairs: true, ..self.of.clone() } }))
+        Some(Arc::new(FusedAttentionGrad { of: FusedAttention { pairs: true, ..self.of.clone() }, ..*self }))
+    }
+
+    fn halved(&self, output: usize, to: DType) -> Option<Arc<dyn Op>> {
+        let mut op = self.clone();
+        *op.made.get_mut(output)? = Some(Half::of(to)?);
+        Some(Arc::new(op))
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
@@ -283,7 +314,7 @@ mod tests {
         let metas = [&q, &k, &v, &dy, &logs].map(|t| Meta::new(t.dtype(), t.dims()));
         let [mq, mk, mv, mdy, mlogs] = &metas;
         let inputs = [Some(mq), Some(mk), Some(mv), None, Some(mdy), Some(mlogs)];
-        for op in [Arc::new(FusedAttentionGrad { of: of.clone() }) as Arc<dyn Op>, of_pairs(&of)] {
+        for op in [Arc::new(FusedAttentionGrad::new(of.clone())) as Arc<dyn Op>, of_pairs(&of)] {
             assert_eq!(op.in_place(), [(4, 0)]);
             let operands = [Some(&q), Some(&k), Some(&v), None, Some(&dy), Some(&logs)];
             let want = eval(op.as_ref(), &operands).unwrap();
@@ -300,6 +331,6 @@ mod tests {
     }
 
     fn of_pairs(of: &FusedAttention) -> Arc<dyn Op> {
-        FusedAttentionGrad { of: of.clone() }.by_pairs().unwrap()
+        FusedAttentionGrad::new(of.clone()).by_pairs().unwrap()
     }
 }

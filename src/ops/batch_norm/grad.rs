@@ -102,15 +102,20 @@ impl Op for ChannelSum {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        Ok(vec![Meta::new(need(inputs, 0)?.dtype, &[self.channels.c])])
+        Ok(vec![Meta::new(computed(need(inputs, 0)?), &[self.channels.c])])
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        float_dispatch!(need(x, 0)?.dtype, T => {
+        let y = out(y, 0)?;
+        float_dispatch!(y.dtype, T => {
             let partials = cx.room(self.channels.partials())?;
-            norm::channel_sum(need(x, 0)?.get::<T>()?, self.channels, out(y, 0)?.get::<T>()?, partials);
+            norm::channel_sum(elements(need(x, 0)?)?, self.channels, y.get::<T>()?, partials);
             Ok(())
         })
+    }
+
+    fn reads_half(&self, _: usize) -> bool {
+        self.channels.s == 1
     }
 
     fn scratch(&self, _: &[Option<&Meta>]) -> usize {

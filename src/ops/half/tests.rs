@@ -7,7 +7,7 @@ use crate::ops::batch_norm::{BatchNormInputGrad, BatchNormParamGrad, ChannelPara
 use crate::ops::conv::{Conv, ConvGrads, ConvInputGrad, ConvStatistics, ConvWeightGrad};
 use crate::ops::matmul::{Gemm, MatMul, MatMulAs};
 use crate::ops::norm::SampleNormInputGrad;
-use crate::ops::unary::{Gelu, Unary};
+use crate::ops::unary::{Gelu, Unary, UnaryGrad};
 use crate::ops::window::Window;
 use crate::ops::{Attrs, eval};
 use crate::tensor::Tensor;
@@ -338,9 +338,26 @@ fn attention_reads_it() {
         let logs = eval(&of, &[Some(&q), Some(&k), Some(&value), None]).unwrap().remove(1);
         let operands = [Some(&q), Some(&k), Some(&value), None, Some(&dy), Some(&logs)];
         let what = format!("{t} queries of {s} keys");
-        reads(&what, &FusedAttentionGrad { of: of.clone() }, &operands);
-        let grad = FusedAttentionGrad { of: of.clone() }.by_pairs().unwrap();
+        reads(&what, &FusedAttentionGrad::new(of.clone()), &operands);
+        puts_out(&what, &FusedAttentionGrad::new(of.clone()), &operands);
+        let grad = FusedAttentionGrad::new(of.clone()).by_pairs().unwrap();
         reads(&format!("{what}, by pairs"), grad.as_ref(), &operands);
+        puts_out(&format!("{what}, by pairs"), grad.as_ref(), &operands);
+    }
+}
+
+/// What is put out in half precision is what is made otherwise, rounded: of one output, and of all.
+fn puts_out(what: &str, op: &dyn Op, operands: &[Option<&Tensor>]) {
+    let whole = eval(op, operands).unwrap();
+    for to in [DType::BF16, DType::F16] {
+        let one = op.halved(1, to).unwrap();
+        let all = one.halved(0, to).unwrap().halved(2, to).unwrap();
+        for (op, rounded) in [(one, &[1][..]), (all, &[0, 1, 2])] {
+            for (i, (made, want)) in eval(op.as_ref(), operands).unwrap().iter().zip(&whole).enumerate() {
+                let want = if rounded.contains(&i) { want.cast(to) } else { want.clone() };
+                assert!(made.bytes() == want.bytes(), "{what}: output {i} in {to}");
+            }
+        }
     }
 }
 
@@ -362,7 +379,7 @@ fn attention_multiplies_pairs() {
         let what = format!("{t} queries of {s} keys");
         rounds_operands(&what, &of, &operands, i < 2);
         takes_rounded(&what, of.by_pairs().unwrap().as_ref(), &operands, if i < 2 { 3 } else { 0 });
-        rounds_operands(&what, &FusedAttentionGrad { of: of.clone() }, &more, i < 2);
+        rounds_operands(&what, &FusedAttentionGrad::new(of.clone()), &more, i < 2);
     }
 }
 
@@ -372,8 +389,15 @@ fn results_are_rounded_where_they_are_made() {
     let (x, gelu) = (wave(&[3, 7001], 0.7), Unary(Gelu {}));
     let want = eval(&gelu, &[Some(&x)]).unwrap().remove(0);
     for to in [DType::BF16, DType::F16] {
-        let made = eval(gelu.halved(to).unwrap().as_ref(), &[Some(&x)]).unwrap().remove(0);
+        let made = eval(gelu.halved(0, to).unwrap().as_ref(), &[Some(&x)]).unwrap().remove(0);
         assert!(made.bytes() == want.cast(to).bytes(), "GELU in {to}");
+        let grad = UnaryGrad(Gelu {});
+        for v in [x.clone(), x.cast(to)] {
+            let want = eval(&grad, &[Some(&v), Some(&want)]).unwrap().remove(0);
+            let op = grad.halved(0, to).unwrap();
+            let made = eval(op.as_ref(), &[Some(&v), Some(&eval(&gelu, &[Some(&x)]).unwrap()[0])]).unwrap();
+            assert!(made[0].bytes() == want.cast(to).bytes(), "GELU's gradient in {to}");
+        }
     }
     let dense = [([3, 16, 32, 32], [16, 16, 3, 3], 1), ([2, 8, 30, 31], [40, 8, 1, 1], 1)];
     let others = [([2, 24, 20, 20], [24, 1, 3, 3], 24), ([2, 64, 7, 7], [800, 64, 1, 1], 1)];
@@ -389,7 +413,8 @@ fn results_are_rounded_where_they_are_made() {
                 let made = eval(op.as_ref(), &[Some(&input), Some(&weights)]).unwrap();
                 assert!(made[..3].iter().zip(&want).all(|(a, b)| a.bytes() == b.bytes()), "{x:?} {layout:?}");
                 assert!(made[3].bytes() == want[0].cast(to).bytes(), "{x:?} {layout:?} {to}");
-                let made = eval(plain.halved(to).unwrap().as_ref(), &[Some(&input), Some(&weights)]).unwrap();
+                let made =
+                    eval(plain.halved(0, to).unwrap().as_ref(), &[Some(&input), Some(&weights)]).unwrap();
                 assert!(made[0].bytes() == want[0].cast(to).bytes(), "{x:?} {layout:?} in {to}");
                 assert!(
                     made.len() == 3 && made[1..].iter().zip(&want[1..]).all(|(a, b)| a.bytes() == b.bytes())

@@ -1,6 +1,9 @@
 //! Gradients of elementwise operators.
 
+use std::sync::Arc;
+
 use super::Kind;
+use super::halved::HalvedGrad;
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
@@ -12,10 +15,10 @@ use crate::kernels::par;
 use crate::ops::binary::slice;
 use crate::ops::half::elements;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Piece, get, need, out};
-use crate::tensor::{Elem, Meta, View, ViewMut};
+use crate::tensor::{DType, Elem, Meta, View, ViewMut};
 
 /// Elements that are widened at a time.
-const NEAR: usize = 2048;
+pub(super) const NEAR: usize = 2048;
 
 /// dX of an elementwise operator, from (v, dY), v being X or Y as its `reads` says.
 #[derive(Debug, Clone, Copy)]
@@ -65,13 +68,17 @@ impl<K: Kind> Op for UnaryGrad<K> {
         Piece::elementwise(*self)
     }
 
+    fn halved(&self, _: usize, to: DType) -> Option<Arc<dyn Op>> {
+        Some(Arc::new(HalvedGrad { of: self.0, to: Half::of(to)? }))
+    }
+
     fn in_place(&self) -> &[(usize, usize)] {
         &[(1, 0), (0, 0)]
     }
 }
 
 /// One of `v` and `dy` may be absent, and lie in `y`.
-fn of<K: Kind, T: Math + Elem + Wide>(k: K, v: Option<&[T]>, dy: Option<&[T]>, y: &mut [T]) {
+pub(super) fn of<K: Kind, T: Math + Elem + Wide>(k: K, v: Option<&[T]>, dy: Option<&[T]>, y: &mut [T]) {
     let walk = same(y.len());
     apply2(
         y,

@@ -1,11 +1,11 @@
 //! Elementwise operators whose results are read in half precision alone.
 
-use super::{Kind, sweep};
+use super::{Kind, grad, sweep};
 use crate::error::OpError;
 use crate::graph::GradBuilder;
 use crate::kernels::half::Half;
-use crate::ops::half::half_bits_mut;
-use crate::ops::{Cx, Grads, Op, need, out};
+use crate::ops::half::{elements, half_bits_mut};
+use crate::ops::{Cx, Grads, Op, Piece, need, out};
 use crate::tensor::{DType, Meta, View, ViewMut};
 
 /// An elementwise operator of f32 whose results are rounded to half precision.
@@ -41,5 +41,54 @@ impl<K: Kind> Op for Halved<K> {
 
     fn cheap(&self) -> bool {
         true
+    }
+
+    fn in_pieces(&self, _: &[Option<&Meta>], _: usize) -> Option<Piece> {
+        Piece::elementwise(*self)
+    }
+}
+
+/// The gradient of an elementwise operator, [`UnaryGrad`](super::grad::UnaryGrad), rounded to half precision.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct HalvedGrad<K> {
+    pub of: K,
+    pub to: Half,
+}
+
+impl<K: Kind> Op for HalvedGrad<K> {
+    fn name(&self) -> &'static str {
+        K::GRAD
+    }
+
+    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
+        let dy = need(inputs, 1)?;
+        match dy.dtype {
+            DType::F32 => Ok(vec![Meta::new(self.to.dtype(), &dy.dims)]),
+            other => Err(OpError::Type(format!("{other} where float32 is rounded"))),
+        }
+    }
+
+    fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
+        let (v, dy, k) = (elements::<f32>(need(x, 0)?)?, need(x, 1)?.get::<f32>()?, self.of);
+        let y = half_bits_mut(out(y, 0)?)?;
+        self.to.round_made(y, |at, made| {
+            for (i, made) in made.chunks_mut(grad::NEAR).enumerate() {
+                let (at, n, mut near) = (at + i * grad::NEAR, made.len(), [0.0; grad::NEAR]);
+                grad::of(k, Some(v.near(at, n, &mut near)), Some(&dy[at..at + n]), made);
+            }
+        });
+        Ok(())
+    }
+
+    fn reads_half(&self, input: usize) -> bool {
+        input == 0
+    }
+
+    fn in_pieces(&self, _: &[Option<&Meta>], _: usize) -> Option<Piece> {
+        Piece::elementwise(*self)
+    }
+
+    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
+        Err(OpError::NotDifferentiable("results that are rounded, after the gradients".into()))
     }
 }
