@@ -29,22 +29,23 @@ const ROUNDS: usize = 40;
 const GAPS: usize = 256;
 
 /// Gives every block an offset such that blocks alive at the same time do not overlap, and returns the
-/// size of the arena: at most `enough` bytes, or as small as was found.
+/// size of the arena. Within a `limit`, it is worth some time to keep to that.
 ///
 /// Blocks are placed one after the other, each at the lowest offset where it fits: largest first (Pisarchyk and Lee,
 /// *Efficient Memory Management for Deep Neural Net Inference*, 2020, greedy by size), or those first that take the most
-/// over time, or that live longest. Where all of that leaves gaps, what stood out beyond the bytes of the fullest moment is
-/// placed earlier in a next round (Joslin and Clements, *Squeaky Wheel Optimization*, 1999).
-pub fn assign(blocks: &mut [Block], enough: usize) -> usize {
+/// over time, or that live longest. Where all of that leaves gaps and more than the limit, what stood out beyond the bytes of
+/// the fullest moment is placed earlier in a next round (Joslin and Clements, *Squeaky Wheel Optimization*, 1999).
+pub fn assign(blocks: &mut [Block], limit: Option<usize>) -> usize {
     type Key = fn(&Block) -> (usize, usize);
     // (The rounds begin with the last order.)
     let keys: [Key; 3] =
         [|b| (b.bytes, 0), |b| (b.bytes.saturating_mul(b.life()), 0), |b| (b.life(), b.bytes)];
     let fullest = fullest(blocks);
-    let enough = enough.max(fullest + fullest / GAPS);
+    let enough = limit.unwrap_or(0).max(fullest + fullest / GAPS);
+    let rounds = keys.len() + if limit.is_some() { ROUNDS } else { 0 };
     let (mut total, mut best) = (usize::MAX, Vec::new());
     let (mut order, mut offsets): (Vec<usize>, Vec<usize>) = ((0..blocks.len()).collect(), Vec::new());
-    for round in 0..keys.len() + ROUNDS {
+    for round in 0..rounds {
         match keys.get(round) {
             Some(key) => {
                 order.sort_by_key(|&i| (std::cmp::Reverse(key(&blocks[i])), blocks[i].born, i));
@@ -142,7 +143,7 @@ mod tests {
                     block(rng.random_range(0..5000), born, born + rng.random_range(0..12))
                 })
                 .collect();
-            let total = assign(&mut blocks, 0);
+            let total = assign(&mut blocks, Some(0));
             let mut live_peak = 0;
             for t in 0..60 {
                 let live: Vec<&Block> = blocks.iter().filter(|b| b.born <= t && t <= b.dies).collect();
@@ -167,9 +168,9 @@ mod tests {
     fn gaps_are_filled_unless_there_is_room_enough() {
         // (By size, the third would come to lie above the first two.)
         let blocks = [block(640, 0, 1), block(640, 3, 4), block(576, 1, 3), block(64, 0, 1), block(64, 3, 4)];
-        let sizes = [0, usize::MAX].map(|enough| {
+        let sizes = [0, usize::MAX].map(|limit| {
             let mut blocks = blocks.clone();
-            let total = assign(&mut blocks, enough);
+            let total = assign(&mut blocks, Some(limit));
             for (i, a) in blocks.iter().enumerate() {
                 for b in blocks[..i].iter().filter(|b| b.born <= a.dies && a.born <= b.dies) {
                     assert!(a.offset + a.bytes <= b.offset || b.offset + b.bytes <= a.offset);
@@ -179,12 +180,12 @@ mod tests {
         });
         assert_eq!(sizes[0], fullest(&blocks));
         assert!(sizes[1] >= sizes[0]);
-        assert_eq!(assign(&mut [], 0), 0);
+        assert_eq!(assign(&mut [], None), 0);
     }
 
     #[test]
     fn disjoint_lifetimes_share() {
         let mut blocks = [block(100, 0, 1), block(100, 2, 3), block(100, 4, 5)];
-        assert_eq!(assign(&mut blocks, 0), 128);
+        assert_eq!(assign(&mut blocks, None), 128);
     }
 }

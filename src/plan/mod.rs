@@ -130,7 +130,7 @@ enum Home {
 /// Orders the nodes, decides what shares memory, and assigns the arena.
 pub fn plan(graph: &Graph, request: &Request) -> Result<Plan> {
     let order = order::order(graph, request)?;
-    Planner::new(graph, request, &order)?.finish(0)
+    Planner::new(graph, request, &order)?.finish(None)
 }
 
 /// The same, where each node's bytes of scratch memory are known.
@@ -138,7 +138,7 @@ pub fn plan_with(graph: &Graph, request: &Request, scratch: &[usize]) -> Result<
     let order = order::order(graph, request)?;
     let mut planner = Planner::new(graph, request, &order)?;
     planner.scratch = Some(scratch);
-    planner.finish(0)
+    planner.finish(Some(0))
 }
 
 struct Planner<'a> {
@@ -347,11 +347,11 @@ impl<'a> Planner<'a> {
         scratch
     }
 
-    /// The plan, in an arena of `enough` bytes, or of as few as was found.
-    fn finish(mut self, enough: usize) -> Result<Plan> {
+    /// The plan; within a limit, in as small an arena as that asks for, or as was found.
+    fn finish(mut self, limit: Option<usize>) -> Result<Plan> {
         let end = time(self.order.len());
         let scratch = self.close();
-        let arena_bytes = assign(&mut self.blocks, enough);
+        let arena_bytes = assign(&mut self.blocks, limit);
         let mut steps = Vec::with_capacity(self.order.len());
         for (position, scratch) in scratch.into_iter().enumerate() {
             if let Some(step) = self.step(position, scratch)? {

@@ -66,7 +66,7 @@ pub fn plan_within(graph: &mut Graph, request: &Request, limit: usize, scratch: 
     check_updates(&built.graph, &built.order)?;
     let mut planner = Planner::new(&built.graph, request, &built.order)?;
     planner.scratch = Some(scratch);
-    let mut plan = planner.finish(limit)?;
+    let mut plan = planner.finish(Some(limit))?;
     plan.again = Again { kernels: built.copies, work: built.extra / search.work.max(1.0), chains: 0 };
     *graph = built.graph;
     Ok(plan)
@@ -186,8 +186,9 @@ impl Profile {
         self.live.iter().map(|l| l.saturating_sub(target) as f64).sum()
     }
 
-    fn arena(&self, enough: usize) -> usize {
-        assign(&mut self.blocks.clone(), enough)
+    /// The arena's size, within a limit.
+    fn arena(&self, limit: usize) -> usize {
+        assign(&mut self.blocks.clone(), Some(limit))
     }
 
     fn fits(&self, limit: usize) -> bool {
