@@ -82,6 +82,17 @@ impl<T: Float> Gradient<'_, T> {
         }
     }
 
+    /// A whole run of elements from `start` on.
+    #[inline(always)]
+    fn run<const RUN: usize>(&self, start: usize) -> [T; RUN] {
+        if let Gradient::Whole(all) = self {
+            return run_of(all, start);
+        }
+        let mut run = [T::zero(); RUN];
+        self.load(start, &mut run);
+        run
+    }
+
     /// Elements from `start` on, into zeros.
     #[inline(always)]
     fn load(&self, start: usize, out: &mut [T]) {
@@ -102,12 +113,35 @@ impl<T: Float> Gradient<'_, T> {
 }
 
 /// What [`sweep`] reads and writes.
-trait Access<T> {
+trait Access<T: Float> {
     /// Elements from `start` on, at most `RUN`.
     fn load<const RUN: usize>(&self, start: usize, out: &mut [T]);
 
     /// Puts elements from `start` on, the first of which is number `nth` of the whole tensor.
     fn store<const RUN: usize>(&mut self, start: usize, nth: usize, x: &[T]);
+
+    /// A whole run from `start` on.
+    #[inline(always)]
+    fn run<const RUN: usize>(&self, start: usize) -> [T; RUN] {
+        let mut run = [T::zero(); RUN];
+        self.load::<RUN>(start, &mut run);
+        run
+    }
+
+    /// Puts a whole run.
+    #[inline(always)]
+    fn put<const RUN: usize>(&mut self, start: usize, nth: usize, run: &[T; RUN]) {
+        self.store::<RUN>(start, nth, run);
+    }
+}
+
+/// Elements that lie as they are. (Of a length that is known, they are copied without a call.)
+#[inline(always)]
+fn run_of<T: Float, const RUN: usize>(all: &[T], start: usize) -> [T; RUN] {
+    match all[start..].first_chunk() {
+        Some(run) => *run,
+        None => panic!("a run of {RUN} elements from {start} on"),
+    }
 }
 
 impl<T: Float> Access<T> for &mut [T] {
@@ -119,6 +153,18 @@ impl<T: Float> Access<T> for &mut [T] {
     #[inline(always)]
     fn store<const RUN: usize>(&mut self, start: usize, _: usize, x: &[T]) {
         self[start..][..x.len()].copy_from_slice(x);
+    }
+
+    #[inline(always)]
+    fn run<const RUN: usize>(&self, start: usize) -> [T; RUN] {
+        run_of(self, start)
+    }
+
+    #[inline(always)]
+    fn put<const RUN: usize>(&mut self, start: usize, _: usize, run: &[T; RUN]) {
+        if let Some(place) = self[start..].first_chunk_mut() {
+            *place = *run;
+        }
     }
 }
 
@@ -219,55 +265,67 @@ fn in_runs<T: Float, A: Access<T>, const N: usize, const RUN: usize>(
         #[inline(always)]
         || {
             for start in (0..whole).step_by(RUN) {
-                run::<T, A, N, RUN>(&mut param, &mut states, &grad, start..start + RUN, nth, rests, f);
+                let g = grad.run::<RUN>(nth + start);
+                let mut s = [[T::zero(); RUN]; N];
+                for k in 0..N {
+                    s[k] = states[k].run(start);
+                }
+                if rests && is_zero(&g) && s.iter().all(is_zero) {
+                    continue;
+                }
+                let mut p = param.run::<RUN>(start);
+                advance(&mut p, &mut s, &g, f);
+                param.put(start, nth + start, &p);
+                for k in 0..N {
+                    states[k].put(start, nth + start, &s[k]);
+                }
             }
-            // (By itself, so that the runs before are copied without a call.)
             if whole < len {
-                run::<T, A, N, RUN>(&mut param, &mut states, &grad, whole..len, nth, rests, f);
+                let (n, mut p, mut g) = (len - whole, [T::zero(); RUN], [T::zero(); RUN]);
+                let mut s = [[T::zero(); RUN]; N];
+                grad.load(nth + whole, &mut g[..n]);
+                for k in 0..N {
+                    states[k].load::<RUN>(whole, &mut s[k][..n]);
+                }
+                if rests && is_zero(&g) && s.iter().all(is_zero) {
+                    return;
+                }
+                param.load::<RUN>(whole, &mut p[..n]);
+                advance(&mut p, &mut s, &g, f);
+                param.store::<RUN>(whole, nth + whole, &p[..n]);
+                for k in 0..N {
+                    states[k].store::<RUN>(whole, nth + whole, &s[k][..n]);
+                }
             }
         },
     );
 }
 
+/// `(p, s) = f(p, s, g)`, from arrays into others, which cannot overlap: only so is the loop vectorised, whatever the compiler
+/// knows of where they come from.
 #[inline(always)]
-fn run<T: Float, A: Access<T>, const N: usize, const RUN: usize>(
-    param: &mut A,
-    states: &mut [A; N],
-    grad: &Gradient<T>,
-    at: Range<usize>,
-    nth: usize,
-    rests: bool,
+fn advance<T: Float, const N: usize, const RUN: usize>(
+    p: &mut [T; RUN],
+    s: &mut [[T; RUN]; N],
+    g: &[T; RUN],
     f: &impl Fn(T, [T; N], T) -> (T, [T; N]),
 ) {
-    // Through buffers of one fixed length, which cannot overlap: only so is the loop vectorised.
-    let [mut p, mut g] = [[T::zero(); RUN]; 2];
-    let mut s = [[T::zero(); RUN]; N];
-    let (start, n) = (at.start, at.len());
-    grad.load(nth + start, &mut g[..n]);
-    let mut zero = rests && is_zero(&g[..n]);
-    for (s, state) in s.iter_mut().zip(&*states) {
-        state.load::<RUN>(start, &mut s[..n]);
-        zero = zero && is_zero(&s[..n]);
-    }
-    if zero {
-        return;
-    }
-    param.load::<RUN>(start, &mut p[..n]);
+    let (mut param, mut states) = ([T::zero(); RUN], [[T::zero(); RUN]; N]);
     for i in 0..RUN {
-        let (next, state) = f(p[i], std::array::from_fn(|k| s[k][i]), g[i]);
-        p[i] = next;
+        let mut state = [T::zero(); N];
         for k in 0..N {
-            s[k][i] = state[k];
+            state[k] = s[k][i];
+        }
+        (param[i], state) = f(p[i], state, g[i]);
+        for k in 0..N {
+            states[k][i] = state[k];
         }
     }
-    param.store::<RUN>(start, nth + start, &p[..n]);
-    for (s, state) in s.iter().zip(states) {
-        state.store::<RUN>(start, nth + start, &s[..n]);
-    }
+    (*p, *s) = (param, states);
 }
 
 #[inline(always)]
-fn is_zero<T: Float>(x: &[T]) -> bool {
+fn is_zero<T: Float, const RUN: usize>(x: &[T; RUN]) -> bool {
     // Without a way out early: so it is a few instructions.
     let mut zero = true;
     for x in x {

@@ -478,3 +478,6 @@ pub fn sum_of(graph: &mut Graph, v: ValueId) -> Result<ValueId> {
     let sum = crate::ops::reduce::SumTo { dims: crate::tensor::Dims::new() };
     Ok(emit(graph, "sum", sum, &[Some(v)], 1)?[0])
 }
+
+#[cfg(test)]
+pub(crate) mod by_squares;

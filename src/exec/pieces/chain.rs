@@ -186,18 +186,12 @@ impl<'a> Finder<'a> {
         chain: &Chain,
         scratch: &dyn Fn(&Graph) -> Vec<usize>,
     ) -> std::result::Result<(Pieces, Vec<Option<ValueId>>, Vec<ValueId>), OpError> {
-        let piece = |at: usize| {
-            let piece = self.pieces[at].as_ref();
-            piece.ok_or_else(|| OpError::Internal("an operator that cannot be cut, in a chain".into()))
-        };
         // What it reads, cut or whole.
         let mut read: Vec<(ValueId, bool)> = Vec::new();
-        let mut last_read: HashMap<ValueId, usize> = HashMap::new();
         for at in chain.nodes() {
-            let piece = piece(at)?;
+            let piece = self.of_piece(at)?;
             for (slot, v) in self.node(at).inputs.iter().enumerate() {
                 let Some(v) = v.filter(|v| !self.is_large(*v)) else { continue };
-                last_read.insert(v, at);
                 if !read.contains(&(v, piece.cuts(slot))) {
                     read.push((v, piece.cuts(slot)));
                 }
@@ -205,26 +199,7 @@ impl<'a> Finder<'a> {
         }
         let outputs: Vec<ValueId> =
             chain.last.iter().flat_map(|at| self.node(*at).outputs.iter().flatten()).copied().collect();
-        // What is changed where it lies into an output.
-        let mut in_place: Vec<(usize, usize)> = Vec::new();
-        for (o, at) in chain.last.iter().enumerate() {
-            let (node, piece) = (self.node(*at), piece(*at)?);
-            if piece.made != ops::Made::Cut {
-                continue;
-            }
-            for &(i, _) in piece.op.in_place() {
-                let Some(Some(v)) = node.inputs.get(i) else { continue };
-                let times = node.inputs.iter().flatten().filter(|u| *u == v).count();
-                let alone = times == 1 && last_read.get(v) == Some(at) && !read.contains(&(*v, false));
-                let place = read.iter().position(|r| *r == (*v, true));
-                let same = self.graph.meta(*v).ok().map(Meta::bytes)
-                    == self.graph.meta(outputs[o]).ok().map(Meta::bytes);
-                if let (true, true, Some(place)) = (alone, same, place) {
-                    in_place.push((place, o));
-                    break;
-                }
-            }
-        }
+        let in_place = self.in_place(chain, &read, &outputs)?;
         let mut nested = Nested { graph: Graph::default(), request: Request::default(), count: self.count };
         let mut held: HashMap<(ValueId, bool), ValueId> = HashMap::new();
         for (i, key) in read.iter().enumerate() {
@@ -234,7 +209,7 @@ impl<'a> Finder<'a> {
         }
         let (mut made, mut multiply_adds) = (Vec::new(), 0);
         for at in chain.nodes() {
-            let (node, piece) = (self.node(at), piece(at)?);
+            let (node, piece) = (self.node(at), self.of_piece(at)?);
             let mut x = Vec::with_capacity(node.inputs.len());
             for (slot, v) in node.inputs.iter().enumerate() {
                 let key = v.map(|v| (v, self.is_large(v) || piece.cuts(slot)));
@@ -267,6 +242,42 @@ impl<'a> Finder<'a> {
         let inputs = read.into_iter().map(|r| Some(r.0)).collect();
         let op = Pieces { count: self.count, plan, constants, cut, made, in_place, multiply_adds };
         Ok((op, inputs, outputs))
+    }
+
+    /// The node's operator for a piece.
+    fn of_piece(&self, at: usize) -> std::result::Result<&Piece, OpError> {
+        let piece = self.pieces[at].as_ref();
+        piece.ok_or_else(|| OpError::Internal("an operator that cannot be cut, in a chain".into()))
+    }
+
+    /// Which of what a chain reads is changed where it lies, and into which of its outputs.
+    fn in_place(
+        &self,
+        chain: &Chain,
+        read: &[(ValueId, bool)],
+        outputs: &[ValueId],
+    ) -> std::result::Result<Vec<(usize, usize)>, OpError> {
+        let mut found: Vec<(usize, usize)> = Vec::new();
+        let reads =
+            |at: usize, v: ValueId| self.node(at).inputs.iter().flatten().filter(|u| **u == v).count();
+        for (o, at) in chain.last.iter().enumerate() {
+            let (node, piece) = (self.node(*at), self.of_piece(*at)?);
+            if piece.made != ops::Made::Cut {
+                continue;
+            }
+            for &(i, _) in piece.op.in_place() {
+                let Some(&Some(v)) = node.inputs.get(i) else { continue };
+                let last = chain.nodes().filter(|at| reads(*at, v) > 0).last();
+                let alone = reads(*at, v) == 1 && last == Some(*at) && !read.contains(&(v, false));
+                let place = read.iter().position(|r| *r == (v, true));
+                let same = self.meta(v)?.bytes() == self.meta(outputs[o])?.bytes();
+                if let (true, true, Some(place)) = (alone, same, place) {
+                    found.push((place, o));
+                    break;
+                }
+            }
+        }
+        Ok(found)
     }
 
     fn meta(&self, v: ValueId) -> std::result::Result<Meta, OpError> {

@@ -1,13 +1,11 @@
 use std::sync::Arc;
 
 use crate::exec::{Options, Precision, Session};
-use crate::graph::WeightId;
 use crate::import::make::{floats, import, model, node};
 use crate::plan::Again;
 use crate::tensor::{DType, Meta, Tensor};
-use crate::train::loss::Loss;
 use crate::train::optimizer::Optimizer;
-use crate::train::step::{Norm, Recipe, Shapes, Supervised, set_step};
+use crate::train::step::by_squares;
 
 const WIDTH: usize = 32;
 const HIDDEN: usize = 512;
@@ -32,27 +30,13 @@ fn learned(options: Options, dims: &[usize], steps: usize) -> (Vec<f32>, usize, 
     }
     let m = Arc::new(import(&model(nodes, weights, "y")).unwrap());
     let meta = Meta::new(DType::F32, dims);
-    let shapes = Shapes { inputs: vec![("x".into(), meta.clone())], target: meta.clone() };
     let mut session = Session::new(m.clone(), options).unwrap();
-    let recipe = Recipe {
-        loss: Loss::Mse,
-        optimizer: Optimizer::sgd(),
-        clip: None,
-        params: (0..m.weights.len() as u32).map(WeightId).collect(),
-        norm: Norm::Batch,
-        accumulate: 1,
-    };
-    recipe.prepare(&mut session).unwrap();
-    let step = Supervised::new(&mut session, &recipe, &shapes).unwrap();
+    let step = by_squares::planned(&mut session, Optimizer::sgd(), &meta);
     let x: Vec<f32> = (0..meta.len()).map(|i| (i as f32 * 0.37).sin()).collect();
     let x = Tensor::from_slice(&meta.dims, &x).unwrap();
     let y: Vec<f32> = (0..meta.len()).map(|i| (i as f32 * 0.11).cos()).collect();
     let y = Tensor::from_slice(&meta.dims, &y).unwrap();
-    for t in 0..steps {
-        set_step(&mut session, 1e-3, t + 1);
-        let fed = [(step.inputs[0], x.view()), (step.attached.target, y.view())];
-        session.run(&step.program, &fed, t as u64).unwrap();
-    }
+    by_squares::run(&mut session, &step, [&x, &y], 1e-3, steps);
     let changes = session.changes().unwrap();
     let values = changes.iter().flat_map(|c| c.1.to_f64()).map(|x| x as f32).collect();
     let plan = &step.program.plan;

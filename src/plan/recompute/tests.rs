@@ -1,12 +1,10 @@
 use std::sync::Arc;
 
 use crate::exec::{Options, Session};
-use crate::graph::WeightId;
 use crate::import::make::{floats, import, model, node, ramp};
 use crate::tensor::{DType, Meta, Tensor};
-use crate::train::loss::Loss;
 use crate::train::optimizer::Optimizer;
-use crate::train::step::{Norm, Recipe, Shapes, Supervised, set_step};
+use crate::train::step::by_squares;
 
 /// Layers with dropout and what else draws random numbers: the same ones the second time.
 #[test]
@@ -26,27 +24,13 @@ fn what_is_computed_again_draws_the_same_numbers() {
     }
     let m = Arc::new(import(&model(nodes, weights, "y")).unwrap());
     let meta = Meta::new(DType::F32, &[32, 64]);
-    let shapes = Shapes { inputs: vec![("x".into(), meta.clone())], target: meta.clone() };
     let run = |arena: Option<usize>| {
         let options = Options { threads: 1, arena, ..Options::default() };
         let mut session = Session::new(m.clone(), options).unwrap();
-        let recipe = Recipe {
-            loss: Loss::Mse,
-            optimizer: Optimizer::adam(0.0, true),
-            clip: None,
-            params: (0..m.weights.len() as u32).map(WeightId).collect(),
-            norm: Norm::Batch,
-            accumulate: 1,
-        };
-        recipe.prepare(&mut session).unwrap();
-        let step = Supervised::new(&mut session, &recipe, &shapes).unwrap();
+        let step = by_squares::planned(&mut session, Optimizer::adam(0.0, true), &meta);
         let x: Vec<f32> = (0..meta.len()).map(|i| (i as f32 * 0.37).sin()).collect();
         let x = Tensor::from_slice(&meta.dims, &x).unwrap();
-        for t in 0..3 {
-            set_step(&mut session, 1e-2, t + 1);
-            let fed = [(step.inputs[0], x.view()), (step.attached.target, x.view())];
-            session.run(&step.program, &fed, t as u64).unwrap();
-        }
+        by_squares::run(&mut session, &step, [&x, &x], 1e-2, 3);
         let bytes: Vec<Vec<u8>> = session.changes().unwrap().iter().map(|c| c.1.bytes().to_vec()).collect();
         (bytes, step.program.plan)
     };
@@ -73,19 +57,10 @@ fn gradients_die_early() {
         }
         let m = Arc::new(import(&model(nodes, weights, "y")).unwrap());
         let meta = Meta::new(DType::F32, &[2, 128]);
-        let shapes = Shapes { inputs: vec![("x".into(), meta.clone())], target: meta };
         let options = Options { threads: 1, arena, dry: true, ..Options::default() };
         let mut session = Session::new(m.clone(), options).unwrap();
-        let recipe = Recipe {
-            loss: Loss::Mse,
-            optimizer: Optimizer::adam(0.0, true),
-            clip: None,
-            params: (0..m.weights.len() as u32).map(WeightId).collect(),
-            norm: Norm::Batch,
-            accumulate: 1,
-        };
-        recipe.prepare(&mut session).unwrap();
-        Supervised::new(&mut session, &recipe, &shapes).unwrap().program.plan.arena_bytes / (128 * 128 * 4)
+        let step = by_squares::planned(&mut session, Optimizer::adam(0.0, true), &meta);
+        step.program.plan.arena_bytes / (128 * 128 * 4)
     };
     assert!(gradients(None) >= 6);
     assert!(gradients(Some(usize::MAX)) <= 3);
