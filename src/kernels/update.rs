@@ -82,15 +82,13 @@ impl<T: Float> Gradient<'_, T> {
         }
     }
 
-    /// A whole run of elements from `start` on.
+    /// A whole run of elements from `start` on, into zeros.
     #[inline(always)]
-    fn run<const RUN: usize>(&self, start: usize) -> [T; RUN] {
-        if let Gradient::Whole(all) = self {
-            return run_of(all, start);
+    fn run<const RUN: usize>(&self, start: usize, out: &mut [T; RUN]) {
+        match self {
+            Gradient::Whole(all) => *out = run_of(all, start),
+            Gradient::Rows { .. } => self.load(start, out),
         }
-        let mut run = [T::zero(); RUN];
-        self.load(start, &mut run);
-        run
     }
 
     /// Elements from `start` on, into zeros.
@@ -122,10 +120,8 @@ trait Access<T: Float> {
 
     /// A whole run from `start` on.
     #[inline(always)]
-    fn run<const RUN: usize>(&self, start: usize) -> [T; RUN] {
-        let mut run = [T::zero(); RUN];
-        self.load::<RUN>(start, &mut run);
-        run
+    fn run<const RUN: usize>(&self, start: usize, out: &mut [T; RUN]) {
+        self.load::<RUN>(start, out);
     }
 
     /// Puts a whole run.
@@ -156,8 +152,8 @@ impl<T: Float> Access<T> for &mut [T] {
     }
 
     #[inline(always)]
-    fn run<const RUN: usize>(&self, start: usize) -> [T; RUN] {
-        run_of(self, start)
+    fn run<const RUN: usize>(&self, start: usize, out: &mut [T; RUN]) {
+        *out = run_of(self, start);
     }
 
     #[inline(always)]
@@ -265,23 +261,24 @@ fn in_runs<T: Float, A: Access<T>, const N: usize, const RUN: usize>(
         #[inline(always)]
         || {
             for start in (0..whole).step_by(RUN) {
-                let g = grad.run::<RUN>(nth + start);
+                let [mut p, mut g] = [[T::zero(); RUN]; 2];
                 let mut s = [[T::zero(); RUN]; N];
+                grad.run(nth + start, &mut g);
                 for k in 0..N {
-                    s[k] = states[k].run(start);
+                    states[k].run(start, &mut s[k]);
                 }
                 if rests && is_zero(&g) && s.iter().all(is_zero) {
                     continue;
                 }
-                let mut p = param.run::<RUN>(start);
-                advance(&mut p, &mut s, &g, f);
+                param.run(start, &mut p);
+                let (p, s) = advance(&p, &s, &g, f);
                 param.put(start, nth + start, &p);
                 for k in 0..N {
                     states[k].put(start, nth + start, &s[k]);
                 }
             }
             if whole < len {
-                let (n, mut p, mut g) = (len - whole, [T::zero(); RUN], [T::zero(); RUN]);
+                let (n, [mut p, mut g]) = (len - whole, [[T::zero(); RUN]; 2]);
                 let mut s = [[T::zero(); RUN]; N];
                 grad.load(nth + whole, &mut g[..n]);
                 for k in 0..N {
@@ -291,7 +288,7 @@ fn in_runs<T: Float, A: Access<T>, const N: usize, const RUN: usize>(
                     return;
                 }
                 param.load::<RUN>(whole, &mut p[..n]);
-                advance(&mut p, &mut s, &g, f);
+                let (p, s) = advance(&p, &s, &g, f);
                 param.store::<RUN>(whole, nth + whole, &p[..n]);
                 for k in 0..N {
                     states[k].store::<RUN>(whole, nth + whole, &s[k][..n]);
@@ -301,15 +298,15 @@ fn in_runs<T: Float, A: Access<T>, const N: usize, const RUN: usize>(
     );
 }
 
-/// `(p, s) = f(p, s, g)`, from arrays into others, which cannot overlap: only so is the loop vectorised, whatever the compiler
+/// `f(p, s, g)` of each element, from arrays into others, which cannot overlap: only so is the loop vectorised, whatever the compiler
 /// knows of where they come from.
 #[inline(always)]
 fn advance<T: Float, const N: usize, const RUN: usize>(
-    p: &mut [T; RUN],
-    s: &mut [[T; RUN]; N],
+    p: &[T; RUN],
+    s: &[[T; RUN]; N],
     g: &[T; RUN],
     f: &impl Fn(T, [T; N], T) -> (T, [T; N]),
-) {
+) -> ([T; RUN], [[T; RUN]; N]) {
     let (mut param, mut states) = ([T::zero(); RUN], [[T::zero(); RUN]; N]);
     for i in 0..RUN {
         let mut state = [T::zero(); N];
@@ -321,7 +318,7 @@ fn advance<T: Float, const N: usize, const RUN: usize>(
             states[k][i] = state[k];
         }
     }
-    (*p, *s) = (param, states);
+    (param, states)
 }
 
 #[inline(always)]
