@@ -4,7 +4,8 @@
 //! It is the last pass before the plan. Kernels compute in `f32` before and after: a value is rounded by the kernel that
 //! makes it, where that can, else once the kernels that follow it closely have read it; those that read it late widen it
 //! piece by piece as they read, where they can, else it is widened just before them. In between its half form alone is
-//! alive. Sums, statistics, losses and updates are thus computed in `f32` from `f32`. What a convolution with statistics makes
+//! alive. Sums, statistics, losses and updates are thus computed in `f32` from `f32`, but for the sums of a bias, of a gradient
+//! that only products read besides: these round it, and so it is rounded where it is made. What a convolution with statistics makes
 //! is read rounded by the normalisation near by as well, as by its gradient ([`Op::is_kept_rounded`]): it is never in memory in `f32`.
 
 use std::collections::HashSet;

@@ -82,15 +82,6 @@ impl<T: Float> Gradient<'_, T> {
         }
     }
 
-    /// A whole run of elements from `start` on, into zeros.
-    #[inline(always)]
-    fn run<const RUN: usize>(&self, start: usize, out: &mut [T; RUN]) {
-        match self {
-            Gradient::Whole(all) => *out = run_of(all, start),
-            Gradient::Rows { .. } => self.load(start, out),
-        }
-    }
-
     /// Elements from `start` on, into zeros.
     #[inline(always)]
     fn load(&self, start: usize, out: &mut [T]) {
@@ -111,33 +102,12 @@ impl<T: Float> Gradient<'_, T> {
 }
 
 /// What [`sweep`] reads and writes.
-trait Access<T: Float> {
+trait Access<T> {
     /// Elements from `start` on, at most `RUN`.
     fn load<const RUN: usize>(&self, start: usize, out: &mut [T]);
 
     /// Puts elements from `start` on, the first of which is number `nth` of the whole tensor.
     fn store<const RUN: usize>(&mut self, start: usize, nth: usize, x: &[T]);
-
-    /// A whole run from `start` on.
-    #[inline(always)]
-    fn run<const RUN: usize>(&self, start: usize, out: &mut [T; RUN]) {
-        self.load::<RUN>(start, out);
-    }
-
-    /// Puts a whole run.
-    #[inline(always)]
-    fn put<const RUN: usize>(&mut self, start: usize, nth: usize, run: &[T; RUN]) {
-        self.store::<RUN>(start, nth, run);
-    }
-}
-
-/// Elements that lie as they are. (Of a length that is known, they are copied without a call.)
-#[inline(always)]
-fn run_of<T: Float, const RUN: usize>(all: &[T], start: usize) -> [T; RUN] {
-    match all[start..].first_chunk() {
-        Some(run) => *run,
-        None => panic!("a run of {RUN} elements from {start} on"),
-    }
 }
 
 impl<T: Float> Access<T> for &mut [T] {
@@ -149,18 +119,6 @@ impl<T: Float> Access<T> for &mut [T] {
     #[inline(always)]
     fn store<const RUN: usize>(&mut self, start: usize, _: usize, x: &[T]) {
         self[start..][..x.len()].copy_from_slice(x);
-    }
-
-    #[inline(always)]
-    fn run<const RUN: usize>(&self, start: usize, out: &mut [T; RUN]) {
-        *out = run_of(self, start);
-    }
-
-    #[inline(always)]
-    fn put<const RUN: usize>(&mut self, start: usize, _: usize, run: &[T; RUN]) {
-        if let Some(place) = self[start..].first_chunk_mut() {
-            *place = *run;
-        }
     }
 }
 
@@ -261,45 +219,47 @@ fn in_runs<T: Float, A: Access<T>, const N: usize, const RUN: usize>(
         #[inline(always)]
         || {
             for start in (0..whole).step_by(RUN) {
-                let [mut p, mut g] = [[T::zero(); RUN]; 2];
-                let mut s = [[T::zero(); RUN]; N];
-                grad.run(nth + start, &mut g);
-                for k in 0..N {
-                    states[k].run(start, &mut s[k]);
-                }
-                if rests && is_zero(&g) && s.iter().all(is_zero) {
-                    continue;
-                }
-                param.run(start, &mut p);
-                let (p, s) = advance(&p, &s, &g, f);
-                param.put(start, nth + start, &p);
-                for k in 0..N {
-                    states[k].put(start, nth + start, &s[k]);
-                }
+                run::<T, A, N, RUN>(&mut param, &mut states, &grad, (start, RUN), nth, rests, f);
             }
+            // (By itself, so that the runs before are copied without a call.)
             if whole < len {
-                let (n, [mut p, mut g]) = (len - whole, [[T::zero(); RUN]; 2]);
-                let mut s = [[T::zero(); RUN]; N];
-                grad.load(nth + whole, &mut g[..n]);
-                for k in 0..N {
-                    states[k].load::<RUN>(whole, &mut s[k][..n]);
-                }
-                if rests && is_zero(&g) && s.iter().all(is_zero) {
-                    return;
-                }
-                param.load::<RUN>(whole, &mut p[..n]);
-                let (p, s) = advance(&p, &s, &g, f);
-                param.store::<RUN>(whole, nth + whole, &p[..n]);
-                for k in 0..N {
-                    states[k].store::<RUN>(whole, nth + whole, &s[k][..n]);
-                }
+                run::<T, A, N, RUN>(&mut param, &mut states, &grad, (whole, len - whole), nth, rests, f);
             }
         },
     );
 }
 
-/// `f(p, s, g)` of each element, from arrays into others, which cannot overlap: only so is the loop vectorised, whatever the compiler
-/// knows of where they come from.
+#[inline(always)]
+fn run<T: Float, A: Access<T>, const N: usize, const RUN: usize>(
+    param: &mut A,
+    states: &mut [A; N],
+    grad: &Gradient<T>,
+    (start, n): (usize, usize),
+    nth: usize,
+    rests: bool,
+    f: &impl Fn(T, [T; N], T) -> (T, [T; N]),
+) {
+    let [mut p, mut g] = [[T::zero(); RUN]; 2];
+    let mut s = [[T::zero(); RUN]; N];
+    grad.load(nth + start, &mut g[..n]);
+    let mut zero = rests && is_zero(&g[..n]);
+    for (s, state) in s.iter_mut().zip(&*states) {
+        state.load::<RUN>(start, &mut s[..n]);
+        zero = zero && is_zero(&s[..n]);
+    }
+    if zero {
+        return;
+    }
+    param.load::<RUN>(start, &mut p[..n]);
+    let (p, s) = advance(&p, &s, &g, f);
+    param.store::<RUN>(start, nth + start, &p[..n]);
+    for (s, state) in s.iter().zip(states) {
+        state.store::<RUN>(start, nth + start, &s[..n]);
+    }
+}
+
+/// `f(p, s, g)` of each element, from buffers of one fixed length into others, which cannot overlap: only so is the loop
+/// vectorised, whatever the compiler knows of where they come from.
 #[inline(always)]
 fn advance<T: Float, const N: usize, const RUN: usize>(
     p: &[T; RUN],
@@ -322,7 +282,7 @@ fn advance<T: Float, const N: usize, const RUN: usize>(
 }
 
 #[inline(always)]
-fn is_zero<T: Float, const RUN: usize>(x: &[T; RUN]) -> bool {
+fn is_zero<T: Float>(x: &[T]) -> bool {
     // Without a way out early: so it is a few instructions.
     let mut zero = true;
     for x in x {

@@ -133,7 +133,7 @@ pub fn plan(graph: &Graph, request: &Request) -> Result<Plan> {
     Planner::new(graph, request, &order)?.finish(None)
 }
 
-/// The same, where each node's bytes of scratch memory are known.
+/// The same, where each node's bytes of scratch memory are known, in as small an arena as is found.
 pub fn plan_with(graph: &Graph, request: &Request, scratch: &[usize]) -> Result<Plan> {
     let order = order::order(graph, request)?;
     let mut planner = Planner::new(graph, request, &order)?;

@@ -8,6 +8,14 @@ use crate::ops::half::{elements, half_bits_mut};
 use crate::ops::{Cx, Grads, Op, Piece, need, out};
 use crate::tensor::{DType, Meta, View, ViewMut};
 
+/// What is like `x`, rounded.
+fn rounded(x: &Meta, to: Half) -> Result<Vec<Meta>, OpError> {
+    match x.dtype {
+        DType::F32 => Ok(vec![Meta::new(to.dtype(), &x.dims)]),
+        other => Err(OpError::Type(format!("{other} where float32 is rounded"))),
+    }
+}
+
 /// An elementwise operator of f32 whose results are rounded to half precision.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Halved<K> {
@@ -21,11 +29,7 @@ impl<K: Kind> Op for Halved<K> {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let x = need(inputs, 0)?;
-        match x.dtype {
-            DType::F32 => Ok(vec![Meta::new(self.to.dtype(), &x.dims)]),
-            other => Err(OpError::Type(format!("{other} where float32 is rounded"))),
-        }
+        rounded(need(inputs, 0)?, self.to)
     }
 
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
@@ -61,11 +65,7 @@ impl<K: Kind> Op for HalvedGrad<K> {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let dy = need(inputs, 1)?;
-        match dy.dtype {
-            DType::F32 => Ok(vec![Meta::new(self.to.dtype(), &dy.dims)]),
-            other => Err(OpError::Type(format!("{other} where float32 is rounded"))),
-        }
+        rounded(need(inputs, 1)?, self.to)
     }
 
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
