@@ -7,7 +7,7 @@ use divan::counter::BytesCount;
 use retune::kernels::elementwise::Clamp;
 use retune::kernels::half::Elements;
 use retune::kernels::norm::{
-    ChannelGrad, Channels, Mask, Residual, Stat, channel_affine, channel_input_grad, channel_stats,
+    ChannelGrad, Channels, Mask, Residual, Results, Stat, channel_affine, channel_input_grad, channel_stats,
     masked_param_grad, param_grad,
 };
 
@@ -85,7 +85,16 @@ fn statistics(bencher: Bencher, shape: Shape) {
 fn normalise(bencher: Bencher, shape: Shape) {
     measure(bencher, shape, 2, |b| {
         let (m, a) = (&b.mean, &b.inv);
-        channel_affine(Some(Elements::Whole(&b.x)), &mut b.y, shape.d, m, a, m, Residual::None, RELU, None);
+        channel_affine(
+            Some(Elements::Whole(&b.x)),
+            Results::Whole(&mut b.y),
+            shape.d,
+            m,
+            a,
+            m,
+            Residual::None,
+            RELU,
+        );
     });
 }
 
@@ -95,14 +104,13 @@ fn normalise_residual(bencher: Bencher, shape: Shape) {
         let (m, a) = (&b.mean, &b.inv);
         channel_affine(
             Some(Elements::Whole(&b.x)),
-            &mut b.y,
+            Results::Whole(&mut b.y),
             shape.d,
             m,
             a,
             m,
             Residual::Given(&b.dy),
             RELU,
-            None,
         );
     });
 }
@@ -147,6 +155,13 @@ fn input_gradient(bencher: Bencher, shape: Shape) {
             dshift: &b.mean,
             passed: Some((&b.mean, RELU)),
         };
-        channel_input_grad(Some(Elements::Whole(&b.x)), None, &mut b.dy, shape.d, g, &mut b.room);
+        channel_input_grad(
+            Some(Elements::Whole(&b.x)),
+            None,
+            Results::Whole(&mut b.dy),
+            shape.d,
+            g,
+            &mut b.room,
+        );
     });
 }

@@ -43,6 +43,16 @@ fn split<T: Send>(y: &mut [T], size: usize, step: usize, f: &(dyn Fn(usize, &mut
     y.par_chunks_mut(size).enumerate().for_each(|(i, chunk)| f(i * step, chunk));
 }
 
+/// Calls `f` for consecutive ranges of `size` of `0..n`, the last one perhaps shorter.
+pub fn ranges(n: usize, size: usize, f: impl Fn(Range<usize>) + Sync) {
+    let range = |i: usize| i * size..n.min((i + 1) * size);
+    match n.div_ceil(size) {
+        0 => {}
+        1 => f(0..n),
+        count => (0..count).into_par_iter().for_each(|i| f(range(i))),
+    }
+}
+
 /// Folds `leaf` over pieces of at most `grain` indices with `merge`, in a binary tree that depends on the range alone.
 pub fn reduce<A: Send>(
     range: Range<usize>,

@@ -2,6 +2,7 @@
 //! generic over [`Simd`], and compiled for each level.
 #![allow(unsafe_code)]
 
+use crate::kernels::half::{to_bf16, wide_bf16};
 use crate::kernels::isa::{Isa, isa};
 use crate::kernels::pairs::{self, PairKernel};
 use crate::tensor::Float;
@@ -41,6 +42,10 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn inside(y: Self::V, low: Self::V, high: Self::V) -> u32;
     /// `x` where the lane's bit is set, else 0.
     unsafe fn keep(bits: u32, x: Self::V) -> Self::V;
+    /// `LANES` elements of bfloat16, exactly.
+    unsafe fn widen(p: *const u16) -> Self::V;
+    /// Writes the elements as bfloat16, rounded to nearest, ties to even.
+    unsafe fn round(p: *mut u16, v: Self::V);
     /// Brings the cache line at `p`, any address, to the second-level cache: the first holds what is computed with.
     unsafe fn prefetch(p: *const Self::Elem);
     /// Writes the transpose of `LANES` vectors, `ld` elements apart, as `LANES` vectors `ld_to` apart.
@@ -73,6 +78,40 @@ pub unsafe fn load_up_to<S: Simd>(p: *const S::Elem, n: usize) -> S::V {
 pub unsafe fn store_up_to<S: Simd>(p: *mut S::Elem, v: S::V, n: usize) {
     // SAFETY: the caller's promise.
     unsafe { if n == S::LANES { S::store(p, v) } else { S::store_part(p, v, n) } }
+}
+
+/// Elements of bfloat16, exactly: a vector, or its first `n` lanes.
+///
+/// # Safety
+/// As of the methods; `n` is at most `LANES`.
+#[inline(always)]
+pub unsafe fn widen_up_to<S: Simd>(p: *const u16, n: usize) -> S::V {
+    // SAFETY: the caller's promise; vectors have up to 16 lanes.
+    unsafe {
+        if n == S::LANES {
+            return S::widen(p);
+        }
+        let mut part = [0; 16];
+        std::ptr::copy_nonoverlapping(p, part.as_mut_ptr(), n);
+        S::widen(part.as_ptr())
+    }
+}
+
+/// Writes a vector, or its first `n` lanes, as bfloat16.
+///
+/// # Safety
+/// As of the methods; `n` is at most `LANES`.
+#[inline(always)]
+pub unsafe fn round_up_to<S: Simd>(p: *mut u16, v: S::V, n: usize) {
+    // SAFETY: as above.
+    unsafe {
+        if n == S::LANES {
+            return S::round(p, v);
+        }
+        let mut part = [0; 16];
+        S::round(part.as_mut_ptr(), v);
+        std::ptr::copy_nonoverlapping(part.as_ptr(), p, n);
+    }
 }
 
 /// As [`load_up_to`], where it is known beforehand whether a whole vector is read.
@@ -313,6 +352,18 @@ unsafe impl<T: Float> Simd for Plain<T> {
         each(|i| std::hint::select_unpredictable(bits >> i & 1 == 1, x[i], T::zero()))
     }
     #[inline(always)]
+    unsafe fn widen(p: *const u16) -> [T; 4] {
+        // SAFETY: the caller's promise.
+        each(|i| T::of(f64::from(wide_bf16(unsafe { *p.add(i) }))))
+    }
+    #[inline(always)]
+    unsafe fn round(p: *mut u16, v: [T; 4]) {
+        for (i, x) in v.iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { *p.add(i) = to_bf16(x.to64() as f32) }
+        }
+    }
+    #[inline(always)]
     unsafe fn prefetch(_: *const T) {}
 }
 
@@ -324,6 +375,8 @@ macro_rules! vectors {
      pass: |$py:ident, $low:ident, $high:ident, $px:ident| $pass:expr,
      inside: |$iy:ident, $il:ident, $ih:ident| $inside:expr,
      keep: |$bits:ident, $kx:ident| $keep:expr,
+     widen: |$wp:ident| $widen:expr,
+     round: |$rp:ident, $rv:ident| $round:expr,
      prefetch: |$at:ident| $prefetch:expr,
      load_part: |$lp:ident, $ln:ident| $load_part:expr,
      store_part: |$sp:ident, $sv:ident, $sn:ident| $store_part:expr
@@ -410,6 +463,16 @@ macro_rules! vectors {
                 unsafe { $keep }
             }
             #[inline(always)]
+            unsafe fn widen($wp: *const u16) -> $v {
+                // SAFETY: see `splat`.
+                unsafe { $widen }
+            }
+            #[inline(always)]
+            unsafe fn round($rp: *mut u16, $rv: $v) {
+                // SAFETY: see `splat`.
+                unsafe { $round }
+            }
+            #[inline(always)]
             unsafe fn prefetch($at: *const f32) {
                 // SAFETY: see `splat`.
                 unsafe { $prefetch }
@@ -423,158 +486,7 @@ macro_rules! vectors {
     };
 }
 
-#[cfg(target_arch = "x86_64")]
-pub mod x86 {
-    use std::arch::x86_64::*;
-
-    use super::Simd;
-
-    vectors!(
-        /// AVX-512: 16 lanes, masked tails.
-        Avx512, __m512, 16, [8, 8, 8, 6],
-        _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps, _mm512_sub_ps, _mm512_mul_ps, _mm512_max_ps, _mm512_min_ps,
-        fma: |a, b, c| _mm512_fmadd_ps(a, b, c),
-        pass: |y, low, high, x| {
-            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(y, low);
-            _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask::<_CMP_LT_OQ>(above, y, high), x)
-        },
-        inside: |y, low, high| {
-            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(y, low);
-            u32::from(_mm512_mask_cmp_ps_mask::<_CMP_LT_OQ>(above, y, high))
-        },
-        keep: |bits, x| _mm512_maskz_mov_ps(bits as u16, x),
-        prefetch: |p| _mm_prefetch::<_MM_HINT_T1>(p.cast()),
-        load_part: |p, n| _mm512_maskz_loadu_ps((1u32 << n) as u16 - 1, p),
-        store_part: |p, v, n| _mm512_mask_storeu_ps(p, (1u32 << n) as u16 - 1, v),
-        transpose: transpose16
-    );
-
-    /// Four columns at a time: of rows 4i to 4i + 3, lane blocks of 4×4 are transposed, then blocks change places.
-    #[inline(always)]
-    unsafe fn transpose16(p: *const f32, ld: usize, to: *mut f32, ld_to: usize) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            // `t[4g + c]`: in lane block b, column 4b + c of rows 4g to 4g + 3.
-            let mut t = [_mm512_setzero_ps(); 16];
-            for g in 0..4 {
-                let at = p.add(4 * g * ld);
-                let r0 = _mm512_loadu_ps(at);
-                let r1 = _mm512_loadu_ps(at.add(ld));
-                let r2 = _mm512_loadu_ps(at.add(2 * ld));
-                let r3 = _mm512_loadu_ps(at.add(3 * ld));
-                let (a, b) = (_mm512_unpacklo_ps(r0, r1), _mm512_unpackhi_ps(r0, r1));
-                let (c, d) = (_mm512_unpacklo_ps(r2, r3), _mm512_unpackhi_ps(r2, r3));
-                t[4 * g] = _mm512_shuffle_ps::<0x44>(a, c);
-                t[4 * g + 1] = _mm512_shuffle_ps::<0xee>(a, c);
-                t[4 * g + 2] = _mm512_shuffle_ps::<0x44>(b, d);
-                t[4 * g + 3] = _mm512_shuffle_ps::<0xee>(b, d);
-            }
-            for c in 0..4 {
-                let a = _mm512_shuffle_f32x4::<0x88>(t[c], t[4 + c]);
-                let b = _mm512_shuffle_f32x4::<0xdd>(t[c], t[4 + c]);
-                let d = _mm512_shuffle_f32x4::<0x88>(t[8 + c], t[12 + c]);
-                let e = _mm512_shuffle_f32x4::<0xdd>(t[8 + c], t[12 + c]);
-                _mm512_storeu_ps(to.add(c * ld_to), _mm512_shuffle_f32x4::<0x88>(a, d));
-                _mm512_storeu_ps(to.add((4 + c) * ld_to), _mm512_shuffle_f32x4::<0x88>(b, e));
-                _mm512_storeu_ps(to.add((8 + c) * ld_to), _mm512_shuffle_f32x4::<0xdd>(a, d));
-                _mm512_storeu_ps(to.add((12 + c) * ld_to), _mm512_shuffle_f32x4::<0xdd>(b, e));
-            }
-        }
-    }
-
-    /// Lanes below `n` as AVX2's masks want them.
-    #[inline(always)]
-    unsafe fn below(n: usize) -> __m256i {
-        // SAFETY: the caller's promise.
-        unsafe { _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)) }
-    }
-
-    vectors!(
-        /// AVX2 with FMA: 8 lanes, masked tails.
-        Avx2, __m256, 8, [6, 6],
-        _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps, _mm256_sub_ps, _mm256_mul_ps, _mm256_max_ps, _mm256_min_ps,
-        fma: |a, b, c| _mm256_fmadd_ps(a, b, c),
-        pass: |y, low, high, x| {
-            let inside = _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(y, low), _mm256_cmp_ps::<_CMP_LT_OQ>(y, high));
-            _mm256_and_ps(inside, x)
-        },
-        inside: |y, low, high| {
-            let inside = _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(y, low), _mm256_cmp_ps::<_CMP_LT_OQ>(y, high));
-            _mm256_movemask_ps(inside) as u32
-        },
-        keep: |bits, x| {
-            let lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-            let set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits as i32), lanes), lanes);
-            _mm256_and_ps(_mm256_castsi256_ps(set), x)
-        },
-        prefetch: |p| _mm_prefetch::<_MM_HINT_T1>(p.cast()),
-        load_part: |p, n| _mm256_maskload_ps(p, below(n)),
-        store_part: |p, v, n| _mm256_maskstore_ps(p, below(n), v),
-        transpose: transpose8
-    );
-
-    /// As [`transpose16`], with two lane blocks.
-    #[inline(always)]
-    unsafe fn transpose8(p: *const f32, ld: usize, to: *mut f32, ld_to: usize) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let mut t = [_mm256_setzero_ps(); 8];
-            for g in 0..2 {
-                let at = p.add(4 * g * ld);
-                let r0 = _mm256_loadu_ps(at);
-                let r1 = _mm256_loadu_ps(at.add(ld));
-                let r2 = _mm256_loadu_ps(at.add(2 * ld));
-                let r3 = _mm256_loadu_ps(at.add(3 * ld));
-                let (a, b) = (_mm256_unpacklo_ps(r0, r1), _mm256_unpackhi_ps(r0, r1));
-                let (c, d) = (_mm256_unpacklo_ps(r2, r3), _mm256_unpackhi_ps(r2, r3));
-                t[4 * g] = _mm256_shuffle_ps::<0x44>(a, c);
-                t[4 * g + 1] = _mm256_shuffle_ps::<0xee>(a, c);
-                t[4 * g + 2] = _mm256_shuffle_ps::<0x44>(b, d);
-                t[4 * g + 3] = _mm256_shuffle_ps::<0xee>(b, d);
-            }
-            for c in 0..4 {
-                _mm256_storeu_ps(to.add(c * ld_to), _mm256_permute2f128_ps::<0x20>(t[c], t[4 + c]));
-                _mm256_storeu_ps(to.add((4 + c) * ld_to), _mm256_permute2f128_ps::<0x31>(t[c], t[4 + c]));
-            }
-        }
-    }
-}
-
 #[cfg(target_arch = "aarch64")]
-pub mod arm {
-    use std::arch::aarch64::*;
-
-    use super::Simd;
-
-    vectors!(
-        /// NEON: 4 lanes.
-        Neon, float32x4_t, 4, [8, 8, 8, 6],
-        vdupq_n_f32, vld1q_f32, vst1q_f32, vaddq_f32, vsubq_f32, vmulq_f32, vmaxq_f32, vminq_f32,
-        fma: |a, b, c| vfmaq_f32(c, a, b),
-        pass: |y, low, high, x| {
-            let inside = vandq_u32(vcgtq_f32(y, low), vcltq_f32(y, high));
-            vreinterpretq_f32_u32(vandq_u32(inside, vreinterpretq_u32_f32(x)))
-        },
-        inside: |y, low, high| {
-            let inside = vandq_u32(vcgtq_f32(y, low), vcltq_f32(y, high));
-            vaddvq_u32(vandq_u32(inside, vld1q_u32([1, 2, 4, 8].as_ptr())))
-        },
-        keep: |bits, x| {
-            let set = vtstq_u32(vdupq_n_u32(bits), vld1q_u32([1, 2, 4, 8].as_ptr()));
-            vreinterpretq_f32_u32(vandq_u32(set, vreinterpretq_u32_f32(x)))
-        },
-        prefetch: |p| {
-            std::arch::asm!("prfm pldl2keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))
-        },
-        load_part: |p, n| {
-            let mut all = [0.0f32; 4];
-            std::ptr::copy_nonoverlapping(p, all.as_mut_ptr(), n);
-            vld1q_f32(all.as_ptr())
-        },
-        store_part: |p, v, n| {
-            let mut all = [0.0f32; 4];
-            vst1q_f32(all.as_mut_ptr(), v);
-            std::ptr::copy_nonoverlapping(all.as_ptr(), p, n);
-        }
-    );
-}
+pub mod arm;
+#[cfg(target_arch = "x86_64")]
+pub mod x86;

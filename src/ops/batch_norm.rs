@@ -12,10 +12,10 @@ use crate::float_dispatch;
 use crate::graph::{GradBuilder, Node};
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::layout::Layout;
-use crate::kernels::norm::{self, Channels, Residual, Stat};
+use crate::kernels::norm::{self, Channels, Residual, Results, Stat};
 use crate::kernels::simd::Vectors;
 use crate::ops::clip::passed;
-use crate::ops::half::{computed, elements, rounded, widened};
+use crate::ops::half::{computed, elements, results, rounded, widened};
 use crate::ops::layout::rank_of;
 use crate::ops::{ChannelsLast, Cx, Grads, Mode, Op, Rerun, Row, Spec, get, need};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
@@ -40,7 +40,7 @@ const NO_MOMENTUM: f32 = 1.0;
 ///
 /// Fused: y = clamp(normalised x + residual), the residual (N, C, …) being input 5. Where the batch's statistics are
 /// `given`, inputs 5 and 6 are its mean and variance (C), and the residual is input 7. Where it `rounds`, output 5 is y in
-/// that type of half precision.
+/// that type of half precision, or, `instead`, output 0 is.
 #[derive(Debug, Clone)]
 pub struct BatchNormalization {
     epsilon: f64,
@@ -57,6 +57,7 @@ pub struct BatchNormalization {
     clamp: Clamp<f64>,
     given: bool,
     rounds: Option<DType>,
+    instead: bool,
 }
 
 impl BatchNormalization {
@@ -77,6 +78,7 @@ impl BatchNormalization {
             clamp: Clamp::NONE,
             given: false,
             rounds: None,
+            instead: false,
         }))
     }
 
@@ -156,7 +158,7 @@ impl BatchNormalization {
         if let (true, Some(dscale), Some(dshift)) = (g.wants(0), grads[1], grads[2]) {
             let mut inputs = vec![x, scale, mean, inv, dz, dscale, dshift];
             inputs.extend((!residual).then_some(shift));
-            grads[0] = Some(g.emit(BatchNormInputGrad { channels, clamp }, &inputs)?);
+            grads[0] = Some(g.emit(BatchNormInputGrad::of(channels, clamp), &inputs)?);
         }
         Ok(grads)
     }
@@ -167,10 +169,16 @@ impl BatchNormalization {
         x: &[Option<View>],
         y: &mut [Option<ViewMut>],
     ) -> Result<(), OpError> {
-        let [mut y0, y1, y2, mut y3, mut y4, y5] = outputs(y)?;
-        let to = y5.map(rounded).transpose()?;
+        let [y0, y1, y2, mut y3, mut y4, y5] = outputs(y)?;
         let dims = y0.as_ref().map(|y| y.dims).or(get(x, 0).map(|x| x.dims));
         let d = self.channels(dims.ok_or_else(|| OpError::Internal("nothing to normalise".into()))?);
+        let y0 = match (y0, y5) {
+            (Some(y0), Some(y5)) => {
+                let (half, to) = rounded(y5)?;
+                Some(Results::Both(y0.get::<T>()?, half, to))
+            }
+            (y0, _) => y0.map(results::<T>).transpose()?,
+        };
         let (scale, shift) = (need(x, 1)?.get::<T>()?, need(x, 2)?.get::<T>()?);
         let input = get(x, 0).map(elements::<T>).transpose()?;
         let residual = match x.get(self.residual()) {
@@ -188,7 +196,7 @@ impl BatchNormalization {
                 *f = T::of(scale.to64() / (var.to64() + self.epsilon).sqrt());
             }
             if let Some(y0) = y0 {
-                norm::channel_affine(input, y0.get::<T>()?, d, mean, factor, shift, residual, clamp, to);
+                norm::channel_affine(input, y0, d, mean, factor, shift, residual, clamp);
             }
             for (y, from) in [(y1, mean), (y2, var), (y3.take(), mean)] {
                 if let Some(y) = y {
@@ -211,8 +219,11 @@ impl BatchNormalization {
             mean.copy_from_slice(need(x, 5)?.get::<T>()?);
             inv.copy_from_slice(need(x, 6)?.get::<T>()?);
         } else {
-            let in_place = y0.as_mut().map(|y| y.get::<T>()).transpose()?;
-            let input = input.map(|x| x.whole()).or(in_place.map(|y| &*y)).unwrap_or(&[]);
+            let in_place = match &y0 {
+                Some(Results::Whole(y) | Results::Both(y, ..)) => &**y,
+                _ => &[],
+            };
+            let input = input.map_or(in_place, |x| x.whole());
             norm::channel_stats(input, d, mean, inv, partials);
         }
         let count = d.count() as f64;
@@ -237,7 +248,7 @@ impl BatchNormalization {
             *f = T::of(scale.to64() * inv.to64());
         }
         if let Some(y0) = y0 {
-            norm::channel_affine(input, y0.get::<T>()?, d, mean, factor, shift, residual, clamp, to);
+            norm::channel_affine(input, y0, d, mean, factor, shift, residual, clamp);
         }
         Ok(())
     }
@@ -306,8 +317,13 @@ impl Op for BatchNormalization {
         }
         let of = |i: usize| need(inputs, i).map(|m: &Meta| Meta::new(m.dtype, &m.dims));
         let channel = Meta::new(x.dtype, &[c]);
-        let first = [Meta::new(x.dtype, &x.dims), of(3)?, of(4)?, channel.clone(), channel];
-        Ok(first.into_iter().chain(self.rounds.map(|to| Meta::new(to, &x.dims))).collect())
+        let mut made = vec![Meta::new(x.dtype, &x.dims), of(3)?, of(4)?, channel.clone(), channel];
+        match self.rounds {
+            Some(to) if self.instead => made[0].dtype = to,
+            Some(to) => made.push(Meta::new(to, &x.dims)),
+            None => {}
+        }
+        Ok(made)
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
@@ -360,7 +376,7 @@ impl Op for BatchNormalization {
         if g.wants(0) {
             grads[0] = match (self.training, grads[1], grads[2]) {
                 (true, Some(dscale), Some(dshift)) => {
-                    let op = BatchNormInputGrad { channels, clamp: Clamp::NONE };
+                    let op = BatchNormInputGrad::of(channels, Clamp::NONE);
                     Some(g.emit(op, &[x, scale, mean, spread, dz, dscale, dshift])?)
                 }
                 _ => Some(g.emit(
@@ -373,11 +389,22 @@ impl Op for BatchNormalization {
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
-        if self.given { &[(0, 0), (7, 0)] } else { &[(0, 0), (5, 0)] }
+        match () {
+            _ if self.instead => &[],
+            _ if self.given => &[(0, 0), (7, 0)],
+            _ => &[(0, 0), (5, 0)],
+        }
     }
 
     fn reads_half(&self, input: usize) -> bool {
         input == 0 && self.given && self.layout == Layout::Last
+    }
+
+    fn halved(&self, output: usize, to: DType) -> Option<Arc<dyn Op>> {
+        let can = output == 0 && self.layout == Layout::Last;
+        can.then(|| {
+            Arc::new(BatchNormalization { rounds: Some(to), instead: true, ..self.clone() }) as Arc<dyn Op>
+        })
     }
 
     fn rounding(&self, to: DType) -> Option<Arc<dyn Op>> {

@@ -155,6 +155,12 @@ impl Conv {
         })
     }
 
+    /// Does that hold of the convolution of such inputs?
+    fn is(&self, inputs: &[Option<&Meta>], holds: fn(&Geometry) -> bool) -> bool {
+        let (Some(x), Some(w)) = (get(inputs, 0), get(inputs, 1)) else { return false };
+        self.geometry(&x.dims, &w.dims).is_ok_and(|(g, _)| holds(&g))
+    }
+
     /// The sizes, and the output's dimensions.
     fn geometry(&self, x: &[usize], w: &[usize]) -> Result<(Geometry, Dims), OpError> {
         let x = &self.layout.ordinary(x);
@@ -187,11 +193,11 @@ impl Conv {
     }
 }
 
-/// Bytes of scratch that a kernel needs, by its function for either element type.
-fn room(g: &Geometry, dtype: DType, [single, double]: [fn(&Geometry) -> usize; 2]) -> usize {
-    match dtype {
-        DType::F64 => double(g) * size_of::<f64>(),
-        _ => single(g) * size_of::<f32>(),
+/// Bytes of scratch that an input gradient needs.
+fn input_grad_room(g: &Geometry, dy: &Meta) -> usize {
+    match dy.dtype {
+        DType::F64 => kernel::input_grad_scratch::<f64>(g, false) * size_of::<f64>(),
+        dtype => kernel::input_grad_scratch::<f32>(g, Half::of(dtype).is_some()) * size_of::<f32>(),
     }
 }
 
@@ -289,7 +295,8 @@ impl Op for Conv {
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Some(x), Some(w)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        let single = |g: &Geometry, computed: bool| kernel::forward_scratch::<f32>(g, !computed);
+        let half = Half::of(x.dtype).is_some();
+        let single = |g: &Geometry, computed: bool| kernel::forward_scratch::<f32>(g, !computed && !half);
         let double = |g: &Geometry, computed: bool| kernel::forward_scratch::<f64>(g, !computed);
         self.room(x, &w.dims, [&single, &double])
     }
@@ -310,7 +317,11 @@ impl Op for Conv {
     }
 
     fn reads_half(&self, input: usize) -> bool {
-        input == 0 && self.normalises.is_some()
+        input == 0 && (self.normalises.is_some() || self.pairs && self.layout == Layout::Last)
+    }
+
+    fn rounds(&self, inputs: &[Option<&Meta>], input: usize) -> bool {
+        input == 0 && self.normalises.is_none() && self.is(inputs, kernel::rounds)
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
@@ -362,7 +373,7 @@ impl Op for ConvInputGrad {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let (dy, w) = (need(inputs, 0)?, need(inputs, 1)?);
+        let (dy, w) = (&half::widened(need(inputs, 0)?), need(inputs, 1)?);
         same_type(dy, w)?;
         let (_, y) = self.conv.geometry(&self.x, &w.dims)?;
         expect(&dy.dims, &y)?;
@@ -376,19 +387,16 @@ impl Op for ConvInputGrad {
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let (dy, w) = (need(x, 0)?, need(x, 1)?);
         let (g, _) = self.conv.geometry(&self.x, w.dims)?;
-        float_dispatch!(dy.dtype, T => {
-            let dx = out(y, 0)?.get::<T>()?;
-            kernel::input_grad(&g, dy.get::<T>()?, w.get::<T>()?, residual(x, 2)?, dx, floats(cx.scratch)?);
+        float_dispatch!(w.dtype, T => {
+            let (dy, dx) = (elements::<T>(dy)?, out(y, 0)?.get::<T>()?);
+            kernel::input_grad(&g, dy, w.get::<T>()?, residual(x, 2)?, dx, floats(cx.scratch)?);
             Ok(())
         })
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
-        let Some(w) = get(inputs, 1) else { return 0 };
-        let g = self.conv.geometry(&self.x, &w.dims);
-        g.map_or(0, |(g, _)| {
-            room(&g, w.dtype, [kernel::input_grad_scratch::<f32>, kernel::input_grad_scratch::<f64>])
-        })
+        let (Some(dy), Some(w)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
+        self.conv.geometry(&self.x, &w.dims).map_or(0, |(g, _)| input_grad_room(&g, dy))
     }
 
     fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
@@ -398,6 +406,12 @@ impl Op for ConvInputGrad {
 
     fn by_pairs(&self) -> Option<Arc<dyn Op>> {
         Some(Arc::new(ConvInputGrad { conv: self.conv.paired()?, x: self.x.clone() }))
+    }
+
+    fn rounds(&self, inputs: &[Option<&Meta>], input: usize) -> bool {
+        let Some(w) = get(inputs, 1) else { return false };
+        let g = self.conv.geometry(&self.x, &w.dims);
+        input == 0 && g.is_ok_and(|(g, _)| kernel::input_grad_rounds(&g))
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
@@ -429,7 +443,7 @@ impl Op for ConvWeightGrad {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        let (dy, x) = (need(inputs, 0)?, need(inputs, 1)?);
+        let (dy, x) = (&half::widened(need(inputs, 0)?), need(inputs, 1)?);
         same_type(dy, &half::widened(x))?;
         let (g, y) = self.conv.geometry(&x.dims, &self.w)?;
         expect(&dy.dims, &y)?;
@@ -441,20 +455,21 @@ impl Op for ConvWeightGrad {
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let (g, _) = self.conv.geometry(need(x, 1)?.dims, &self.w)?;
-        float_dispatch!(need(x, 0)?.dtype, T => {
-            let dy = need(x, 0)?.get::<T>()?;
+        let dw = out(y, 0)?;
+        float_dispatch!(dw.dtype, T => {
+            let dy = elements::<T>(need(x, 0)?)?;
             // As the convolution takes them.
             let mut operands: SmallVec<[Option<View>; 8]> = SmallVec::from_slice(x);
             operands.swap(0, 1);
             let (input, scratch) = self.conv.input::<T>(&operands, g.c, cx.scratch)?;
-            kernel::weight_grad(&g, dy, input, out(y, 0)?.get::<T>()?, scratch);
+            kernel::weight_grad(&g, dy, input, dw.get::<T>()?, scratch);
             Ok(())
         })
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
-        let Some(x) = get(inputs, 1) else { return 0 };
-        let half = Half::of(x.dtype).is_some();
+        let (Some(dy), Some(x)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
+        let half = [x, dy].map(|m| Half::of(m.dtype).is_some());
         let single = |g: &Geometry, computed: bool| kernel::weight_grad_scratch::<f32>(g, computed, half);
         let double = |g: &Geometry, computed: bool| kernel::weight_grad_scratch::<f64>(g, computed, half);
         self.conv.room(x, &self.w, [&single, &double])
@@ -474,6 +489,12 @@ impl Op for ConvWeightGrad {
 
     fn reads_half(&self, input: usize) -> bool {
         input == 1 && self.conv.layout == Layout::Last
+    }
+
+    fn rounds(&self, inputs: &[Option<&Meta>], input: usize) -> bool {
+        let Some(x) = get(inputs, 1) else { return false };
+        let g = self.conv.geometry(&x.dims, &self.w);
+        input == 0 && g.is_ok_and(|(g, _)| kernel::weight_grad_rounds(&g))
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {

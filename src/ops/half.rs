@@ -4,6 +4,7 @@
 use crate::error::OpError;
 use crate::graph::GradBuilder;
 use crate::kernels::half::{Elements, Half};
+use crate::kernels::norm::Results;
 use crate::ops::{Cx, Grads, Op, Piece, need, out, piece};
 use crate::tensor::{DType, Dims, Float, Meta, View, ViewMut};
 
@@ -122,6 +123,14 @@ pub(super) fn widened(x: &Meta) -> Meta {
 pub(super) fn rounded<'a>(y: &'a mut ViewMut) -> Result<(Half, &'a mut [u16]), OpError> {
     let half = half(y.dtype)?;
     Ok((half, half_bits_mut(y)?))
+}
+
+/// An output that may be rounded, see [`Op::halved`].
+pub(super) fn results<'a, T: Float>(y: &'a mut ViewMut) -> Result<Results<'a, T>, OpError> {
+    match Half::of(y.dtype) {
+        Some(half) => Ok(Results::Half(half, half_bits_mut(y)?)),
+        None => Ok(Results::Whole(y.get::<T>()?)),
+    }
 }
 
 pub(super) fn half_bits_mut<'a>(y: &'a mut ViewMut) -> Result<&'a mut [u16], OpError> {

@@ -237,6 +237,7 @@ unsafe fn put_run<D: Pairs, const M: usize, const N: usize>(
 #[cfg(test)]
 mod tests {
     use crate::kernels::conv::{Geometry, Residual, input_grad, input_grad_scratch};
+    use crate::kernels::half::Elements;
     use crate::kernels::layout::Layout;
 
     /// What squares share is written once: adding to what is there gives the bits of adding something of its own.
@@ -262,10 +263,10 @@ mod tests {
             let some = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
             let (dy, w) = (some(g.outputs(), 0.7), some(g.oc * g.c * k * k, 0.3));
             let addend = some(g.inputs(), 0.9);
-            let mut scratch = vec![f32::NAN; input_grad_scratch::<f32>(&g)];
+            let mut scratch = vec![f32::NAN; input_grad_scratch::<f32>(&g, false)];
             let (mut apart, mut there) = (vec![0.0; addend.len()], addend.clone());
-            input_grad(&g, &dy, &w, Residual::Of(&addend), &mut apart, &mut scratch);
-            input_grad(&g, &dy, &w, Residual::InOutput, &mut there, &mut scratch);
+            input_grad(&g, Elements::Whole(&dy), &w, Residual::Of(&addend), &mut apart, &mut scratch);
+            input_grad(&g, Elements::Whole(&dy), &w, Residual::InOutput, &mut there, &mut scratch);
             assert_eq!(apart, there, "{g:?}");
         }
     }

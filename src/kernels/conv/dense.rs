@@ -11,11 +11,12 @@ use std::ops::Range;
 
 use crate::kernels::ahead::Ahead;
 use crate::kernels::conv::grids::{Grid, Plan, TILE};
-use crate::kernels::conv::load::Operand;
+use crate::kernels::conv::load::{Load, Operand};
 use crate::kernels::conv::panels::Unpacked;
 use crate::kernels::conv::results::{Results, put_column};
 use crate::kernels::conv::way::{Packed, Packs, Way, line};
 use crate::kernels::conv::{Done, Epilogue, Geometry, folded, pointwise, split, strides, volume};
+use crate::kernels::half::Elements;
 use crate::kernels::par::{Shared, in_prepared_slots};
 use crate::kernels::simd::{Level, Simd, Vectors};
 use crate::kernels::tile::{Pieces, TermKernel, Terms, along_rows, slide};
@@ -432,7 +433,8 @@ pub fn forward<T: Vectors>(
     done: Option<&Done<T>>,
 ) {
     g.check_sizes(x.data.len(), y.as_ref().map_or(g.outputs(), |y| y.len()));
-    assert!(x.is_plain() || pointwise::applies(g), "an input that is computed as it is read");
+    let rounded = g.pairs && matches!(x.load, Load::Plain);
+    assert!(x.is_plain() || rounded || pointwise::applies(g), "an input that is computed as it is read");
     let (plan, done) = (forward_plan(g), done.filter(|_| forward_blocks::<T>(g).is_some()));
     assert!(y.is_some() || done.is_some(), "results without a place");
     let Some(folded) = folded::of(g) else {
@@ -443,9 +445,9 @@ pub fn forward<T: Vectors>(
     run(&plan, true, Operand { channels: folded.c, ..x }, weights, epilogue, y, scratch, done);
 }
 
-/// Elements of scratch that [`input_grad`] needs.
-pub fn input_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
-    scratch::<T>(&input_grad_plan(g), true, true)
+/// Elements of scratch that [`input_grad`] needs; `half`: is dY of half precision?
+pub fn input_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
+    scratch::<T>(&input_grad_plan(g), !half, true)
 }
 
 fn input_grad_plan(g: &Geometry) -> Plan {
@@ -464,12 +466,13 @@ pub(super) fn packed_back<T: Vectors>(g: &Geometry) -> usize {
 /// `dx = addend + Σ_t W[t]ᵀ·dy[…]`; without a residual in the epilogue, nothing is added.
 pub fn input_grad<T: Vectors>(
     g: &Geometry,
-    dy: &[T],
+    dy: Elements<T>,
     w: &[T],
     epilogue: Epilogue<T>,
     dx: &mut [T],
     scratch: &mut [T],
 ) {
-    g.check(dx, dy);
-    run(&input_grad_plan(g), false, Operand::plain(dy, g.oc), w, epilogue, Some(dx), scratch, None);
+    g.check_sizes(dx.len(), dy.len());
+    let dy = Operand { data: dy, channels: g.oc, load: Load::Plain };
+    run(&input_grad_plan(g), false, dy, w, epilogue, Some(dx), scratch, None);
 }

@@ -206,6 +206,26 @@ pub fn loads(g: &Geometry) -> bool {
     g.layout == Layout::Last && !g.is_empty() && (g.depthwise() || pointwise::applies(g))
 }
 
+/// Does a convolution by pairs, whose channels are last, read X in half precision?
+pub fn reads_half(g: &Geometry) -> bool {
+    g.pairs && g.layout == Layout::Last
+}
+
+/// Is that, read whole, rounded before it is multiplied?
+pub fn rounds(g: &Geometry) -> bool {
+    reads_half(g) && !winograd::applies_forward(g)
+}
+
+/// Does the input gradient read dY in half precision, which it rounds, perhaps transformed, anyway?
+pub fn input_grad_rounds(g: &Geometry) -> bool {
+    reads_half(g) && !narrow::applies(g)
+}
+
+/// Does the weight gradient?
+pub fn weight_grad_rounds(g: &Geometry) -> bool {
+    reads_half(&paired_images(g))
+}
+
 /// Elements of scratch that [`forward`] needs; `plain`: is X?
 pub fn forward_scratch<T: Vectors>(g: &Geometry, plain: bool) -> usize {
     if g.is_empty() {
@@ -214,7 +234,7 @@ pub fn forward_scratch<T: Vectors>(g: &Geometry, plain: bool) -> usize {
     g.copies()
         + match () {
             _ if g.depthwise() => depthwise::forward_scratch(g, plain, true),
-            _ if winograd::applies_forward(g) => winograd::forward_scratch::<T>(g),
+            _ if winograd::applies_forward(g) => winograd::forward_scratch::<T>(g, !plain),
             _ => dense::forward_scratch::<T>(g, plain, true),
         }
 }
@@ -246,10 +266,10 @@ fn forward_blocks<T: Vectors>(
         return epilogue.of_nothing(g.oc.max(1), y);
     }
     x.check();
-    assert!(x.is_plain() || loads(g), "an input that is computed as it is read");
+    assert!(x.is_plain() || loads(g) || reads_half(g), "an input that is computed as it is read");
     let kernel = |x: Operand<T>, epilogue: Epilogue<T>, y: &mut [T], scratch: &mut [T]| match () {
         _ if g.depthwise() => depthwise::forward(g, x, w, epilogue, Some(y), scratch, done),
-        _ if winograd::applies_forward(g) => winograd::forward(g, x.data.whole(), w, epilogue, y, scratch),
+        _ if winograd::applies_forward(g) => winograd::forward(g, x.data, w, epilogue, y, scratch),
         _ => dense::forward(g, x, w, epilogue, Some(y), scratch, done),
     };
     if g.layout == Layout::Last {
@@ -281,8 +301,8 @@ fn before<'a, T: Vectors>(
     Epilogue { residual: Residual::InOutput, ..epilogue }
 }
 
-/// Elements of scratch that [`input_grad`] needs.
-pub fn input_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
+/// Elements of scratch that [`input_grad`] needs; `half`: is dY of half precision?
+pub fn input_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
     if g.is_empty() {
         return 0;
     }
@@ -290,15 +310,15 @@ pub fn input_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
         + match () {
             _ if g.depthwise() => depthwise::input_grad_scratch(g),
             _ if narrow::applies(g) => narrow::scratch::<T>(g),
-            _ if winograd::applies_back(g) => winograd::input_grad_scratch::<T>(g),
-            _ => dense::input_grad_scratch::<T>(g),
+            _ if winograd::applies_back(g) => winograd::input_grad_scratch::<T>(g, half),
+            _ => dense::input_grad_scratch::<T>(g, half),
         }
 }
 
 /// `dx[i] = addend + Σ_t W[t]ᵀ·dy[(i + pad − dilation·t) / stride]`, in the layout of x.
 pub fn input_grad<T: Vectors>(
     g: &Geometry,
-    dy: &[T],
+    dy: Elements<T>,
     w: &[T],
     addend: Residual<T>,
     dx: &mut [T],
@@ -311,7 +331,7 @@ pub fn input_grad<T: Vectors>(
 /// do not clamp.
 pub fn transposed<T: Vectors>(
     g: &Geometry,
-    dy: &[T],
+    dy: Elements<T>,
     w: &[T],
     epilogue: Epilogue<T>,
     dx: &mut [T],
@@ -320,21 +340,21 @@ pub fn transposed<T: Vectors>(
     if g.is_empty() {
         return epilogue.of_nothing(g.c.max(1), dx);
     }
-    let kernel = match () {
-        _ if g.depthwise() => depthwise::input_grad,
-        _ if narrow::applies(g) => narrow::input_grad,
-        _ if winograd::applies_back(g) => winograd::input_grad,
-        _ => dense::input_grad,
+    let kernel = |dy: Elements<T>, epilogue: Epilogue<T>, dx: &mut [T], scratch: &mut [T]| match () {
+        _ if g.depthwise() => depthwise::input_grad(g, dy.whole(), w, epilogue, dx, scratch),
+        _ if narrow::applies(g) => narrow::input_grad(g, dy.whole(), w, epilogue, dx, scratch),
+        _ if winograd::applies_back(g) => winograd::input_grad(g, dy, w, epilogue, dx, scratch),
+        _ => dense::input_grad(g, dy, w, epilogue, dx, scratch),
     };
     if g.layout == Layout::Last {
-        return kernel(g, dy, w, epilogue, dx, scratch);
+        return kernel(dy, epilogue, dx, scratch);
     }
     let (xs, ys) = (volume(g.x), volume(g.y));
     let (x_last, rest) = scratch.split_at_mut(g.inputs());
     let (y_last, rest) = rest.split_at_mut(g.outputs());
-    transpose(g.n, g.oc, ys, dy, y_last);
+    transpose(g.n, g.oc, ys, dy.whole(), y_last);
     let epilogue = before(g, g.c, xs, epilogue, dx, x_last);
-    kernel(g, y_last, w, epilogue, x_last, rest);
+    kernel(Elements::Whole(y_last), epilogue, x_last, rest);
     transpose(g.n, xs, g.c, x_last, dx);
 }
 
@@ -343,23 +363,29 @@ fn paired_images(g: &Geometry) -> Geometry {
     Geometry { pairs: g.pairs && (g.n > 1 || pointwise::applies(g)), ..g.clone() }
 }
 
-/// Elements of scratch that [`weight_grad`] needs, X being computed as it is read, or of half precision.
-pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, computed: bool, half: bool) -> usize {
+/// Elements of scratch that [`weight_grad`] needs, X being computed as it is read; `half`: are X and dY of half precision?
+pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, computed: bool, half: [bool; 2]) -> usize {
     let g = &paired_images(g);
     if g.is_empty() {
         return 0;
     }
     g.copies()
         + match () {
-            _ if g.depthwise() => depthwise::weight_grad_scratch(g, !computed && !half),
+            _ if g.depthwise() => depthwise::weight_grad_scratch(g, !computed && !half[0]),
             _ if winograd::applies_weight(g) => winograd::weight::weight_grad_scratch::<T>(g, half),
             _ if computed => weight::weight_grad_scratch::<T>(g, false) + g.inputs(),
-            _ => weight::weight_grad_scratch::<T>(g, half),
+            _ => weight::weight_grad_scratch::<T>(g, half[0]),
         }
 }
 
 /// `dW[t] = Σ_{n,i} dY[i]·X[stride·i + dilation·t − pad]ᵀ` (M, C/groups, k…).
-pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Operand<T>, dw: &mut [T], scratch: &mut [T]) {
+pub fn weight_grad<T: Vectors>(
+    g: &Geometry,
+    dy: Elements<T>,
+    x: Operand<T>,
+    dw: &mut [T],
+    scratch: &mut [T],
+) {
     let g = &paired_images(g);
     if g.is_empty() {
         return dw.fill(T::zero());
@@ -368,7 +394,7 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Operand<T>, dw: &mut [
     let computed = !matches!(x.load, Load::Plain);
     assert!(!computed || loads(g), "an input that is computed as it is read");
     if g.depthwise() && g.layout == Layout::Last {
-        return depthwise::weight_grad(g, dy, x, dw, scratch);
+        return depthwise::weight_grad(g, dy.whole(), x, dw, scratch);
     }
     if computed {
         let (copy, rest) = scratch.split_at_mut(g.inputs());
@@ -376,10 +402,10 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Operand<T>, dw: &mut [
         return weight_grad(g, dy, Operand::plain(copy, g.c), dw, rest);
     }
     let x = x.data;
-    let kernel = |dy: &[T], x: Elements<T>, dw: &mut [T], scratch: &mut [T]| match () {
+    let kernel = |dy: Elements<T>, x: Elements<T>, dw: &mut [T], scratch: &mut [T]| match () {
         _ if g.depthwise() => {
             let x = Operand { data: x, channels: g.c, load: Load::Plain };
-            depthwise::weight_grad(g, dy, x, dw, scratch);
+            depthwise::weight_grad(g, dy.whole(), x, dw, scratch);
         }
         _ if winograd::applies_weight(g) => winograd::weight::weight_grad(g, dy, x, dw, scratch),
         _ => weight::weight_grad(g, dy, x, dw, scratch),
@@ -390,6 +416,6 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Operand<T>, dw: &mut [
     let (x_last, rest) = scratch.split_at_mut(g.inputs());
     let (y_last, rest) = rest.split_at_mut(g.outputs());
     transpose(g.n, g.c, volume(g.x), x.whole(), x_last);
-    transpose(g.n, g.oc, volume(g.y), dy, y_last);
-    kernel(y_last, Elements::Whole(x_last), dw, rest);
+    transpose(g.n, g.oc, volume(g.y), dy.whole(), y_last);
+    kernel(Elements::Whole(y_last), Elements::Whole(x_last), dw, rest);
 }

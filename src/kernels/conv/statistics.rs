@@ -1,9 +1,7 @@
 //! Convolution with the statistics of its results, gathered from each block of them while it is near.
 #![allow(unsafe_code)]
 
-use super::{
-    Epilogue, Geometry, Operand, dense, depthwise, forward_blocks, forward_scratch, loads, winograd,
-};
+use super::{Epilogue, Geometry, Operand, dense, depthwise, forward_blocks, forward_scratch, winograd};
 use crate::kernels::half::Half;
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::{self, Channels};
@@ -68,7 +66,6 @@ pub fn forward_statistics<T: Vectors>(
 ) {
     let Statistics { mean, variance, room, rounded } = statistics;
     x.check();
-    assert!(x.is_plain() || loads(g) || y.is_some(), "an input that is computed as it is read");
     assert!(rounded.as_ref().is_none_or(|r| r.1.len() == g.outputs()), "rounded results");
     assert!(rounded.is_some() || y.is_some(), "results without a place");
     let rounded = rounded.map(|(half, to)| (half, Shared::new(to)));

@@ -289,10 +289,15 @@ pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
 }
 
 /// dW (M, C/groups, k…) from dY (N, spatial…, M) and X (N, spatial…, C).
-pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut [T], scratch: &mut [T]) {
+pub fn weight_grad<T: Vectors>(
+    g: &Geometry,
+    dy: Elements<T>,
+    x: Elements<T>,
+    dw: &mut [T],
+    scratch: &mut [T],
+) {
     g.check_sizes(x.len(), dy.len());
     if let Some(product) = product(g) {
-        let dy = Elements::Whole(dy);
         return match g.pairs {
             true => gemm::gemm_pairs(&product, dy, x, gemm::Plus::NOTHING, dw, scratch),
             false => gemm::gemm_halves(&product, dy, x, gemm::Plus::NOTHING, dw, scratch),
@@ -304,7 +309,7 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut 
     let p = Plan::new(g);
     match p.pairs {
         true => pairs::by_pairs(g, &p, dy, x, dw, scratch),
-        false => directly(g, &p, dy, x, dw, scratch),
+        false => directly(g, &p, dy.whole(), x, dw, scratch),
     }
 }
 

@@ -107,81 +107,66 @@ impl Transformed {
 }
 
 /// Channels-last images of which tiles are read; beyond their edges are zeros.
-#[derive(Clone, Copy)]
 struct Source<'a, T> {
-    data: &'a [T],
+    images: Elements<'a, T>,
     zeros: &'a [T],
     extents: [usize; 2],
     channels: usize,
     /// Zeros before the images.
     low: [usize; 2],
-    /// The element of the images that is the first of `data`.
-    first: usize,
+    /// Where they are of half precision: room for the rows that a row of tiles reads, widened.
+    near: &'a mut [T],
+    /// Image and first row of the tiles whose rows are near.
+    held: Option<[usize; 2]>,
 }
 
-impl<'a, T> Source<'a, T> {
-    /// The input of a convolution.
-    fn of(plan: &Plan, x: &'a [T], zeros: &'a [T]) -> Self {
-        Source {
-            data: x,
-            zeros,
-            extents: [plan.source[1], plan.source[2]],
-            channels: plan.ci,
-            low: [plan.low[1], plan.low[2]],
-            first: 0,
-        }
+impl<'a, T: Vectors> Source<'a, T> {
+    /// The input of a convolution; `near`: [`room`] elements.
+    fn of(plan: &Plan, x: Elements<'a, T>, zeros: &'a [T], near: &'a mut [T]) -> Self {
+        let (extents, low) = ([plan.source[1], plan.source[2]], [plan.low[1], plan.low[2]]);
+        Source { images: x, zeros, extents, channels: plan.ci, low, near, held: None }
     }
 
     /// Where the positions of a tile are of which the first results are at `row` and `column`.
     #[inline(always)]
-    fn tile<const N: usize>(&self, [image, row, column]: [usize; 3]) -> [[*const T; N]; N] {
+    fn tile<const N: usize>(&mut self, [image, row, column]: [usize; 3]) -> [[*const T; N]; N] {
         let mut all = [[self.zeros.as_ptr(); N]; N];
         let [rows, columns] = self.extents;
+        let (data, first) = match self.images {
+            Elements::Whole(x) => (x.as_ptr(), 0),
+            Elements::Half(..) => self.widened::<N>(image, row),
+        };
         for i in 0..N {
             let y = (row + i).wrapping_sub(self.low[0]);
             for j in 0..N {
                 let x = (column + j).wrapping_sub(self.low[1]);
                 if y < rows && x < columns {
                     let at = ((image * rows + y) * columns + x) * self.channels;
-                    all[i][j] = self.data.as_ptr().wrapping_add(at - self.first);
+                    all[i][j] = data.wrapping_add(at - first);
                 }
             }
         }
         all
     }
-}
 
-/// Images of half precision, and room for the rows that a row of tiles reads, widened.
-struct Widened<'a, T> {
-    images: Elements<'a, T>,
-    near: &'a mut [T],
-    /// Image and first row of the tiles whose rows are near.
-    held: Option<[usize; 2]>,
-}
-
-impl<'a, T: Vectors> Widened<'a, T> {
-    fn new(images: Elements<'a, T>, near: &'a mut [T]) -> Self {
-        Widened { images, near, held: None }
-    }
-
-    /// Elements of the room.
-    fn room(extents: [usize; 2], channels: usize) -> usize {
-        IN.min(extents[0]) * extents[1] * channels
-    }
-
-    /// A source that is like `source` for the tiles whose first results are in this row.
-    fn source<'b>(&'b mut self, source: &Source<'b, T>, [image, row, _]: [usize; 3]) -> Source<'b, T> {
-        let [rows, columns] = source.extents;
-        let after = (row + IN - source.low[0]).min(rows);
-        let above = row.saturating_sub(source.low[0]).min(after);
-        let first = (image * rows + above) * columns * source.channels;
+    /// The rows of the tiles whose first results are in this row, and which element is the first of them.
+    fn widened<const N: usize>(&mut self, image: usize, row: usize) -> (*const T, usize) {
+        let [rows, columns] = self.extents;
+        let after = (row + N).saturating_sub(self.low[0]).min(rows);
+        let above = row.saturating_sub(self.low[0]).min(after);
+        let first = (image * rows + above) * columns * self.channels;
         if self.held != Some([image, row]) {
             self.held = Some([image, row]);
-            let n = (after - above) * columns * source.channels;
+            let n = (after - above) * columns * self.channels;
             self.images.copy(first, &mut self.near[..n]);
         }
-        Source { data: self.near, first, ..*source }
+        (self.near.as_ptr(), first)
     }
+}
+
+/// Elements of room for the rows of images that are near, where they are of half precision.
+fn room(extents: [usize; 3], channels: usize, half: bool) -> usize {
+    if half { IN.min(extents[1]) * extents[2] * channels } else { 0 }
 }
 
 /// The convolution of whole elements: tiles are transformed before they are rounded to pairs.
@@ -189,40 +174,40 @@ fn whole(g: &Geometry) -> Geometry {
     Geometry { pairs: false, ..g.clone() }
 }
 
-/// Elements of scratch that [`forward`] needs.
-pub(super) fn forward_scratch<T: Vectors>(g: &Geometry) -> usize {
-    forward::scratch::<T, T>(&Plan::forward(&whole(g)))
+/// Elements of scratch that [`forward`] needs; `half`: is X of half precision?
+pub(super) fn forward_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
+    forward::scratch::<T, T>(&Plan::forward(&whole(g)), half)
 }
 
 /// `y = clamp(conv(x, w) + bias + residual)` with x (N, spatial…, C) and y (N, spatial…, M), w (M, C, 3, 3).
 pub(super) fn forward<T: Vectors>(
     g: &Geometry,
-    x: &[T],
+    x: Elements<T>,
     w: &[T],
     epilogue: Epilogue<T>,
     y: &mut [T],
     scratch: &mut [T],
 ) {
-    g.check(x, y);
+    g.check_sizes(x.len(), y.len());
     forward::run::<T, T>(&Plan::forward(&whole(g)), true, x, w, epilogue, y, scratch);
 }
 
-/// Elements of scratch that [`input_grad`] needs.
-pub(super) fn input_grad_scratch<T: Vectors>(g: &Geometry) -> usize {
+/// Elements of scratch that [`input_grad`] needs; `half`: is dY of half precision?
+pub(super) fn input_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
     let plan = Plan::input_grad(&whole(g));
-    if g.pairs { forward::scratch::<u32, T>(&plan) } else { forward::scratch::<T, T>(&plan) }
+    if g.pairs { forward::scratch::<u32, T>(&plan, half) } else { forward::scratch::<T, T>(&plan, half) }
 }
 
 /// `dx = addend + Σ_t W[t]ᵀ·dy[…]`: the convolution with the kernel turned round.
 pub(super) fn input_grad<T: Vectors>(
     g: &Geometry,
-    dy: &[T],
+    dy: Elements<T>,
     w: &[T],
     epilogue: Epilogue<T>,
     dx: &mut [T],
     scratch: &mut [T],
 ) {
-    g.check(dx, dy);
+    g.check_sizes(dx.len(), dy.len());
     let plan = Plan::input_grad(&whole(g));
     match g.pairs {
         false => forward::run::<T, T>(&plan, false, dy, w, epilogue, dx, scratch),

@@ -9,7 +9,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::fold::{Centred, Fold, Given, NEAR, Passed, Sums, Term, Written};
-use super::sweep::{sweep, zip_each};
+use super::sweep::pass;
 use super::{Moments, cut, sum, sum2};
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::half::Elements;
@@ -517,18 +517,7 @@ pub fn masked_param_grad<T: Vectors>(
     partials: &mut [f64],
 ) {
     if d.s != 1 {
-        let y = y.whole();
-        sweep(
-            dz,
-            d,
-            [],
-            #[inline(always)]
-            |start, dz, _, _| {
-                zip_each(cut(Some(y), start, dz.len()), cut(dy, start, dz.len()), dz, |_, y, dy| {
-                    clamp.pass(y, dy)
-                })
-            },
-        );
+        pass(y.whole(), dy, dz, clamp);
         let stat = Stat::Channel;
         return param_grad(x, dz, d, stat, (Some(mean), inv), Mask::All, (dscale, dshift), partials);
     }

@@ -1,11 +1,14 @@
 //! Batch normalisation: sweeps whose coefficients are per channel.
-#![allow(unsafe_code)]
+//!
+//! Elements are read once, in the order in which they lie. Where channels lie side by side and are few, their coefficients stay in
+//! registers; those of half precision are widened, and rounded, there as well.
+#![allow(unsafe_code, clippy::needless_range_loop)]
 
-use super::channel::{Channels, Strip, WIDTH};
-use super::{cut, rows};
+use super::channel::{Channels, WIDTH};
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::half::{Elements, Half};
-use crate::kernels::par::{GRAIN, Shared};
+use crate::kernels::par::{self, GRAIN, Shared};
+use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, round_up_to, store_up_to, widen_up_to};
 use crate::tensor::Float;
 
 /// What is added to a normalised value.
@@ -17,136 +20,374 @@ pub enum Residual<'a, T> {
     InResult,
 }
 
-/// `y[j] = f(j, a[j], b[j])`; what is `None` of `a`, `b` lies in `y`.
-#[inline(always)]
-pub(super) fn zip_each<T: Float>(
-    a: Option<&[T]>,
-    b: Option<&[T]>,
-    y: &mut [T],
-    f: impl Fn(usize, T, T) -> T,
-) {
-    let n = y.len();
-    match (a.map(|a| &a[..n]), b.map(|b| &b[..n])) {
-        (Some(a), Some(b)) => (0..n).for_each(|j| y[j] = f(j, a[j], b[j])),
-        (Some(a), None) => (0..n).for_each(|j| y[j] = f(j, a[j], y[j])),
-        (None, Some(b)) => (0..n).for_each(|j| y[j] = f(j, y[j], b[j])),
-        (None, None) => (0..n).for_each(|j| y[j] = f(j, y[j], y[j])),
+/// Where a sweep's results go.
+#[derive(Debug)]
+pub enum Results<'a, T> {
+    Whole(&'a mut [T]),
+    /// Rounded, where `s` is 1.
+    Half(Half, &'a mut [u16]),
+    Both(&'a mut [T], Half, &'a mut [u16]),
+}
+
+/// What a sweep makes of an element and another, given its channel's `K` coefficients.
+trait Formula<T: Float, const K: usize>: Copy + Send + Sync {
+    /// Is there another?
+    fn pairs(&self) -> bool {
+        true
+    }
+
+    /// # Safety
+    /// The processor must have `S`'s instructions.
+    unsafe fn of<S: Simd<Elem = T>>(&self, x: S::V, other: S::V, c: [S::V; K]) -> S::V;
+}
+
+/// `clamp((x − mean)·factor + shift + residual)`
+#[derive(Clone, Copy)]
+struct Affine<T> {
+    clamp: Clamp<T>,
+    adds: bool,
+}
+
+impl<T: Float> Formula<T, 3> for Affine<T> {
+    fn pairs(&self) -> bool {
+        self.adds
+    }
+
+    #[inline(always)]
+    unsafe fn of<S: Simd<Elem = T>>(&self, x: S::V, residual: S::V, [m, a, b]: [S::V; 3]) -> S::V {
+        // SAFETY: the caller's promise. (Rounded after each step, as the gradient computes it again.)
+        unsafe {
+            let mut y = S::add(S::mul(S::sub(x, m), a), b);
+            if self.adds {
+                y = S::add(y, residual);
+            }
+            S::min(S::splat(self.clamp.high), S::max(S::splat(self.clamp.low), y))
+        }
     }
 }
 
-/// [`zip_each`] with elements of `a`, from `start` on, which may be of half precision where there are no more of `y` than
-/// have room in `near`.
-#[inline(always)]
-fn zip_near<T: Float>(
-    a: Option<Elements<T>>,
-    start: usize,
-    near: &mut [T; WIDTH],
-    b: Option<&[T]>,
-    y: &mut [T],
-    f: impl Fn(usize, T, T) -> T,
-) {
-    let a = a.map(|a| a.near(start, y.len(), near));
-    zip_each(a, b, y, f);
+/// `factor·(dy − k1 − (x − mean)·k2)`
+#[derive(Clone, Copy)]
+struct Gradient;
+
+impl<T: Float> Formula<T, 4> for Gradient {
+    #[inline(always)]
+    unsafe fn of<S: Simd<Elem = T>>(&self, x: S::V, dy: S::V, [m, a, k1, k2]: [S::V; 4]) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::mul(a, S::sub(S::sub(dy, k1), S::mul(S::sub(x, m), k2))) }
+    }
 }
 
-/// Calls `f(element, piece of y, coefficients, room)` for pieces of `y` in parallel; the coefficients are those of the
-/// piece's elements where channels lie side by side, else (`Err`) of the one channel it belongs to. In the former case
-/// a piece has at most as many elements as the room.
-#[inline(always)]
-pub(super) fn sweep<T: Float, const K: usize>(
-    y: &mut [T],
-    d: Channels,
-    coefficients: [&[T]; K],
-    f: impl Fn(usize, &mut [T], Result<[&[T]; K], [T; K]>, &mut [T; WIDTH]) + Send + Sync,
-) {
-    if d.s != 1 {
-        return rows(
-            y,
-            d.s,
-            GRAIN,
-            #[inline(always)]
-            |row, piece| {
-                let mut near = [T::zero(); WIDTH];
-                for (k, y) in piece.chunks_mut(d.s.max(1)).enumerate() {
-                    f((row + k) * d.s, y, Err(coefficients.map(|v| v[(row + k) % d.c])), &mut near);
-                }
-            },
-        );
+/// The same of what passes where the result `(x − mean)·factor + shift` is inside.
+#[derive(Clone, Copy)]
+struct PassedGradient<T>(Clamp<T>);
+
+impl<T: Float> Formula<T, 5> for PassedGradient<T> {
+    #[inline(always)]
+    unsafe fn of<S: Simd<Elem = T>>(&self, x: S::V, dy: S::V, [m, a, b, k1, k2]: [S::V; 5]) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let x = S::sub(x, m);
+            let (low, high) = (S::splat(self.0.low), S::splat(self.0.high));
+            let dz = S::pass(S::add(S::mul(x, a), b), low, high, dy);
+            S::mul(a, S::sub(S::sub(dz, k1), S::mul(x, k2)))
+        }
     }
-    rows(
-        y,
-        d.c,
-        GRAIN,
-        #[inline(always)]
-        |row, piece| {
-            let (mut lanes, mut near) = ([[T::zero(); WIDTH]; K], [T::zero(); WIDTH]);
-            let mut all = Strip::all(d.c);
-            let (mut width, mut coefficients) = (d.c.max(1), coefficients);
-            if let (Some(strip), None) = (all.next(), all.next())
-                && strip.width > strip.columns
-            {
-                lanes.iter_mut().zip(coefficients).for_each(|(lanes, values)| strip.spread(values, lanes));
-                for (c, lanes) in coefficients.iter_mut().zip(&lanes) {
-                    *c = lanes;
-                }
-                width = strip.width;
+}
+
+/// What passes where `x` is inside.
+#[derive(Clone, Copy)]
+struct Pass<T>(Clamp<T>);
+
+impl<T: Float> Formula<T, 0> for Pass<T> {
+    #[inline(always)]
+    unsafe fn of<S: Simd<Elem = T>>(&self, x: S::V, dy: S::V, []: [S::V; 0]) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::pass(x, S::splat(self.0.low), S::splat(self.0.high), dy) }
+    }
+}
+
+/// Where an operand's elements begin: whole ones, or of bfloat16.
+#[derive(Clone, Copy)]
+enum At<T> {
+    Whole(*const T),
+    Half(*const u16),
+}
+
+/// Some neighbours of a sweep.
+struct Piece<'a, T, F, const K: usize> {
+    formula: F,
+    x: At<T>,
+    other: *const T,
+    y: Option<*mut T>,
+    /// In bfloat16.
+    rounded: Option<*mut u16>,
+    n: usize,
+    coefficients: Coefficients<'a, T, K>,
+}
+
+#[derive(Clone, Copy)]
+enum Coefficients<'a, T, const K: usize> {
+    /// Of one channel.
+    One([T; K]),
+    /// Of channels side by side, over and over again.
+    Each([&'a [T]; K]),
+}
+
+impl<T: Vectors, F: Formula<T, K>, const K: usize> Piece<'_, T, F, K> {
+    /// Elements `i` to `i + n` of the piece, at most a vector.
+    #[inline(always)]
+    unsafe fn vector<S: Simd<Elem = T>>(&self, i: usize, n: usize, c: [S::V; K]) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let x = match self.x {
+                At::Whole(x) => load_up_to::<S>(x.add(i), n),
+                At::Half(x) => widen_up_to::<S>(x.add(i), n),
+            };
+            let other = if self.formula.pairs() { load_up_to::<S>(self.other.add(i), n) } else { x };
+            let y = self.formula.of::<S>(x, other, c);
+            if let Some(to) = self.y {
+                store_up_to::<S>(to.add(i), y, n);
             }
-            for (k, y) in piece.chunks_mut(width).enumerate() {
-                let start = row * d.c + k * width;
-                for (i, y) in y.chunks_mut(WIDTH).enumerate() {
-                    let of = coefficients.map(|v| &v[i * WIDTH..][..y.len()]);
-                    f(start + i * WIDTH, y, Ok(of), &mut near);
+            if let Some(to) = self.rounded {
+                round_up_to::<S>(to.add(i), y, n);
+            }
+        }
+    }
+
+    /// All of the piece, its coefficients being those of `V` vectors over and over again.
+    #[inline(always)]
+    unsafe fn repeated<S: Simd<Elem = T>, const V: usize>(&self, c: [[S::V; K]; V]) {
+        let (whole, mut i) = (self.n / (V * S::LANES) * V * S::LANES, 0);
+        // SAFETY: the caller's promise.
+        unsafe {
+            while i < whole {
+                for v in 0..V {
+                    self.vector::<S>(i + v * S::LANES, S::LANES, c[v]);
+                }
+                i += V * S::LANES;
+            }
+            for v in 0..V {
+                if i < self.n {
+                    let n = S::LANES.min(self.n - i);
+                    self.vector::<S>(i, n, c[v]);
+                    i += n;
                 }
             }
-        },
-    );
+        }
+    }
+
+    /// The coefficients of `V` vectors.
+    #[inline(always)]
+    unsafe fn first<S: Simd<Elem = T>, const V: usize>(of: &[&[T]; K]) -> [[S::V; K]; V] {
+        // SAFETY: the caller's promise; there are as many.
+        unsafe {
+            let mut c = [[S::splat(T::zero()); K]; V];
+            for v in 0..V {
+                for k in 0..K {
+                    c[v][k] = S::load(of[k][v * S::LANES..][..S::LANES].as_ptr());
+                }
+            }
+            c
+        }
+    }
+}
+
+/// Is a period of so many elements one of `vectors` vectors?
+#[inline(always)]
+fn is_period(period: usize, vectors: usize, lanes: usize) -> bool {
+    period == vectors * lanes
+}
+
+impl<T: Vectors, F: Formula<T, K>, const K: usize> Kernel<T> for Piece<'_, T, F, K> {
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(self) {
+        let lanes = S::LANES;
+        // SAFETY: the elements are there; the processor has the instructions.
+        unsafe {
+            let of = match self.coefficients {
+                Coefficients::One(c) => {
+                    let mut of = [S::splat(T::zero()); K];
+                    for k in 0..K {
+                        of[k] = S::splat(c[k]);
+                    }
+                    return self.repeated::<S, 1>([of]);
+                }
+                Coefficients::Each(_) if K == 0 => return self.repeated::<S, 1>([[S::splat(T::zero()); K]]),
+                Coefficients::Each(of) => of,
+            };
+            let width = of[0].len();
+            match () {
+                _ if is_period(width, 1, lanes) => self.repeated::<S, 1>(Self::first::<S, 1>(&of)),
+                _ if is_period(width, 2, lanes) => self.repeated::<S, 2>(Self::first::<S, 2>(&of)),
+                _ if is_period(width, 3, lanes) => self.repeated::<S, 3>(Self::first::<S, 3>(&of)),
+                _ if is_period(width, 4, lanes) => self.repeated::<S, 4>(Self::first::<S, 4>(&of)),
+                _ => {
+                    for start in (0..self.n).step_by(width) {
+                        let end = self.n.min(start + width);
+                        for i in (start..end).step_by(lanes) {
+                            let n = lanes.min(end - i);
+                            let mut c = [S::splat(T::zero()); K];
+                            for k in 0..K {
+                                c[k] = load_up_to::<S>(of[k].as_ptr().add(i - start), n);
+                            }
+                            self.vector::<S>(i, n, c);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Vectors of coefficients that stay in registers.
+const NEAR: usize = 4;
+
+/// Elements after which coefficients are the same again: few vectors if they can be, else many short rows together.
+fn period(c: usize, lanes: usize) -> usize {
+    let few = (1..=NEAR).map(|v| v * lanes).find(|n| n.is_multiple_of(c));
+    few.unwrap_or(if 2 * c <= WIDTH { WIDTH / c * c } else { c })
+}
+
+struct Sweep<'a, T, F> {
+    formula: F,
+    /// `None`: they lie in the results.
+    x: Option<Elements<'a, T>>,
+    other: Option<&'a [T]>,
+    y: Option<Shared<'a, T>>,
+    rounded: Option<(Half, Shared<'a, u16>)>,
+}
+
+impl<'a, T: Vectors, F> Sweep<'a, T, F> {
+    fn new(formula: F, x: Option<Elements<'a, T>>, other: Option<&'a [T]>, y: Results<'a, T>) -> Self {
+        let (y, rounded) = match y {
+            Results::Whole(y) => (Some(y), None),
+            Results::Half(half, rounded) => (None, Some((half, rounded))),
+            Results::Both(y, half, rounded) => (Some(y), Some((half, rounded))),
+        };
+        let lengths = [x.map(|x| x.len()), other.map(|x| x.len()), y.as_ref().map(|y| y.len())];
+        let n = lengths.iter().flatten().next().copied().unwrap_or(0);
+        let same = lengths.iter().flatten().all(|len| *len == n);
+        assert!(same && rounded.as_ref().is_none_or(|r| r.1.len() == n), "operands of a normalisation");
+        let rounded = rounded.map(|(half, to)| (half, Shared::new(to)));
+        Sweep { formula, x, other, y: y.map(Shared::new), rounded }
+    }
+
+    /// Calls the kernel for `n` elements from `start` on.
+    ///
+    /// # Safety
+    /// They must be there, and nobody else may use those of the results.
+    unsafe fn part<const K: usize>(&self, start: usize, n: usize, coefficients: Coefficients<T, K>)
+    where
+        F: Formula<T, K>,
+    {
+        let y = self.y.as_ref().map(|y| y.ptr().wrapping_add(start));
+        let in_y = || y.expect("operands that lie in the results").cast_const();
+        let x = match self.x {
+            None => At::Whole(in_y()),
+            Some(Elements::Whole(x)) => At::Whole(x[start..].as_ptr()),
+            Some(Elements::Half(_, x)) => At::Half(x[start..].as_ptr()),
+        };
+        let other = match (self.other, self.formula.pairs()) {
+            (Some(other), _) => other[start..].as_ptr(),
+            (None, true) => in_y(),
+            (None, false) => std::ptr::null(),
+        };
+        let rounded = self.rounded.as_ref().map(|(_, to)| to.ptr().wrapping_add(start));
+        // SAFETY: the caller's promise.
+        unsafe { T::dispatch(Piece { formula: self.formula, x, other, y, rounded, n, coefficients }) }
+    }
+
+    /// As `part`, where elements are, or become, some of another type than bfloat16: through memory that is near.
+    ///
+    /// # Safety
+    /// As of `part`.
+    unsafe fn part_near<const K: usize>(&self, start: usize, n: usize, of: [&[T]; K])
+    where
+        F: Formula<T, K>,
+    {
+        let [mut near, mut made] = [[T::zero(); WIDTH]; 2];
+        let width = of[0].len();
+        for row in (0..n).step_by(width) {
+            let end = n.min(row + width);
+            for i in (row..end).step_by(WIDTH) {
+                let (at, n) = (start + i, WIDTH.min(end - i));
+                let x = self.x.map(|x| Elements::Whole(x.near(at, n, &mut near)));
+                let other = self.other.map(|other| &other[at..at + n]);
+                // SAFETY: the caller's promise.
+                let y = match &self.y {
+                    Some(y) => unsafe { std::slice::from_raw_parts_mut(y.ptr().add(at), n) },
+                    None => &mut made[..n],
+                };
+                let some = Sweep::new(self.formula, x, other, Results::Whole(&mut *y));
+                let coefficients = Coefficients::Each(of.map(|c| &c[i - row..][..n]));
+                // SAFETY: all of it.
+                unsafe { some.part(0, n, coefficients) }
+                if let Some((half, to)) = &self.rounded {
+                    // SAFETY: the caller's promise.
+                    half.round_near(y, unsafe { std::slice::from_raw_parts_mut(to.ptr().add(at), n) });
+                }
+            }
+        }
+    }
+
+    /// Of all elements, of which those of a channel have these coefficients.
+    fn run<const K: usize>(&self, d: Channels, coefficients: [&[T]; K])
+    where
+        F: Formula<T, K>,
+    {
+        let of_half = self.x.is_some_and(|x| !x.is_whole()) || self.rounded.is_some();
+        assert!(d.s == 1 || !of_half, "half precision with channels first");
+        assert!(coefficients.iter().all(|c| c.len() == d.c), "coefficients of a normalisation");
+        let halves = [self.x.and_then(|x| x.half()), self.rounded.as_ref().map(|r| r.0)];
+        let by_registers = halves.iter().flatten().all(|half| *half == Half::Bf16);
+        let mut spread = [[T::zero(); WIDTH]; K];
+        let width = period(d.c.max(1), T::level().lanes);
+        let each = if width > d.c {
+            for (lanes, of) in spread.iter_mut().zip(coefficients) {
+                lanes[..width].chunks_exact_mut(d.c).for_each(|lanes| lanes.copy_from_slice(of));
+            }
+            spread.each_ref().map(|lanes| &lanes[..width])
+        } else {
+            coefficients
+        };
+        let (rows, row) = if d.s == 1 { (d.n, d.c) } else { (d.n * d.c, d.s) };
+        par::ranges(rows, (GRAIN / row.max(1)).max(1), |rows| {
+            let (start, n) = (rows.start * row, rows.len() * row);
+            // SAFETY: rows that there are (the operands were checked); no two ranges share one.
+            unsafe {
+                match d.s {
+                    1 if by_registers => self.part(start, n, Coefficients::Each(each)),
+                    1 => self.part_near(start, n, each),
+                    _ => rows.for_each(|row| {
+                        let one = coefficients.map(|of| of[row % d.c]);
+                        self.part(row * d.s, d.s, Coefficients::One(one));
+                    }),
+                }
+            }
+        });
+    }
 }
 
 /// `y = clamp((x − mean)·factor + shift + residual)` per channel; `y` holds `x` where that is `None`; `x` may be of half precision
-/// where `s` is 1. All of `y` is also put in `rounded`, if that is there.
+/// where `s` is 1.
 #[allow(clippy::too_many_arguments)]
-pub fn channel_affine<T: Float>(
+pub fn channel_affine<T: Vectors>(
     x: Option<Elements<T>>,
-    y: &mut [T],
+    y: Results<T>,
     d: Channels,
     mean: &[T],
     factor: &[T],
     shift: &[T],
     residual: Residual<T>,
     clamp: Clamp<T>,
-    rounded: Option<(Half, &mut [u16])>,
 ) {
-    assert!(rounded.as_ref().is_none_or(|r| r.1.len() == y.len()), "rounded results");
-    assert!(d.s == 1 || x.is_none_or(|x| x.is_whole()), "half precision with channels first");
-    let rounded = rounded.map(|(half, to)| (half, Shared::new(to)));
-    sweep(
-        y,
-        d,
-        [mean, factor, shift],
-        #[inline(always)]
-        |start, y, c, near| {
-            let x = x.map(|x| x.near(start, y.len(), near));
-            let (r, add) = match residual {
-                Residual::None => (None, false),
-                Residual::Given(r) => (Some(&r[start..start + y.len()]), true),
-                Residual::InResult => (None, true),
-            };
-            match (c, add) {
-                (Ok([m, a, b]), true) => {
-                    zip_each(x, r, y, |j, x, r| clamp.of((x - m[j]) * a[j] + b[j] + r));
-                }
-                (Ok([m, a, b]), false) => {
-                    zip_each(x, None, y, |j, x, _| clamp.of((x - m[j]) * a[j] + b[j]));
-                }
-                (Err([m, a, b]), true) => zip_each(x, r, y, |_, x, r| clamp.of((x - m) * a + b + r)),
-                (Err([m, a, b]), false) => zip_each(x, None, y, |_, x, _| clamp.of((x - m) * a + b)),
-            }
-            if let Some((half, to)) = &rounded {
-                // SAFETY: as many elements as `y` has, and those of no two pieces are the same.
-                half.round_near(y, unsafe { std::slice::from_raw_parts_mut(to.ptr().add(start), y.len()) });
-            }
-        },
-    );
+    let (other, adds) = match residual {
+        Residual::None => (None, false),
+        Residual::Given(r) => (Some(r), true),
+        Residual::InResult => (None, true),
+    };
+    Sweep::new(Affine { clamp, adds }, x, other, y).run(d, [mean, factor, shift]);
 }
 
 /// What the gradient of batch normalisation reads of each channel.
@@ -177,10 +418,10 @@ impl<T: Float> ChannelGrad<'_, T> {
 /// `dx = scale·inv·(dz − dshift/M − x̂·dscale/M)` with `x̂ = (x − mean)·inv`, M elements a channel.
 /// At most one of `x`, `dy` is `None`: it lies in `dx`; `x` may be of half precision where `s` is 1. `room`: `3·c`
 /// elements.
-pub fn channel_input_grad<T: Float>(
+pub fn channel_input_grad<T: Vectors>(
     x: Option<Elements<T>>,
     dy: Option<&[T]>,
-    dx: &mut [T],
+    dx: Results<T>,
     d: Channels,
     g: ChannelGrad<T>,
     room: &mut [T],
@@ -189,46 +430,16 @@ pub fn channel_input_grad<T: Float>(
     let (k1, k2) = rest.split_at_mut(d.c);
     g.coefficients(d.count(), factor, k1, &mut k2[..d.c]);
     let (m, a, k1, k2) = (g.mean, &*factor, &*k1, &k2[..d.c]);
-    assert!(d.s == 1 || x.is_none_or(|x| x.is_whole()), "half precision with channels first");
-    let Some((shift, clamp)) = g.passed else {
-        return sweep(
-            dx,
-            d,
-            [m, a, k1, k2],
-            #[inline(always)]
-            |start, dx, c, near| {
-                let dy = cut(dy, start, dx.len());
-                match c {
-                    Ok([m, a, k1, k2]) => {
-                        zip_near(x, start, near, dy, dx, |j, x, dy| a[j] * (dy - k1[j] - (x - m[j]) * k2[j]));
-                    }
-                    Err([m, a, k1, k2]) => {
-                        zip_near(x, start, near, dy, dx, |_, x, dy| a * (dy - k1 - (x - m) * k2));
-                    }
-                }
-            },
-        );
-    };
-    sweep(
-        dx,
-        d,
-        [m, a, shift, k1, k2],
-        #[inline(always)]
-        |start, dx, c, near| {
-            let dy = cut(dy, start, dx.len());
-            match c {
-                Ok([m, a, b, k1, k2]) => zip_near(x, start, near, dy, dx, |j, x, dy| {
-                    each(clamp, x, dy, [m[j], a[j], b[j], k1[j], k2[j]])
-                }),
-                Err(c) => zip_near(x, start, near, dy, dx, |_, x, dy| each(clamp, x, dy, c)),
-            }
-        },
-    );
+    match g.passed {
+        None => Sweep::new(Gradient, x, dy, dx).run(d, [m, a, k1, k2]),
+        Some((shift, clamp)) => {
+            Sweep::new(PassedGradient(clamp), x, dy, dx).run(d, [m, a, shift, k1, k2]);
+        }
+    }
 }
 
-/// `dx` of one element whose result was `(x − m)·a + b`.
-#[inline(always)]
-fn each<T: Float>(clamp: Clamp<T>, x: T, dy: T, [m, a, b, k1, k2]: [T; 5]) -> T {
-    let x = x - m;
-    a * (clamp.pass(x * a + b, dy) - k1 - x * k2)
+/// `dz = dy` where `y` is inside the clamp, else 0; `dz` holds `dy` where that is `None`.
+pub(super) fn pass<T: Vectors>(y: &[T], dy: Option<&[T]>, dz: &mut [T], clamp: Clamp<T>) {
+    let d = Channels { n: dz.len(), c: 1, s: 1 };
+    Sweep::new(Pass(clamp), Some(Elements::Whole(y)), dy, Results::Whole(dz)).run(d, []);
 }

@@ -5,7 +5,7 @@ use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::layout::Layout;
-use crate::kernels::norm::{self, Residual};
+use crate::kernels::norm::{self, Residual, Results};
 use crate::ops::half::{computed, elements, widened};
 use crate::ops::{Cx, Grads, Op, get, need, out};
 use crate::tensor::{Float, Meta, View, ViewMut};
@@ -42,7 +42,8 @@ impl Op for Normalise {
             for ((f, scale), inv) in factor.iter_mut().zip(scale).zip(inv) {
                 *f = T::of(scale.to64() * inv.to64());
             }
-            norm::channel_affine(input, y.get::<T>()?, d, mean, factor, shift, residual, self.of.clamp.to(), None);
+            let y = Results::Whole(y.get::<T>()?);
+            norm::channel_affine(input, y, d, mean, factor, shift, residual, self.of.clamp.to());
             Ok(())
         })
     }

@@ -1,13 +1,15 @@
 //! Gradients of normalisation per channel.
 
+use std::sync::Arc;
+
 use super::{room, room_bytes, short};
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::half::Elements;
-use crate::kernels::norm::{self, Channels, Mask, Residual, Stat};
-use crate::ops::half::{computed, elements, widened};
+use crate::kernels::norm::{self, Channels, Mask, Residual, Results, Stat};
+use crate::ops::half::{computed, elements, results, widened};
 use crate::ops::layout::rank_of;
 use crate::ops::{ChannelsLast, Cx, Grads, Made, Op, Piece, get, need, out, piece};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
@@ -217,6 +219,14 @@ impl Op for BatchNormParamGrad {
 pub struct BatchNormInputGrad {
     pub channels: Channels,
     pub clamp: Clamp<f64>,
+    /// Output 0 is in this type of half precision.
+    pub rounds: Option<DType>,
+}
+
+impl BatchNormInputGrad {
+    pub fn of(channels: Channels, clamp: Clamp<f64>) -> Self {
+        BatchNormInputGrad { channels, clamp, rounds: None }
+    }
 }
 
 impl Op for BatchNormInputGrad {
@@ -225,12 +235,13 @@ impl Op for BatchNormInputGrad {
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        Ok(vec![widened(need(inputs, 0)?)])
+        let x = widened(need(inputs, 0)?);
+        Ok(vec![Meta::new(self.rounds.unwrap_or(x.dtype), &x.dims)])
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let y = out(y, 0)?;
-        float_dispatch!(y.dtype, T => {
+        float_dispatch!(need(x, 1)?.dtype, T => {
             let input = get(x, 0).map(elements).transpose()?;
             let get = |i: usize| get(x, i).map(|x| x.get::<T>()).transpose();
             let need = |i: usize| need(x, i)?.get::<T>();
@@ -243,7 +254,7 @@ impl Op for BatchNormInputGrad {
                 passed: get(7)?.map(|shift| (shift, self.clamp.to())),
             };
             let room = cx.room(3 * self.channels.c)?;
-            norm::channel_input_grad(input, get(4)?, y.get::<T>()?, self.channels, g, room);
+            norm::channel_input_grad(input, get(4)?, results(y)?, self.channels, g, room);
             Ok(())
         })
     }
@@ -254,16 +265,21 @@ impl Op for BatchNormInputGrad {
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
-        &[(4, 0), (0, 0)]
+        if self.rounds.is_some() { &[] } else { &[(4, 0), (0, 0)] }
     }
 
     fn reads_half(&self, input: usize) -> bool {
         input == 0 && self.channels.s == 1
     }
 
+    fn halved(&self, output: usize, to: DType) -> Option<Arc<dyn Op>> {
+        let can = output == 0 && self.channels.s == 1;
+        can.then(|| Arc::new(BatchNormInputGrad { rounds: Some(to), ..*self }) as Arc<dyn Op>)
+    }
+
     fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
         per_channel(inputs, self.channels)?;
-        let op = BatchNormInputGrad { channels: self.channels.last(), clamp: self.clamp };
+        let op = BatchNormInputGrad { channels: self.channels.last(), ..*self };
         Some(ChannelsLast::by(op, &[true, false, false, false, true], &[true]))
     }
 
@@ -301,9 +317,8 @@ impl Op for BatchNormEvalInputGrad {
                 *f = T::of(scale.to64() / (var.to64() + self.epsilon).sqrt());
             }
             let clamp = Clamp::NONE.to();
-            norm::channel_affine(
-                dy.map(Elements::Whole), y.get::<T>()?, self.channels, zero, factor, zero, Residual::None, clamp, None,
-            );
+            let (dy, y) = (dy.map(Elements::Whole), Results::Whole(y.get::<T>()?));
+            norm::channel_affine(dy, y, self.channels, zero, factor, zero, Residual::None, clamp);
             Ok(())
         })
     }

@@ -23,6 +23,7 @@ pub(in crate::ops) fn cases() -> Vec<Case> {
             follow: false,
             given: false,
             rounds: None,
+            instead: false,
             clamp: Clamp { low, high },
         };
         running(Case::of(op).named(name).input(dims).within(&[c], 0.5, 1.5).input(&[c]), c)

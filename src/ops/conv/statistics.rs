@@ -6,6 +6,7 @@ use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::conv::{self as kernel, Geometry, Statistics};
+use crate::kernels::half::Half;
 use crate::kernels::layout::Layout;
 use crate::ops::conv::{Conv, floats, short};
 use crate::ops::half::rounded;
@@ -80,8 +81,9 @@ impl Op for ConvStatistics {
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Some(x), Some(w)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        let kept = !self.instead;
-        let single = |g: &Geometry, computed: bool| kernel::statistics_scratch::<f32>(g, !computed, kept);
+        let (kept, half) = (!self.instead, Half::of(x.dtype).is_some());
+        let single =
+            |g: &Geometry, computed: bool| kernel::statistics_scratch::<f32>(g, !computed && !half, kept);
         let double = |g: &Geometry, computed: bool| kernel::statistics_scratch::<f64>(g, !computed, kept);
         self.room(&x.dims, &w.dims, w.dtype) + self.conv.room(x, &w.dims, [&single, &double])
     }
@@ -116,6 +118,10 @@ impl Op for ConvStatistics {
 
     fn reads_half(&self, input: usize) -> bool {
         self.conv.reads_half(input)
+    }
+
+    fn rounds(&self, inputs: &[Option<&Meta>], input: usize) -> bool {
+        self.conv.rounds(inputs, input)
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {

@@ -8,10 +8,11 @@ use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::conv::{self as kernel, Epilogue, Geometry};
 use crate::kernels::elementwise::Clamp;
+use crate::kernels::half::Elements;
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::Channels;
 use crate::ops::batch_norm::ChannelSum;
-use crate::ops::conv::{Conv, ConvWeightGrad, expect, floats, room, same_type};
+use crate::ops::conv::{Conv, ConvWeightGrad, expect, floats, input_grad_room, same_type};
 use crate::ops::window::{AutoPad, Window};
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{Dims, Meta, View, ViewMut};
@@ -180,16 +181,15 @@ impl Op for ConvTranspose {
         float_dispatch!(input.dtype, T => {
             let bias = get(x, 2).map(|b| b.get::<T>()).transpose()?;
             let (epilogue, y) = (Epilogue { bias, ..Epilogue::none() }, out(y, 0)?.get::<T>()?);
-            kernel::transposed(&g, input.get::<T>()?, w.get::<T>()?, epilogue, y, floats(cx.scratch)?);
+            let input = Elements::Whole(input.get::<T>()?);
+            kernel::transposed(&g, input, w.get::<T>()?, epilogue, y, floats(cx.scratch)?);
             Ok(())
         })
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Some(x), Some(w)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        self.geometry(&x.dims, &w.dims).map_or(0, |(g, _)| {
-            room(&g, x.dtype, [kernel::input_grad_scratch::<f32>, kernel::input_grad_scratch::<f64>])
-        })
+        self.geometry(&x.dims, &w.dims).map_or(0, |(g, _)| input_grad_room(&g, x))
     }
 
     fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {

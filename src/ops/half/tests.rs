@@ -255,7 +255,7 @@ fn normalisations_read_it() {
             let operands = [&x, &dy, &scale, &of_rows[0], &of_rows[1]].map(Some);
             reads(&what, &SampleNormInputGrad { rows }, &operands);
         }
-        let input = BatchNormInputGrad { channels, clamp };
+        let input = BatchNormInputGrad::of(channels, clamp);
         let operands = [&x, &scale, &mean, &inv, &dy, &scale, &shift, &shift].map(Some);
         reads(&what, &input, &operands[..7]);
         reads(&what, &input, &operands);

@@ -187,7 +187,7 @@ pub(super) fn scratch(g: &Geometry) -> usize {
 /// dW (M, C, k…) from dY (N, spatial…, M) and X (N, spatial…, C).
 pub(super) fn weight_grad<T: Vectors>(
     g: &Geometry,
-    dy: &[T],
+    dy: Elements<T>,
     x: Elements<T>,
     dw: &mut [T],
     scratch: &mut [T],
@@ -208,8 +208,7 @@ pub(super) fn weight_grad<T: Vectors>(
             Kept::Near => own.as_mut_ptr(),
             Kept::Apart => shared.ptr().wrapping_add((slab * g.oc + first) * row),
         };
-        let task =
-            Task { p, x, dy: Elements::Whole(dy), chunks, outputs, kept, sum, to, near: Form::room(near) };
+        let task = Task { p, x, dy, chunks, outputs, kept, sum, to, near: Form::room(near) };
         // SAFETY: the operands have the geometry's extents (the caller has checked them); tasks write different sums.
         unsafe { T::dispatch_pairs(task) }
     });

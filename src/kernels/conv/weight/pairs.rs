@@ -183,7 +183,7 @@ unsafe fn slide_run<D: Terms, const M: usize, const N: usize>(
 pub(super) fn by_pairs<T: Vectors>(
     g: &Geometry,
     p: &Plan,
-    dy: &[T],
+    dy: Elements<T>,
     x: Elements<T>,
     dw: &mut [T],
     scratch: &mut [T],
@@ -204,14 +204,7 @@ pub(super) fn by_pairs<T: Vectors>(
         }
     };
     let strips = Pieces::by(p.og, panel);
-    let dy = Strips {
-        x: Elements::Whole(dy),
-        n: g.n,
-        positions: volume(g.y),
-        channels: g.oc,
-        strips,
-        width: panel,
-    };
+    let dy = Strips { x: dy, n: g.n, positions: volume(g.y), channels: g.oc, strips, width: panel };
     in_slabs(g, p, &d, p.near_room::<T>(&d, panel), dw, sums, |task, near| {
         // SAFETY: as of what is done directly.
         unsafe { T::dispatch_pairs(Paired { task, x, dy, near: Form::<T>::room(near) }) }

@@ -6,9 +6,10 @@
 use std::ops::Range;
 
 use super::forward::{Multiply, Target, Transform, Weights, transform_inputs};
-use super::{Source, Tiles, Transformed};
+use super::{Source, Tiles, Transformed, room};
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::{Epilogue, in_slots, slots};
+use crate::kernels::half::Elements;
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Simd, Vectors};
 use crate::kernels::tile::{Form, TermKernel, Terms};
@@ -38,9 +39,10 @@ fn weights(plan: &Plan, each: usize, panel: usize) -> usize {
     Weights::new(BLOCK.min(plan.ci), each, panel).size()
 }
 
-pub(super) fn scratch(plan: &Plan, each: usize, panel: usize) -> usize {
+pub(super) fn scratch(plan: &Plan, each: usize, panel: usize, half: bool) -> usize {
     let [x, m] = layouts(plan, each, panel);
-    plan.ci + x.size() + slots(plan.panels(panel), weights(plan, each, panel) + m.size())
+    let widened = slots(each_tasks(Tiles::of(plan.n, plan.target)), room(plan.source, plan.ci, half));
+    plan.ci + x.size() + slots(plan.panels(panel), weights(plan, each, panel) + m.size()).max(widened)
 }
 
 /// The tiles of a source.
@@ -54,9 +56,11 @@ struct Inputs<'a, E, T> {
 
 impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Inputs<'_, E, T> {
     #[inline(always)]
-    unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(self) {
+    unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(mut self) {
         // SAFETY: the promise of whoever made it.
-        unsafe { transform_inputs::<D>(&self.of, self.tiles, &self.source, &self.layout, E::EACH, self.to) }
+        unsafe {
+            transform_inputs::<D>(&self.of, self.tiles, &mut self.source, &self.layout, E::EACH, self.to)
+        }
     }
 }
 
@@ -125,7 +129,7 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Panel<'_, E, T> {
 pub(super) fn run<E: Form<T>, T: Vectors>(
     plan: &Plan,
     forward: bool,
-    x: &[T],
+    x: Elements<T>,
     w: &[T],
     epilogue: Epilogue<T>,
     y: &mut [T],
@@ -139,9 +143,9 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
     let zeros: &[T] = zeros;
     let (transformed, slots) = rest.split_at_mut(layouts[0].size());
     let shared = Shared::new(E::room(transformed));
-    each(of, 0, &mut [], |tiles, _: &mut [T]| {
+    each(of, room(plan.source, plan.ci, !x.is_whole()), slots, |tiles, near| {
         let to = shared.ptr().wrapping_add(tiles.start * layouts[0].tile);
-        let source = Source::of(plan, x, zeros);
+        let source = Source::of(plan, x, zeros, near);
         // SAFETY: the input has the plan's extents; no two tasks write the same tiles.
         unsafe { E::dispatch_terms(Inputs { of, tiles, source, layout: layouts[0], to }) }
     });

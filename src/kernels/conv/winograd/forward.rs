@@ -6,11 +6,12 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::transform::{IN, OUT, PRODUCTS, input_tile, output_tile, put_across, put_beside, weight_tile};
-use super::{Source, TAPS, Tiles, Transformed, few};
+use super::{Source, TAPS, Tiles, Transformed, few, room};
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::panels::Unpacked;
 use crate::kernels::conv::way::Packed;
 use crate::kernels::conv::{Epilogue, Residual, slots};
+use crate::kernels::half::Elements;
 use crate::kernels::par::{Shared, in_prepared_slots};
 use crate::kernels::simd::{Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::{Form, Pieces, TermKernel, Terms, multiply};
@@ -51,10 +52,11 @@ impl Division {
         [Transformed::new(most, terms, panel / 2), Transformed::new(most, panel, panel / 2)]
     }
 
-    /// Elements of scratch of one task: those, and a position of zeros, in whole vectors.
-    fn slot(&self, plan: &Plan, each: usize, panel: usize) -> usize {
+    /// Elements of scratch of one task: those, and a position of zeros, in whole vectors, and rows of half precision, widened.
+    fn slot(&self, plan: &Plan, each: usize, panel: usize, half: bool) -> usize {
         let [x, m] = self.layouts(plan, each, panel);
-        (x.size() + m.size() + plan.ci).next_multiple_of(panel)
+        let near = room(plan.source, plan.ci, half);
+        (x.size() + m.size() + plan.ci + near).next_multiple_of(panel)
     }
 
     fn tasks(&self, plan: &Plan, panel: usize) -> [usize; 2] {
@@ -128,10 +130,10 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Transform<'_, T> {
 /// # Safety
 /// `source` must hold the tiles' images, `to` be writable for the size of `layout`, whose tiles are as many.
 #[inline(always)]
-pub(super) unsafe fn transform_inputs<D: Terms>(
+pub(super) unsafe fn transform_inputs<D: Terms<S: Simd<Elem: Vectors>>>(
     of: &Tiles,
     tiles: Range<usize>,
-    source: &Source<'_, <D::S as Simd>::Elem>,
+    source: &mut Source<'_, <D::S as Simd>::Elem>,
     layout: &Transformed,
     each: usize,
     to: *mut D::Term,
@@ -216,12 +218,12 @@ struct Task<'a, E, T> {
 
 impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
     #[inline(always)]
-    unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(self) {
+    unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(mut self) {
         let [x, m] = self.layouts;
         let (of, tiles) = (&self.target.tiles, self.tiles.clone());
         // SAFETY: the buffers have the layouts' sizes, the weights all panels.
         unsafe {
-            transform_inputs::<D>(of, tiles, &self.source, &x, E::EACH, self.transformed);
+            transform_inputs::<D>(of, tiles, &mut self.source, &x, E::EACH, self.transformed);
             for p in self.panels.clone() {
                 let multiply = Multiply {
                     tiles: self.tiles.len(),
@@ -320,7 +322,7 @@ impl<T: Vectors> Target<'_, T> {
 pub(super) fn run<E: Form<T>, T: Vectors>(
     plan: &Plan,
     forward: bool,
-    x: &[T],
+    x: Elements<T>,
     w: &[T],
     epilogue: Epilogue<T>,
     y: &mut [T],
@@ -343,21 +345,22 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
     let d = Division::new(plan, panel);
     let layouts = d.layouts(plan, E::EACH, panel);
     let [chunks, groups] = d.tasks(plan, panel);
-    let y = Shared::new(y);
-    in_prepared_slots(chunks * groups, own + d.slot(plan, E::EACH, panel), slots, prepare, |task, slot| {
+    let (y, room) = (Shared::new(y), own + d.slot(plan, E::EACH, panel, !x.is_whole()));
+    in_prepared_slots(chunks * groups, room, slots, prepare, |task, slot| {
         // Neighbouring tasks, which a core computes one after the other, read the same weights.
         let (group, chunk) = (task / chunks, task % chunks);
         let start = d.chunks.start(chunk);
         let (own, slot) = slot.split_at_mut(own);
         let (transformed, rest) = slot.split_at_mut(layouts[0].size());
-        let (products, zeros) = rest.split_at_mut(layouts[1].size());
+        let (products, rest) = rest.split_at_mut(layouts[1].size());
+        let (zeros, near) = rest.split_at_mut(plan.ci);
         zeros.fill(T::zero());
         // SAFETY: the slices have the plan's extents (checked by the callers); no two tasks write the same elements
         // of `y`.
         unsafe {
             E::dispatch_terms(Task {
                 tiles: start..start + d.chunks.len(chunk),
-                source: Source::of(plan, x, zeros),
+                source: Source::of(plan, x, zeros, near),
                 layouts,
                 weights: if own.is_empty() { weights } else { own },
                 layout,
@@ -377,14 +380,14 @@ fn weights(plan: &Plan, layout: Weights) -> [usize; 2] {
     if Packed::of(usize::MAX, all) == Packed::InSlots { [0, all] } else { [all, 0] }
 }
 
-/// Elements of scratch that [`run`] needs.
-pub(super) fn scratch<E: Form<T>, T: Vectors>(plan: &Plan) -> usize {
+/// Elements of scratch that [`run`] needs; `half`: is what it reads of half precision?
+pub(super) fn scratch<E: Form<T>, T: Vectors>(plan: &Plan, half: bool) -> usize {
     let panel = T::level().pair();
     if few::applies(plan) {
-        return few::scratch(plan, E::EACH, panel);
+        return few::scratch(plan, E::EACH, panel, half);
     }
     let d = Division::new(plan, panel);
     let [chunks, groups] = d.tasks(plan, panel);
     let [shared, own] = weights(plan, Weights::new(plan.ci, E::EACH, panel));
-    shared + slots(chunks * groups, own + d.slot(plan, E::EACH, panel))
+    shared + slots(chunks * groups, own + d.slot(plan, E::EACH, panel, half))
 }

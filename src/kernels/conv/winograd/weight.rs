@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use super::few::{each, each_tasks};
 use super::transform::{IN, OUT, PRODUCTS, input_tile, output_grad_tile, put_across, weight_grad_tile};
-use super::{Source, TAPS, Tiles, Transformed, Widened};
+use super::{Source, TAPS, Tiles, Transformed, room};
 use crate::kernels::ahead::Steps;
 use crate::kernels::conv::weight::{Outputs, in_order};
 use crate::kernels::conv::{Geometry, in_slots, slots};
@@ -70,9 +70,9 @@ impl Division {
         ]
     }
 
-    fn slot(&self, g: &Geometry, each: usize, panel: usize, half: bool) -> usize {
+    fn slot(&self, g: &Geometry, each: usize, panel: usize, half: [bool; 2]) -> usize {
         let [x, dy] = self.layouts(g, each, panel);
-        x.size() + dy.size() + g.c.max(g.oc) + near(g, half)
+        x.size() + dy.size() + g.c.max(g.oc) + near(g, half).iter().sum::<usize>()
     }
 
     /// Elements of one slab's sums: (panels, products, C, panel).
@@ -88,8 +88,6 @@ struct Task<'a, E, T> {
     chunk: usize,
     panels: Range<usize>,
     x: Source<'a, T>,
-    /// X where it is of half precision.
-    widened: Option<Widened<'a, T>>,
     dy: Source<'a, T>,
     layouts: [Transformed; 2],
     x_transformed: *mut E,
@@ -110,11 +108,10 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
             let tiles = start..self.tiles.end.min(start + self.chunk);
             // SAFETY: the buffers have the layouts' sizes; the sums' elements are this task's.
             unsafe {
-                let widened = self.widened.as_mut();
                 let transformed = [self.x_transformed, self.dy_transformed];
-                transform_inputs::<D>(&self.of, tiles.clone(), &self.x, widened, &x, E::EACH, transformed[0]);
+                transform_inputs::<D>(&self.of, tiles.clone(), &mut self.x, &x, E::EACH, transformed[0]);
                 let (channels, to) = (first..last, transformed[1]);
-                transform_gradients::<D>(&self.of, tiles.clone(), &self.dy, channels, &dy, E::EACH, to);
+                transform_gradients::<D>(&self.of, tiles.clone(), &mut self.dy, channels, &dy, E::EACH, to);
                 for p in self.panels.clone() {
                     let sum = Sum {
                         terms: tiles.len().div_ceil(E::EACH),
@@ -135,8 +132,7 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
     }
 }
 
-/// Transforms the inputs of `tiles`, which are read from `source`, or, where there are, from images of half precision, to terms of
-/// `each` tiles.
+/// Transforms the inputs of `tiles`, which are read from `source`, to terms of `each` tiles.
 ///
 /// # Safety
 /// `source` must hold the tiles' images, `to` be writable for the size of `layout`, whose tiles are as many.
@@ -144,18 +140,13 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
 unsafe fn transform_inputs<D: Terms<S: Simd<Elem: Vectors>>>(
     of: &Tiles,
     tiles: Range<usize>,
-    source: &Source<'_, <D::S as Simd>::Elem>,
-    mut widened: Option<&mut Widened<<D::S as Simd>::Elem>>,
+    source: &mut Source<'_, <D::S as Simd>::Elem>,
     layout: &Transformed,
     each: usize,
     to: *mut D::Term,
 ) {
     for t in 0..tiles.len() {
-        let tile = of.at(tiles.start + t);
-        let at = match &mut widened {
-            Some(widened) => widened.source(source, tile).tile::<IN>(tile),
-            None => source.tile::<IN>(tile),
-        };
+        let at = source.tile::<IN>(of.at(tiles.start + t));
         let mut channel = 0;
         while channel < source.channels {
             let n = (source.channels - channel).min(D::S::LANES);
@@ -174,10 +165,10 @@ unsafe fn transform_inputs<D: Terms<S: Simd<Elem: Vectors>>>(
 /// # Safety
 /// As of [`transform_inputs`].
 #[inline(always)]
-unsafe fn transform_gradients<D: Terms>(
+unsafe fn transform_gradients<D: Terms<S: Simd<Elem: Vectors>>>(
     of: &Tiles,
     tiles: Range<usize>,
-    source: &Source<'_, <D::S as Simd>::Elem>,
+    source: &mut Source<'_, <D::S as Simd>::Elem>,
     channels: Range<usize>,
     layout: &Transformed,
     each: usize,
@@ -318,17 +309,17 @@ impl Few {
         (PRODUCTS + TAPS) * self.blocks.len(0) * panel
     }
 
-    fn scratch(&self, g: &Geometry, panel: usize, half: bool) -> usize {
+    fn scratch(&self, g: &Geometry, panel: usize, half: [bool; 2]) -> usize {
         let transformed = self.layouts[0].size() + self.layouts[1].size();
         let tasks = self.panels * self.blocks.count;
-        let widened = slots(each_tasks(self.tiles), near(g, half));
+        let widened = slots(each_tasks(self.tiles), near(g, half).iter().sum());
         g.c.max(g.oc) + transformed + slots(tasks, self.slot(panel)).max(widened)
     }
 
     fn run<E: Form<T>, T: Vectors>(
         &self,
         g: &Geometry,
-        dy: &[T],
+        dy: Elements<T>,
         x: Elements<T>,
         dw: &mut [T],
         scratch: &mut [T],
@@ -338,17 +329,15 @@ impl Few {
         let (tx, rest) = rest.split_at_mut(self.layouts[0].size());
         let (tdy, slots) = rest.split_at_mut(self.layouts[1].size());
         zeros.fill(T::zero());
-        let ([source, dy], half) = (sources(g, dy, x, zeros), !x.is_whole());
+        let (zeros, room): (&[T], usize) = (zeros, near(g, halves(dy, x)).iter().sum());
         let (to_x, to_dy) = (Shared::new(E::room(tx)), Shared::new(E::room(tdy)));
-        each(self.tiles, near(g, half), slots, |tiles, near| {
+        each(self.tiles, room, slots, |tiles, near| {
             let at = |i: usize| tiles.start / E::EACH * self.layouts[i].tile;
             let (to_x, to_dy) = (to_x.ptr().wrapping_add(at(0)), to_dy.ptr().wrapping_add(at(1)));
             let (of, layouts) = (self.tiles, self.layouts);
-            let widened = half.then(|| Widened::new(x, near));
+            let [x, dy] = sources(g, dy, x, zeros, near);
             // SAFETY: the sources have the geometry's extents; no two tasks write the same tiles.
-            unsafe {
-                E::dispatch_terms(TransformBoth { of, tiles, x: source, widened, dy, layouts, to_x, to_dy });
-            }
+            unsafe { E::dispatch_terms(TransformBoth { of, tiles, x, dy, layouts, to_x, to_dy }) }
         });
         let dw = Shared::new(dw);
         in_slots(self.panels * self.blocks.count, self.slot(panel), slots, |task, slot| {
@@ -380,7 +369,6 @@ struct TransformBoth<'a, E, T> {
     of: Tiles,
     tiles: Range<usize>,
     x: Source<'a, T>,
-    widened: Option<Widened<'a, T>>,
     dy: Source<'a, T>,
     layouts: [Transformed; 2],
     to_x: *mut E,
@@ -393,10 +381,9 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for TransformBoth<'_, E, T> {
         let [x, dy] = self.layouts;
         // SAFETY: the promise of whoever made it.
         unsafe {
-            let widened = self.widened.as_mut();
-            transform_inputs::<D>(&self.of, self.tiles.clone(), &self.x, widened, &x, E::EACH, self.to_x);
+            transform_inputs::<D>(&self.of, self.tiles.clone(), &mut self.x, &x, E::EACH, self.to_x);
             let all = 0..self.dy.channels;
-            transform_gradients::<D>(&self.of, self.tiles, &self.dy, all, &dy, E::EACH, self.to_dy);
+            transform_gradients::<D>(&self.of, self.tiles, &mut self.dy, all, &dy, E::EACH, self.to_dy);
         }
     }
 }
@@ -439,29 +426,35 @@ impl<E: Copy, T: Vectors> TermKernel<E, T> for SumTaps<E, T> {
     }
 }
 
-/// Elements of room for the rows of X that are near, where it is of half precision.
-fn near(g: &Geometry, half: bool) -> usize {
-    if half { Widened::<f32>::room([g.x[1], g.x[2]], g.c) } else { 0 }
+/// Elements of room for the rows of X and of dY that are near, where they are of half precision.
+fn near(g: &Geometry, half: [bool; 2]) -> [usize; 2] {
+    [room(g.x, g.c, half[0]), room(g.y, g.oc, half[1])]
 }
 
-/// Inputs, unless they are of half precision, and gradients, where tiles are read from.
+/// Are X and dY of half precision?
+fn halves<T: Vectors>(dy: Elements<T>, x: Elements<T>) -> [bool; 2] {
+    [!x.is_whole(), !dy.is_whole()]
+}
+
+/// Inputs and gradients, where tiles are read from.
 fn sources<'a, T: Vectors>(
     g: &Geometry,
-    dy: &'a [T],
+    dy: Elements<'a, T>,
     x: Elements<'a, T>,
     zeros: &'a [T],
+    room: &'a mut [T],
 ) -> [Source<'a, T>; 2] {
-    let x = if let Elements::Whole(x) = x { x } else { &[] };
     let (inputs, outputs) = ([g.x[1], g.x[2]], [g.y[1], g.y[2]]);
-    let low = [g.pad[1], g.pad[2]];
+    let (low, [of_x, of_y]) = ([g.pad[1], g.pad[2]], near(g, halves(dy, x)));
+    let (x_near, y_near) = room[..of_x + of_y].split_at_mut(of_x);
     [
-        Source { data: x, zeros, extents: inputs, channels: g.c, low, first: 0 },
-        Source { data: dy, zeros, extents: outputs, channels: g.oc, low: [0; 2], first: 0 },
+        Source { images: x, zeros, extents: inputs, channels: g.c, low, near: x_near, held: None },
+        Source { images: dy, zeros, extents: outputs, channels: g.oc, low: [0; 2], near: y_near, held: None },
     ]
 }
 
-/// Elements of scratch that [`weight_grad`] needs; `half`: is X of half precision?
-pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
+/// Elements of scratch that [`weight_grad`] needs; `half`: are X and dY of half precision?
+pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, half: [bool; 2]) -> usize {
     let each = if g.pairs { <u32 as Form<T>>::EACH } else { 1 };
     let panel = T::level().pair();
     if let Some(few) = Few::new(g, each, panel) {
@@ -474,7 +467,13 @@ pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
 }
 
 /// dW (M, C, 3, 3) from dY (N, spatial…, M) and X (N, spatial…, C).
-pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut [T], scratch: &mut [T]) {
+pub fn weight_grad<T: Vectors>(
+    g: &Geometry,
+    dy: Elements<T>,
+    x: Elements<T>,
+    dw: &mut [T],
+    scratch: &mut [T],
+) {
     g.check_sizes(x.len(), dy.len());
     match g.pairs {
         false => of_terms::<T, T>(g, dy, x, dw, scratch),
@@ -482,7 +481,13 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut 
     }
 }
 
-fn of_terms<E: Form<T>, T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: &mut [T], scratch: &mut [T]) {
+fn of_terms<E: Form<T>, T: Vectors>(
+    g: &Geometry,
+    dy: Elements<T>,
+    x: Elements<T>,
+    dw: &mut [T],
+    scratch: &mut [T],
+) {
     let panel = T::level().pair();
     if let Some(few) = Few::new(g, E::EACH, panel) {
         return few.run::<E, T>(g, dy, x, dw, scratch);
@@ -491,7 +496,7 @@ fn of_terms<E: Form<T>, T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: 
     let (size, layouts, groups) = (d.size(g, panel), d.layouts(g, E::EACH, panel), d.groups());
     let (sums, rest) = scratch.split_at_mut(d.slabs.count * size);
     let shared = Shared::new(sums);
-    let half = !x.is_whole();
+    let half = halves(dy, x);
     in_slots(d.slabs.count * groups, d.slot(g, E::EACH, panel, half), rest, |task, slot| {
         let (slab, group) = (task / groups, task % groups);
         let start = d.slabs.start(slab);
@@ -499,7 +504,7 @@ fn of_terms<E: Form<T>, T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: 
         let (dy_transformed, more) = more.split_at_mut(layouts[1].size());
         let (zeros, near) = more.split_at_mut(g.c.max(g.oc));
         zeros.fill(T::zero());
-        let [source, dy] = sources(g, dy, x, zeros);
+        let [x, dy] = sources(g, dy, x, zeros, near);
         // SAFETY: the slices have the geometry's extents; tasks write different elements of the sums.
         unsafe {
             E::dispatch_terms(Task {
@@ -508,8 +513,7 @@ fn of_terms<E: Form<T>, T: Vectors>(g: &Geometry, dy: &[T], x: Elements<T>, dw: 
                 tiles: start..start + d.slabs.len(slab),
                 chunk: d.chunk,
                 panels: group * d.panels..d.all.min((group + 1) * d.panels),
-                x: source,
-                widened: half.then(|| Widened::new(x, near)),
+                x,
                 dy,
                 layouts,
                 x_transformed: E::room(x_transformed).as_mut_ptr(),
