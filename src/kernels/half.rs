@@ -11,7 +11,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::kernels::isa::vectorize;
-use crate::kernels::par;
+use crate::kernels::{pairs, par};
 use crate::tensor::{DType, Float};
 
 /// A type of half precision; elements are its bits.
@@ -116,6 +116,9 @@ impl Half {
     /// [`round`](Self::round), compiled for the processor at hand.
     #[inline(never)]
     fn round_some(self, x: &[f32], y: &mut [u16]) {
+        if self == Half::Bf16 && pairs::round(x, y) {
+            return;
+        }
         vectorize(
             #[inline(always)]
             || self.round(x, y),

@@ -110,6 +110,18 @@ pub unsafe fn dispatch<K: PairKernel<f32>>(kernel: K) {
     unsafe { f32::dispatch(OnAnyVectors(kernel)) }
 }
 
+/// `y = x` in bfloat16, to nearest, ties to even, if the processor has an instruction for it.
+pub fn round(x: &[f32], y: &mut [u16]) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if has_pair_products() {
+        // SAFETY: the processor has the instruction.
+        unsafe { x86::round(x, y) }
+        return true;
+    }
+    let _ = (x, y);
+    false
+}
+
 /// As [`dispatch`], of pairs that are summed in `f64`.
 ///
 /// # Safety
@@ -249,51 +261,53 @@ pub unsafe fn across<D: Pairs<S: Simd<Elem: Vectors>>>(
 
 /// Columns of the widest strips that [`in_strips`] writes.
 pub const STRIP: usize = 8;
-/// Strips that are written at a time.
-const GROUP: usize = 64;
+/// Pairs that are near while they are divided into strips.
+const GROUP: usize = 512;
 
-/// As [`across`], of some strips of the columns, which lie `size` pairs apart, from the first of `some` on. Unless `exact`, `STRIP` pairs
-/// are written for each: what is too much belongs to what is written next.
+/// As [`across`], of some strips of the columns, which lie `size` pairs apart, from the first of `some` on; of all strips perhaps
+/// several rows that follow one another, as many as `GROUP` has room for, whose strips are so far apart. Unless they are the `last`,
+/// `STRIP` pairs are written for each: what is too much belongs to what is written next.
 ///
 /// # Safety
 /// `to` must be writable for the strips, whose columns the rows have, and `D`'s instructions be there.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 pub unsafe fn in_strips<D: Pairs<S: Simd<Elem: Vectors>>>(
     x: Elements<<D::S as Simd>::Elem>,
     [first, second]: [Option<usize>; 2],
     strips: &Pieces,
     some: Range<usize>,
     size: usize,
-    exact: bool,
+    [rows, apart]: [usize; 2],
+    last: bool,
     to: *mut u32,
 ) {
-    let mut near = MaybeUninit::<[u32; (GROUP + 1) * STRIP]>::uninit();
+    let mut near = MaybeUninit::<[u32; GROUP + STRIP]>::uninit();
     let near = near.as_mut_ptr().cast::<u32>();
     let mut group = some.start;
     while group < some.end {
-        let last = some.end.min(group + GROUP) - 1;
+        let end = some.end.min(group + GROUP / STRIP);
         let start = strips.start(group);
-        let columns = strips.start(last) + strips.len(last) - start;
+        let columns = strips.start(end - 1) + strips.len(end - 1) - start;
         let first = first.map(|at| at + start);
         let second = second.map(|at| at + start);
-        // SAFETY: there is room for as many columns, and for a whole strip after the last.
+        // SAFETY: there is room for as many columns of all rows, and for a whole strip after the last.
         unsafe {
-            across::<D>(x, [first, second], columns, near);
-            for i in group..last + 1 {
-                let from = near.add(strips.start(i) - start);
-                let to = to.add((i - some.start) * size);
-                match exact {
-                    // (Whatever lies behind the columns.)
-                    false => std::ptr::copy_nonoverlapping(from, to, STRIP),
-                    true => {
-                        for j in 0..strips.len(i) {
-                            *to.add(j) = *from.add(j);
-                        }
-                    }
+            across::<D>(x, [first, second], rows * columns, near);
+            for i in group..end {
+                let mut from = near.add(strips.start(i) - start);
+                let mut to = to.add((i - some.start) * size);
+                // (Whatever lies behind the columns.)
+                for _ in 0..if last { rows - 1 } else { rows } {
+                    std::ptr::copy_nonoverlapping(from, to, STRIP);
+                    (from, to) = (from.add(columns), to.add(apart));
+                }
+                for j in 0..if last { strips.len(i) } else { 0 } {
+                    *to.add(j) = *from.add(j);
                 }
             }
         }
-        group = last + 1;
+        group = end;
     }
 }
 

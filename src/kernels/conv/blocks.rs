@@ -119,7 +119,7 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
         let (size, together) = (plan.steps() * panel, task.together(panel));
         let mut sums = Sums::default();
         for first in task.panels.clone().step_by(together) {
-            for grid in &plan.grids {
+            for grid in task.grids() {
                 let (walk, y0) = task.walk(grid);
                 if volume(walk.extents) == 0 {
                     continue;

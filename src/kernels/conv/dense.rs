@@ -91,6 +91,12 @@ impl Walk {
 }
 
 impl<E: Copy, T: Vectors> Task<'_, E, T> {
+    /// The grids whose results are not there already.
+    pub(super) fn grids(&self) -> impl Iterator<Item = &Grid> {
+        let leaves = self.epilogue.leaves();
+        self.plan.grids.iter().filter(move |grid| !leaves || !grid.runs.is_empty())
+    }
+
     /// A walk over the task's positions of a grid, and where the first result is.
     pub(super) fn walk(&self, grid: &Grid) -> (Walk, usize) {
         let (plan, c) = (self.plan, self.plan.groups * self.plan.ci);
@@ -157,7 +163,7 @@ impl<E: Copy, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
         let per_group = plan.panels(panel);
         let (oc, size, together) = (plan.groups * co, plan.steps() * panel, self.together(panel));
         for first in self.panels.clone().step_by(together) {
-            for grid in &plan.grids {
+            for grid in self.grids() {
                 let (mut walk, y0) = self.walk(grid);
                 let total = self.images.len() * volume(walk.extents);
                 let mut tile = Tile {

@@ -89,6 +89,11 @@ impl<T: Vectors> Epilogue<'_, T> {
         self.bias.is_none() && matches!(self.residual, Residual::None) && self.clamp.is_none()
     }
 
+    /// Does a result of no terms stay what its buffer holds?
+    fn leaves(&self) -> bool {
+        self.bias.is_none() && matches!(self.residual, Residual::InOutput) && self.clamp.is_none()
+    }
+
     /// For so many results from element `start` on.
     fn from(&self, start: usize, len: usize) -> Self {
         let residual = match self.residual {

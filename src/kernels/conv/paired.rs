@@ -14,6 +14,8 @@ use crate::kernels::tile::Pieces;
 
 /// Input channels whose weights are put in order at a time.
 const BLOCK: usize = 16;
+/// Pairs of several positions that are put in order at a time, where each has few.
+const NEAR: usize = 512;
 
 /// Elements of scratch that [`pack_panel`] needs.
 pub(super) fn near(plan: &Plan, panel: usize) -> usize {
@@ -172,17 +174,36 @@ impl<T: Vectors> Strips<'_, T> {
         strips: Range<usize>,
         to: *mut u32,
     ) {
-        let size = positions.len() * self.width;
-        let (mut pair, mut position) = (positions.start / self.positions, positions.start % self.positions);
-        for i in 0..positions.len() {
-            let image = self.positions * self.channels;
+        let (size, image) = (positions.len() * self.width, self.positions * self.channels);
+        // Few channels: of several positions at a time.
+        let all = strips.len() == self.strips.count;
+        let most = match all && (self.width <= STRIP || self.width == self.channels) {
+            true => (NEAR / self.channels).max(1),
+            false => 1,
+        };
+        let mut done = 0;
+        while done < positions.len() {
+            let (pair, position) =
+                ((positions.start + done) / self.positions, (positions.start + done) % self.positions);
+            let n = most.min(positions.len() - done).min(self.positions - position);
             let starts = both(pair, self.n, position * self.channels, image);
             // SAFETY: the caller's promise.
             unsafe {
-                let to = to.add(i * self.width);
+                let to = to.add(done * self.width);
                 if self.width <= STRIP {
-                    let exact = i + 1 == positions.len();
-                    in_strips::<D>(self.x, starts, &self.strips, strips.clone(), size, exact, to);
+                    let last = done + n == positions.len();
+                    in_strips::<D>(
+                        self.x,
+                        starts,
+                        &self.strips,
+                        strips.clone(),
+                        size,
+                        [n, self.width],
+                        last,
+                        to,
+                    );
+                } else if self.width == self.channels {
+                    across::<D>(self.x, starts, n * self.channels, to);
                 } else {
                     for strip in strips.clone() {
                         let at = self.strips.start(strip);
@@ -192,10 +213,7 @@ impl<T: Vectors> Strips<'_, T> {
                     }
                 }
             }
-            position += 1;
-            if position == self.positions {
-                (pair, position) = (pair + 1, 0);
-            }
+            done += n;
         }
     }
 }

@@ -420,7 +420,7 @@ impl<T: Vectors> PairKernel<T> for Strips<'_, T> {
             unsafe {
                 let to = out.add(step * order.height);
                 let rows = both(step, p.k, 0, p.lda);
-                in_strips::<D>(a, rows, &strips, 0..strips.count, order.strip(), exact, to);
+                in_strips::<D>(a, rows, &strips, 0..strips.count, order.strip(), [1, 0], exact, to);
             }
         }
     }

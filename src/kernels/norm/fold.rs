@@ -3,8 +3,8 @@
 
 use super::channel::{Strip, WIDTH};
 use crate::kernels::elementwise::Clamp;
-use crate::kernels::half::Elements;
-use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
+use crate::kernels::half::{Elements, Half};
+use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to, widen_up_to};
 use crate::tensor::Float;
 
 /// Rows that one tile goes down. The next as many are fetched meanwhile, since a tile's short runs, a row apart, do
@@ -70,20 +70,12 @@ unsafe impl<T: Float> Term<T> for Given<'_, T> {
         elements <= self.dy.len()
     }
     fn prepare(&mut self, rows: Rows) {
-        if !self.dy.is_whole() {
-            rows.widen(self.dy, self.near);
-        }
+        rows.widen(self.dy, self.near);
     }
     #[inline(always)]
     unsafe fn of<S: Simd<Elem = T>>(&mut self, [i, _, k]: [usize; 3], n: usize, _: S::V) -> S::V {
         // SAFETY: the caller's promise.
-        unsafe {
-            let dy = match self.dy {
-                Elements::Whole(dy) => dy.as_ptr().add(i),
-                Elements::Half(..) => self.near.as_ptr().add(k),
-            };
-            load_up_to::<S>(dy, n)
-        }
+        unsafe { vector::<S>(self.dy, i, self.near.as_ptr(), k, n) }
     }
     #[inline(always)]
     unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize) {
@@ -151,9 +143,7 @@ unsafe impl<T: Float> Term<T> for Written<'_, T> {
         elements <= self.y.len() && elements <= self.dz.len() && self.dy.is_none_or(|dy| elements <= dy.len())
     }
     fn prepare(&mut self, rows: Rows) {
-        if !self.y.is_whole() {
-            rows.widen(self.y, self.near);
-        }
+        rows.widen(self.y, self.near);
     }
     #[inline(always)]
     unsafe fn of<S: Simd<Elem = T>>(&mut self, [i, _, k]: [usize; 3], n: usize, _: S::V) -> S::V {
@@ -161,11 +151,7 @@ unsafe impl<T: Float> Term<T> for Written<'_, T> {
         unsafe {
             let dz = self.dz.as_mut_ptr();
             let dy = load_up_to::<S>(self.dy.map_or(dz.cast_const(), |dy| dy.as_ptr()).add(i), n);
-            let y = match self.y {
-                Elements::Whole(y) => y.as_ptr().add(i),
-                Elements::Half(..) => self.near.as_ptr().add(k),
-            };
-            let y = load_up_to::<S>(y, n);
+            let y = vector::<S>(self.y, i, self.near.as_ptr(), k, n);
             let passed = S::pass(y, S::splat(self.clamp.low), S::splat(self.clamp.high), dy);
             store_up_to::<S>(dz.add(i), passed, n);
             passed
@@ -194,14 +180,33 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    /// Widens them, one after the other.
+    /// Widens those that no register does, one after the other.
     fn widen<T: Float>(self, x: Elements<T>, near: &mut [T]) {
+        if x.half() != Some(Half::F16) {
+            return;
+        }
         let near = &mut near[..self.rows * self.columns];
         if self.columns == self.step {
             return x.copy(self.start, near);
         }
         let rows = near.chunks_exact_mut(self.columns).enumerate();
         rows.for_each(|(i, near)| x.copy(self.start + i * self.step, near));
+    }
+}
+
+/// `n` elements from the `i`th on, or, where rows were widened, from the `k`th of those.
+///
+/// # Safety
+/// They must be there, and the processor have `S`'s instructions.
+#[inline(always)]
+unsafe fn vector<S: Simd>(x: Elements<S::Elem>, i: usize, near: *const S::Elem, k: usize, n: usize) -> S::V {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match x {
+            Elements::Whole(x) => load_up_to::<S>(x.as_ptr().add(i), n),
+            Elements::Half(Half::Bf16, x) => widen_up_to::<S>(x.as_ptr().add(i), n),
+            Elements::Half(Half::F16, _) => load_up_to::<S>(near.add(k), n),
+        }
     }
 }
 
@@ -244,13 +249,12 @@ impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Fold<'_, T, F, PRODUCTS> {
         unsafe { T::dispatch(self) }
     }
 
-    /// `V` vectors of columns from `j` on, each of `n` lanes, down some rows; `x`: where those of `x` are, and their
-    /// step.
+    /// `V` vectors of columns from `j` on, each of `n` lanes, down some rows; `near`: those of `x` that were widened.
     #[inline(always)]
     unsafe fn tile<S: Simd<Elem = T>, const V: usize>(
         &mut self,
         rows: Rows,
-        (x, x_step): (*const T, usize),
+        near: *const T,
         j: usize,
         n: usize,
     ) {
@@ -272,7 +276,7 @@ impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Fold<'_, T, F, PRODUCTS> {
                     self.term.fetch::<S>(ahead);
                     if PRODUCTS {
                         S::prefetch(self.x.address(ahead));
-                        let x = S::add(load_up_to::<S>(x.add(row * x_step + j), n), less[v]);
+                        let x = S::add(vector::<S>(self.x, i, near, at[2], n), less[v]);
                         let dz = self.term.of::<S>(at, n, x);
                         products[v] = S::fma(dz, x, products[v]);
                         plain[v] = S::add(plain[v], dz);
@@ -300,7 +304,7 @@ impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Kernel<T> for Fold<'_, T, F, 
     unsafe fn run<S: Simd<Elem = T>>(mut self) {
         let (whole, part) = (self.columns / S::LANES, self.columns % S::LANES);
         let mut room;
-        let near: &mut [T] = match PRODUCTS && !self.x.is_whole() {
+        let near: &mut [T] = match PRODUCTS && self.x.half() == Some(Half::F16) {
             true => {
                 room = [T::zero(); NEAR];
                 &mut room
@@ -315,27 +319,22 @@ impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Kernel<T> for Fold<'_, T, F, 
                 step: self.step,
             };
             self.term.prepare(rows);
-            let x = match self.x {
-                Elements::Whole(x) => (x.as_ptr().wrapping_add(rows.start), self.step),
-                half if PRODUCTS => {
-                    rows.widen(half, near);
-                    (near.as_ptr(), self.columns)
-                }
-                _ => (near.as_ptr(), 0),
-            };
-            let mut v = 0;
+            if PRODUCTS {
+                rows.widen(self.x, near);
+            }
+            let (near, mut v) = (near.as_ptr(), 0);
             // SAFETY: the vectors are within the columns, the last one cut to what is left of them.
             unsafe {
                 while v + 4 <= whole {
-                    self.tile::<S, 4>(rows, x, v * S::LANES, S::LANES);
+                    self.tile::<S, 4>(rows, near, v * S::LANES, S::LANES);
                     v += 4;
                 }
                 while v < whole {
-                    self.tile::<S, 1>(rows, x, v * S::LANES, S::LANES);
+                    self.tile::<S, 1>(rows, near, v * S::LANES, S::LANES);
                     v += 1;
                 }
                 if part > 0 {
-                    self.tile::<S, 1>(rows, x, v * S::LANES, part);
+                    self.tile::<S, 1>(rows, near, v * S::LANES, part);
                 }
             }
         }

@@ -1,9 +1,10 @@
 //! Pairs by the instruction of AVX512-BF16.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, clippy::needless_range_loop)]
 
 use std::arch::x86_64::*;
 
 use super::{Pairs, Terms};
+use crate::kernels::half::to_bf16;
 use crate::kernels::simd::x86::Avx512;
 
 /// AVX512-BF16.
@@ -14,6 +15,18 @@ pub struct Instruction;
 #[inline(always)]
 fn first(n: usize) -> __mmask16 {
     ((1u32 << n) - 1) as u16
+}
+
+/// Writes the first `n` lanes. (What was written by a mask, even all of it, is not passed on to who reads it next.)
+#[inline(always)]
+unsafe fn put(to: *mut u32, v: __m512i, n: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match n {
+            16 => _mm512_storeu_si512(to.cast(), v),
+            _ => _mm512_mask_storeu_epi32(to.cast(), first(n), v),
+        }
+    }
 }
 
 /// The elements of two vectors of 16, those of equal number beside each other.
@@ -101,7 +114,7 @@ unsafe impl Pairs for Instruction {
             let (a, b) = (_mm512_maskz_loadu_ps(some, x[0]), _mm512_maskz_loadu_ps(some, x[1]));
             let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a));
             let at = _mm512_loadu_si512(BESIDE.as_ptr().cast());
-            _mm512_mask_storeu_epi32(to.cast(), some, _mm512_permutexvar_epi16(at, both));
+            put(to, _mm512_permutexvar_epi16(at, both), n);
         }
     }
 
@@ -111,7 +124,37 @@ unsafe impl Pairs for Instruction {
             let some = first(n);
             let a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x[0].cast()));
             let b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x[1].cast()));
-            _mm512_mask_storeu_epi32(to.cast(), some, _mm512_or_si512(a, _mm512_slli_epi32::<16>(b)));
+            put(to, _mm512_or_si512(a, _mm512_slli_epi32::<16>(b)), n);
         }
+    }
+}
+
+/// Elements that [`round`] tests together.
+const ROUND: usize = 32;
+
+/// `y = x` in bfloat16, to nearest, ties to even.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub fn round(x: &[f32], y: &mut [u16]) {
+    let y = &mut y[..x.len()];
+    let mut i = 0;
+    while i + ROUND <= x.len() {
+        // SAFETY: so many elements are left of both.
+        unsafe {
+            let (a, b) = (_mm512_loadu_ps(x.as_ptr().add(i)), _mm512_loadu_ps(x.as_ptr().add(i + 16)));
+            // The instruction takes numbers below the least normal one for zeros.
+            const SUBNORMAL: i32 = 0x20;
+            if _mm512_fpclass_ps_mask::<SUBNORMAL>(a) | _mm512_fpclass_ps_mask::<SUBNORMAL>(b) != 0 {
+                for j in i..i + ROUND {
+                    y[j] = to_bf16(x[j]);
+                }
+            } else {
+                let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a));
+                _mm512_storeu_si512(y.as_mut_ptr().add(i).cast(), both);
+            }
+        }
+        i += ROUND;
+    }
+    for j in i..x.len() {
+        y[j] = to_bf16(x[j]);
     }
 }
