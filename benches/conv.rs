@@ -118,7 +118,7 @@ fn forward(bencher: Bencher, shape: &Shape) {
 #[divan::bench(args = SHAPES)]
 fn input_grad(bencher: Bencher, shape: &Shape) {
     let s = setup(shape);
-    let op = ConvInputGrad { conv: s.conv.clone(), x: Dims::from_slice(s.x.dims()) };
+    let op = ConvInputGrad::of(s.conv.clone(), Dims::from_slice(s.x.dims()));
     run(bencher, s.flops, &op, [&s.dy, &s.w], s.x.dims());
 }
 

@@ -123,7 +123,7 @@ fn gradient_sums(bencher: Bencher, shape: Shape) {
         let stats = (Some(&b.mean[..]), &b.inv[..]);
         param_grad(
             Elements::Whole(&b.x),
-            &b.dy,
+            Elements::Whole(&b.dy),
             shape.d,
             Stat::Channel,
             stats,

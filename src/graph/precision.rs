@@ -17,7 +17,6 @@ use crate::error::{Error, Result};
 use crate::graph::{Graph, Node, NodeId, Source, ValueId, WeightId, op_type};
 use crate::kernels::half::Half;
 use crate::ops::Op;
-use crate::ops::batch_norm::ChannelSum;
 use crate::ops::half::{Narrow, Widen};
 use crate::ops::view::ReshapeTo;
 use crate::plan::{self, Kind, Request};
@@ -275,7 +274,7 @@ impl<'g> Pass<'g> {
     /// Does the reader round the value before it computes with it?
     fn rounds(&self, u: &Use) -> bool {
         let node = self.graph.node(u.node);
-        self.conversions != Conversions::Apart && node.op.rounds(&self.graph.metas(&node.inputs), u.input)
+        node.op.rounds(&self.graph.metas(&node.inputs), u.input)
     }
 
     /// Has the node that makes a value put out its half form instead, or as well, if its operator can.
@@ -299,8 +298,8 @@ impl<'g> Pass<'g> {
         Some(half)
     }
 
-    /// Rounds where it is made what only products read that would round it, a layer's gradient above all, and sums over its
-    /// rows: less memory, and less to read.
+    /// Rounds where it is made a gradient of what products read or made: what only products read that would round it, and sums over
+    /// it, and what a product by pairs passes on to a normalisation. Less memory, and less to read.
     fn round_for_products(&mut self, v: ValueId, to: DType) -> Result<()> {
         let value = self.graph.value(v);
         let large = value.meta.as_ref().is_some_and(|m| m.dtype == DType::F32 && m.bytes() >= SMALL);
@@ -308,15 +307,12 @@ impl<'g> Pass<'g> {
             return Ok(());
         };
         let (id, output) = (*id, *output);
-        let product = |u: &Use| {
-            let node = self.graph.node(u.node);
-            node.op.rounds(&self.graph.metas(&node.inputs), u.input)
-        };
-        let sum = |u: &Use| self.graph.node(u.node).op.as_a::<ChannelSum>().is_some();
+        let maker = self.graph.node(id);
+        let made_so = maker.op.rounds(&self.graph.metas(&maker.inputs), 0);
         let uses = &self.uses[v.index()];
-        let read_so = uses.iter().any(product) && uses.iter().all(|u| product(u) || sum(u));
-        let can = self.graph.node(id).op.halved(output, to).is_some();
-        if self.promised[v.index()] || !read_so || !can {
+        let read_so = !uses.is_empty() && uses.iter().all(|u| self.rounds(u) || self.takes_rounded(u));
+        let can = maker.op.halved(output, to).is_some();
+        if self.promised[v.index()] || !read_so || !can || !made_so && !uses.iter().any(|u| self.rounds(u)) {
             return Ok(());
         }
         let uses = std::mem::take(&mut self.uses[v.index()]);
@@ -357,15 +353,25 @@ impl<'g> Pass<'g> {
         times == 1 && node.op.in_place().iter().any(|p| p.0 == u.input)
     }
 
-    /// Does the reader widen by itself?
-    fn reads_half(&self, u: &Use) -> bool {
-        self.rounds(u)
-            || self.conversions != Conversions::Apart && self.graph.node(u.node).op.reads_half(u.input)
+    fn takes_rounded(&self, u: &Use) -> bool {
+        let node = self.graph.node(u.node);
+        node.op.takes_rounded(&self.graph.metas(&node.inputs), u.input)
+    }
+
+    /// Does the reader widen such elements by itself?
+    fn reads_half(&self, u: &Use, half: Option<DType>) -> bool {
+        let by_kernel = self.conversions != Conversions::Apart;
+        let near = |u: &Use| {
+            self.graph.node(u.node).op.reads_half(u.input)
+                || half == Some(DType::BF16) && self.takes_rounded(u)
+        };
+        self.rounds(u) || by_kernel && near(u)
     }
 
     /// Has readers read `half`, or widened copies of it.
     fn widen(&mut self, half: ValueId, uses: &[Use]) -> Result<()> {
         let mut copies: SmallVec<[(Dims, ValueId); 2]> = SmallVec::new();
+        let dtype = self.graph.value(half).meta.as_ref().map(|m| m.dtype);
         let mut last = 0;
         for u in uses {
             if u.at - last > TOGETHER {
@@ -373,7 +379,7 @@ impl<'g> Pass<'g> {
             }
             last = u.at;
             let dims = self.dims(u.value);
-            if self.reads_half(u) {
+            if self.reads_half(u, dtype) {
                 let copy = match self.dims(half) == dims {
                     true => half,
                     false => {

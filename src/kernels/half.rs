@@ -246,6 +246,34 @@ impl<'a, T: Float> Elements<'a, T> {
     }
 }
 
+/// Where results go: to memory of their own type, or, rounded, to bfloat16.
+#[derive(Debug)]
+pub enum ElementsMut<'a, T> {
+    Whole(&'a mut [T]),
+    Bf16(&'a mut [u16]),
+}
+
+impl<'a, T> ElementsMut<'a, T> {
+    pub fn len(&self) -> usize {
+        match self {
+            ElementsMut::Whole(y) => y.len(),
+            ElementsMut::Bf16(y) => y.len(),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// All of them, where they are whole.
+    pub fn whole(self) -> &'a mut [T] {
+        match self {
+            ElementsMut::Whole(y) => y,
+            ElementsMut::Bf16(_) => panic!("this kernel does not round its results"),
+        }
+    }
+}
+
 #[inline(always)]
 fn bits(y: &mut [u16]) -> &mut [f16] {
     bytemuck::cast_slice_mut(y)

@@ -97,23 +97,6 @@ pub unsafe fn widen_up_to<S: Simd>(p: *const u16, n: usize) -> S::V {
     }
 }
 
-/// Writes a vector, or its first `n` lanes, as bfloat16.
-///
-/// # Safety
-/// As of the methods; `n` is at most `LANES`.
-#[inline(always)]
-pub unsafe fn round_up_to<S: Simd>(p: *mut u16, v: S::V, n: usize) {
-    // SAFETY: as above.
-    unsafe {
-        if n == S::LANES {
-            return S::round(p, v);
-        }
-        let mut part = [0; 16];
-        S::round(part.as_mut_ptr(), v);
-        std::ptr::copy_nonoverlapping(part.as_ptr(), p, n);
-    }
-}
-
 /// As [`load_up_to`], where it is known beforehand whether a whole vector is read.
 ///
 /// # Safety

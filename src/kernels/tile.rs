@@ -40,6 +40,13 @@ pub unsafe trait Terms: Copy + Send + Sync + 'static {
     /// `x·row + sum`
     unsafe fn multiply(x: Self::Row, row: Self::Row, sum: <Self::S as Simd>::V) -> <Self::S as Simd>::V;
 
+    /// Writes a vector in bfloat16; numbers below the least normal one may become zeros.
+    #[inline(always)]
+    unsafe fn put_rounded(p: *mut u16, v: <Self::S as Simd>::V) {
+        // SAFETY: the caller's promise.
+        unsafe { Self::S::round(p, v) }
+    }
+
     /// Writes a vector as terms of neighbours.
     unsafe fn put_beside(v: <Self::S as Simd>::V, to: *mut Self::Term);
     /// Writes a vector as the elements number `nth` of `LANES` terms, whose first ones are to be written first: they have zeros
@@ -251,6 +258,23 @@ pub unsafe fn multiply<D: Terms, const M: usize, const N: usize>(
         }
         let acc = along_rows::<D, M, N>(runs, rows, b, 2 * D::S::LANES);
         put::<D::S, M, N>(&acc, c, [c_row as isize, D::S::LANES as isize], add);
+    }
+}
+
+/// Writes a vector, or its first `n` lanes, in bfloat16.
+///
+/// # Safety
+/// As of [`Terms::put_rounded`], of so many elements.
+#[inline(always)]
+pub unsafe fn round_up_to<D: Terms>(p: *mut u16, v: <D::S as Simd>::V, n: usize) {
+    // SAFETY: the caller's promise; vectors have up to 16 lanes.
+    unsafe {
+        if n == D::S::LANES {
+            return D::put_rounded(p, v);
+        }
+        let mut part = [0; 16];
+        D::put_rounded(part.as_mut_ptr(), v);
+        std::ptr::copy_nonoverlapping(part.as_ptr(), p, n);
     }
 }
 

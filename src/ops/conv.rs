@@ -16,7 +16,7 @@ use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::conv::{self as kernel, Epilogue, Geometry, Load, Norm, Operand, Residual};
 use crate::kernels::elementwise::Clamp;
-use crate::kernels::half::Half;
+use crate::kernels::half::{ElementsMut, Half};
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::Channels;
 use crate::ops::batch_norm::ChannelSum;
@@ -354,7 +354,7 @@ impl Op for Conv {
         if g.wants(0) {
             // dX[i] = Σ_t W[t]ᵀ · dY[(i + pad − dilation·t) / stride]   (N, C, spatial…)
             let x = g.meta(x)?.dims.clone();
-            grads[0] = Some(g.emit(ConvInputGrad { conv: self.clone(), x }, &[dy, w])?);
+            grads[0] = Some(g.emit(ConvInputGrad::of(self.clone(), x), &[dy, w])?);
         }
         Ok(grads)
     }
@@ -365,6 +365,14 @@ impl Op for Conv {
 pub struct ConvInputGrad {
     pub conv: Conv,
     pub x: Dims,
+    /// Output 0 is in bfloat16.
+    pub rounds: bool,
+}
+
+impl ConvInputGrad {
+    pub fn of(conv: Conv, x: Dims) -> Self {
+        ConvInputGrad { conv, x, rounds: false }
+    }
 }
 
 impl Op for ConvInputGrad {
@@ -381,14 +389,18 @@ impl Op for ConvInputGrad {
             same_type(dy, a)?;
             expect(&a.dims, &self.x)?;
         }
-        Ok(vec![Meta::new(dy.dtype, &self.x)])
+        Ok(vec![Meta::new(if self.rounds { DType::BF16 } else { dy.dtype }, &self.x)])
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let (dy, w) = (need(x, 0)?, need(x, 1)?);
         let (g, _) = self.conv.geometry(&self.x, w.dims)?;
         float_dispatch!(w.dtype, T => {
-            let (dy, dx) = (elements::<T>(dy)?, out(y, 0)?.get::<T>()?);
+            let (dy, dx) = (elements::<T>(dy)?, out(y, 0)?);
+            let dx = match self.rounds {
+                true => ElementsMut::Bf16(half::rounded(dx)?.1),
+                false => ElementsMut::Whole(dx.get::<T>()?),
+            };
             kernel::input_grad(&g, dy, w.get::<T>()?, residual(x, 2)?, dx, floats(cx.scratch)?);
             Ok(())
         })
@@ -400,12 +412,12 @@ impl Op for ConvInputGrad {
     }
 
     fn channels_last(&self, _: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
-        let op = ConvInputGrad { conv: self.conv.last(), x: Layout::Last.of(&self.x) };
+        let op = ConvInputGrad::of(self.conv.last(), Layout::Last.of(&self.x));
         Some(ChannelsLast::by(op, &[true, false, true], &[true]).wanted())
     }
 
     fn by_pairs(&self) -> Option<Arc<dyn Op>> {
-        Some(Arc::new(ConvInputGrad { conv: self.conv.paired()?, x: self.x.clone() }))
+        Some(Arc::new(ConvInputGrad::of(self.conv.paired()?, self.x.clone())))
     }
 
     fn rounds(&self, inputs: &[Option<&Meta>], input: usize) -> bool {
@@ -415,7 +427,17 @@ impl Op for ConvInputGrad {
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
-        &[(2, 0)]
+        if self.rounds { &[] } else { &[(2, 0)] }
+    }
+
+    fn halved(&self, output: usize, to: DType) -> Option<Arc<dyn Op>> {
+        let by_pairs = self.conv.pairs && self.conv.layout == Layout::Last;
+        let rounds = self.x.last().is_some_and(|channels| kernel::rounds_input_grad(*channels));
+        let can = output == 0 && to == DType::BF16 && by_pairs && rounds;
+        can.then(|| {
+            Arc::new(ConvInputGrad { conv: self.conv.clone(), x: self.x.clone(), rounds: true })
+                as Arc<dyn Op>
+        })
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {

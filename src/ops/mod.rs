@@ -168,9 +168,15 @@ pub trait Op: Any + Debug + Send + Sync {
         false
     }
 
-    /// Is this operand, of such inputs, rounded to bfloat16 before anything is computed with it? Then it may come in that
-    /// type, and nothing changes.
+    /// Is this operand, of such inputs, rounded to bfloat16 before it is multiplied, as it is or as Winograd's method transforms it?
+    /// Then it may come in that type, and little or nothing changes.
     fn rounds(&self, _inputs: &[Option<&Meta>], _input: usize) -> bool {
+        false
+    }
+
+    /// May this operand, the gradient of what products read or made, come in bfloat16? What the products round is more than what is
+    /// lost of the sums here.
+    fn takes_rounded(&self, _inputs: &[Option<&Meta>], _input: usize) -> bool {
         false
     }
 

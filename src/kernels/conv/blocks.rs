@@ -139,7 +139,7 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                     let count = high.min(total - i);
                     taken[..count].fill_with(|| squares.next());
                     let taken = &taken[..count];
-                    let whole = to.is_plain() && taken.iter().all(|square| square.is_whole(rows));
+                    let whole = to.plain().filter(|_| taken.iter().all(|square| square.is_whole(rows)));
                     // SAFETY: `D`'s instructions are there.
                     unsafe { ahead.fetch::<D::S>(i / high) }
                     for p in first..(first + together).min(task.panels.end) {
@@ -148,12 +148,12 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                         to.set(&task.epilogue, channel, panel.min(plan.co - channel));
                         for column in (0..row).step_by(BLOCK) {
                             let columns = (row - column).div_ceil(SIDE).min(2);
-                            let own = whole && column + columns * SIDE <= to.lanes;
+                            let own = whole.filter(|_| column + columns * SIDE <= to.lanes);
                             let y = |i: usize| y0 + taken[i.min(count - 1)].stretches[0].y + channel + column;
-                            let next = task.y.wrapping_add(y(0) + count * SIDE * y_row);
+                            let next = task.y.address(y(0) + count * SIDE * y_row);
                             let mut place = sums.place(columns);
-                            if own {
-                                let at = |i: usize| task.y.wrapping_add(y(i)).cast();
+                            if let Some(own) = own {
+                                let at = |i: usize| own.wrapping_add(y(i)).cast();
                                 place = Place { to: std::array::from_fn(at), row: y_row, add: false };
                             }
                             let a = |i: usize| task.a.wrapping_add(taken[i.min(count - 1)].a);
@@ -170,7 +170,7 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                             // SAFETY: the squares lie inside the task's rows, whose windows A holds; the panel has the columns.
                             unsafe {
                                 registers.multiply(&block);
-                                for (i, square) in taken.iter().enumerate().filter(|_| !own) {
+                                for (i, square) in taken.iter().enumerate().filter(|_| own.is_none()) {
                                     let sums = &sums.0[i * SIDE * columns * SIDE..];
                                     put_square::<D>(&to, square, sums, [y0, y_row], [column, columns]);
                                 }
@@ -230,14 +230,14 @@ unsafe fn put_run<D: Pairs, const M: usize, const N: usize>(
             sums[i] = D::S::load(from.add(i * row));
             y[i] = first + i * step;
         }
-        put_column::<D::S, M>(to, sums, &y, at);
+        put_column::<D, M>(to, sums, &y, at);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use crate::kernels::conv::{Geometry, Residual, input_grad, input_grad_scratch};
-    use crate::kernels::half::Elements;
+    use crate::kernels::half::{Elements, ElementsMut};
     use crate::kernels::layout::Layout;
 
     /// What squares share is written once: adding to what is there gives the bits of adding something of its own.
@@ -265,8 +265,22 @@ mod tests {
             let addend = some(g.inputs(), 0.9);
             let mut scratch = vec![f32::NAN; input_grad_scratch::<f32>(&g, false)];
             let (mut apart, mut there) = (vec![0.0; addend.len()], addend.clone());
-            input_grad(&g, Elements::Whole(&dy), &w, Residual::Of(&addend), &mut apart, &mut scratch);
-            input_grad(&g, Elements::Whole(&dy), &w, Residual::InOutput, &mut there, &mut scratch);
+            input_grad(
+                &g,
+                Elements::Whole(&dy),
+                &w,
+                Residual::Of(&addend),
+                ElementsMut::Whole(&mut apart),
+                &mut scratch,
+            );
+            input_grad(
+                &g,
+                Elements::Whole(&dy),
+                &w,
+                Residual::InOutput,
+                ElementsMut::Whole(&mut there),
+                &mut scratch,
+            );
             assert_eq!(apart, there, "{g:?}");
         }
     }

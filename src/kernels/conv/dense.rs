@@ -13,10 +13,10 @@ use crate::kernels::ahead::Ahead;
 use crate::kernels::conv::grids::{Grid, Plan, TILE};
 use crate::kernels::conv::load::{Load, Operand};
 use crate::kernels::conv::panels::Unpacked;
-use crate::kernels::conv::results::{Results, put_column};
+use crate::kernels::conv::results::{Results, SharedResults, To, put_column};
 use crate::kernels::conv::way::{Packed, Packs, Way, line};
 use crate::kernels::conv::{Done, Epilogue, Geometry, folded, pointwise, split, strides, volume};
-use crate::kernels::half::Elements;
+use crate::kernels::half::{Elements, ElementsMut};
 use crate::kernels::par::{Shared, in_prepared_slots};
 use crate::kernels::simd::{Level, Simd, Vectors};
 use crate::kernels::tile::{Pieces, TermKernel, Terms, along_rows, slide};
@@ -41,7 +41,7 @@ pub(super) struct Task<'a, E, T> {
     images: Range<usize>,
     rows: Range<usize>,
     pub(super) epilogue: Epilogue<'a, T>,
-    pub(super) y: *mut T,
+    pub(super) y: To<T>,
     /// What is fetched meanwhile.
     pub(super) ahead: Ahead,
 }
@@ -199,7 +199,7 @@ impl<E: Copy, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
                         // What the next tile will write is fetched meanwhile: it lies in short runs, far apart.
                         for i in 0..if oc > panel { after } else { 0 } {
                             for at in (0..tile.to.lanes).step_by(D::S::LANES) {
-                                let y = self.y.wrapping_add(next.1[i] + tile.to.channel + at);
+                                let y = self.y.address(next.1[i] + tile.to.channel + at);
                                 // SAFETY: fetching is allowed anywhere.
                                 unsafe { D::S::prefetch(y) }
                             }
@@ -256,7 +256,7 @@ unsafe fn tile_run<D: Terms, const M: usize, const N: usize>(
             for i in 0..M {
                 column[i] = acc[i][j];
             }
-            put_column::<D::S, M>(&t.to, column, y, j * D::S::LANES);
+            put_column::<D, M>(&t.to, column, y, j * D::S::LANES);
         }
     }
 }
@@ -291,7 +291,7 @@ pub(super) fn positions<T: Vectors>(
         images: 0..1,
         rows: 0..rows,
         epilogue,
-        y: y.as_mut_ptr(),
+        y: To::Whole(y.as_mut_ptr()),
         ahead,
     };
     // SAFETY: each of these positions has its elements in `a` and `y`.
@@ -305,7 +305,7 @@ fn run<T: Vectors>(
     x: Operand<T>,
     w: &[T],
     epilogue: Epilogue<T>,
-    y: Option<&mut [T]>,
+    y: Option<ElementsMut<T>>,
     scratch: &mut [T],
     done: Option<&Done<T>>,
 ) {
@@ -322,7 +322,7 @@ fn run_form<E: Packs<T>, T: Vectors>(
     x: Operand<T>,
     w: &[T],
     epilogue: Epilogue<T>,
-    y: Option<&mut [T]>,
+    y: Option<ElementsMut<T>>,
     scratch: &mut [T],
     done: Option<&Done<T>>,
 ) {
@@ -337,7 +337,7 @@ fn run_form<E: Packs<T>, T: Vectors>(
     let weights = Shared::new(weights);
     let (rows, panels, size) = (plan.rows(), plan.groups * plan.panels(panel), plan.steps() * panel);
     let line = line(plan);
-    let y = y.map(Shared::new);
+    let y = y.map(SharedResults::new);
     let tasks = volume(blocks);
     // Of a task: panels, images and rows. Neighbouring tasks, which a core computes one after the other, read the same weights.
     let at = |task: usize| split(task, [blocks[2], blocks[0], blocks[1]]);
@@ -384,14 +384,15 @@ fn run_form<E: Packs<T>, T: Vectors>(
             pack(panels.clone(), weights, near);
         }
         let (a, window) = E::source(plan, &d, &x, images.clone(), rows.clone(), slot);
-        let y = y.as_ref().map_or(results.as_mut_ptr().wrapping_sub(first), Shared::ptr);
+        let y = y.as_ref().map(SharedResults::to);
+        let y = y.unwrap_or(To::Whole(results.as_mut_ptr().wrapping_sub(first)));
         // SAFETY: the slices have the plan's extents (checked by the callers), so all windows of the task's
         // positions lie in `a`; no two tasks write the same elements of `y`, unless it is memory of their own.
         unsafe { E::compute(Task { plan, a, window, weights, panels, images, rows, epilogue, y, ahead }) }
         if let Some(done) = done {
             // SAFETY: with all panels in one task, this one has written all of these results, and it alone.
             done(i * blocks[1] + r, first, unsafe {
-                std::slice::from_raw_parts(y.wrapping_add(first), count)
+                std::slice::from_raw_parts(y.whole().wrapping_add(first), count)
             });
         }
     });
@@ -443,6 +444,7 @@ pub fn forward<T: Vectors>(
     assert!(x.is_plain() || rounded || pointwise::applies(g), "an input that is computed as it is read");
     let (plan, done) = (forward_plan(g), done.filter(|_| forward_blocks::<T>(g).is_some()));
     assert!(y.is_some() || done.is_some(), "results without a place");
+    let y = y.map(ElementsMut::Whole);
     let Some(folded) = folded::of(g) else {
         return run(&plan, true, x, w, epilogue, y, scratch, done);
     };
@@ -475,7 +477,7 @@ pub fn input_grad<T: Vectors>(
     dy: Elements<T>,
     w: &[T],
     epilogue: Epilogue<T>,
-    dx: &mut [T],
+    dx: ElementsMut<T>,
     scratch: &mut [T],
 ) {
     g.check_sizes(dx.len(), dy.len());

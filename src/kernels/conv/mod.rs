@@ -22,7 +22,7 @@ mod weight;
 mod winograd;
 
 use crate::kernels::elementwise::Clamp;
-use crate::kernels::half::Elements;
+use crate::kernels::half::{Elements, ElementsMut};
 use crate::kernels::layout::Layout;
 use crate::kernels::par::{in_slots, slots};
 use crate::kernels::simd::Vectors;
@@ -221,9 +221,14 @@ pub fn rounds(g: &Geometry) -> bool {
     reads_half(g) && !winograd::applies_forward(g)
 }
 
-/// Does the input gradient read dY in half precision, which it rounds, perhaps transformed, anyway?
+/// Does the input gradient read dY, which it rounds, perhaps transformed, anyway, and write dX in bfloat16?
 pub fn input_grad_rounds(g: &Geometry) -> bool {
     reads_half(g) && !narrow::applies(g)
+}
+
+/// Does the kernel that computes dX of so many channels round it?
+pub fn rounds_input_grad(channels: usize) -> bool {
+    channels > narrow::CHANNELS
 }
 
 /// Does the weight gradient?
@@ -326,7 +331,7 @@ pub fn input_grad<T: Vectors>(
     dy: Elements<T>,
     w: &[T],
     addend: Residual<T>,
-    dx: &mut [T],
+    dx: ElementsMut<T>,
     scratch: &mut [T],
 ) {
     transposed(g, dy, w, Epilogue { residual: addend, ..Epilogue::none() }, dx, scratch);
@@ -339,27 +344,27 @@ pub fn transposed<T: Vectors>(
     dy: Elements<T>,
     w: &[T],
     epilogue: Epilogue<T>,
-    dx: &mut [T],
+    dx: ElementsMut<T>,
     scratch: &mut [T],
 ) {
     if g.is_empty() {
-        return epilogue.of_nothing(g.c.max(1), dx);
+        return epilogue.of_nothing(g.c.max(1), dx.whole());
     }
-    let kernel = |dy: Elements<T>, epilogue: Epilogue<T>, dx: &mut [T], scratch: &mut [T]| match () {
-        _ if g.depthwise() => depthwise::input_grad(g, dy.whole(), w, epilogue, dx, scratch),
-        _ if narrow::applies(g) => narrow::input_grad(g, dy.whole(), w, epilogue, dx, scratch),
+    let kernel = |dy: Elements<T>, epilogue: Epilogue<T>, dx: ElementsMut<T>, scratch: &mut [T]| match () {
+        _ if g.depthwise() => depthwise::input_grad(g, dy.whole(), w, epilogue, dx.whole(), scratch),
+        _ if narrow::applies(g) => narrow::input_grad(g, dy.whole(), w, epilogue, dx.whole(), scratch),
         _ if winograd::applies_back(g) => winograd::input_grad(g, dy, w, epilogue, dx, scratch),
         _ => dense::input_grad(g, dy, w, epilogue, dx, scratch),
     };
     if g.layout == Layout::Last {
         return kernel(dy, epilogue, dx, scratch);
     }
-    let (xs, ys) = (volume(g.x), volume(g.y));
+    let (xs, ys, dx) = (volume(g.x), volume(g.y), dx.whole());
     let (x_last, rest) = scratch.split_at_mut(g.inputs());
     let (y_last, rest) = rest.split_at_mut(g.outputs());
     transpose(g.n, g.oc, ys, dy.whole(), y_last);
     let epilogue = before(g, g.c, xs, epilogue, dx, x_last);
-    kernel(Elements::Whole(y_last), epilogue, x_last, rest);
+    kernel(Elements::Whole(y_last), epilogue, ElementsMut::Whole(&mut *x_last), rest);
     transpose(g.n, xs, g.c, x_last, dx);
 }
 

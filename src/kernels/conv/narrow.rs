@@ -13,7 +13,7 @@ use crate::kernels::tile::{Pieces, multiply};
 use crate::tile_sizes;
 
 /// Input channels up to which it pays.
-const CHANNELS: usize = 4;
+pub(super) const CHANNELS: usize = 4;
 /// Tasks that keep the threads of a small machine equally busy, and rows of dX that each should at least have.
 const TASKS: usize = 16;
 const ROWS: usize = 8;

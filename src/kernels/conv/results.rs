@@ -2,7 +2,58 @@
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
 use crate::kernels::conv::{Epilogue, Residual};
+use crate::kernels::half::ElementsMut;
+use crate::kernels::par::Shared;
 use crate::kernels::simd::{Simd, Vectors, load_lanes, store_lanes};
+use crate::kernels::tile::{Terms, round_up_to};
+
+/// Where results begin.
+#[derive(Clone, Copy)]
+pub(super) enum To<T> {
+    Whole(*mut T),
+    Bf16(*mut u16),
+}
+
+impl<T> To<T> {
+    /// Where a result, perhaps none of these, lies: for fetching.
+    #[inline(always)]
+    pub(super) fn address(self, i: usize) -> *const T {
+        match self {
+            To::Whole(y) => y.wrapping_add(i),
+            To::Bf16(y) => y.wrapping_add(i).cast(),
+        }
+    }
+
+    /// Those that a residual lies in.
+    pub(super) fn whole(self) -> *mut T {
+        match self {
+            To::Whole(y) => y,
+            To::Bf16(_) => panic!("a residual among rounded results"),
+        }
+    }
+}
+
+/// Results that several tasks write, each its own.
+pub(super) enum SharedResults<'a, T> {
+    Whole(Shared<'a, T>),
+    Bf16(Shared<'a, u16>),
+}
+
+impl<'a, T> SharedResults<'a, T> {
+    pub(super) fn new(y: ElementsMut<'a, T>) -> Self {
+        match y {
+            ElementsMut::Whole(y) => SharedResults::Whole(Shared::new(y)),
+            ElementsMut::Bf16(y) => SharedResults::Bf16(Shared::new(y)),
+        }
+    }
+
+    pub(super) fn to(&self) -> To<T> {
+        match self {
+            SharedResults::Whole(y) => To::Whole(y.ptr()),
+            SharedResults::Bf16(y) => To::Bf16(y.ptr()),
+        }
+    }
+}
 
 /// Where sums go, and what happens to them before.
 pub(super) struct Results<T> {
@@ -12,20 +63,20 @@ pub(super) struct Results<T> {
     high: T,
     /// Results are written as they are.
     plain: bool,
-    y: *mut T,
+    y: To<T>,
     /// The first output channel, and their number.
     pub(super) channel: usize,
     pub(super) lanes: usize,
 }
 
 impl<T: Vectors> Results<T> {
-    pub(super) fn new(epilogue: &Epilogue<T>, y: *mut T) -> Self {
+    pub(super) fn new(epilogue: &Epilogue<T>, y: To<T>) -> Self {
         Results {
             bias: None,
             residual: match epilogue.residual {
                 Residual::None => None,
                 Residual::Of(r) => Some(r.as_ptr()),
-                Residual::InOutput => Some(y.cast_const()),
+                Residual::InOutput => Some(y.whole().cast_const()),
             },
             low: epilogue.clamp.low,
             high: epilogue.clamp.high,
@@ -36,9 +87,12 @@ impl<T: Vectors> Results<T> {
         }
     }
 
-    /// Are results written as they are?
-    pub(super) fn is_plain(&self) -> bool {
-        self.plain
+    /// Where results begin, if they are written as they are.
+    pub(super) fn plain(&self) -> Option<*mut T> {
+        match self.y {
+            To::Whole(y) if self.plain => Some(y),
+            _ => None,
+        }
     }
 
     /// For so many channels from one on.
@@ -54,20 +108,20 @@ impl<T: Vectors> Results<T> {
 /// # Safety
 /// The results at each offset in `y` must be writable (and the residual readable) for `to.lanes` elements.
 #[inline(always)]
-pub(super) unsafe fn put_column<S: Simd, const M: usize>(
-    to: &Results<S::Elem>,
-    column: [S::V; M],
+pub(super) unsafe fn put_column<D: Terms, const M: usize>(
+    to: &Results<<D::S as Simd>::Elem>,
+    column: [<D::S as Simd>::V; M],
     y: &[usize; 8],
     at: usize,
 ) {
-    let part = (to.lanes - at).min(S::LANES);
+    let part = (to.lanes - at).min(D::S::LANES);
     // SAFETY: the caller's promise.
     unsafe {
-        let (low, high) = (S::splat(to.low), S::splat(to.high));
+        let (low, high) = (D::S::splat(to.low), D::S::splat(to.high));
         // Decided once for a column, not for each vector: sums of few terms take no longer than that.
-        match part == S::LANES {
-            true => put::<S, M, true>(to, column, y, at, S::LANES, low, high),
-            false => put::<S, M, false>(to, column, y, at, part, low, high),
+        match part == D::S::LANES {
+            true => put::<D, M, true>(to, column, y, at, part, low, high),
+            false => put::<D, M, false>(to, column, y, at, part, low, high),
         }
     }
 }
@@ -78,37 +132,49 @@ pub(super) unsafe fn put_column<S: Simd, const M: usize>(
 /// As of [`put_column`].
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-unsafe fn put<S: Simd, const M: usize, const WHOLE: bool>(
-    t: &Results<S::Elem>,
-    mut column: [S::V; M],
+unsafe fn put<D: Terms, const M: usize, const WHOLE: bool>(
+    t: &Results<<D::S as Simd>::Elem>,
+    mut column: [<D::S as Simd>::V; M],
     y: &[usize; 8],
     at: usize,
     part: usize,
-    low: S::V,
-    high: S::V,
+    low: <D::S as Simd>::V,
+    high: <D::S as Simd>::V,
 ) {
     let to = t.channel + at;
     // SAFETY: the caller's promise.
     unsafe {
         if !t.plain {
             if let Some(bias) = t.bias {
-                let v = load_lanes::<S, WHOLE>(bias.add(at), part);
+                let v = load_lanes::<D::S, WHOLE>(bias.add(at), part);
                 for i in 0..M {
-                    column[i] = S::add(column[i], v);
+                    column[i] = D::S::add(column[i], v);
                 }
             }
             if let Some(r) = t.residual {
                 for i in 0..M {
-                    column[i] = S::add(column[i], load_lanes::<S, WHOLE>(r.add(y[i] + to), part));
+                    column[i] = D::S::add(column[i], load_lanes::<D::S, WHOLE>(r.add(y[i] + to), part));
                 }
             }
             for i in 0..M {
-                column[i] = S::min(high, S::max(low, column[i]));
+                column[i] = D::S::min(high, D::S::max(low, column[i]));
             }
         }
-        for i in 0..M {
-            let y = t.y.add(y[i] + to);
-            store_lanes::<S, WHOLE>(y, column[i], part);
+        match t.y {
+            To::Whole(results) => {
+                for i in 0..M {
+                    store_lanes::<D::S, WHOLE>(results.add(y[i] + to), column[i], part);
+                }
+            }
+            To::Bf16(results) => {
+                for i in 0..M {
+                    round_up_to::<D>(
+                        results.add(y[i] + to),
+                        column[i],
+                        if WHOLE { D::S::LANES } else { part },
+                    );
+                }
+            }
         }
     }
 }

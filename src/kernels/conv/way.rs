@@ -241,7 +241,14 @@ mod tests {
                 let mut scratch = vec![f32::NAN; forward_scratch::<f32>(&g, true)];
                 forward(&g, Operand::plain(&x, c), &w, Epilogue::none(), &mut y, &mut scratch);
                 let mut scratch = vec![f32::NAN; input_grad_scratch::<f32>(&g, false)];
-                input_grad(&g, Elements::Whole(&dy), &w, Residual::None, &mut dx, &mut scratch);
+                input_grad(
+                    &g,
+                    Elements::Whole(&dy),
+                    &w,
+                    Residual::None,
+                    ElementsMut::Whole(&mut dx),
+                    &mut scratch,
+                );
                 (y, dx)
             };
             let (y, dx) = pool.install(|| results(1));

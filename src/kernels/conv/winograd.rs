@@ -13,7 +13,7 @@ pub(super) mod weight;
 
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::{Epilogue, Geometry};
-use crate::kernels::half::Elements;
+use crate::kernels::half::{Elements, ElementsMut};
 use crate::kernels::isa::multiplies_blocks;
 use crate::kernels::simd::Vectors;
 use transform::{IN, OUT, PRODUCTS};
@@ -189,7 +189,7 @@ pub(super) fn forward<T: Vectors>(
     scratch: &mut [T],
 ) {
     g.check_sizes(x.len(), y.len());
-    forward::run::<T, T>(&Plan::forward(&whole(g)), true, x, w, epilogue, y, scratch);
+    forward::run::<T, T>(&Plan::forward(&whole(g)), true, x, w, epilogue, ElementsMut::Whole(y), scratch);
 }
 
 /// Elements of scratch that [`input_grad`] needs; `half`: is dY of half precision?
@@ -204,7 +204,7 @@ pub(super) fn input_grad<T: Vectors>(
     dy: Elements<T>,
     w: &[T],
     epilogue: Epilogue<T>,
-    dx: &mut [T],
+    dx: ElementsMut<T>,
     scratch: &mut [T],
 ) {
     g.check_sizes(dx.len(), dy.len());

@@ -286,7 +286,7 @@ fn row_moments<T: Vectors>(x: &[T], c: usize, means: &mut [f64], squares: &mut [
         // is off adds to the variance of all rows as much as it takes from a block's digits.
         let few = x.len().min(FEW * strip.step);
         let all = Elements::Whole(x);
-        strip.fold::<_, _, false>(0..few, all, &[T::zero(); WIDTH], &mut Given::whole(x), &mut lanes);
+        strip.fold::<_, _, false>(0..few, all, &[T::zero(); WIDTH], &mut Given::near(all), &mut lanes);
         sums.fill(0.0);
         strip.gather(&lanes.plain, sums);
         means.iter_mut().zip(&*sums).for_each(|(m, s)| *m = s / (few / c) as f64);
@@ -335,11 +335,11 @@ pub enum Mask<'a, T> {
 
 /// `dscale = Σ dz·(x − mean)·inv` and `dshift = Σ dz` of each channel, `dz` being `dy` where the mask lets it pass.
 /// A channel's run of `s` elements lies within one row; masks are of batch normalisation only. `x` may be of half
-/// precision where `s` is 1.
+/// precision, and `dy` of bfloat16, where `s` is 1.
 #[allow(clippy::too_many_arguments)]
 pub fn param_grad<T: Vectors>(
     x: Elements<T>,
-    dy: &[T],
+    dy: Elements<T>,
     d: Channels,
     stat: Stat,
     (mean, inv): (Option<&[T]>, &[T]),
@@ -353,10 +353,10 @@ pub fn param_grad<T: Vectors>(
             #[inline(always)]
             |first, scales, shifts| {
                 let rows = d.rows_of(first);
-                let (x, dy) = (x.part(rows.clone()), &dy[rows]);
+                let (x, dy) = (x.part(rows.clone()), dy.part(rows));
                 match stat {
                     Stat::Channel => match mask {
-                        Mask::All => column_products(x, d.c, mean, Given::whole(dy), scales, shifts),
+                        Mask::All => column_products(x, d.c, mean, Given::near(dy), scales, shifts),
                         Mask::Inside { factor, shift, clamp } => {
                             let term = Passed::new(dy, factor, shift, clamp);
                             column_products(x, d.c, mean, term, scales, shifts);
@@ -367,7 +367,7 @@ pub fn param_grad<T: Vectors>(
                             let i = (first + row) * d.c / len;
                             (mean.map_or(T::zero(), |m| m[i]), inv[i])
                         };
-                        row_products((x, dy), d.c, at, scales, shifts);
+                        row_products((x, dy.whole()), d.c, at, scales, shifts);
                     }
                 }
             },
@@ -375,7 +375,7 @@ pub fn param_grad<T: Vectors>(
         let inv = matches!(stat, Stat::Channel).then_some(inv);
         return finish(&partials[..d.partials()], inv, dscale, dshift);
     }
-    let (x, per) = (x.whole(), d.per_piece());
+    let (x, dy, per) = (x.whole(), dy.whole(), d.per_piece());
     let at = |i: usize, channel: usize| match stat {
         Stat::Channel => channel,
         Stat::Row(len) => i / len,
@@ -421,7 +421,7 @@ pub fn add_param_grad<T: Vectors>(
     part: &mut [f64],
 ) {
     let (scales, shifts) = part.split_at_mut(mean.len());
-    let term = Passed::new(dy, factor, shift, clamp);
+    let term = Passed::new(Elements::Whole(dy), factor, shift, clamp);
     vectorize_sweep(
         #[inline(always)]
         || column_products(Elements::Whole(x), mean.len(), Some(mean), term, scales, shifts),
@@ -519,6 +519,7 @@ pub fn masked_param_grad<T: Vectors>(
     if d.s != 1 {
         pass(y.whole(), dy, dz, clamp);
         let stat = Stat::Channel;
+        let dz = Elements::Whole(&*dz);
         return param_grad(x, dz, d, stat, (Some(mean), inv), Mask::All, (dscale, dshift), partials);
     }
     let per = d.per_task() * d.c;

@@ -58,9 +58,11 @@ pub(super) struct Given<'a, T> {
     pub near: &'a mut [T],
 }
 
-impl<'a, T> Given<'a, T> {
-    pub fn whole(dy: &'a [T]) -> Self {
-        Given { dy: Elements::Whole(dy), near: &mut [] }
+impl<'a, T: Float> Given<'a, T> {
+    /// Of whole elements or of bfloat16, which take no room.
+    pub fn near(dy: Elements<'a, T>) -> Self {
+        assert!(dy.half() != Some(Half::F16), "room for float16");
+        Given { dy, near: &mut [] }
     }
 }
 
@@ -86,7 +88,8 @@ unsafe impl<T: Float> Term<T> for Given<'_, T> {
 
 /// Those of `dy` where `(x − at)·factor + shift` of the column is inside the clamp, else 0.
 pub(super) struct Passed<'a, T> {
-    dy: &'a [T],
+    /// Whole, or of bfloat16.
+    dy: Elements<'a, T>,
     /// Factor and shift of all columns, and those of the strip's.
     coefficients: [&'a [T]; 2],
     spread: [[T; WIDTH]; 2],
@@ -94,7 +97,8 @@ pub(super) struct Passed<'a, T> {
 }
 
 impl<'a, T: Float> Passed<'a, T> {
-    pub fn new(dy: &'a [T], factor: &'a [T], shift: &'a [T], clamp: Clamp<T>) -> Self {
+    pub fn new(dy: Elements<'a, T>, factor: &'a [T], shift: &'a [T], clamp: Clamp<T>) -> Self {
+        assert!(dy.half() != Some(Half::F16), "gradients in float16");
         Passed { dy, coefficients: [factor, shift], spread: [[T::zero(); WIDTH]; 2], clamp }
     }
 }
@@ -116,14 +120,14 @@ unsafe impl<T: Float> Term<T> for Passed<'_, T> {
             let [factor, shift] = [self.spread[0].as_ptr().add(j), self.spread[1].as_ptr().add(j)];
             // Rounded twice, as the forward sweep rounds.
             let y = S::add(S::mul(x, load_up_to::<S>(factor, n)), load_up_to::<S>(shift, n));
-            let dy = load_up_to::<S>(self.dy.as_ptr().add(i), n);
+            let dy = vector::<S>(self.dy, i, std::ptr::null(), 0, n);
             S::pass(y, S::splat(self.clamp.low), S::splat(self.clamp.high), dy)
         }
     }
     #[inline(always)]
     unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize) {
         // SAFETY: fetching is allowed anywhere.
-        unsafe { S::prefetch(self.dy.as_ptr().wrapping_add(i)) }
+        unsafe { S::prefetch(self.dy.address(i)) }
     }
 }
 

@@ -8,7 +8,8 @@ use super::channel::{Channels, WIDTH};
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::half::{Elements, Half};
 use crate::kernels::par::{self, GRAIN, Shared};
-use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, round_up_to, store_up_to, widen_up_to};
+use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to, widen_up_to};
+use crate::kernels::tile::round_up_to;
 use crate::tensor::Float;
 
 /// What is added to a normalised value.
@@ -114,11 +115,35 @@ enum At<T> {
     Half(*const u16),
 }
 
+impl<T: Float> At<T> {
+    fn of(x: Elements<T>, start: usize) -> Self {
+        match x {
+            Elements::Whole(x) => At::Whole(x[start..].as_ptr()),
+            Elements::Half(_, x) => At::Half(x[start..].as_ptr()),
+        }
+    }
+
+    /// `n` elements from the `i`th on.
+    ///
+    /// # Safety
+    /// They must be there, and the processor have `S`'s instructions.
+    #[inline(always)]
+    unsafe fn load<S: Simd<Elem = T>>(self, i: usize, n: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                At::Whole(x) => load_up_to::<S>(x.add(i), n),
+                At::Half(x) => widen_up_to::<S>(x.add(i), n),
+            }
+        }
+    }
+}
+
 /// Some neighbours of a sweep.
 struct Piece<'a, T, F, const K: usize> {
     formula: F,
     x: At<T>,
-    other: *const T,
+    other: At<T>,
     y: Option<*mut T>,
     /// In bfloat16.
     rounded: Option<*mut u16>,
@@ -140,11 +165,8 @@ impl<T: Vectors, F: Formula<T, K>, const K: usize> Piece<'_, T, F, K> {
     unsafe fn vector<S: Simd<Elem = T>>(&self, i: usize, n: usize, c: [S::V; K]) {
         // SAFETY: the caller's promise.
         unsafe {
-            let x = match self.x {
-                At::Whole(x) => load_up_to::<S>(x.add(i), n),
-                At::Half(x) => widen_up_to::<S>(x.add(i), n),
-            };
-            let other = if self.formula.pairs() { load_up_to::<S>(self.other.add(i), n) } else { x };
+            let x = self.x.load::<S>(i, n);
+            let other = if self.formula.pairs() { self.other.load::<S>(i, n) } else { x };
             let y = self.formula.of::<S>(x, other, c);
             if let Some(to) = self.y {
                 store_up_to::<S>(to.add(i), y, n);
@@ -253,13 +275,18 @@ struct Sweep<'a, T, F> {
     formula: F,
     /// `None`: they lie in the results.
     x: Option<Elements<'a, T>>,
-    other: Option<&'a [T]>,
+    other: Option<Elements<'a, T>>,
     y: Option<Shared<'a, T>>,
     rounded: Option<(Half, Shared<'a, u16>)>,
 }
 
 impl<'a, T: Vectors, F> Sweep<'a, T, F> {
-    fn new(formula: F, x: Option<Elements<'a, T>>, other: Option<&'a [T]>, y: Results<'a, T>) -> Self {
+    fn new(
+        formula: F,
+        x: Option<Elements<'a, T>>,
+        other: Option<Elements<'a, T>>,
+        y: Results<'a, T>,
+    ) -> Self {
         let (y, rounded) = match y {
             Results::Whole(y) => (Some(y), None),
             Results::Half(half, rounded) => (None, Some((half, rounded))),
@@ -283,15 +310,11 @@ impl<'a, T: Vectors, F> Sweep<'a, T, F> {
     {
         let y = self.y.as_ref().map(|y| y.ptr().wrapping_add(start));
         let in_y = || y.expect("operands that lie in the results").cast_const();
-        let x = match self.x {
-            None => At::Whole(in_y()),
-            Some(Elements::Whole(x)) => At::Whole(x[start..].as_ptr()),
-            Some(Elements::Half(_, x)) => At::Half(x[start..].as_ptr()),
-        };
+        let x = self.x.map_or_else(|| At::Whole(in_y()), |x| At::of(x, start));
         let other = match (self.other, self.formula.pairs()) {
-            (Some(other), _) => other[start..].as_ptr(),
-            (None, true) => in_y(),
-            (None, false) => std::ptr::null(),
+            (Some(other), _) => At::of(other, start),
+            (None, true) => At::Whole(in_y()),
+            (None, false) => x,
         };
         let rounded = self.rounded.as_ref().map(|(_, to)| to.ptr().wrapping_add(start));
         // SAFETY: the caller's promise.
@@ -313,7 +336,7 @@ impl<'a, T: Vectors, F> Sweep<'a, T, F> {
             for i in (row..end).step_by(WIDTH) {
                 let (at, n) = (start + i, WIDTH.min(end - i));
                 let x = self.x.map(|x| Elements::Whole(x.near(at, n, &mut near)));
-                let other = self.other.map(|other| &other[at..at + n]);
+                let other = self.other.map(|other| other.part(at..at + n));
                 // SAFETY: the caller's promise.
                 let y = match &self.y {
                     Some(y) => unsafe { std::slice::from_raw_parts_mut(y.ptr().add(at), n) },
@@ -336,9 +359,10 @@ impl<'a, T: Vectors, F> Sweep<'a, T, F> {
     where
         F: Formula<T, K>,
     {
-        let of_half = self.x.is_some_and(|x| !x.is_whole()) || self.rounded.is_some();
+        let of_half = [self.x, self.other].iter().flatten().any(|x| !x.is_whole()) || self.rounded.is_some();
         assert!(d.s == 1 || !of_half, "half precision with channels first");
         assert!(coefficients.iter().all(|c| c.len() == d.c), "coefficients of a normalisation");
+        assert!(self.other.is_none_or(|x| x.half() != Some(Half::F16)), "another operand in float16");
         let halves = [self.x.and_then(|x| x.half()), self.rounded.as_ref().map(|r| r.0)];
         let by_registers = halves.iter().flatten().all(|half| *half == Half::Bf16);
         let mut spread = [[T::zero(); WIDTH]; K];
@@ -384,7 +408,7 @@ pub fn channel_affine<T: Vectors>(
 ) {
     let (other, adds) = match residual {
         Residual::None => (None, false),
-        Residual::Given(r) => (Some(r), true),
+        Residual::Given(r) => (Some(Elements::Whole(r)), true),
         Residual::InResult => (None, true),
     };
     Sweep::new(Affine { clamp, adds }, x, other, y).run(d, [mean, factor, shift]);
@@ -416,11 +440,11 @@ impl<T: Float> ChannelGrad<'_, T> {
 }
 
 /// `dx = scale·inv·(dz − dshift/M − x̂·dscale/M)` with `x̂ = (x − mean)·inv`, M elements a channel.
-/// At most one of `x`, `dy` is `None`: it lies in `dx`; `x` may be of half precision where `s` is 1. `room`: `3·c`
-/// elements.
+/// At most one of `x`, `dy` is `None`: it lies in `dx`; `x` may be of half precision, and `dy` of bfloat16, where `s` is 1.
+/// `room`: `3·c` elements.
 pub fn channel_input_grad<T: Vectors>(
     x: Option<Elements<T>>,
-    dy: Option<&[T]>,
+    dy: Option<Elements<T>>,
     dx: Results<T>,
     d: Channels,
     g: ChannelGrad<T>,
@@ -441,5 +465,5 @@ pub fn channel_input_grad<T: Vectors>(
 /// `dz = dy` where `y` is inside the clamp, else 0; `dz` holds `dy` where that is `None`.
 pub(super) fn pass<T: Vectors>(y: &[T], dy: Option<&[T]>, dz: &mut [T], clamp: Clamp<T>) {
     let d = Channels { n: dz.len(), c: 1, s: 1 };
-    Sweep::new(Pass(clamp), Some(Elements::Whole(y)), dy, Results::Whole(dz)).run(d, []);
+    Sweep::new(Pass(clamp), Some(Elements::Whole(y)), dy.map(Elements::Whole), Results::Whole(dz)).run(d, []);
 }

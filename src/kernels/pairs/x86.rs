@@ -74,6 +74,11 @@ unsafe impl Terms for Instruction {
     }
 
     #[inline(always)]
+    unsafe fn put_rounded(p: *mut u16, v: __m512) {
+        unsafe { _mm256_storeu_si256(p.cast(), rounded(v)) }
+    }
+
+    #[inline(always)]
     unsafe fn put_beside(v: __m512, to: *mut u32) {
         unsafe { _mm256_storeu_si256(to.cast(), rounded(v)) }
     }

@@ -53,7 +53,7 @@ impl Op for ChannelParamGrad {
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         float_dispatch!(need(x, 1)?.dtype, T => {
-            let (input, dy) = (elements(need(x, 0)?)?, need(x, 1)?.get::<T>()?);
+            let (input, dy) = (elements(need(x, 0)?)?, Elements::Whole(need(x, 1)?.get::<T>()?));
             let mean = get(x, 2).map(|m| m.get::<T>()).transpose()?;
             let mut inv = need(x, 3)?.get::<T>()?;
             let c = self.channels.c;
@@ -120,6 +120,10 @@ impl Op for ChannelSum {
         self.channels.s == 1
     }
 
+    fn takes_rounded(&self, _: &[Option<&Meta>], _: usize) -> bool {
+        self.channels.s == 1
+    }
+
     fn scratch(&self, _: &[Option<&Meta>]) -> usize {
         room_bytes(self.channels.partials(), 0, DType::F64)
     }
@@ -183,7 +187,8 @@ impl Op for BatchNormParamGrad {
                 *f = T::of(scale.to64() * inv.to64());
             }
             let mask = Mask::Inside { factor, shift: of(5)?, clamp };
-            norm::param_grad(input, of(1)?, d, Stat::Channel, (Some(mean), inv), mask, sums, partials);
+            let dy = elements(need(x, 1)?)?;
+            norm::param_grad(input, dy, d, Stat::Channel, (Some(mean), inv), mask, sums, partials);
             Ok(())
         })
     }
@@ -195,6 +200,10 @@ impl Op for BatchNormParamGrad {
 
     fn reads_half(&self, input: usize) -> bool {
         matches!(input, 0 | 6) && self.channels.s == 1
+    }
+
+    fn takes_rounded(&self, inputs: &[Option<&Meta>], input: usize) -> bool {
+        input == 1 && inputs.len() == 6 && self.channels.s == 1
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
@@ -242,7 +251,7 @@ impl Op for BatchNormInputGrad {
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let y = out(y, 0)?;
         float_dispatch!(need(x, 1)?.dtype, T => {
-            let input = get(x, 0).map(elements).transpose()?;
+            let (input, dy) = (get(x, 0).map(elements).transpose()?, get(x, 4).map(elements).transpose()?);
             let get = |i: usize| get(x, i).map(|x| x.get::<T>()).transpose();
             let need = |i: usize| need(x, i)?.get::<T>();
             let g = norm::ChannelGrad {
@@ -254,7 +263,7 @@ impl Op for BatchNormInputGrad {
                 passed: get(7)?.map(|shift| (shift, self.clamp.to())),
             };
             let room = cx.room(3 * self.channels.c)?;
-            norm::channel_input_grad(input, get(4)?, results(y)?, self.channels, g, room);
+            norm::channel_input_grad(input, dy, results(y)?, self.channels, g, room);
             Ok(())
         })
     }
@@ -270,6 +279,10 @@ impl Op for BatchNormInputGrad {
 
     fn reads_half(&self, input: usize) -> bool {
         input == 0 && self.channels.s == 1
+    }
+
+    fn takes_rounded(&self, _: &[Option<&Meta>], input: usize) -> bool {
+        input == 4 && self.channels.s == 1
     }
 
     fn halved(&self, output: usize, to: DType) -> Option<Arc<dyn Op>> {

@@ -71,7 +71,7 @@ fn many_weights_few_positions() {
     // Both gradients are the forward pass's transposes.
     let dy = wave(&[1, 360, 8, 7], 0.9);
     let dot = |a: &Tensor, b: &Tensor| a.to_f64().iter().zip(b.to_f64()).map(|(a, b)| a * b).sum::<f64>();
-    let input = ConvInputGrad { conv: conv.clone(), x: Dims::from_slice(x.dims()) };
+    let input = ConvInputGrad::of(conv.clone(), Dims::from_slice(x.dims()));
     let weight = ConvWeightGrad { conv: conv.clone(), w: Dims::from_slice(w.dims()) };
     let (x2, w2) = (wave(x.dims(), 1.7), wave(w.dims(), 0.3));
     let dx = eval(&input, &[Some(&dy), Some(&w)]).unwrap().remove(0);
@@ -123,7 +123,7 @@ fn bits_do_not_depend_on_threads() {
         let both = ConvGrads { conv: kept, w: w_dims, adds: false, back: None, sums: false };
         let joins = ConvGrads::can(&both.conv, &Meta::new(DType::F32, lx.dims()), &w);
         let run = || {
-            let input = ConvInputGrad { conv: conv.clone(), x: Dims::from_slice(&x) };
+            let input = ConvInputGrad::of(conv.clone(), Dims::from_slice(&x));
             let weight = ConvWeightGrad { conv: conv.clone(), w: Dims::from_slice(&w) };
             let both = match joins {
                 true => eval(&both, &[Some(&ldy), Some(&tw), Some(&lx), None]).unwrap(),
@@ -326,7 +326,7 @@ fn joined_with_normalisations() {
                     s2[c] * r2[c] * (dz - dh[c] / count - x * r2[c] * ds[c] / count)
                 }),
             };
-            let input = ConvInputGrad { conv: conv.clone(), x: Dims::from_slice(x.dims()) };
+            let input = ConvInputGrad::of(conv.clone(), Dims::from_slice(x.dims()));
             let mut operands = vec![Some(&passed), Some(&w)];
             operands.extend(adds.then_some(Some(&addend)));
             let dx = eval(&input, &operands).unwrap().remove(0);
@@ -377,7 +377,7 @@ fn large_results() {
         let k = conv.window.pads[0] * 2 + 1;
         let w = data(&[oc, if conv.groups == 1 { c } else { 1 }, k, k]);
         let y = eval(&conv, &[Some(&x), Some(&w)]).unwrap().remove(0).to_f64();
-        let back = ConvInputGrad { conv: conv.clone(), x: Dims::from_slice(&[images, extent, extent, oc]) };
+        let back = ConvInputGrad::of(conv.clone(), Dims::from_slice(&[images, extent, extent, oc]));
         let turned = data(&[oc, if conv.groups == 1 { oc } else { 1 }, k, k]);
         let dy = data(&[images, extent, extent, oc]);
         let dx = eval(&back, &[Some(&dy), Some(&turned)]).unwrap().remove(0).to_f64();
@@ -399,8 +399,7 @@ fn large_results() {
             };
             let one = eval(&conv, &[Some(&cut(&x)), Some(&w)]).unwrap().remove(0).to_f64();
             assert!(y[image * one.len()..][..one.len()] == one, "Y of image {image}");
-            let back =
-                ConvInputGrad { x: Dims::from_slice(&[1, extent, extent, oc]), conv: back.conv.clone() };
+            let back = ConvInputGrad::of(back.conv.clone(), Dims::from_slice(&[1, extent, extent, oc]));
             let one = eval(&back, &[Some(&cut(&dy)), Some(&turned)]).unwrap().remove(0).to_f64();
             assert!(dx[image * one.len()..][..one.len()] == one, "dX of image {image}");
             if let Some(together) = &together {

@@ -8,7 +8,7 @@ use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::conv::{self as kernel, Epilogue, Geometry};
 use crate::kernels::elementwise::Clamp;
-use crate::kernels::half::Elements;
+use crate::kernels::half::{Elements, ElementsMut};
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::Channels;
 use crate::ops::batch_norm::ChannelSum;
@@ -182,7 +182,7 @@ impl Op for ConvTranspose {
             let bias = get(x, 2).map(|b| b.get::<T>()).transpose()?;
             let (epilogue, y) = (Epilogue { bias, ..Epilogue::none() }, out(y, 0)?.get::<T>()?);
             let input = Elements::Whole(input.get::<T>()?);
-            kernel::transposed(&g, input, w.get::<T>()?, epilogue, y, floats(cx.scratch)?);
+            kernel::transposed(&g, input, w.get::<T>()?, epilogue, ElementsMut::Whole(y), floats(cx.scratch)?);
             Ok(())
         })
     }

@@ -142,7 +142,7 @@ fn convolutions_multiply_pairs() {
             }
         };
         check(&conv, [&input, &weights]);
-        check(&ConvInputGrad { conv: conv.clone(), x }, [&dy, &weights]);
+        check(&ConvInputGrad::of(conv.clone(), x), [&dy, &weights]);
         let weight = ConvWeightGrad { conv: conv.clone(), w };
         check(&weight, [&dy, &input]);
         // Operands that are rounded already are taken as they are.

@@ -8,8 +8,9 @@ use std::ops::Range;
 use super::forward::{Multiply, Target, Transform, Weights, transform_inputs};
 use super::{Source, Tiles, Transformed, room};
 use crate::kernels::conv::grids::Plan;
+use crate::kernels::conv::results::SharedResults;
 use crate::kernels::conv::{Epilogue, in_slots, slots};
-use crate::kernels::half::Elements;
+use crate::kernels::half::{Elements, ElementsMut};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Simd, Vectors};
 use crate::kernels::tile::{Form, TermKernel, Terms};
@@ -122,7 +123,7 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Panel<'_, E, T> {
             first = inputs.end;
         }
         // SAFETY: as above.
-        unsafe { self.target.write::<D::S>(0..tiles, self.panel, self.products, &self.layouts[1]) }
+        unsafe { self.target.write::<D>(0..tiles, self.panel, self.products, &self.layouts[1]) }
     }
 }
 
@@ -132,7 +133,7 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
     x: Elements<T>,
     w: &[T],
     epilogue: Epilogue<T>,
-    y: &mut [T],
+    y: ElementsMut<T>,
     scratch: &mut [T],
 ) {
     let panel = T::level().pair();
@@ -149,7 +150,7 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
         // SAFETY: the input has the plan's extents; no two tasks write the same tiles.
         unsafe { E::dispatch_terms(Inputs { of, tiles, source, layout: layouts[0], to }) }
     });
-    let y = Shared::new(y);
+    let y = SharedResults::new(y);
     let size = weights(plan, E::EACH, panel);
     in_slots(plan.panels(panel), size + layouts[1].size(), slots, |p, slot| {
         let (weights, products) = slot.split_at_mut(size);
@@ -163,7 +164,7 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
                 layouts,
                 weights,
                 products: products.as_mut_ptr(),
-                target: Target { plan, tiles: of, epilogue, y: y.ptr() },
+                target: Target { plan, tiles: of, epilogue, y: y.to() },
             });
         }
     });

@@ -9,12 +9,13 @@ use super::transform::{IN, OUT, PRODUCTS, input_tile, output_tile, put_across, p
 use super::{Source, TAPS, Tiles, Transformed, few, room};
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::panels::Unpacked;
+use crate::kernels::conv::results::{SharedResults, To};
 use crate::kernels::conv::way::Packed;
 use crate::kernels::conv::{Epilogue, Residual, slots};
-use crate::kernels::half::Elements;
-use crate::kernels::par::{Shared, in_prepared_slots};
+use crate::kernels::half::{Elements, ElementsMut};
+use crate::kernels::par::in_prepared_slots;
 use crate::kernels::simd::{Simd, Vectors, load_up_to, store_up_to};
-use crate::kernels::tile::{Form, Pieces, TermKernel, Terms, multiply};
+use crate::kernels::tile::{Form, Pieces, TermKernel, Terms, multiply, round_up_to};
 use crate::tile_sizes;
 
 /// Elements of a task's transformed tiles, and the tiles it should at least have where weights are many.
@@ -200,7 +201,7 @@ pub(super) struct Target<'a, T> {
     pub(super) plan: &'a Plan,
     pub(super) tiles: Tiles,
     pub(super) epilogue: Epilogue<'a, T>,
-    pub(super) y: *mut T,
+    pub(super) y: To<T>,
 }
 
 struct Task<'a, E, T> {
@@ -238,7 +239,7 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
                     add: false,
                 };
                 multiply.run::<D>();
-                self.target.write::<D::S>(self.tiles.clone(), p, self.products, &m);
+                self.target.write::<D>(self.tiles.clone(), p, self.products, &m);
             }
         }
     }
@@ -256,7 +257,7 @@ impl<T: Vectors> Target<'_, T> {
     /// # Safety
     /// `products` must have the layout's size; `y`, and the epilogue's residual, the plan's extents.
     #[inline(always)]
-    pub(super) unsafe fn write<S: Simd<Elem = T>>(
+    pub(super) unsafe fn write<D: Terms<S: Simd<Elem = T>>>(
         &self,
         tiles: Range<usize>,
         panel: usize,
@@ -265,13 +266,13 @@ impl<T: Vectors> Target<'_, T> {
     ) {
         for t in 0..tiles.len() {
             let at = self.tiles.at(tiles.start + t);
-            for j in 0..self.vectors::<S>(panel) {
-                let channel = (2 * panel + j) * S::LANES;
+            for j in 0..self.vectors::<D::S>(panel) {
+                let channel = (2 * panel + j) * D::S::LANES;
                 // SAFETY: the caller's promise.
                 unsafe {
-                    let products = products.add(t * layout.tile + j * S::LANES);
-                    let tile = output_tile::<S>(products, layout.product);
-                    self.write_tile::<S>(&tile, at, channel, (self.plan.co - channel).min(S::LANES));
+                    let products = products.add(t * layout.tile + j * D::S::LANES);
+                    let tile = output_tile::<D::S>(products, layout.product);
+                    self.write_tile::<D>(&tile, at, channel, (self.plan.co - channel).min(D::S::LANES));
                 }
             }
         }
@@ -282,9 +283,9 @@ impl<T: Vectors> Target<'_, T> {
     /// # Safety
     /// As of `write`.
     #[inline(always)]
-    unsafe fn write_tile<S: Simd<Elem = T>>(
+    unsafe fn write_tile<D: Terms<S: Simd<Elem = T>>>(
         &self,
-        tile: &[[S::V; OUT]; OUT],
+        tile: &[[<D::S as Simd>::V; OUT]; OUT],
         [image, row, column]: [usize; 3],
         channel: usize,
         n: usize,
@@ -292,25 +293,29 @@ impl<T: Vectors> Target<'_, T> {
         let [_, rows, columns] = self.plan.target;
         // SAFETY: the caller's promise.
         unsafe {
-            let (low, high) = (S::splat(self.epilogue.clamp.low), S::splat(self.epilogue.clamp.high));
+            let (low, high) = (D::S::splat(self.epilogue.clamp.low), D::S::splat(self.epilogue.clamp.high));
             let bias = match self.epilogue.bias {
-                Some(bias) => load_up_to::<S>(bias.as_ptr().add(channel), n),
-                None => S::splat(T::zero()),
+                Some(bias) => load_up_to::<D::S>(bias.as_ptr().add(channel), n),
+                None => D::S::splat(T::zero()),
             };
             let residual = match self.epilogue.residual {
                 Residual::None => None,
                 Residual::Of(r) => Some(r.as_ptr()),
-                Residual::InOutput => Some(self.y.cast_const()),
+                Residual::InOutput => Some(self.y.whole().cast_const()),
             };
             for i in 0..OUT {
                 for j in 0..OUT {
                     if row + i < rows && column + j < columns {
                         let at = ((image * rows + row + i) * columns + column + j) * self.plan.co + channel;
-                        let mut v = S::add(tile[i][j], bias);
+                        let mut v = D::S::add(tile[i][j], bias);
                         if let Some(r) = residual {
-                            v = S::add(v, load_up_to::<S>(r.add(at), n));
+                            v = D::S::add(v, load_up_to::<D::S>(r.add(at), n));
                         }
-                        store_up_to::<S>(self.y.add(at), S::min(high, S::max(low, v)), n);
+                        v = D::S::min(high, D::S::max(low, v));
+                        match self.y {
+                            To::Whole(y) => store_up_to::<D::S>(y.add(at), v, n),
+                            To::Bf16(y) => round_up_to::<D>(y.add(at), v, n),
+                        }
                     }
                 }
             }
@@ -325,7 +330,7 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
     x: Elements<T>,
     w: &[T],
     epilogue: Epilogue<T>,
-    y: &mut [T],
+    y: ElementsMut<T>,
     scratch: &mut [T],
 ) {
     let panel = T::level().pair();
@@ -345,7 +350,7 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
     let d = Division::new(plan, panel);
     let layouts = d.layouts(plan, E::EACH, panel);
     let [chunks, groups] = d.tasks(plan, panel);
-    let (y, room) = (Shared::new(y), own + d.slot(plan, E::EACH, panel, !x.is_whole()));
+    let (y, room) = (SharedResults::new(y), own + d.slot(plan, E::EACH, panel, !x.is_whole()));
     in_prepared_slots(chunks * groups, room, slots, prepare, |task, slot| {
         // Neighbouring tasks, which a core computes one after the other, read the same weights.
         let (group, chunk) = (task / chunks, task % chunks);
@@ -367,7 +372,7 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
                 panels: group * d.panels..plan.panels(panel).min((group + 1) * d.panels),
                 transformed: E::room(transformed).as_mut_ptr(),
                 products: products.as_mut_ptr(),
-                target: Target { plan, tiles: d.tiles, epilogue, y: y.ptr() },
+                target: Target { plan, tiles: d.tiles, epilogue, y: y.to() },
             });
         }
     });
