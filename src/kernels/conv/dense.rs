@@ -133,8 +133,8 @@ impl<E: Copy, T: Vectors> Task<'_, E, T> {
     #[inline(always)]
     fn rows_of(&self, walk: &mut Walk, y0: usize, m: usize) -> ([*const E; 8], [usize; 8]) {
         let (mut a, mut y) = ([self.a; 8], [0usize; 8]);
-        if walk.at[2] + m < walk.extents[2] {
-            // All in one row, and not its last.
+        if walk.at[2] + m <= walk.extents[2] {
+            // All in one row.
             for i in 0..8 {
                 a[i] = self.a.wrapping_add(walk.a + i * walk.a_step[2]);
                 y[i] = y0 + walk.y + i * walk.y_step[2];
@@ -142,6 +142,9 @@ impl<E: Copy, T: Vectors> Task<'_, E, T> {
             walk.at[2] += m;
             walk.a += m * walk.a_step[2];
             walk.y += m * walk.y_step[2];
+            if walk.at[2] == walk.extents[2] {
+                walk.next_line();
+            }
             return (a, y);
         }
         for i in 0..m {
