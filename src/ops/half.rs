@@ -140,4 +140,4 @@ pub(super) fn half_bits_mut<'a>(y: &'a mut ViewMut) -> Result<&'a mut [u16], OpE
 }
 
 #[cfg(test)]
-mod tests;
+pub(in crate::ops) mod tests;

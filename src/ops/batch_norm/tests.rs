@@ -1,5 +1,7 @@
 use super::*;
+use crate::kernels::half::Half;
 use crate::ops::cases::Case;
+use crate::ops::half::tests::puts_out_rounded;
 use crate::ops::{Attr, Attrs, eval};
 use crate::tensor::Tensor;
 
@@ -166,6 +168,50 @@ fn bits_do_not_depend_on_threads() {
         for pool in &pools {
             let again = pool.install(run);
             assert!(first.iter().zip(&again).all(|(a, b)| a.bytes() == b.bytes()), "{n} {c}");
+        }
+    }
+}
+
+/// In either form, with an activation and a residual, and of what is rounded already.
+#[test]
+fn results_are_rounded() {
+    let of = |given: bool| BatchNormalization {
+        layout: Layout::Last,
+        epsilon: 1e-5,
+        momentum: 0.9,
+        spatial: true,
+        training: true,
+        unbiased: false,
+        follow: false,
+        given,
+        rounds: None,
+        instead: false,
+        clamp: Clamp { low: 0.0, high: 0.9 },
+    };
+    let wave = |dims: &[usize], step: f64| {
+        let data: Vec<f32> =
+            (0..dims.iter().product()).map(|i: usize| (1.2 + (i as f64 * step).sin()) as f32).collect();
+        Tensor::from_slice(dims, &data).unwrap()
+    };
+    for (n, c) in [(9000, 16), (901, 24), (700, 300), (333, 1280), (7, 3)] {
+        let (x, residual) = (wave(&[n, 1, c], 0.7), wave(&[n, 1, c], 0.3));
+        let one = [0.2, 0.4, 0.6, 0.8].map(|step| wave(&[c], step));
+        let half = [DType::BF16, DType::F16].map(|to| x.cast(to));
+        for x in [&x, &half[0], &half[1]] {
+            for (given, residual) in [(true, None), (true, Some(&residual)), (false, None)] {
+                if !given && Half::of(x.dtype()).is_some() {
+                    continue;
+                }
+                let mut operands = vec![Some(x)];
+                operands.extend(one.iter().map(Some));
+                operands.extend(one[..if given { 2 } else { 0 }].iter().map(Some));
+                operands.extend(residual.map(Some));
+                let op = of(given);
+                assert!(puts_out_rounded(&format!("{n} rows of {c}"), &op, &operands));
+                let both = op.rounding(DType::BF16).unwrap();
+                let got = eval(both.as_ref(), &operands).unwrap();
+                assert!(got[5].bytes() == got[0].cast(DType::BF16).bytes());
+            }
         }
     }
 }

@@ -38,12 +38,18 @@ fn wave(dims: &[usize], step: f32) -> Tensor {
 
 /// What an operator that widens as it reads makes of half precision is what it makes of widened copies, bit by bit.
 fn reads(what: &str, op: &dyn Op, operands: &[Option<&Tensor>]) {
+    let metas: Vec<Option<Meta>> = operands.iter().map(|t| t.map(Tensor::meta)).collect();
+    let metas: Vec<Option<&Meta>> = metas.iter().map(Option::as_ref).collect();
     for to in [DType::BF16, DType::F16] {
+        let rounded = |i: usize| to == DType::BF16 && (op.rounds(&metas, i) || op.takes_rounded(&metas, i));
         let halves: Vec<Option<Tensor>> = operands
             .iter()
             .enumerate()
-            .map(|(i, t)| t.filter(|_| op.reads_half(i)).map(|t| t.cast(to)))
+            .map(|(i, t)| t.filter(|_| op.reads_half(i) || rounded(i)).map(|t| t.cast(to)))
             .collect();
+        if to == DType::F16 && halves.iter().all(Option::is_none) {
+            continue;
+        }
         assert!(halves.iter().any(Option::is_some), "{what} reads no half precision");
         let wide: Vec<Option<Tensor>> =
             halves.iter().map(|t| t.as_ref().map(|t| t.cast(DType::F32))).collect();
@@ -57,6 +63,21 @@ fn reads(what: &str, op: &dyn Op, operands: &[Option<&Tensor>]) {
             assert!(got.dtype() == want.dtype() && got.bytes() == want.bytes(), "{what}, output {i}, {to}");
         }
     }
+}
+
+/// What an operator puts out rounded, if it does, is what it puts out otherwise, rounded.
+pub(in crate::ops) fn puts_out_rounded(what: &str, op: &dyn Op, operands: &[Option<&Tensor>]) -> bool {
+    let whole = eval(op, operands).unwrap();
+    let mut any = false;
+    for to in [DType::BF16, DType::F16] {
+        if let Some(rounding) = op.halved(0, to) {
+            let got = eval(rounding.as_ref(), operands).unwrap();
+            assert!(rounding.in_place().is_empty() && got[0].dtype() == to, "{what}, {to}");
+            assert!(got[0].bytes() == whole[0].cast(to).bytes(), "{what}, {to}");
+            any = true;
+        }
+    }
+    any
 }
 
 /// A convolution with its channels last.
@@ -142,15 +163,26 @@ fn convolutions_multiply_pairs() {
             }
         };
         check(&conv, [&input, &weights]);
-        check(&ConvInputGrad::of(conv.clone(), x), [&dy, &weights]);
+        let back = ConvInputGrad::of(conv.clone(), x);
+        check(&back, [&dy, &weights]);
         let weight = ConvWeightGrad { conv: conv.clone(), w };
         check(&weight, [&dy, &input]);
         // Operands that are rounded already are taken as they are.
-        reads(
-            &format!("pairs of {shape:?}"),
-            weight.by_pairs().unwrap().as_ref(),
-            &[Some(&dy), Some(&input)],
-        );
+        let what = format!("pairs of {shape:?}");
+        reads(&what, weight.by_pairs().unwrap().as_ref(), &[Some(&dy), Some(&input)]);
+        reads(&what, conv.by_pairs().unwrap().as_ref(), &[Some(&input), Some(&weights)]);
+        let statistics = ConvStatistics::of(conv.clone());
+        reads(&what, statistics.by_pairs().unwrap().as_ref(), &[Some(&input), Some(&weights)]);
+        let addend = wave(input.dims(), 0.1);
+        let operands = [&dy, &weights, &addend].map(Some);
+        for operands in [&operands[..2], &operands] {
+            let back = back.by_pairs().unwrap();
+            let puts_out = puts_out_rounded(&what, back.as_ref(), operands);
+            assert!(puts_out == (shape.0[1] > 4), "{what}");
+            if puts_out {
+                reads(&what, back.as_ref(), operands);
+            }
+        }
     }
 }
 
@@ -259,6 +291,15 @@ fn normalisations_read_it() {
         let operands = [&x, &scale, &mean, &inv, &dy, &scale, &shift, &shift].map(Some);
         reads(&what, &input, &operands[..7]);
         reads(&what, &input, &operands);
+        assert!(
+            puts_out_rounded(&what, &input, &operands[..7]) && puts_out_rounded(&what, &input, &operands)
+        );
+        let half = [DType::BF16, DType::F16].map(|to| x.cast(to));
+        for x in &half {
+            let mut operands = operands;
+            operands[0] = Some(x);
+            assert!(puts_out_rounded(&what, &input, &operands));
+        }
         // dY in the result's buffer.
         let half = x.cast(DType::F16);
         let mut views: Vec<Option<View>> = operands.iter().map(|t| t.map(Tensor::view)).collect();
