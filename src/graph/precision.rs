@@ -4,8 +4,8 @@
 //! It is the last pass before the plan. Kernels compute in `f32` before and after: a value is rounded by the kernel that
 //! makes it, where that can, else once the kernels that follow it closely have read it; those that read it late widen it
 //! piece by piece as they read, where they can, else it is widened just before them. In between its half form alone is
-//! alive. Sums, statistics, losses and updates are thus computed in `f32` from `f32`, but for the sums of a bias, of a gradient
-//! that only products read besides: these round it, and so it is rounded where it is made. What a convolution with statistics makes
+//! alive. Sums, statistics, losses and updates are thus computed in `f32` from `f32`, but for the sums over a gradient that
+//! only products read besides, which round it, or that a product by pairs passes on to a normalisation: it is rounded where it is made. What a convolution with statistics makes
 //! is read rounded by the normalisation near by as well, as by its gradient ([`Op::is_kept_rounded`]): it is never in memory in `f32`.
 
 use std::collections::HashSet;
@@ -303,11 +303,11 @@ impl<'g> Pass<'g> {
     fn round_for_products(&mut self, v: ValueId, to: DType) -> Result<()> {
         let value = self.graph.value(v);
         let large = value.meta.as_ref().is_some_and(|m| m.dtype == DType::F32 && m.bytes() >= SMALL);
-        let (Source::Node(id, output), true) = (&value.source, large && to == DType::BF16) else {
+        let (Some((_, id)), true) = (self.made[v.index()], large && to == DType::BF16) else {
             return Ok(());
         };
-        let (id, output) = (*id, *output);
         let maker = self.graph.node(id);
+        let Some(output) = maker.outputs.iter().position(|y| *y == Some(v)) else { return Ok(()) };
         let made_so = maker.op.rounds(&self.graph.metas(&maker.inputs), 0);
         let uses = &self.uses[v.index()];
         let read_so = !uses.is_empty() && uses.iter().all(|u| self.rounds(u) || self.takes_rounded(u));
@@ -361,11 +361,8 @@ impl<'g> Pass<'g> {
     /// Does the reader widen such elements by itself?
     fn reads_half(&self, u: &Use, half: Option<DType>) -> bool {
         let by_kernel = self.conversions != Conversions::Apart;
-        let near = |u: &Use| {
-            self.graph.node(u.node).op.reads_half(u.input)
-                || half == Some(DType::BF16) && self.takes_rounded(u)
-        };
-        self.rounds(u) || by_kernel && near(u)
+        let reads = self.graph.node(u.node).op.reads_half(u.input);
+        by_kernel && (reads || self.rounds(u) || half == Some(DType::BF16) && self.takes_rounded(u))
     }
 
     /// Has readers read `half`, or widened copies of it.

@@ -44,6 +44,9 @@ fn what_is_read_late_is_rounded_once_and_widened_for_neighbours_together() {
     let out = late(&mut graph, input);
     let request = Request { outputs: vec![out], ..Request::default() };
     let exact = interpret(&graph, &HashMap::from([(input, x.clone())]), &[out]).unwrap().remove(0);
+    // A value that is left of a node that is gone.
+    let gone = graph.add_value("gone", Source::Node(NodeId(1000), 0));
+    graph.value_mut(gone).meta = Some(x.meta());
     halve(&mut graph, &request, Some(DType::BF16), Conversions::Kernels, &|_| None).unwrap();
     assert_eq!((count(&graph, "Narrow"), count(&graph, "Widen")), (1, 1), "{graph}");
     let rounded = interpret(&graph, &HashMap::from([(input, x.clone())]), &[out]).unwrap().remove(0);

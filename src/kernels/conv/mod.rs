@@ -221,13 +221,13 @@ pub fn rounds(g: &Geometry) -> bool {
     reads_half(g) && !winograd::applies_forward(g)
 }
 
-/// Does the input gradient read dY, which it rounds, perhaps transformed, anyway, and write dX in bfloat16?
+/// Does the input gradient read dY in half precision, which it rounds, perhaps transformed, anyway?
 pub fn input_grad_rounds(g: &Geometry) -> bool {
     reads_half(g) && !narrow::applies(g)
 }
 
-/// Does the kernel that computes dX of so many channels round it?
-pub fn rounds_input_grad(channels: usize) -> bool {
+/// Does it put out dX, of so many channels, in bfloat16?
+pub fn input_grad_is_rounded(channels: usize) -> bool {
     channels > narrow::CHANNELS
 }
 

@@ -85,7 +85,7 @@ impl Op for ConvInputGrad {
 
     fn halved(&self, output: usize, to: DType) -> Option<Arc<dyn Op>> {
         let by_pairs = self.conv.pairs && self.conv.layout == Layout::Last;
-        let rounds = self.x.last().is_some_and(|channels| kernel::rounds_input_grad(*channels));
+        let rounds = self.x.last().is_some_and(|channels| kernel::input_grad_is_rounded(*channels));
         let can = output == 0 && to == DType::BF16 && by_pairs && rounds;
         can.then(|| {
             Arc::new(ConvInputGrad { conv: self.conv.clone(), x: self.x.clone(), rounds: true })
