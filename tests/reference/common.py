@@ -98,6 +98,12 @@ def worst(found: dict) -> str:
     return f"{found[name]:.1e} at {name}"
 
 
+def steps(index):
+    """Ascending indices, each as its distance from the one before (the first from 0): small numbers take little room."""
+    distance = np.diff(index, prepend=0)
+    return distance.astype(np.min_scalar_type(int(distance.max())))
+
+
 def stored(kind: str, singles: list, exact: dict, whole=WHOLE, samples=SAMPLES) -> dict:
     """Each tensor as `<kind>.<name>` if small, else as `index.`, `value.` and `norm.`; always with `scale.` and `drift.`.
 
@@ -114,8 +120,8 @@ def stored(kind: str, singles: list, exact: dict, whole=WHOLE, samples=SAMPLES) 
         # the largest element is always among the samples
         top = int(np.abs(to_numpy(exact[name])).argmax())
         others = np.random.default_rng([SEED, *name.encode()]).choice(value.size - 1, samples - 1, replace=False)
-        index = np.sort(np.append(others + (others >= top), top)).astype(np.int64)
-        out[f"index.{name}"] = index
+        index = np.sort(np.append(others + (others >= top), top))
+        out[f"index.{name}"] = steps(index)
         out[f"value.{name}"] = value.reshape(-1)[index]
         out[f"norm.{name}"] = np.linalg.norm(value.astype(np.float64))
     return out

@@ -1,4 +1,5 @@
-"""Fixtures icp_{sgd,adam,ademamix}.npz: one step of ICP self-distillation on ResNet-20, with each of the perturbers.
+"""Fixtures icp_{sgd,adam,ademamix}.npz: one step of ICP self-distillation on ResNet-20, with each of the perturbers, on the
+images of icp_images.npz.
 
 Dave et al. 2025 (arXiv 2505.14751): perturb the input in evaluation mode, run the perturbed input (teacher) and then the
 clean one (student) in training mode, L = alpha L_task + (1 - alpha) L_feat, one SGD update.
@@ -176,7 +177,7 @@ def well_defined(net, size=8, tries=30):
 def fixture(kind, net, path, x, y, names, found):
     rounded, stable = found["rounded"], found["stable"]
     first = rounded[0]
-    out = {"x": x, "y": y, "model_sha256": sha256(path), "taps": text(names), "weights": cosine_weights(len(names))}
+    out = {"model_sha256": sha256(path), "taps": text(names), "weights": cosine_weights(len(names))}
     out |= {"epsilon": EPSILON[kind], "steps": STEPS, "alpha": ALPHA, "lr": LR, "stable": stable}
     out |= {key: first[key] for key in ("xk", *LOSSES)}
     out |= {f"step2.{key}": first["second"][key] for key in LOSSES}
@@ -204,5 +205,6 @@ if __name__ == "__main__":
     with torch.no_grad():
         names = value_names(path, x, taps(net, torch.from_numpy(x))[1])
     print(f"taps {names}")
+    save(FIXTURES / "icp_images.npz", {"x": x, "y": y})
     for kind in EPSILON:
         fixture(kind, net, path, x, y, names, found[kind])

@@ -1,4 +1,4 @@
-"""Fixture icp_variants.npz: two steps of each variant of ICP on ResNet-20, on the images of icp_adam.npz.
+"""Fixture icp_variants.npz: two steps of each variant of ICP on ResNet-20, on the images of icp_images.npz.
 
 Written from the definitions in `src/icp/settings.rs`, in float64; what is stored are losses, gradient norms and how far
 each sample is moved, of both steps: the second shows what a variant carries over from the first.
@@ -191,10 +191,10 @@ VARIANTS = {
 
 
 if __name__ == "__main__":
-    arrays = np.load(FIXTURES / "icp_adam.npz")
+    arrays = np.load(FIXTURES / "icp_images.npz")
     net = twin("resnet20", RESNET20).double()
     x, y = torch.from_numpy(arrays["x"]).double(), torch.from_numpy(arrays["y"])
-    out = {"x": arrays["x"], "y": arrays["y"], "model_sha256": sha256(RESNET20), "alpha": ALPHA, "lr": LR, "names": text(list(VARIANTS))}
+    out = {"model_sha256": sha256(RESNET20), "alpha": ALPHA, "lr": LR, "names": text(list(VARIANTS))}
     for name, options in VARIANTS.items():
         run = Variant(net, x, y, **options)
         for number in (1, 2):

@@ -21,11 +21,16 @@ pub fn error(fixture: &Arrays, kind: &str, name: &str, ours: &Tensor) -> f64 {
     let (at, truth): (Vec<usize>, Vec<f64>) = match fixture.find(&format!("{kind}.{name}")) {
         Some(whole) => ((0..ours.len()).collect(), whole.to_f64()),
         None => {
-            let index = fixture.get(&format!("index.{name}")).to_ints().unwrap();
+            // Each as its distance from the one before.
+            let steps = fixture.get(&format!("index.{name}")).to_ints().unwrap();
+            let index = steps.iter().scan(0, |at, step| {
+                *at += *step as usize;
+                Some(*at)
+            });
             let norm = fixture.get(&format!("norm.{name}")).to_f64()[0];
             let own = ours.iter().map(|x| x * x).sum::<f64>().sqrt();
             assert!((own - norm).abs() <= 1e-3 * norm.max(scale), "{name}: norm {own}, not {norm}");
-            (index.iter().map(|i| *i as usize).collect(), fixture.get(&format!("value.{name}")).to_f64())
+            (index.collect(), fixture.get(&format!("value.{name}")).to_f64())
         }
     };
     let worst = at.iter().zip(&truth).fold(0.0, |m: f64, (i, t)| m.max((ours[*i] - t).abs()));

@@ -18,6 +18,7 @@ use crate::gradients::{check_model, error, names};
 
 fn one_step(fixture: &str, perturber: Optimizer) {
     let f = Arrays::read(&shipped(fixture));
+    let images = Arrays::read(&shipped("tests/fixtures/icp_images.npz"));
     let path = shipped("models/resnet20.onnx");
     check_model(&f, &path);
     let number = |key: &str| f.get(key).to_f64()[0];
@@ -36,7 +37,8 @@ fn one_step(fixture: &str, perturber: Optimizer) {
     recipe.prepare(&mut session).unwrap();
     let before: Vec<Tensor> = params.iter().map(|w| session.weight(*w).unwrap()).collect();
     let data =
-        Dataset::from_arrays(vec![("x".into(), f.get("x").clone())], Some(f.get("y").clone())).unwrap();
+        Dataset::from_arrays(vec![("x".into(), images.get("x").clone())], Some(images.get("y").clone()))
+            .unwrap();
     let data = data.bind(&retune::finetune::input_specs(&model)).unwrap();
     let mut batch = data.new_batch(data.len());
     data.batch(&(0..data.len()).collect::<Vec<_>>(), None, &mut batch).unwrap();
@@ -60,7 +62,8 @@ fn one_step(fixture: &str, perturber: Optimizer) {
     for (k, (a, b)) in perturbed.losses.iter().zip(&want).enumerate() {
         assert!((a - b).abs() <= 2e-4 * b.abs().max(1e-3), "loss at perturbation step {k}: {a}, PyTorch {b}");
     }
-    let (x, xk, stable) = (f.get("x").to_f64(), f.get("xk").to_f64(), f.get("stable").to_ints().unwrap());
+    let (x, xk, stable) =
+        (images.get("x").to_f64(), f.get("xk").to_f64(), f.get("stable").to_ints().unwrap());
     let largest = x.iter().zip(&xk).fold(0.0, |m: f64, (a, b)| m.max((a - b).abs()));
     let firm = stable.iter().filter(|s| **s != 0).count();
     assert!(firm * 100 >= stable.len() * 99, "{firm} of {} elements are well defined", stable.len());

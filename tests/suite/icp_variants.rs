@@ -61,7 +61,8 @@ impl Setting {
         let path = shipped("models/resnet20.onnx");
         check_model(&fixture, &path);
         let model = Arc::new(retune::import::load(&path).unwrap());
-        let (x, y) = (fixture.get("x").clone(), fixture.get("y").clone());
+        let images = Arrays::read(&shipped("tests/fixtures/icp_images.npz"));
+        let (x, y) = (images.get("x").clone(), images.get("y").clone());
         let data = Dataset::from_arrays(vec![("x".into(), x)], Some(y)).unwrap();
         let data = data.bind(&retune::finetune::input_specs(&model)).unwrap();
         let mut batch = data.new_batch(data.len());
