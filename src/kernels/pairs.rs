@@ -282,6 +282,7 @@ pub unsafe fn in_strips<D: Pairs<S: Simd<Elem: Vectors>>>(
     last: bool,
     to: *mut u32,
 ) {
+    debug_assert!(rows == 1 || some.len() <= GROUP / STRIP, "rows of more strips than are near");
     let mut near = MaybeUninit::<[u32; GROUP + STRIP]>::uninit();
     let near = near.as_mut_ptr().cast::<u32>();
     let mut group = some.start;

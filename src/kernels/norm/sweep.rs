@@ -215,12 +215,6 @@ impl<T: Vectors, F: Formula<T, K>, const K: usize> Piece<'_, T, F, K> {
     }
 }
 
-/// Is a period of so many elements one of `vectors` vectors?
-#[inline(always)]
-fn is_period(period: usize, vectors: usize, lanes: usize) -> bool {
-    period == vectors * lanes
-}
-
 impl<T: Vectors, F: Formula<T, K>, const K: usize> Kernel<T> for Piece<'_, T, F, K> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
@@ -239,11 +233,11 @@ impl<T: Vectors, F: Formula<T, K>, const K: usize> Kernel<T> for Piece<'_, T, F,
                 Coefficients::Each(of) => of,
             };
             let width = of[0].len();
-            match () {
-                _ if is_period(width, 1, lanes) => self.repeated::<S, 1>(Self::first::<S, 1>(&of)),
-                _ if is_period(width, 2, lanes) => self.repeated::<S, 2>(Self::first::<S, 2>(&of)),
-                _ if is_period(width, 3, lanes) => self.repeated::<S, 3>(Self::first::<S, 3>(&of)),
-                _ if is_period(width, 4, lanes) => self.repeated::<S, 4>(Self::first::<S, 4>(&of)),
+            match if width.is_multiple_of(lanes) { width / lanes } else { 0 } {
+                1 => self.repeated::<S, 1>(Self::first::<S, 1>(&of)),
+                2 => self.repeated::<S, 2>(Self::first::<S, 2>(&of)),
+                3 => self.repeated::<S, 3>(Self::first::<S, 3>(&of)),
+                4 => self.repeated::<S, 4>(Self::first::<S, 4>(&of)),
                 _ => {
                     for start in (0..self.n).step_by(width) {
                         let end = self.n.min(start + width);
@@ -273,6 +267,8 @@ fn period(c: usize, lanes: usize) -> usize {
 
 struct Sweep<'a, T, F> {
     formula: F,
+    /// Elements of each operand, and results.
+    n: usize,
     /// `None`: they lie in the results.
     x: Option<Elements<'a, T>>,
     other: Option<Elements<'a, T>>,
@@ -292,12 +288,12 @@ impl<'a, T: Vectors, F> Sweep<'a, T, F> {
             Results::Half(half, rounded) => (None, Some((half, rounded))),
             Results::Both(y, half, rounded) => (Some(y), Some((half, rounded))),
         };
-        let lengths = [x.map(|x| x.len()), other.map(|x| x.len()), y.as_ref().map(|y| y.len())];
-        let n = lengths.iter().flatten().next().copied().unwrap_or(0);
-        let same = lengths.iter().flatten().all(|len| *len == n);
-        assert!(same && rounded.as_ref().is_none_or(|r| r.1.len() == n), "operands of a normalisation");
+        let to = [y.as_ref().map(|y| y.len()), rounded.as_ref().map(|r| r.1.len())];
+        let lengths = [x.map(|x| x.len()), other.map(|x| x.len()), to[0], to[1]];
+        let n = to[0].or(to[1]).unwrap_or(0);
+        assert!(lengths.iter().flatten().all(|len| *len == n), "operands of a normalisation");
         let rounded = rounded.map(|(half, to)| (half, Shared::new(to)));
-        Sweep { formula, x, other, y: y.map(Shared::new), rounded }
+        Sweep { formula, n, x, other, y: y.map(Shared::new), rounded }
     }
 
     /// Calls the kernel for `n` elements from `start` on.
@@ -361,12 +357,16 @@ impl<'a, T: Vectors, F> Sweep<'a, T, F> {
     {
         let of_half = [self.x, self.other].iter().flatten().any(|x| !x.is_whole()) || self.rounded.is_some();
         assert!(d.s == 1 || !of_half, "half precision with channels first");
-        assert!(coefficients.iter().all(|c| c.len() == d.c), "coefficients of a normalisation");
+        let fits = self.n == d.n * d.c * d.s && coefficients.iter().all(|c| c.len() == d.c);
+        assert!(fits, "operands and coefficients of a normalisation");
         assert!(self.other.is_none_or(|x| x.half() != Some(Half::F16)), "another operand in float16");
+        if self.n == 0 {
+            return;
+        }
         let halves = [self.x.and_then(|x| x.half()), self.rounded.as_ref().map(|r| r.0)];
         let by_registers = halves.iter().flatten().all(|half| *half == Half::Bf16);
         let mut spread = [[T::zero(); WIDTH]; K];
-        let width = period(d.c.max(1), T::level().lanes);
+        let width = period(d.c, T::level().lanes);
         let each = if width > d.c {
             for (lanes, of) in spread.iter_mut().zip(coefficients) {
                 lanes[..width].chunks_exact_mut(d.c).for_each(|lanes| lanes.copy_from_slice(of));
@@ -376,7 +376,7 @@ impl<'a, T: Vectors, F> Sweep<'a, T, F> {
             coefficients
         };
         let (rows, row) = if d.s == 1 { (d.n, d.c) } else { (d.n * d.c, d.s) };
-        par::ranges(rows, (GRAIN / row.max(1)).max(1), |rows| {
+        par::ranges(rows, (GRAIN / row).max(1), |rows| {
             let (start, n) = (rows.start * row, rows.len() * row);
             // SAFETY: rows that there are (the operands were checked); no two ranges share one.
             unsafe {
