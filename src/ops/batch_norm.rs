@@ -15,7 +15,7 @@ use crate::kernels::layout::Layout;
 use crate::kernels::norm::{self, Channels, Residual, Results, Stat};
 use crate::kernels::simd::Vectors;
 use crate::ops::clip::passed;
-use crate::ops::half::{computed, elements, results, rounded, widened};
+use crate::ops::half::{PutOut, computed, elements, results, rounded, widened};
 use crate::ops::layout::rank_of;
 use crate::ops::{ChannelsLast, Cx, Grads, Mode, Op, Rerun, Row, Spec, get, need};
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
@@ -39,8 +39,8 @@ const NO_MOMENTUM: f32 = 1.0;
 /// Output 0 may be absent: whoever reads it then normalises x by itself.
 ///
 /// Fused: y = clamp(normalised x + residual), the residual (N, C, …) being input 5. Where the batch's statistics are
-/// `given`, inputs 5 and 6 are its mean and variance (C), and the residual is input 7. Where it `rounds`, output 5 is y in
-/// that type of half precision, or, `instead`, output 0 is.
+/// `given`, inputs 5 and 6 are its mean and variance (C), and the residual is input 7. Where y is put out
+/// both whole and in half precision, output 5 is the latter.
 #[derive(Debug, Clone)]
 pub struct BatchNormalization {
     epsilon: f64,
@@ -56,8 +56,7 @@ pub struct BatchNormalization {
     /// What is done to the result last.
     clamp: Clamp<f64>,
     given: bool,
-    rounds: Option<DType>,
-    instead: bool,
+    puts_out: PutOut,
 }
 
 impl BatchNormalization {
@@ -77,8 +76,7 @@ impl BatchNormalization {
             follow: false,
             clamp: Clamp::NONE,
             given: false,
-            rounds: None,
-            instead: false,
+            puts_out: PutOut::Whole,
         }))
     }
 
@@ -317,13 +315,8 @@ impl Op for BatchNormalization {
         }
         let of = |i: usize| need(inputs, i).map(|m: &Meta| Meta::new(m.dtype, &m.dims));
         let channel = Meta::new(x.dtype, &[c]);
-        let mut made = vec![Meta::new(x.dtype, &x.dims), of(3)?, of(4)?, channel.clone(), channel];
-        match self.rounds {
-            Some(to) if self.instead => made[0].dtype = to,
-            Some(to) => made.push(Meta::new(to, &x.dims)),
-            None => {}
-        }
-        Ok(made)
+        let made = vec![Meta::new(x.dtype, &x.dims), of(3)?, of(4)?, channel.clone(), channel];
+        Ok(self.puts_out.of(made))
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
@@ -390,7 +383,7 @@ impl Op for BatchNormalization {
 
     fn in_place(&self) -> &[(usize, usize)] {
         match () {
-            _ if self.instead => &[],
+            _ if self.puts_out.is_half() => &[],
             _ if self.given => &[(0, 0), (7, 0)],
             _ => &[(0, 0), (5, 0)],
         }
@@ -403,12 +396,12 @@ impl Op for BatchNormalization {
     fn halved(&self, output: usize, to: DType) -> Option<Arc<dyn Op>> {
         let can = output == 0 && self.layout == Layout::Last;
         can.then(|| {
-            Arc::new(BatchNormalization { rounds: Some(to), instead: true, ..self.clone() }) as Arc<dyn Op>
+            Arc::new(BatchNormalization { puts_out: PutOut::Half(to), ..self.clone() }) as Arc<dyn Op>
         })
     }
 
     fn rounding(&self, to: DType) -> Option<Arc<dyn Op>> {
-        Some(Arc::new(BatchNormalization { rounds: Some(to), ..self.clone() }))
+        Some(Arc::new(BatchNormalization { puts_out: PutOut::Both(to), ..self.clone() }))
     }
 
     fn updates(&self) -> &[(usize, usize)] {

@@ -125,6 +125,34 @@ pub(super) fn rounded<'a>(y: &'a mut ViewMut) -> Result<(Half, &'a mut [u16]), O
     Ok((half, half_bits_mut(y)?))
 }
 
+/// What an operator puts out of its output 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PutOut {
+    /// It as it is.
+    #[default]
+    Whole,
+    /// That, and once more, as the last output, in a type of half precision: see [`Op::rounding`].
+    Both(DType),
+    /// It in that type alone: see [`Op::halved`].
+    Half(DType),
+}
+
+impl PutOut {
+    /// What is put out where all outputs were whole.
+    pub(super) fn of(self, mut made: Vec<Meta>) -> Vec<Meta> {
+        match self {
+            PutOut::Whole => {}
+            PutOut::Both(to) => made.push(Meta::new(to, &made[0].dims)),
+            PutOut::Half(to) => made[0].dtype = to,
+        }
+        made
+    }
+
+    pub(super) fn is_half(self) -> bool {
+        matches!(self, PutOut::Half(_))
+    }
+}
+
 /// An output that may be rounded, see [`Op::halved`].
 pub(super) fn results<'a, T: Float>(y: &'a mut ViewMut) -> Result<Results<'a, T>, OpError> {
     match Half::of(y.dtype) {

@@ -1,7 +1,10 @@
 //! Convolution with the statistics of its results, gathered from each block of them while it is near.
 #![allow(unsafe_code)]
 
-use super::{Epilogue, Geometry, Operand, dense, depthwise, forward_blocks, forward_scratch, winograd};
+use super::{
+    Epilogue, Geometry, Operand, dense, depthwise, forward_blocks, forward_scratch, loads, reads_half,
+    winograd,
+};
 use crate::kernels::half::Half;
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::{self, Channels};
@@ -66,6 +69,8 @@ pub fn forward_statistics<T: Vectors>(
 ) {
     let Statistics { mean, variance, room, rounded } = statistics;
     x.check();
+    let read = x.is_plain() || loads(g) || reads_half(g) || y.is_some();
+    assert!(read, "an input that is computed as it is read");
     assert!(rounded.as_ref().is_none_or(|r| r.1.len() == g.outputs()), "rounded results");
     assert!(rounded.is_some() || y.is_some(), "results without a place");
     let rounded = rounded.map(|(half, to)| (half, Shared::new(to)));

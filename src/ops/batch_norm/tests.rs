@@ -24,8 +24,7 @@ pub(in crate::ops) fn cases() -> Vec<Case> {
             unbiased: false,
             follow: false,
             given: false,
-            rounds: None,
-            instead: false,
+            puts_out: PutOut::Whole,
             clamp: Clamp { low, high },
         };
         running(Case::of(op).named(name).input(dims).within(&[c], 0.5, 1.5).input(&[c]), c)
@@ -184,8 +183,7 @@ fn results_are_rounded() {
         unbiased: false,
         follow: false,
         given,
-        rounds: None,
-        instead: false,
+        puts_out: PutOut::Whole,
         clamp: Clamp { low: 0.0, high: 0.9 },
     };
     let wave = |dims: &[usize], step: f64| {

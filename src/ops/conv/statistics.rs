@@ -9,7 +9,7 @@ use crate::kernels::conv::{self as kernel, Geometry, Statistics};
 use crate::kernels::half::Half;
 use crate::kernels::layout::Layout;
 use crate::ops::conv::{Conv, floats, short};
-use crate::ops::half::rounded;
+use crate::ops::half::{PutOut, rounded};
 use crate::ops::{ChannelsLast, Cx, Grads, Op, get, need};
 use crate::tensor::{DType, Meta, View, ViewMut};
 
@@ -18,15 +18,13 @@ use crate::tensor::{DType, Meta, View, ViewMut};
 #[derive(Debug)]
 pub struct ConvStatistics {
     pub conv: Conv,
-    /// Output 3 is Y in this type of half precision.
-    pub rounds: Option<DType>,
-    /// Output 0 is, and there is no output 3.
-    pub instead: bool,
+    /// Of Y; output 3 is its half form beside it.
+    pub puts_out: PutOut,
 }
 
 impl ConvStatistics {
     pub fn of(conv: Conv) -> Self {
-        ConvStatistics { conv, rounds: None, instead: false }
+        ConvStatistics { conv, puts_out: PutOut::Whole }
     }
 
     /// Bytes of scratch in front of the convolution's own.
@@ -48,12 +46,7 @@ impl Op for ConvStatistics {
         let mut made = self.conv.infer(inputs)?;
         let channel = Meta::new(made[0].dtype, &need(inputs, 1)?.dims[..1]);
         made.extend([channel.clone(), channel]);
-        match self.rounds {
-            Some(to) if self.instead => made[0].dtype = to,
-            Some(to) => made.push(Meta::new(to, &made[0].dims)),
-            None => {}
-        }
-        Ok(made)
+        Ok(self.puts_out.of(made))
     }
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
@@ -66,7 +59,7 @@ impl Op for ConvStatistics {
         };
         let (y, rounded) = match more {
             [Some(to), ..] => (Some(y), Some(rounded(to)?)),
-            _ if self.instead => (None, Some(rounded(y)?)),
+            _ if self.puts_out.is_half() => (None, Some(rounded(y)?)),
             _ => (Some(y), None),
         };
         float_dispatch!(w.dtype, T => {
@@ -81,7 +74,7 @@ impl Op for ConvStatistics {
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Some(x), Some(w)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        let (kept, half) = (!self.instead, Half::of(x.dtype).is_some());
+        let (kept, half) = (!self.puts_out.is_half(), Half::of(x.dtype).is_some());
         let single =
             |g: &Geometry, computed: bool| kernel::statistics_scratch::<f32>(g, !computed && !half, kept);
         let double = |g: &Geometry, computed: bool| kernel::statistics_scratch::<f64>(g, !computed, kept);
@@ -101,11 +94,11 @@ impl Op for ConvStatistics {
 
     fn halved(&self, output: usize, to: DType) -> Option<Arc<dyn Op>> {
         (output == 0).then_some(())?;
-        Some(Arc::new(ConvStatistics { conv: self.conv.clone(), rounds: Some(to), instead: true }))
+        Some(Arc::new(ConvStatistics { conv: self.conv.clone(), puts_out: PutOut::Half(to) }))
     }
 
     fn rounding(&self, to: DType) -> Option<Arc<dyn Op>> {
-        Some(Arc::new(ConvStatistics { conv: self.conv.clone(), rounds: Some(to), instead: false }))
+        Some(Arc::new(ConvStatistics { conv: self.conv.clone(), puts_out: PutOut::Both(to) }))
     }
 
     fn by_pairs(&self) -> Option<Arc<dyn Op>> {
@@ -113,7 +106,7 @@ impl Op for ConvStatistics {
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
-        if self.instead { &[] } else { self.conv.in_place() }
+        if self.puts_out.is_half() { &[] } else { self.conv.in_place() }
     }
 
     fn reads_half(&self, input: usize) -> bool {
