@@ -92,8 +92,8 @@ impl Half {
     }
 
     /// [`round`](Self::round) of a whole tensor.
-    pub fn round_all(self, x: &[f32], y: &mut [u16]) {
-        par::pieces(y, |start, y| self.round_some(&x[start..start + y.len()], y));
+    pub fn round_all<T: Float>(self, x: &[T], y: &mut [u16]) {
+        par::pieces(y, |start, y| self.round_near(&x[start..start + y.len()], y));
     }
 
     /// [`round`](Self::round) of what `make` makes, a piece at a time: some elements, from a given one on.

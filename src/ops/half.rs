@@ -45,7 +45,7 @@ impl Op for Narrow {
 
     fn forward(&self, _: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let y = out(y, 0)?;
-        half(self.to)?.round_all(need(x, 0)?.get()?, half_bits_mut(y)?);
+        half(self.to)?.round_all(need(x, 0)?.get::<f32>()?, half_bits_mut(y)?);
         Ok(())
     }
 

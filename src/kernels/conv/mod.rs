@@ -218,7 +218,7 @@ pub fn reads_half(g: &Geometry) -> bool {
 
 /// Is that, read whole, rounded before it is multiplied?
 pub fn rounds(g: &Geometry) -> bool {
-    reads_half(g) && !winograd::applies_forward(g)
+    reads_half(g) && (!winograd::applies_forward(g) || winograd::forward_pairs(g))
 }
 
 /// Does the input gradient read dY in half precision, which it rounds, perhaps transformed, anyway?
@@ -279,7 +279,7 @@ fn forward_blocks<T: Vectors>(
     assert!(x.is_plain() || loads(g) || reads_half(g), "an input that is computed as it is read");
     let kernel = |x: Operand<T>, epilogue: Epilogue<T>, y: &mut [T], scratch: &mut [T]| match () {
         _ if g.depthwise() => depthwise::forward(g, x, w, epilogue, Some(y), scratch, done),
-        _ if winograd::applies_forward(g) => winograd::forward(g, x.data, w, epilogue, y, scratch),
+        _ if winograd::applies_forward(g) => winograd::forward(g, x.data, w, epilogue, ElementsMut::Whole(y), None, scratch),
         _ => dense::forward(g, x, w, epilogue, Some(y), scratch, done),
     };
     if g.layout == Layout::Last {

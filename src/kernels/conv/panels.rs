@@ -171,7 +171,7 @@ impl<T: Vectors> Kernel<T> for PackPanel<'_, T> {
                     let from = block * i_step + lane * o_step + column;
                     // What is read beyond the columns must be there, too.
                     let whole = height == S::LANES && from + (S::LANES - 1) * o_step + S::LANES <= w.len();
-                    if straight {
+                    if forward {
                         for i in 0..height {
                             // SAFETY: fetching is allowed anywhere.
                             unsafe { S::prefetch(w.as_ptr().wrapping_add(from + i * o_step + AHEAD)) }

@@ -8,6 +8,8 @@
 
 mod few;
 mod forward;
+mod moments;
+mod source;
 mod transform;
 pub(super) mod weight;
 
@@ -15,8 +17,11 @@ use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::{Epilogue, Geometry};
 use crate::kernels::half::{Elements, ElementsMut};
 use crate::kernels::isa::multiplies_blocks;
+use crate::kernels::norm::block_room;
+use crate::kernels::par::Shared;
 use crate::kernels::simd::Vectors;
-use transform::{IN, OUT, PRODUCTS};
+use moments::Parts;
+use transform::{OUT, PRODUCTS};
 
 const TAPS: usize = 9;
 
@@ -26,6 +31,8 @@ const OUTPUT: usize = 200;
 const WEIGHT: usize = 150;
 /// Channels of a vector, for the purpose of that comparison.
 const VECTOR: usize = 16;
+/// Multiplications of an image, for one tap: see [`sums_pairs`].
+const MANY: usize = 1 << 20;
 
 /// Is the sum over `ci` channels, in as many terms, for `co` channels of images of the given extents one of these, and worth it?
 fn applies(g: &Geometry, [ci, terms]: [usize; 2], co: usize, extents: [usize; 3]) -> bool {
@@ -44,10 +51,22 @@ fn applies(g: &Geometry, [ci, terms]: [usize; 2], co: usize, extents: [usize; 3]
     fits && 8 * direct > 9 * (tiles * products + WEIGHT * ci * vectors)
 }
 
-/// See [`applies`], of the forward pass: its products are of whole elements always. Transforms magnify what rounding to pairs does
-/// (to 1.0% of the results' rms at 128 channels, from 0.24%), and all that comes after sees it.
+/// See [`applies`], of the forward pass.
 pub(super) fn applies_forward(g: &Geometry) -> bool {
-    applies(g, [g.c; 2], g.oc, g.y)
+    let terms = if sums_pairs(g) { g.terms(g.c) } else { g.c };
+    applies(g, [g.c, terms], g.oc, g.y)
+}
+
+/// Are the forward pass's products, should it be one of these, of pairs? Transforms magnify what rounding to them does (to 1.0% of
+/// the results' rms at 128 channels, from 0.24%), and all that comes after sees it, where gradients are used once. So it is done
+/// only where an image takes many multiplications.
+fn sums_pairs(g: &Geometry) -> bool {
+    g.pairs && g.c * g.oc * g.y.iter().product::<usize>() >= MANY
+}
+
+/// Is the forward pass one of these, and by pairs?
+pub(super) fn forward_pairs(g: &Geometry) -> bool {
+    sums_pairs(g) && applies_forward(g)
 }
 
 /// See [`applies`], of the input gradient.
@@ -106,69 +125,6 @@ impl Transformed {
     }
 }
 
-/// Channels-last images of which tiles are read; beyond their edges are zeros.
-struct Source<'a, T> {
-    images: Elements<'a, T>,
-    zeros: &'a [T],
-    extents: [usize; 2],
-    channels: usize,
-    /// Zeros before the images.
-    low: [usize; 2],
-    /// Where they are of half precision: room for the rows that a row of tiles reads, widened.
-    near: &'a mut [T],
-    /// Image and first row of the tiles whose rows are near.
-    held: Option<[usize; 2]>,
-}
-
-impl<'a, T: Vectors> Source<'a, T> {
-    /// The input of a convolution; `near`: [`room`] elements.
-    fn of(plan: &Plan, x: Elements<'a, T>, zeros: &'a [T], near: &'a mut [T]) -> Self {
-        let (extents, low) = ([plan.source[1], plan.source[2]], [plan.low[1], plan.low[2]]);
-        Source { images: x, zeros, extents, channels: plan.ci, low, near, held: None }
-    }
-
-    /// Where the positions of a tile are of which the first results are at `row` and `column`.
-    #[inline(always)]
-    fn tile<const N: usize>(&mut self, [image, row, column]: [usize; 3]) -> [[*const T; N]; N] {
-        let mut all = [[self.zeros.as_ptr(); N]; N];
-        let [rows, columns] = self.extents;
-        let (data, first) = match self.images {
-            Elements::Whole(x) => (x.as_ptr(), 0),
-            Elements::Half(..) => self.widened::<N>(image, row),
-        };
-        for i in 0..N {
-            let y = (row + i).wrapping_sub(self.low[0]);
-            for j in 0..N {
-                let x = (column + j).wrapping_sub(self.low[1]);
-                if y < rows && x < columns {
-                    let at = ((image * rows + y) * columns + x) * self.channels;
-                    all[i][j] = data.wrapping_add(at - first);
-                }
-            }
-        }
-        all
-    }
-
-    /// The rows of the tiles whose first results are in this row, and which element is the first of them.
-    fn widened<const N: usize>(&mut self, image: usize, row: usize) -> (*const T, usize) {
-        let [rows, columns] = self.extents;
-        let after = (row + N).saturating_sub(self.low[0]).min(rows);
-        let above = row.saturating_sub(self.low[0]).min(after);
-        let first = (image * rows + above) * columns * self.channels;
-        if self.held != Some([image, row]) {
-            self.held = Some([image, row]);
-            let n = (after - above) * columns * self.channels;
-            self.images.copy(first, &mut self.near[..n]);
-        }
-        (self.near.as_ptr(), first)
-    }
-}
-
-/// Elements of room for the rows of images that are near, where they are of half precision.
-fn room(extents: [usize; 3], channels: usize, half: bool) -> usize {
-    if half { IN.min(extents[1]) * extents[2] * channels } else { 0 }
-}
-
 /// The convolution of whole elements: tiles are transformed before they are rounded to pairs.
 fn whole(g: &Geometry) -> Geometry {
     Geometry { pairs: false, ..g.clone() }
@@ -176,20 +132,37 @@ fn whole(g: &Geometry) -> Geometry {
 
 /// Elements of scratch that [`forward`] needs; `half`: is X of half precision?
 pub(super) fn forward_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
-    forward::scratch::<T, T>(&Plan::forward(&whole(g)), half)
+    let plan = Plan::forward(&whole(g));
+    if sums_pairs(g) { forward::scratch::<u32, T>(&plan, half) } else { forward::scratch::<T, T>(&plan, half) }
 }
 
-/// `y = clamp(conv(x, w) + bias + residual)` with x (N, spatial…, C) and y (N, spatial…, M), w (M, C, 3, 3).
+/// Blocks of results of whose moments [`forward`] tells.
+pub(super) fn forward_blocks<T: Vectors>(g: &Geometry) -> usize {
+    forward::blocks::<T>(&Plan::forward(&whole(g)))
+}
+
+/// `y = clamp(conv(x, w) + bias + residual)` with x (N, spatial…, C) and y (N, spatial…, M), w (M, C, 3, 3). `moments`: room for
+/// those of the results, of each block what [`block_moments`](crate::kernels::norm::block_moments) says of one.
 pub(super) fn forward<T: Vectors>(
     g: &Geometry,
     x: Elements<T>,
     w: &[T],
     epilogue: Epilogue<T>,
-    y: &mut [T],
+    y: ElementsMut<T>,
+    moments: Option<&mut [f64]>,
     scratch: &mut [T],
 ) {
     g.check_sizes(x.len(), y.len());
-    forward::run::<T, T>(&Plan::forward(&whole(g)), true, x, w, epilogue, ElementsMut::Whole(y), scratch);
+    let plan = Plan::forward(&whole(g));
+    let moments = moments.map(|room| {
+        assert!(room.len() == forward_blocks::<T>(g) * block_room(g.oc), "room for moments");
+        Parts { room: Shared::new(room), channels: g.oc }
+    });
+    let moments = moments.as_ref();
+    match sums_pairs(g) {
+        false => forward::run::<T, T>(&plan, true, x, w, epilogue, y, moments, scratch),
+        true => forward::run::<u32, T>(&plan, true, x, w, epilogue, y, moments, scratch),
+    }
 }
 
 /// Elements of scratch that [`input_grad`] needs; `half`: is dY of half precision?
@@ -210,7 +183,7 @@ pub(super) fn input_grad<T: Vectors>(
     g.check_sizes(dx.len(), dy.len());
     let plan = Plan::input_grad(&whole(g));
     match g.pairs {
-        false => forward::run::<T, T>(&plan, false, dy, w, epilogue, dx, scratch),
-        true => forward::run::<u32, T>(&plan, false, dy, w, epilogue, dx, scratch),
+        false => forward::run::<T, T>(&plan, false, dy, w, epilogue, dx, None, scratch),
+        true => forward::run::<u32, T>(&plan, false, dy, w, epilogue, dx, None, scratch),
     }
 }

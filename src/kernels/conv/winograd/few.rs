@@ -5,8 +5,10 @@
 
 use std::ops::Range;
 
-use super::forward::{Multiply, Target, Transform, Weights, transform_inputs};
-use super::{Source, Tiles, Transformed, room};
+use super::forward::{Multiply, Target, Transform, Weights};
+use super::moments::Parts;
+use super::source::{Source, room, transform_inputs};
+use super::{Tiles, Transformed};
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::results::SharedResults;
 use crate::kernels::conv::{Epilogue, in_slots, slots};
@@ -60,7 +62,7 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Inputs<'_, E, T> {
     unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(mut self) {
         // SAFETY: the promise of whoever made it.
         unsafe {
-            transform_inputs::<D>(&self.of, self.tiles, &mut self.source, &self.layout, E::EACH, self.to)
+            transform_inputs::<D, true>(&self.of, self.tiles, &mut self.source, &self.layout, E::EACH, self.to)
         }
     }
 }
@@ -123,10 +125,11 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Panel<'_, E, T> {
             first = inputs.end;
         }
         // SAFETY: as above.
-        unsafe { self.target.write::<D>(0..tiles, self.panel, self.products, &self.layouts[1]) }
+        unsafe { self.target.write::<D>(0, 0..tiles, self.panel, self.products, &self.layouts[1]) }
     }
 }
 
+#[allow(clippy::too_many_arguments)]
 pub(super) fn run<E: Form<T>, T: Vectors>(
     plan: &Plan,
     forward: bool,
@@ -134,6 +137,7 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
     w: &[T],
     epilogue: Epilogue<T>,
     y: ElementsMut<T>,
+    moments: Option<&Parts>,
     scratch: &mut [T],
 ) {
     let panel = T::level().pair();
@@ -164,7 +168,7 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
                 layouts,
                 weights,
                 products: products.as_mut_ptr(),
-                target: Target { plan, tiles: of, epilogue, y: y.to() },
+                target: Target { plan, tiles: of, epilogue, y: y.to(), moments },
             });
         }
     });

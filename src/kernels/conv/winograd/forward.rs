@@ -5,8 +5,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::transform::{IN, OUT, PRODUCTS, input_tile, output_tile, put_across, put_beside, weight_tile};
-use super::{Source, TAPS, Tiles, Transformed, few, room};
+use super::moments::{Moments, Parts};
+use super::source::{Source, room, transform_inputs};
+use super::transform::{OUT, PRODUCTS, output_tile, put_across, weight_tile};
+use super::{TAPS, Tiles, Transformed, few};
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::panels::Unpacked;
 use crate::kernels::conv::results::{SharedResults, To};
@@ -126,34 +128,6 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Transform<'_, T> {
     }
 }
 
-/// Transforms the inputs of `tiles`, which are read from `source`, to terms of `each` channels.
-///
-/// # Safety
-/// `source` must hold the tiles' images, `to` be writable for the size of `layout`, whose tiles are as many.
-#[inline(always)]
-pub(super) unsafe fn transform_inputs<D: Terms<S: Simd<Elem: Vectors>>>(
-    of: &Tiles,
-    tiles: Range<usize>,
-    source: &mut Source<'_, <D::S as Simd>::Elem>,
-    layout: &Transformed,
-    each: usize,
-    to: *mut D::Term,
-) {
-    for t in 0..tiles.len() {
-        let at = source.tile::<IN>(of.at(tiles.start + t));
-        let mut channel = 0;
-        while channel < source.channels {
-            let n = (source.channels - channel).min(D::S::LANES);
-            // SAFETY: the caller's promise.
-            unsafe {
-                let all = input_tile::<D::S>(&at, channel, n);
-                put_beside::<D>(&all, to.add(t * layout.tile + channel / each), layout.product);
-            }
-            channel += D::S::LANES;
-        }
-    }
-}
-
 /// All products of some tiles with one panel.
 #[derive(Clone, Copy)]
 pub(super) struct Multiply<E, T> {
@@ -202,9 +176,11 @@ pub(super) struct Target<'a, T> {
     pub(super) tiles: Tiles,
     pub(super) epilogue: Epilogue<'a, T>,
     pub(super) y: To<T>,
+    pub(super) moments: Option<&'a Parts<'a>>,
 }
 
 struct Task<'a, E, T> {
+    chunk: usize,
     tiles: Range<usize>,
     source: Source<'a, T>,
     layouts: [Transformed; 2],
@@ -224,7 +200,7 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
         let (of, tiles) = (&self.target.tiles, self.tiles.clone());
         // SAFETY: the buffers have the layouts' sizes, the weights all panels.
         unsafe {
-            transform_inputs::<D>(of, tiles, &mut self.source, &x, E::EACH, self.transformed);
+            transform_inputs::<D, true>(of, tiles, &mut self.source, &x, E::EACH, self.transformed);
             for p in self.panels.clone() {
                 let multiply = Multiply {
                     tiles: self.tiles.len(),
@@ -239,7 +215,7 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
                     add: false,
                 };
                 multiply.run::<D>();
-                self.target.write::<D>(self.tiles.clone(), p, self.products, &m);
+                self.target.write::<D>(self.chunk, self.tiles.clone(), p, self.products, &m);
             }
         }
     }
@@ -252,40 +228,76 @@ impl<T: Vectors> Target<'_, T> {
         if self.plan.co - panel * 2 * S::LANES > S::LANES { 2 } else { 1 }
     }
 
-    /// Transforms the products of some tiles and a panel, and writes the results.
+    /// Transforms the products of some tiles, the block of that number, and a panel, and writes the results.
     ///
     /// # Safety
-    /// `products` must have the layout's size; `y`, and the epilogue's residual, the plan's extents.
+    /// `products` must have the layout's size; `y`, and the epilogue's residual, the plan's extents. No other task writes these
+    /// channels of the block.
     #[inline(always)]
     pub(super) unsafe fn write<D: Terms<S: Simd<Elem = T>>>(
         &self,
+        block: usize,
         tiles: Range<usize>,
         panel: usize,
         products: *const T,
         layout: &Transformed,
     ) {
-        for t in 0..tiles.len() {
-            let at = self.tiles.at(tiles.start + t);
-            for j in 0..self.vectors::<D::S>(panel) {
-                let channel = (2 * panel + j) * D::S::LANES;
-                // SAFETY: the caller's promise.
-                unsafe {
-                    let products = products.add(t * layout.tile + j * D::S::LANES);
-                    let tile = output_tile::<D::S>(products, layout.product);
-                    self.write_tile::<D>(&tile, at, channel, (self.plan.co - channel).min(D::S::LANES));
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.moments {
+                None => _ = self.write_tiles::<D, false>(tiles, panel, products, layout),
+                Some(parts) => {
+                    let moments = self.write_tiles::<D, true>(tiles, panel, products, layout);
+                    for j in 0..self.vectors::<D::S>(panel) {
+                        let channel = (2 * panel + j) * D::S::LANES;
+                        let n = (self.plan.co - channel).min(D::S::LANES);
+                        parts.put(block, channel, n, &moments[j]);
+                    }
                 }
             }
         }
     }
 
-    /// Writes `n` channels of a tile's results, as many as lie inside.
+    /// The moments of the results of each of the panel's vectors, where they are wanted.
+    ///
+    /// # Safety
+    /// As of `write`.
+    #[inline(always)]
+    unsafe fn write_tiles<D: Terms<S: Simd<Elem = T>>, const MOMENTS: bool>(
+        &self,
+        tiles: Range<usize>,
+        panel: usize,
+        products: *const T,
+        layout: &Transformed,
+    ) -> [Moments<D::S>; 2] {
+        let [_, rows, columns] = self.plan.target;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut moments = [Moments::none(); 2];
+            for t in 0..tiles.len() {
+                let at = self.tiles.at(tiles.start + t);
+                for j in 0..self.vectors::<D::S>(panel) {
+                    let channel = (2 * panel + j) * D::S::LANES;
+                    let products = products.add(t * layout.tile + j * D::S::LANES);
+                    let mut tile = output_tile::<D::S>(products, layout.product);
+                    self.write_tile::<D>(&mut tile, at, channel, (self.plan.co - channel).min(D::S::LANES));
+                    if MOMENTS {
+                        moments[j].add(&tile, [rows - at[1], columns - at[2]]);
+                    }
+                }
+            }
+            moments
+        }
+    }
+
+    /// Writes `n` channels of a tile's results, as many as lie inside, and leaves them there.
     ///
     /// # Safety
     /// As of `write`.
     #[inline(always)]
     unsafe fn write_tile<D: Terms<S: Simd<Elem = T>>>(
         &self,
-        tile: &[[<D::S as Simd>::V; OUT]; OUT],
+        tile: &mut [[<D::S as Simd>::V; OUT]; OUT],
         [image, row, column]: [usize; 3],
         channel: usize,
         n: usize,
@@ -316,6 +328,7 @@ impl<T: Vectors> Target<'_, T> {
                             To::Whole(y) => store_up_to::<D::S>(y.add(at), v, n),
                             To::Bf16(y) => round_up_to::<D>(y.add(at), v, n),
                         }
+                        tile[i][j] = v;
                     }
                 }
             }
@@ -323,7 +336,13 @@ impl<T: Vectors> Target<'_, T> {
     }
 }
 
+/// Blocks of tiles whose moments [`run`] gathers: those of a task.
+pub(super) fn blocks<T: Vectors>(plan: &Plan) -> usize {
+    if few::applies(plan) { 1 } else { Division::new(plan, T::level().pair()).chunks.count }
+}
+
 /// `y = clamp(conv(x, w) + bias + residual)`, or of the kernel turned round.
+#[allow(clippy::too_many_arguments)]
 pub(super) fn run<E: Form<T>, T: Vectors>(
     plan: &Plan,
     forward: bool,
@@ -331,11 +350,12 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
     w: &[T],
     epilogue: Epilogue<T>,
     y: ElementsMut<T>,
+    moments: Option<&Parts>,
     scratch: &mut [T],
 ) {
     let panel = T::level().pair();
     if few::applies(plan) {
-        return few::run::<E, T>(plan, forward, x, w, epilogue, y, scratch);
+        return few::run::<E, T>(plan, forward, x, w, epilogue, y, moments, scratch);
     }
     let layout = Weights::new(plan.ci, E::EACH, panel);
     let (size, [shared, own]) = (layout.size(), weights(plan, layout));
@@ -364,6 +384,7 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
         // of `y`.
         unsafe {
             E::dispatch_terms(Task {
+                chunk,
                 tiles: start..start + d.chunks.len(chunk),
                 source: Source::of(plan, x, zeros, near),
                 layouts,
@@ -372,7 +393,7 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
                 panels: group * d.panels..plan.panels(panel).min((group + 1) * d.panels),
                 transformed: E::room(transformed).as_mut_ptr(),
                 products: products.as_mut_ptr(),
-                target: Target { plan, tiles: d.tiles, epilogue, y: y.to() },
+                target: Target { plan, tiles: d.tiles, epilogue, y: y.to(), moments },
             });
         }
     });

@@ -9,7 +9,8 @@
 
 use num_traits::zero;
 
-use crate::kernels::simd::{Simd, load_up_to};
+use super::source::Stored;
+use crate::kernels::simd::{Simd, Vectors};
 use crate::kernels::tile::Terms;
 use crate::tensor::Float;
 
@@ -172,8 +173,8 @@ pub(super) unsafe fn put_across<D: Terms>(nth: usize, all: &Transform<D::S>, to:
 /// # Safety
 /// `d` must be readable for `n` elements each.
 #[inline(always)]
-pub(super) unsafe fn input_tile<S: Simd>(
-    d: &[[*const S::Elem; IN]; IN],
+pub(super) unsafe fn input_tile<S: Simd<Elem: Vectors>, B: Stored<S::Elem>>(
+    d: &[[*const B::Bits; IN]; IN],
     channel: usize,
     n: usize,
 ) -> Transform<S> {
@@ -181,7 +182,7 @@ pub(super) unsafe fn input_tile<S: Simd>(
         let mut tile = [[S::splat(zero()); IN]; IN];
         for i in 0..IN {
             for j in 0..IN {
-                tile[i][j] = load_up_to::<S>(d[i][j].add(channel), n);
+                tile[i][j] = B::load::<S>(d[i][j].add(channel), n);
             }
         }
         both_sides!(input, tile, IN, IN)
@@ -193,8 +194,8 @@ pub(super) unsafe fn input_tile<S: Simd>(
 /// # Safety
 /// As of [`input_tile`].
 #[inline(always)]
-pub(super) unsafe fn output_grad_tile<S: Simd>(
-    y: &[[*const S::Elem; OUT]; OUT],
+pub(super) unsafe fn output_grad_tile<S: Simd<Elem: Vectors>, B: Stored<S::Elem>>(
+    y: &[[*const B::Bits; OUT]; OUT],
     channel: usize,
     n: usize,
 ) -> Transform<S> {
@@ -202,7 +203,7 @@ pub(super) unsafe fn output_grad_tile<S: Simd>(
         let mut tile = [[S::splat(zero()); OUT]; OUT];
         for i in 0..OUT {
             for j in 0..OUT {
-                tile[i][j] = load_up_to::<S>(y[i][j].add(channel), n);
+                tile[i][j] = B::load::<S>(y[i][j].add(channel), n);
             }
         }
         both_sides!(output_grad, tile, OUT, IN)

@@ -11,8 +11,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::few::{each, each_tasks};
-use super::transform::{IN, OUT, PRODUCTS, input_tile, output_grad_tile, put_across, weight_grad_tile};
-use super::{Source, TAPS, Tiles, Transformed, room};
+use super::transform::{PRODUCTS, weight_grad_tile};
+use super::source::{Source, room, transform_gradients, transform_inputs};
+use super::{TAPS, Tiles, Transformed};
 use crate::kernels::ahead::Steps;
 use crate::kernels::conv::weight::{Outputs, in_order};
 use crate::kernels::conv::{Geometry, in_slots, slots};
@@ -109,7 +110,7 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
             // SAFETY: the buffers have the layouts' sizes; the sums' elements are this task's.
             unsafe {
                 let transformed = [self.x_transformed, self.dy_transformed];
-                transform_inputs::<D>(&self.of, tiles.clone(), &mut self.x, &x, E::EACH, transformed[0]);
+                transform_inputs::<D, false>(&self.of, tiles.clone(), &mut self.x, &x, E::EACH, transformed[0]);
                 let (channels, to) = (first..last, transformed[1]);
                 transform_gradients::<D>(&self.of, tiles.clone(), &mut self.dy, channels, &dy, E::EACH, to);
                 for p in self.panels.clone() {
@@ -128,64 +129,6 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
                 }
             }
             start = tiles.end;
-        }
-    }
-}
-
-/// Transforms the inputs of `tiles`, which are read from `source`, to terms of `each` tiles.
-///
-/// # Safety
-/// `source` must hold the tiles' images, `to` be writable for the size of `layout`, whose tiles are as many.
-#[inline(always)]
-unsafe fn transform_inputs<D: Terms<S: Simd<Elem: Vectors>>>(
-    of: &Tiles,
-    tiles: Range<usize>,
-    source: &mut Source<'_, <D::S as Simd>::Elem>,
-    layout: &Transformed,
-    each: usize,
-    to: *mut D::Term,
-) {
-    for t in 0..tiles.len() {
-        let at = source.tile::<IN>(of.at(tiles.start + t));
-        let mut channel = 0;
-        while channel < source.channels {
-            let n = (source.channels - channel).min(D::S::LANES);
-            // SAFETY: the caller's promise.
-            unsafe {
-                let all = input_tile::<D::S>(&at, channel, n);
-                put_across::<D>(t % each, &all, to.add(t / each * layout.tile + channel), layout.product);
-            }
-            channel += D::S::LANES;
-        }
-    }
-}
-
-/// Transforms some channels of the gradients of `tiles`.
-///
-/// # Safety
-/// As of [`transform_inputs`].
-#[inline(always)]
-unsafe fn transform_gradients<D: Terms<S: Simd<Elem: Vectors>>>(
-    of: &Tiles,
-    tiles: Range<usize>,
-    source: &mut Source<'_, <D::S as Simd>::Elem>,
-    channels: Range<usize>,
-    layout: &Transformed,
-    each: usize,
-    to: *mut D::Term,
-) {
-    for t in 0..tiles.len() {
-        let at = source.tile::<OUT>(of.at(tiles.start + t));
-        let mut channel = channels.start;
-        while channel < channels.end {
-            let n = (channels.end - channel).min(D::S::LANES);
-            // SAFETY: the caller's promise.
-            unsafe {
-                let all = output_grad_tile::<D::S>(&at, channel, n);
-                let to = to.add(t / each * layout.tile + channel - channels.start);
-                put_across::<D>(t % each, &all, to, layout.product);
-            }
-            channel += D::S::LANES;
         }
     }
 }
@@ -381,7 +324,7 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for TransformBoth<'_, E, T> {
         let [x, dy] = self.layouts;
         // SAFETY: the promise of whoever made it.
         unsafe {
-            transform_inputs::<D>(&self.of, self.tiles.clone(), &mut self.x, &x, E::EACH, self.to_x);
+            transform_inputs::<D, false>(&self.of, self.tiles.clone(), &mut self.x, &x, E::EACH, self.to_x);
             let all = 0..self.dy.channels;
             transform_gradients::<D>(&self.of, self.tiles, &mut self.dy, all, &dy, E::EACH, self.to_dy);
         }

@@ -1,0 +1,256 @@
+//! Channels-last images of which tiles are read and transformed.
+#![allow(unsafe_code, clippy::needless_range_loop)]
+
+use std::ops::Range;
+
+use super::transform::{IN, OUT, input_tile, output_grad_tile, put_across, put_beside};
+use super::{Tiles, Transformed};
+use crate::kernels::conv::grids::Plan;
+use crate::kernels::half::{Elements, Half};
+use crate::kernels::simd::{Simd, Vectors, load_up_to, widen_up_to};
+use crate::kernels::tile::Terms;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Images; beyond their edges are zeros.
+pub(super) struct Source<'a, T> {
+    pub(super) images: Elements<'a, T>,
+    pub(super) zeros: &'a [T],
+    pub(super) extents: [usize; 2],
+    pub(super) channels: usize,
+    /// Zeros before the images.
+    pub(super) low: [usize; 2],
+    /// Where they are of half precision: room for the rows that a row of tiles reads, widened.
+    pub(super) near: &'a mut [T],
+    /// Image and first row of the tiles whose rows are near.
+    pub(super) held: Option<[usize; 2]>,
+}
+
+/// In which form tiles are read: bfloat16 becomes whole in registers, other half precision a few rows at a time.
+pub(super) trait Stored<T: Vectors> {
+    type Bits;
+    /// The rows of the tiles whose first results are in this row, and which element is the first that is there.
+    fn rows<const N: usize>(source: &mut Source<T>, image: usize, row: usize) -> (*const Self::Bits, usize);
+    /// A vector, or its first `n` lanes.
+    ///
+    /// # Safety
+    /// As of [`load_up_to`].
+    unsafe fn load<S: Simd<Elem = T>>(p: *const Self::Bits, n: usize) -> S::V;
+}
+
+pub(super) struct Whole;
+pub(super) struct Bf16;
+
+impl<T: Vectors> Stored<T> for Whole {
+    type Bits = T;
+
+    #[inline(always)]
+    fn rows<const N: usize>(source: &mut Source<T>, image: usize, row: usize) -> (*const T, usize) {
+        match source.images {
+            Elements::Whole(x) => (x.as_ptr(), 0),
+            Elements::Half(..) => source.widened::<N>(image, row),
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load<S: Simd<Elem = T>>(p: *const T, n: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { load_up_to::<S>(p, n) }
+    }
+}
+
+impl<T: Vectors> Stored<T> for Bf16 {
+    type Bits = u16;
+
+    #[inline(always)]
+    fn rows<const N: usize>(source: &mut Source<T>, _: usize, _: usize) -> (*const u16, usize) {
+        match source.images {
+            Elements::Half(Half::Bf16, x) => (x.as_ptr(), 0),
+            _ => panic!("images of another type"),
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load<S: Simd<Elem = T>>(p: *const u16, n: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { widen_up_to::<S>(p, n) }
+    }
+}
+
+impl<'a, T: Vectors> Source<'a, T> {
+    /// The input of a convolution; `near`: [`room`] elements.
+    pub(super) fn of(plan: &Plan, x: Elements<'a, T>, zeros: &'a [T], near: &'a mut [T]) -> Self {
+        let (extents, low) = ([plan.source[1], plan.source[2]], [plan.low[1], plan.low[2]]);
+        Source { images: x, zeros, extents, channels: plan.ci, low, near, held: None }
+    }
+
+    pub(super) fn is_bf16(&self) -> bool {
+        self.images.half() == Some(Half::Bf16)
+    }
+
+    /// Where the positions of a tile are of which the first results are at `row` and `column`.
+    #[inline(always)]
+    pub(super) fn tile<B: Stored<T>, const N: usize>(
+        &mut self,
+        [image, row, column]: [usize; 3],
+    ) -> [[*const B::Bits; N]; N] {
+        // (Zeros are zeros in half precision, too, where as many take half the room.)
+        let mut all = [[self.zeros.as_ptr().cast(); N]; N];
+        let [rows, columns] = self.extents;
+        let (data, first) = B::rows::<N>(self, image, row);
+        for i in 0..N {
+            let y = (row + i).wrapping_sub(self.low[0]);
+            for j in 0..N {
+                let x = (column + j).wrapping_sub(self.low[1]);
+                if y < rows && x < columns {
+                    let at = ((image * rows + y) * columns + x) * self.channels;
+                    all[i][j] = data.wrapping_add(at - first);
+                }
+            }
+        }
+        all
+    }
+
+    /// The rows of the tiles whose first results are in this row, and which element is the first of them.
+    fn widened<const N: usize>(&mut self, image: usize, row: usize) -> (*const T, usize) {
+        let [rows, columns] = self.extents;
+        let after = (row + N).saturating_sub(self.low[0]).min(rows);
+        let above = row.saturating_sub(self.low[0]).min(after);
+        let first = (image * rows + above) * columns * self.channels;
+        if self.held != Some([image, row]) {
+            self.held = Some([image, row]);
+            let n = (after - above) * columns * self.channels;
+            self.images.copy(first, &mut self.near[..n]);
+        }
+        (self.near.as_ptr(), first)
+    }
+}
+
+/// Elements of room for the rows of images that are near, where they are of half precision.
+pub(super) fn room(extents: [usize; 3], channels: usize, half: bool) -> usize {
+    if half { IN.min(extents[1]) * extents[2] * channels } else { 0 }
+}
+
+/// Transforms the inputs of `tiles`, which are read from `source`, to terms of `each` neighbours: channels (`BESIDE`) or tiles.
+///
+/// # Safety
+/// `source` must hold the tiles' images, `to` be writable for the size of `layout`, whose tiles are as many.
+#[inline(always)]
+pub(super) unsafe fn transform_inputs<D: Terms<S: Simd<Elem: Vectors>>, const BESIDE: bool>(
+    of: &Tiles,
+    tiles: Range<usize>,
+    source: &mut Source<'_, <D::S as Simd>::Elem>,
+    layout: &Transformed,
+    each: usize,
+    to: *mut D::Term,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match source.is_bf16() {
+            false => inputs::<D, Whole, BESIDE>(of, tiles, source, layout, each, to),
+            true => inputs::<D, Bf16, BESIDE>(of, tiles, source, layout, each, to),
+        }
+    }
+}
+
+/// # Safety
+/// As of [`transform_inputs`].
+#[inline(always)]
+unsafe fn inputs<D: Terms<S: Simd<Elem: Vectors>>, B: Stored<<D::S as Simd>::Elem>, const BESIDE: bool>(
+    of: &Tiles,
+    tiles: Range<usize>,
+    source: &mut Source<'_, <D::S as Simd>::Elem>,
+    layout: &Transformed,
+    each: usize,
+    to: *mut D::Term,
+) {
+    for t in 0..tiles.len() {
+        let at = source.tile::<B, IN>(of.at(tiles.start + t));
+        fetch_below::<D::S, B, IN>(&at, source);
+        let mut channel = 0;
+        while channel < source.channels {
+            let n = (source.channels - channel).min(D::S::LANES);
+            // SAFETY: the caller's promise.
+            unsafe {
+                let all = input_tile::<D::S, B>(&at, channel, n);
+                if BESIDE {
+                    put_beside::<D>(&all, to.add(t * layout.tile + channel / each), layout.product);
+                } else {
+                    let to = to.add(t / each * layout.tile + channel);
+                    put_across::<D>(t % each, &all, to, layout.product);
+                }
+            }
+            channel += D::S::LANES;
+        }
+    }
+}
+
+/// Transforms some channels of the gradients of `tiles` to terms of `each` of them.
+///
+/// # Safety
+/// As of [`transform_inputs`].
+#[inline(always)]
+pub(super) unsafe fn transform_gradients<D: Terms<S: Simd<Elem: Vectors>>>(
+    of: &Tiles,
+    tiles: Range<usize>,
+    source: &mut Source<'_, <D::S as Simd>::Elem>,
+    channels: Range<usize>,
+    layout: &Transformed,
+    each: usize,
+    to: *mut D::Term,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match source.is_bf16() {
+            false => gradients::<D, Whole>(of, tiles, source, channels, layout, each, to),
+            true => gradients::<D, Bf16>(of, tiles, source, channels, layout, each, to),
+        }
+    }
+}
+
+/// # Safety
+/// As of [`transform_inputs`].
+#[inline(always)]
+unsafe fn gradients<D: Terms<S: Simd<Elem: Vectors>>, B: Stored<<D::S as Simd>::Elem>>(
+    of: &Tiles,
+    tiles: Range<usize>,
+    source: &mut Source<'_, <D::S as Simd>::Elem>,
+    channels: Range<usize>,
+    layout: &Transformed,
+    each: usize,
+    to: *mut D::Term,
+) {
+    for t in 0..tiles.len() {
+        let at = source.tile::<B, OUT>(of.at(tiles.start + t));
+        fetch_below::<D::S, B, OUT>(&at, source);
+        let mut channel = channels.start;
+        while channel < channels.end {
+            let n = (channels.end - channel).min(D::S::LANES);
+            // SAFETY: the caller's promise.
+            unsafe {
+                let all = output_grad_tile::<D::S, B>(&at, channel, n);
+                let to = to.add(t / each * layout.tile + channel - channels.start);
+                put_across::<D>(t % each, &all, to, layout.product);
+            }
+            channel += D::S::LANES;
+        }
+    }
+}
+
+/// Has the positions fetched that the tile below this one does not share with it: rows of images do not look like a stream.
+#[inline(always)]
+fn fetch_below<S: Simd<Elem: Vectors>, B: Stored<S::Elem>, const N: usize>(
+    at: &[[*const B::Bits; N]; N],
+    source: &Source<'_, S::Elem>,
+) {
+    let down = OUT * source.extents[1] * source.channels;
+    for i in N - OUT..N {
+        for j in N - OUT..N {
+            for channel in (0..source.channels).step_by(LINE / size_of::<B::Bits>()) {
+                // SAFETY: fetching is allowed anywhere.
+                unsafe { S::prefetch(at[i][j].wrapping_add(down + channel).cast()) }
+            }
+        }
+    }
+}
