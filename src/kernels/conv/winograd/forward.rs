@@ -117,10 +117,14 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Transform<'_, T> {
                 for at in [0, D::S::LANES] {
                     // SAFETY: the taps of so many channels are there, and room for all products of all terms.
                     unsafe {
-                        let all =
-                            weight_tile::<D::S>(taps.as_ptr().add(nth * panel + at), some.len() * panel);
+                        let (taps, step) = (taps.as_ptr().add(nth * panel + at), some.len() * panel);
                         let to = out.add(term / E::EACH * panel + at);
-                        put_across::<D>(term % E::EACH, &all, to, layout.product);
+                        weight_tile::<D::S>(
+                            taps,
+                            step,
+                            #[inline(always)]
+                            |i, row| put_across::<D>(term % E::EACH, i, &row, to, layout.product),
+                        );
                     }
                 }
             }
@@ -276,13 +280,19 @@ impl<T: Vectors> Target<'_, T> {
             let mut moments = [Moments::none(); 2];
             for t in 0..tiles.len() {
                 let at = self.tiles.at(tiles.start + t);
+                let inside = [OUT.min(rows - at[1]), OUT.min(columns - at[2])];
                 for j in 0..self.vectors::<D::S>(panel) {
                     let channel = (2 * panel + j) * D::S::LANES;
                     let products = products.add(t * layout.tile + j * D::S::LANES);
                     let mut tile = output_tile::<D::S>(products, layout.product);
-                    self.write_tile::<D>(&mut tile, at, channel, (self.plan.co - channel).min(D::S::LANES));
+                    let n = (self.plan.co - channel).min(D::S::LANES);
+                    if inside == [OUT; 2] && n == D::S::LANES {
+                        self.write_tile::<D, true>(&mut tile, at, [channel, n], inside);
+                    } else {
+                        self.write_tile::<D, false>(&mut tile, at, [channel, n], inside);
+                    }
                     if MOMENTS {
-                        moments[j].add(&tile, [rows - at[1], columns - at[2]]);
+                        moments[j].add(&tile, inside);
                     }
                 }
             }
@@ -290,45 +300,67 @@ impl<T: Vectors> Target<'_, T> {
         }
     }
 
-    /// Writes `n` channels of a tile's results, as many as lie inside, and leaves them there.
+    /// Writes `n` channels of a tile's results, the rows and columns that lie inside, and leaves them there. `WHOLE`: are those all,
+    /// and the channels a vector?
     ///
     /// # Safety
     /// As of `write`.
     #[inline(always)]
-    unsafe fn write_tile<D: Terms<S: Simd<Elem = T>>>(
+    unsafe fn write_tile<D: Terms<S: Simd<Elem = T>>, const WHOLE: bool>(
         &self,
         tile: &mut [[<D::S as Simd>::V; OUT]; OUT],
         [image, row, column]: [usize; 3],
-        channel: usize,
-        n: usize,
+        [channel, n]: [usize; 2],
+        inside: [usize; 2],
     ) {
-        let [_, rows, columns] = self.plan.target;
+        let ([_, rows, columns], co) = (self.plan.target, self.plan.co);
+        let (inside, n) = if WHOLE { ([OUT; 2], D::S::LANES) } else { (inside, n) };
+        let first = ((image * rows + row) * columns + column) * co + channel;
+        let residual = match self.epilogue.residual {
+            Residual::None => None,
+            Residual::Of(r) => Some(r.as_ptr()),
+            Residual::InOutput => Some(self.y.whole().cast_const()),
+        };
         // SAFETY: the caller's promise.
         unsafe {
-            let (low, high) = (D::S::splat(self.epilogue.clamp.low), D::S::splat(self.epilogue.clamp.high));
-            let bias = match self.epilogue.bias {
-                Some(bias) => load_up_to::<D::S>(bias.as_ptr().add(channel), n),
-                None => D::S::splat(T::zero()),
-            };
-            let residual = match self.epilogue.residual {
-                Residual::None => None,
-                Residual::Of(r) => Some(r.as_ptr()),
-                Residual::InOutput => Some(self.y.whole().cast_const()),
-            };
-            for i in 0..OUT {
-                for j in 0..OUT {
-                    if row + i < rows && column + j < columns {
-                        let at = ((image * rows + row + i) * columns + column + j) * self.plan.co + channel;
-                        let mut v = D::S::add(tile[i][j], bias);
-                        if let Some(r) = residual {
-                            v = D::S::add(v, load_up_to::<D::S>(r.add(at), n));
+            if let Some(bias) = self.epilogue.bias {
+                let bias = load_up_to::<D::S>(bias.as_ptr().add(channel), n);
+                for i in 0..OUT {
+                    for j in 0..OUT {
+                        tile[i][j] = D::S::add(tile[i][j], bias);
+                    }
+                }
+            }
+            if let Some(r) = residual {
+                for i in 0..inside[0] {
+                    for j in 0..inside[1] {
+                        let r = load_up_to::<D::S>(r.add(first + (i * columns + j) * co), n);
+                        tile[i][j] = D::S::add(tile[i][j], r);
+                    }
+                }
+            }
+            let clamp = self.epilogue.clamp;
+            if !clamp.is_none() {
+                let (low, high) = (D::S::splat(clamp.low), D::S::splat(clamp.high));
+                for i in 0..OUT {
+                    for j in 0..OUT {
+                        tile[i][j] = D::S::min(high, D::S::max(low, tile[i][j]));
+                    }
+                }
+            }
+            match self.y {
+                To::Whole(y) => {
+                    for i in 0..inside[0] {
+                        for j in 0..inside[1] {
+                            store_up_to::<D::S>(y.add(first + (i * columns + j) * co), tile[i][j], n);
                         }
-                        v = D::S::min(high, D::S::max(low, v));
-                        match self.y {
-                            To::Whole(y) => store_up_to::<D::S>(y.add(at), v, n),
-                            To::Bf16(y) => round_up_to::<D>(y.add(at), v, n),
+                    }
+                }
+                To::Bf16(y) => {
+                    for i in 0..inside[0] {
+                        for j in 0..inside[1] {
+                            round_up_to::<D>(y.add(first + (i * columns + j) * co), tile[i][j], n);
                         }
-                        tile[i][j] = v;
                     }
                 }
             }

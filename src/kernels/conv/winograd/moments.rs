@@ -36,7 +36,7 @@ impl<S: Simd> Moments<S> {
     pub(super) unsafe fn add(&mut self, tile: &[[S::V; OUT]; OUT], [rows, columns]: [usize; 2]) {
         // SAFETY: the caller's promise.
         unsafe {
-            let new = rows.min(OUT) * columns.min(OUT);
+            let new = rows * columns;
             let all = self.positions + new;
             let mut sum = constant::<S>(0.0);
             let mut squares = self.squares;

@@ -173,13 +173,20 @@ unsafe fn inputs<D: Terms<S: Simd<Elem: Vectors>>, B: Stored<<D::S as Simd>::Ele
             let n = (source.channels - channel).min(D::S::LANES);
             // SAFETY: the caller's promise.
             unsafe {
-                let all = input_tile::<D::S, B>(&at, channel, n);
-                if BESIDE {
-                    put_beside::<D>(&all, to.add(t * layout.tile + channel / each), layout.product);
-                } else {
-                    let to = to.add(t / each * layout.tile + channel);
-                    put_across::<D>(t % each, &all, to, layout.product);
-                }
+                let to = match BESIDE {
+                    true => to.add(t * layout.tile + channel / each),
+                    false => to.add(t / each * layout.tile + channel),
+                };
+                input_tile::<D::S, B>(
+                    &at,
+                    channel,
+                    n,
+                    #[inline(always)]
+                    |i, row| match BESIDE {
+                        true => put_beside::<D>(i, &row, to, layout.product),
+                        false => put_across::<D>(t % each, i, &row, to, layout.product),
+                    },
+                );
             }
             channel += D::S::LANES;
         }
@@ -229,9 +236,14 @@ unsafe fn gradients<D: Terms<S: Simd<Elem: Vectors>>, B: Stored<<D::S as Simd>::
             let n = (channels.end - channel).min(D::S::LANES);
             // SAFETY: the caller's promise.
             unsafe {
-                let all = output_grad_tile::<D::S, B>(&at, channel, n);
                 let to = to.add(t / each * layout.tile + channel - channels.start);
-                put_across::<D>(t % each, &all, to, layout.product);
+                output_grad_tile::<D::S, B>(
+                    &at,
+                    channel,
+                    n,
+                    #[inline(always)]
+                    |i, row| put_across::<D>(t % each, i, &row, to, layout.product),
+                );
             }
             channel += D::S::LANES;
         }

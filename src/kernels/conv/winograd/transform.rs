@@ -47,17 +47,34 @@ unsafe fn pair<S: Simd>(p: f64, e: S::V, o: S::V) -> [S::V; 2] {
     unsafe { [S::fma(constant::<S>(p), o, e), S::fma(constant::<S>(-p), o, e)] }
 }
 
+/// The first and the last of `Bᵀ·d`.
+#[inline(always)]
+unsafe fn input_ends<S: Simd>(d: [S::V; IN]) -> [S::V; 2] {
+    // SAFETY: the caller's promise, here and below.
+    unsafe {
+        // The product of a² and b² is one.
+        let both = constant::<S>(-(A2 + B2));
+        [S::fma(both, d[2], S::add(d[0], d[4])), S::fma(both, d[3], S::add(d[1], d[5]))]
+    }
+}
+
+/// Those between, of all but the first and last of `d`.
+#[inline(always)]
+unsafe fn input_between<S: Simd>(d: [S::V; IN - 2]) -> [S::V; IN - 2] {
+    unsafe {
+        let (a2, b2) = (constant::<S>(-A2), constant::<S>(-B2));
+        let [p, q] = pair::<S>(A, S::fma(b2, d[1], d[3]), S::fma(b2, d[0], d[2]));
+        let [r, s] = pair::<S>(B, S::fma(a2, d[1], d[3]), S::fma(a2, d[0], d[2]));
+        [p, q, r, s]
+    }
+}
+
 /// `Bᵀ·d`
 #[inline(always)]
 unsafe fn input<S: Simd>(d: [S::V; IN]) -> [S::V; IN] {
-    // SAFETY: the caller's promise, here and below.
     unsafe {
-        let (a2, b2, both) = (constant::<S>(-A2), constant::<S>(-B2), constant::<S>(-(A2 + B2)));
-        let [p, q] = pair::<S>(A, S::fma(b2, d[2], d[4]), S::fma(b2, d[1], d[3]));
-        let [r, s] = pair::<S>(B, S::fma(a2, d[2], d[4]), S::fma(a2, d[1], d[3]));
-        // The product of a² and b² is one.
-        let first = S::fma(both, d[2], S::add(d[0], d[4]));
-        let last = S::fma(both, d[3], S::add(d[1], d[5]));
+        let ([first, last], [p, q, r, s]) =
+            (input_ends::<S>(d), input_between::<S>([d[1], d[2], d[3], d[4]]));
         [first, p, q, r, s, last]
     }
 }
@@ -115,42 +132,39 @@ unsafe fn weight_grad<S: Simd>(m: [S::V; IN]) -> [S::V; 3] {
     }
 }
 
-/// A transform along both sides: of each column, then of each row.
+/// A transform along both sides: of each column, then of each row, which `$put` is given with its number.
 macro_rules! both_sides {
-    ($transform:ident, $d:ident, $from:ident, $to:ident) => {{
+    ($load:expr, $transform:ident, $from:ident, $to:ident, $put:expr) => {{
+        let (load, mut put) = ($load, $put);
         let mut half = [[S::splat(zero()); $from]; $to];
         for j in 0..$from {
             let mut column = [S::splat(zero()); $from];
             for i in 0..$from {
-                column[i] = $d[i][j];
+                column[i] = load(i, j);
             }
             let column = $transform::<S>(column);
             for i in 0..$to {
                 half[i][j] = column[i];
             }
         }
-        let mut all = [[S::splat(zero()); $to]; $to];
         for i in 0..$to {
-            all[i] = $transform::<S>(half[i]);
+            put(i, $transform::<S>(half[i]));
         }
-        all
     }};
 }
 
-/// A transformed tile: a vector of channels of each product.
-pub(super) type Transform<S> = [[<S as Simd>::V; IN]; IN];
+/// A row of a transformed tile: a vector of channels of each product.
+pub(super) type Row<S> = [<S as Simd>::V; IN];
 
-/// Writes it as terms of neighbouring channels, `step` terms from a product's to the next's.
+/// Writes row `i` of a transformed tile as terms of neighbouring channels, `step` terms from a product's to the next's.
 ///
 /// # Safety
 /// `to` must be writable for a vector's terms at each product, and `D`'s instructions be there.
 #[inline(always)]
-pub(super) unsafe fn put_beside<D: Terms>(all: &Transform<D::S>, to: *mut D::Term, step: usize) {
-    for i in 0..IN {
-        for j in 0..IN {
-            // SAFETY: the caller's promise.
-            unsafe { D::put_beside(all[i][j], to.add((i * IN + j) * step)) }
-        }
+pub(super) unsafe fn put_beside<D: Terms>(i: usize, row: &Row<D::S>, to: *mut D::Term, step: usize) {
+    for j in 0..IN {
+        // SAFETY: the caller's promise.
+        unsafe { D::put_beside(row[j], to.add((i * IN + j) * step)) }
     }
 }
 
@@ -159,16 +173,21 @@ pub(super) unsafe fn put_beside<D: Terms>(all: &Transform<D::S>, to: *mut D::Ter
 /// # Safety
 /// As of [`put_beside`]; see [`Terms::put_across`].
 #[inline(always)]
-pub(super) unsafe fn put_across<D: Terms>(nth: usize, all: &Transform<D::S>, to: *mut D::Term, step: usize) {
-    for i in 0..IN {
-        for j in 0..IN {
-            // SAFETY: the caller's promise.
-            unsafe { D::put_across(nth, all[i][j], to.add((i * IN + j) * step)) }
-        }
+pub(super) unsafe fn put_across<D: Terms>(
+    nth: usize,
+    i: usize,
+    row: &Row<D::S>,
+    to: *mut D::Term,
+    step: usize,
+) {
+    for j in 0..IN {
+        // SAFETY: the caller's promise.
+        unsafe { D::put_across(nth, row[j], to.add((i * IN + j) * step)) }
     }
 }
 
-/// `Bᵀ·d·B` of the tile whose positions are at `d`, `n` channels of it.
+/// `Bᵀ·d·B` of the tile whose positions are at `d`, `n` channels of it: its rows, by number, in an order in which what is
+/// transformed along one side only stays in registers.
 ///
 /// # Safety
 /// `d` must be readable for `n` elements each.
@@ -177,19 +196,38 @@ pub(super) unsafe fn input_tile<S: Simd<Elem: Vectors>, B: Stored<S::Elem>>(
     d: &[[*const B::Bits; IN]; IN],
     channel: usize,
     n: usize,
-) -> Transform<S> {
+    mut put: impl FnMut(usize, Row<S>),
+) {
     unsafe {
-        let mut tile = [[S::splat(zero()); IN]; IN];
-        for i in 0..IN {
-            for j in 0..IN {
-                tile[i][j] = B::load::<S>(d[i][j].add(channel), n);
+        let zero = S::splat(zero());
+        let mut ends = [[zero; IN]; 2];
+        for j in 0..IN {
+            let mut column = [zero; IN];
+            for i in 0..IN {
+                column[i] = B::load::<S>(d[i][j].add(channel), n);
+            }
+            [ends[0][j], ends[1][j]] = input_ends::<S>(column);
+        }
+        put(0, input::<S>(ends[0]));
+        put(IN - 1, input::<S>(ends[1]));
+        let mut between = [[zero; IN]; IN - 2];
+        for j in 0..IN {
+            let mut column = [zero; IN - 2];
+            for i in 0..IN - 2 {
+                column[i] = B::load::<S>(d[i + 1][j].add(channel), n);
+            }
+            let column = input_between::<S>(column);
+            for i in 0..IN - 2 {
+                between[i][j] = column[i];
             }
         }
-        both_sides!(input, tile, IN, IN)
+        for i in 0..IN - 2 {
+            put(i + 1, input::<S>(between[i]));
+        }
     }
 }
 
-/// `A·y·Aᵀ` of the gradient of a tile's results, which are at `y`.
+/// `A·y·Aᵀ` of the gradient of a tile's results, which are at `y`: its rows.
 ///
 /// # Safety
 /// As of [`input_tile`].
@@ -198,15 +236,17 @@ pub(super) unsafe fn output_grad_tile<S: Simd<Elem: Vectors>, B: Stored<S::Elem>
     y: &[[*const B::Bits; OUT]; OUT],
     channel: usize,
     n: usize,
-) -> Transform<S> {
+    put: impl FnMut(usize, Row<S>),
+) {
     unsafe {
-        let mut tile = [[S::splat(zero()); OUT]; OUT];
-        for i in 0..OUT {
-            for j in 0..OUT {
-                tile[i][j] = B::load::<S>(y[i][j].add(channel), n);
-            }
-        }
-        both_sides!(output_grad, tile, OUT, IN)
+        both_sides!(
+            #[inline(always)]
+            |i: usize, j: usize| B::load::<S>(y[i][j].add(channel), n),
+            output_grad,
+            OUT,
+            IN,
+            put
+        );
     }
 }
 
@@ -217,33 +257,38 @@ pub(super) unsafe fn output_grad_tile<S: Simd<Elem: Vectors>, B: Stored<S::Elem>
 #[inline(always)]
 pub(super) unsafe fn output_tile<S: Simd>(m: *const S::Elem, step: usize) -> [[S::V; OUT]; OUT] {
     unsafe {
-        let mut tile = [[S::splat(zero()); IN]; IN];
-        for i in 0..IN {
-            for j in 0..IN {
-                tile[i][j] = S::load(m.add((i * IN + j) * step));
-            }
-        }
-        both_sides!(output, tile, IN, OUT)
+        let mut tile = [[S::splat(zero()); OUT]; OUT];
+        both_sides!(
+            #[inline(always)]
+            |i: usize, j: usize| S::load(m.add((i * IN + j) * step)),
+            output,
+            IN,
+            OUT,
+            #[inline(always)]
+            |i: usize, row| tile[i] = row
+        );
+        tile
     }
 }
 
 /// Taps of a kernel's side.
 const TAPS: usize = 3;
 
-/// `G·g·Gᵀ` of the nine taps at `g`, `step` elements apart.
+/// `G·g·Gᵀ` of the nine taps at `g`, `step` elements apart: its rows.
 ///
 /// # Safety
 /// `g` must be readable for a vector at each tap.
 #[inline(always)]
-pub(super) unsafe fn weight_tile<S: Simd>(g: *const S::Elem, step: usize) -> Transform<S> {
+pub(super) unsafe fn weight_tile<S: Simd>(g: *const S::Elem, step: usize, put: impl FnMut(usize, Row<S>)) {
     unsafe {
-        let mut tile = [[S::splat(zero()); TAPS]; TAPS];
-        for i in 0..TAPS {
-            for j in 0..TAPS {
-                tile[i][j] = S::load(g.add((i * TAPS + j) * step));
-            }
-        }
-        both_sides!(weight, tile, TAPS, IN)
+        both_sides!(
+            #[inline(always)]
+            |i: usize, j: usize| S::load(g.add((i * TAPS + j) * step)),
+            weight,
+            TAPS,
+            IN,
+            put
+        );
     }
 }
 
@@ -260,19 +305,24 @@ pub(super) unsafe fn weight_grad_tile<S: Simd>(
     step: usize,
 ) {
     unsafe {
-        let mut tile = [[S::splat(zero()); IN]; IN];
-        for s in 0..slabs {
-            for i in 0..IN {
-                for j in 0..IN {
-                    tile[i][j] = S::add(tile[i][j], S::load(m.add(s * slab + (i * IN + j) * product)));
+        both_sides!(
+            #[inline(always)]
+            |i: usize, j: usize| {
+                let mut sum = S::splat(zero());
+                for s in 0..slabs {
+                    sum = S::add(sum, S::load(m.add(s * slab + (i * IN + j) * product)));
+                }
+                sum
+            },
+            weight_grad,
+            IN,
+            TAPS,
+            #[inline(always)]
+            |i: usize, row: [S::V; TAPS]| {
+                for j in 0..TAPS {
+                    S::store(to.add((i * TAPS + j) * step), row[j]);
                 }
             }
-        }
-        let all = both_sides!(weight_grad, tile, IN, TAPS);
-        for i in 0..TAPS {
-            for j in 0..TAPS {
-                S::store(to.add((i * TAPS + j) * step), all[i][j]);
-            }
-        }
+        );
     }
 }
