@@ -13,6 +13,8 @@ mod source;
 mod transform;
 pub(super) mod weight;
 
+use std::ops::Range;
+
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::{Epilogue, Geometry};
 use crate::kernels::half::{Elements, ElementsMut};
@@ -94,11 +96,37 @@ impl Tiles {
         Tiles { rows, columns, total: n * rows * columns }
     }
 
-    /// Image, first row and column of a tile's results.
+    /// Image, first row and column of the results of each of some tiles.
     #[inline(always)]
-    fn at(&self, tile: usize) -> [usize; 3] {
-        let (line, column) = (tile / self.columns, tile % self.columns);
-        [line / self.rows, line % self.rows * OUT, column * OUT]
+    fn walk(&self, tiles: Range<usize>) -> Walk {
+        let (line, column) = (tiles.start / self.columns, tiles.start % self.columns);
+        let next = [line / self.rows, line % self.rows * OUT, column * OUT];
+        Walk { extents: [self.rows * OUT, self.columns * OUT], next, left: tiles.len() }
+    }
+}
+
+/// Without a division for each.
+struct Walk {
+    extents: [usize; 2],
+    next: [usize; 3],
+    left: usize,
+}
+
+impl Iterator for Walk {
+    type Item = [usize; 3];
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<[usize; 3]> {
+        self.left = self.left.checked_sub(1)?;
+        let at = self.next;
+        self.next[2] += OUT;
+        if self.next[2] == self.extents[1] {
+            self.next = [at[0], at[1] + OUT, 0];
+            if self.next[1] == self.extents[0] {
+                self.next = [at[0] + 1, 0, 0];
+            }
+        }
+        Some(at)
     }
 }
 

@@ -278,8 +278,7 @@ impl<T: Vectors> Target<'_, T> {
         // SAFETY: the caller's promise.
         unsafe {
             let mut moments = [Moments::none(); 2];
-            for t in 0..tiles.len() {
-                let at = self.tiles.at(tiles.start + t);
+            for (t, at) in self.tiles.walk(tiles).enumerate() {
                 let inside = [OUT.min(rows - at[1]), OUT.min(columns - at[2])];
                 for j in 0..self.vectors::<D::S>(panel) {
                     let channel = (2 * panel + j) * D::S::LANES;

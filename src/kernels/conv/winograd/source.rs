@@ -165,8 +165,8 @@ unsafe fn inputs<D: Terms<S: Simd<Elem: Vectors>>, B: Stored<<D::S as Simd>::Ele
     each: usize,
     to: *mut D::Term,
 ) {
-    for t in 0..tiles.len() {
-        let at = source.tile::<B, IN>(of.at(tiles.start + t));
+    for (t, at) in of.walk(tiles).enumerate() {
+        let at = source.tile::<B, IN>(at);
         fetch_below::<D::S, B, IN>(&at, source);
         let mut channel = 0;
         while channel < source.channels {
@@ -228,8 +228,8 @@ unsafe fn gradients<D: Terms<S: Simd<Elem: Vectors>>, B: Stored<<D::S as Simd>::
     each: usize,
     to: *mut D::Term,
 ) {
-    for t in 0..tiles.len() {
-        let at = source.tile::<B, OUT>(of.at(tiles.start + t));
+    for (t, at) in of.walk(tiles).enumerate() {
+        let at = source.tile::<B, OUT>(at);
         fetch_below::<D::S, B, OUT>(&at, source);
         let mut channel = channels.start;
         while channel < channels.end {

@@ -135,6 +135,7 @@ unsafe fn weight_grad<S: Simd>(m: [S::V; IN]) -> [S::V; 3] {
 /// A transform along both sides: of each column, then of each row, which `$put` is given with its number.
 macro_rules! both_sides {
     ($load:expr, $transform:ident, $from:ident, $to:ident, $put:expr) => {{
+        #[allow(unused_mut)]
         let (load, mut put) = ($load, $put);
         let mut half = [[S::splat(zero()); $from]; $to];
         for j in 0..$from {
