@@ -315,7 +315,7 @@ impl Op for Conv {
     }
 
     fn rounds(&self, inputs: &[Option<&Meta>], input: usize) -> bool {
-        input == 0 && self.normalises.is_none() && self.is(inputs, kernel::rounds)
+        input == 0 && self.normalises.is_none() && self.is(inputs, kernel::reads_half)
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {

@@ -211,14 +211,9 @@ pub fn loads(g: &Geometry) -> bool {
     g.layout == Layout::Last && !g.is_empty() && (g.depthwise() || pointwise::applies(g))
 }
 
-/// Does a convolution by pairs, whose channels are last, read X in half precision?
+/// Does a convolution by pairs, whose channels are last, read X in half precision, which it rounds, itself or transformed, anyway?
 pub fn reads_half(g: &Geometry) -> bool {
     g.pairs && g.layout == Layout::Last
-}
-
-/// Is that, read whole, rounded before it is multiplied?
-pub fn rounds(g: &Geometry) -> bool {
-    reads_half(g) && (!winograd::applies_forward(g) || winograd::forward_pairs(g))
 }
 
 /// Does the input gradient read dY in half precision, which it rounds, perhaps transformed, anyway?

@@ -30,7 +30,7 @@ fn blocks<T: Vectors>(g: &Geometry) -> Option<usize> {
     match () {
         _ if g.is_empty() || g.layout != Layout::Last => None,
         _ if g.depthwise() => Some(depthwise::forward_blocks(g)),
-        _ if winograd::forward_pairs(g) => Some(winograd::forward_blocks::<T>(g)),
+        _ if winograd::gathers(g) => Some(winograd::forward_blocks::<T>(g)),
         _ if winograd::applies_forward(g) => None,
         _ => dense::forward_blocks::<T>(g),
     }
@@ -53,7 +53,7 @@ pub fn statistics_room<T: Vectors>(g: &Geometry) -> usize {
 pub fn statistics_scratch<T: Vectors>(g: &Geometry, plain: bool, kept: bool) -> usize {
     match blocks::<T>(g) {
         Some(_) if !kept && g.depthwise() => depthwise::forward_scratch(g, plain, kept),
-        Some(_) if !kept && winograd::forward_pairs(g) => winograd::forward_scratch::<T>(g, !plain),
+        Some(_) if !kept && winograd::gathers(g) => winograd::forward_scratch::<T>(g, !plain),
         Some(_) if !kept => dense::forward_scratch::<T>(g, plain, kept),
         _ => forward_scratch::<T>(g, plain) + if kept { 0 } else { g.outputs() },
     }
@@ -75,7 +75,7 @@ pub fn forward_statistics<T: Vectors>(
     assert!(read, "an input that is computed as it is read");
     assert!(rounded.as_ref().is_none_or(|r| r.1.len() == g.outputs()), "rounded results");
     assert!(rounded.is_some() || y.is_some(), "results without a place");
-    if let (Some(blocks), true) = (blocks::<T>(g), winograd::forward_pairs(g)) {
+    if let (Some(blocks), true) = (blocks::<T>(g), winograd::gathers(g)) {
         let room = &mut room[..blocks * norm::block_room(g.oc)];
         match (y, rounded) {
             (None, Some((Half::Bf16, to))) => {

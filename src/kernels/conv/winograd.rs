@@ -46,8 +46,8 @@ fn applies(g: &Geometry, [ci, terms]: [usize; 2], co: usize, extents: [usize; 3]
         && g.pad[1..].iter().all(|p| *p <= 2);
     let tiles = Tiles::of(g.n, extents).total;
     let vectors = co.div_ceil(VECTOR);
-    // Pairs of few channels, or in blocks, are multiplied faster than they are transformed.
-    let fits = fits && !(g.pairs && (vectors == 1 || multiplies_blocks()));
+    // Pairs in blocks are multiplied faster than they are transformed.
+    let fits = fits && !(g.pairs && multiplies_blocks());
     let direct = g.n * extents[1] * extents[2] * TAPS * terms * vectors;
     let products = PRODUCTS * terms * vectors + INPUT * ci.div_ceil(VECTOR) + OUTPUT * vectors;
     fits && 8 * direct > 9 * (tiles * products + WEIGHT * ci * vectors)
@@ -66,9 +66,9 @@ fn sums_pairs(g: &Geometry) -> bool {
     g.pairs && g.c * g.oc * g.y.iter().product::<usize>() >= MANY
 }
 
-/// Is the forward pass one of these, and by pairs?
-pub(super) fn forward_pairs(g: &Geometry) -> bool {
-    sums_pairs(g) && applies_forward(g)
+/// Is the forward pass one of these, and gathers it moments of its results? (Of whole elements, it leaves sums as they always were.)
+pub(super) fn gathers(g: &Geometry) -> bool {
+    g.pairs && applies_forward(g)
 }
 
 /// See [`applies`], of the input gradient.
