@@ -274,7 +274,9 @@ fn forward_blocks<T: Vectors>(
     assert!(x.is_plain() || loads(g) || reads_half(g), "an input that is computed as it is read");
     let kernel = |x: Operand<T>, epilogue: Epilogue<T>, y: &mut [T], scratch: &mut [T]| match () {
         _ if g.depthwise() => depthwise::forward(g, x, w, epilogue, Some(y), scratch, done),
-        _ if winograd::applies_forward(g) => winograd::forward(g, x.data, w, epilogue, ElementsMut::Whole(y), None, scratch),
+        _ if winograd::applies_forward(g) => {
+            winograd::forward(g, x.data, w, epilogue, ElementsMut::Whole(y), None, scratch)
+        }
         _ => dense::forward(g, x, w, epilogue, Some(y), scratch, done),
     };
     if g.layout == Layout::Last {

@@ -161,7 +161,11 @@ fn whole(g: &Geometry) -> Geometry {
 /// Elements of scratch that [`forward`] needs; `half`: is X of half precision?
 pub(super) fn forward_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
     let plan = Plan::forward(&whole(g));
-    if sums_pairs(g) { forward::scratch::<u32, T>(&plan, half) } else { forward::scratch::<T, T>(&plan, half) }
+    if sums_pairs(g) {
+        forward::scratch::<u32, T>(&plan, half)
+    } else {
+        forward::scratch::<T, T>(&plan, half)
+    }
 }
 
 /// Blocks of results of whose moments [`forward`] tells.

@@ -62,7 +62,14 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Inputs<'_, E, T> {
     unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(mut self) {
         // SAFETY: the promise of whoever made it.
         unsafe {
-            transform_inputs::<D, true>(&self.of, self.tiles, &mut self.source, &self.layout, E::EACH, self.to)
+            transform_inputs::<D, true>(
+                &self.of,
+                self.tiles,
+                &mut self.source,
+                &self.layout,
+                E::EACH,
+                self.to,
+            )
         }
     }
 }

@@ -278,7 +278,11 @@ impl<T: Vectors> Target<'_, T> {
         // SAFETY: the caller's promise.
         unsafe {
             let mut moments = [Moments::none(); 2];
+            let mut ahead = self.tiles.walk(tiles.clone()).skip(1);
             for (t, at) in self.tiles.walk(tiles).enumerate() {
+                if let Some(next) = ahead.next() {
+                    self.fetch_tile::<D>(next, panel);
+                }
                 let inside = [OUT.min(rows - at[1]), OUT.min(columns - at[2])];
                 for j in 0..self.vectors::<D::S>(panel) {
                     let channel = (2 * panel + j) * D::S::LANES;
@@ -296,6 +300,30 @@ impl<T: Vectors> Target<'_, T> {
                 }
             }
             moments
+        }
+    }
+
+    /// Has what writing a tile's results of a panel reads or writes fetched, the edges' missing positions with it.
+    #[inline(always)]
+    fn fetch_tile<D: Terms<S: Simd<Elem = T>>>(&self, [image, row, column]: [usize; 3], panel: usize) {
+        let ([_, rows, columns], co) = (self.plan.target, self.plan.co);
+        let first = ((image * rows + row) * columns + column) * co + 2 * panel * D::S::LANES;
+        let vectors = self.vectors::<D::S>(panel);
+        let fetch = |p: *const T| {
+            // SAFETY: fetching is allowed anywhere.
+            unsafe { D::S::prefetch(p) }
+        };
+        for i in 0..OUT {
+            for j in 0..OUT {
+                let at = first + (i * columns + j) * co;
+                if let Residual::Of(r) = self.epilogue.residual {
+                    (0..vectors).for_each(|k| fetch(r.as_ptr().wrapping_add(at + k * D::S::LANES)));
+                }
+                match self.y {
+                    To::Whole(y) => (0..vectors).for_each(|k| fetch(y.wrapping_add(at + k * D::S::LANES))),
+                    To::Bf16(y) => fetch(y.wrapping_add(at).cast()),
+                }
+            }
         }
     }
 

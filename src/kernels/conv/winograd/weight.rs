@@ -11,8 +11,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::few::{each, each_tasks};
-use super::transform::{PRODUCTS, weight_grad_tile};
 use super::source::{Source, room, transform_gradients, transform_inputs};
+use super::transform::{PRODUCTS, weight_grad_tile};
 use super::{TAPS, Tiles, Transformed};
 use crate::kernels::ahead::Steps;
 use crate::kernels::conv::weight::{Outputs, in_order};
@@ -110,7 +110,14 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
             // SAFETY: the buffers have the layouts' sizes; the sums' elements are this task's.
             unsafe {
                 let transformed = [self.x_transformed, self.dy_transformed];
-                transform_inputs::<D, false>(&self.of, tiles.clone(), &mut self.x, &x, E::EACH, transformed[0]);
+                transform_inputs::<D, false>(
+                    &self.of,
+                    tiles.clone(),
+                    &mut self.x,
+                    &x,
+                    E::EACH,
+                    transformed[0],
+                );
                 let (channels, to) = (first..last, transformed[1]);
                 transform_gradients::<D>(&self.of, tiles.clone(), &mut self.dy, channels, &dy, E::EACH, to);
                 for p in self.panels.clone() {
