@@ -78,16 +78,16 @@ pub fn forward_statistics<T: Vectors>(
     if let (Some(blocks), true) = (blocks::<T>(g), winograd::gathers(g)) {
         let room = &mut room[..blocks * norm::block_room(g.oc)];
         match (y, rounded) {
-            (None, Some((Half::Bf16, to))) => {
-                winograd::forward(g, x.data, w, epilogue, ElementsMut::Bf16(to), Some(room), scratch);
-            }
-            (y, rounded) => {
-                let y = y.expect("results by pairs are rounded to bfloat16");
+            (Some(y), rounded) => {
                 winograd::forward(g, x.data, w, epilogue, ElementsMut::Whole(y), Some(room), scratch);
                 if let Some((half, to)) = rounded {
                     half.round_all(y, to);
                 }
             }
+            (None, Some((Half::Bf16, to))) => {
+                winograd::forward(g, x.data, w, epilogue, ElementsMut::Bf16(to), Some(room), scratch);
+            }
+            (None, _) => panic!("results by pairs are rounded to bfloat16"),
         }
         return norm::merge_blocks(room, mean, variance);
     }

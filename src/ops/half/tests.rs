@@ -131,10 +131,12 @@ fn convolutions_multiply_pairs() {
         let (conv, input, weights) = convolution(*shape);
         let (x, w) = (Dims::from_slice(input.dims()), Dims::from_slice(weights.dims()));
         let dy = wave(eval(&conv, &[Some(&input), Some(&weights)]).unwrap()[0].dims(), 0.9);
-        // The same sums of operands that rounding does not change, in double precision; and pairs of them, added up in it. Of
-        // gradients by transformed tiles, what is rounded is those.
+        // The same sums of operands that rounding does not change, in double precision; and pairs of them, added up in it. By
+        // transformed tiles, what is rounded is those: of gradients, and of large forward passes.
         let (_, kernel, _, stride, _) = *shape;
-        let transforms = |op: &dyn Op| kernel[2..] == [3, 3] && stride == 1 && op.name() != conv.name();
+        let large = kernel[0] * kernel[1] * dy.dims()[1..3].iter().product::<usize>() >= 1 << 20;
+        let transforms =
+            |op: &dyn Op| kernel[2..] == [3, 3] && stride == 1 && (large || op.name() != conv.name());
         let check = |op: &dyn Op, operands: [&Tensor; 2]| {
             let pairs = op.by_pairs().unwrap();
             let [rounded, exact] =
@@ -172,7 +174,10 @@ fn convolutions_multiply_pairs() {
         reads(&what, weight.by_pairs().unwrap().as_ref(), &[Some(&dy), Some(&input)]);
         reads(&what, conv.by_pairs().unwrap().as_ref(), &[Some(&input), Some(&weights)]);
         let statistics = ConvStatistics::of(conv.clone());
-        reads(&what, statistics.by_pairs().unwrap().as_ref(), &[Some(&input), Some(&weights)]);
+        let statistics = statistics.by_pairs().unwrap();
+        reads(&what, statistics.as_ref(), &[Some(&input), Some(&weights)]);
+        assert!(puts_out_rounded(&what, statistics.as_ref(), &[Some(&input), Some(&weights)]), "{what}");
+        check_moments(&what, &eval(statistics.as_ref(), &[Some(&input), Some(&weights)]).unwrap());
         let addend = wave(input.dims(), 0.1);
         let operands = [&dy, &weights, &addend].map(Some);
         for operands in [&operands[..2], &operands] {
@@ -183,6 +188,20 @@ fn convolutions_multiply_pairs() {
                 reads(&what, back.as_ref(), operands);
             }
         }
+    }
+}
+
+/// Means and variances are those of the results beside them.
+fn check_moments(what: &str, outputs: &[Tensor]) {
+    let [y, mean, variance] = [0, 1, 2].map(|i| outputs[i].to_f64());
+    let (channels, rows) = (mean.len(), (y.len() / mean.len()) as f64);
+    for c in 0..channels {
+        let of = || y.iter().skip(c).step_by(channels);
+        let m = of().sum::<f64>() / rows;
+        let v = of().map(|y| (y - m) * (y - m)).sum::<f64>() / rows;
+        let near = |a: f64, b: f64, scale: f64| (a - b).abs() <= 2e-6 * scale;
+        assert!(near(mean[c], m, m.abs() + v.sqrt()), "{what}: mean {} of channel {c} is {m}", mean[c]);
+        assert!(near(variance[c], v, v + m * m), "{what}: variance {} of channel {c} is {v}", variance[c]);
     }
 }
 
