@@ -4,7 +4,7 @@
 use crate::kernels::simd::Simd;
 
 /// Bytes of a cache line.
-const LINE: usize = 64;
+pub const LINE: usize = 64;
 
 /// Parts of at most two tensors.
 #[derive(Debug, Clone, Copy)]

@@ -1,7 +1,7 @@
 //! Moments of results, gathered from tiles while they are in registers.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
-use super::transform::OUT;
+use super::transform::{OUT, constant};
 use crate::kernels::norm::block_room;
 use crate::kernels::par::Shared;
 use crate::kernels::simd::Simd;
@@ -64,12 +64,6 @@ impl<S: Simd> Moments<S> {
             self.positions = all;
         }
     }
-}
-
-#[inline(always)]
-unsafe fn constant<S: Simd>(x: f64) -> S::V {
-    // SAFETY: the caller's promise.
-    unsafe { S::splat(S::Elem::of(x)) }
 }
 
 /// Where blocks' moments go: of each their number of positions, all channels' means and squared distances.

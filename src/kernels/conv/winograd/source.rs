@@ -5,13 +5,11 @@ use std::ops::Range;
 
 use super::transform::{IN, OUT, input_tile, output_grad_tile, put_across, put_beside};
 use super::{Tiles, Transformed};
+use crate::kernels::ahead::LINE;
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::half::{Elements, Half};
 use crate::kernels::simd::{Simd, Vectors, load_up_to, widen_up_to};
 use crate::kernels::tile::Terms;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// Images; beyond their edges are zeros.
 pub(super) struct Source<'a, T> {

@@ -29,7 +29,7 @@ const AT_A: f64 = 2.0 * A2 * (A2 - B2);
 const AT_B: f64 = 2.0 * B2 * (B2 - A2);
 
 #[inline(always)]
-unsafe fn constant<S: Simd>(x: f64) -> S::V {
+pub(super) unsafe fn constant<S: Simd>(x: f64) -> S::V {
     // SAFETY: the caller's promise.
     unsafe { S::splat(S::Elem::of(x)) }
 }
