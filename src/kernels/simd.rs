@@ -97,6 +97,39 @@ pub unsafe fn widen_up_to<S: Simd>(p: *const u16, n: usize) -> S::V {
     }
 }
 
+/// In which form elements lie that registers hold whole: so, or of bfloat16.
+pub trait Stored<T> {
+    type Bits;
+    /// A vector, or its first `n` lanes.
+    ///
+    /// # Safety
+    /// As of [`load_up_to`].
+    unsafe fn load<S: Simd<Elem = T>>(p: *const Self::Bits, n: usize) -> S::V;
+}
+
+pub struct Whole;
+pub struct Bf16;
+
+impl<T> Stored<T> for Whole {
+    type Bits = T;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd<Elem = T>>(p: *const T, n: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { load_up_to::<S>(p, n) }
+    }
+}
+
+impl<T> Stored<T> for Bf16 {
+    type Bits = u16;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd<Elem = T>>(p: *const u16, n: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { widen_up_to::<S>(p, n) }
+    }
+}
+
 /// As [`load_up_to`], where it is known beforehand whether a whole vector is read.
 ///
 /// # Safety

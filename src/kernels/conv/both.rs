@@ -64,11 +64,10 @@ impl<'a, T: Vectors> Sums<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.parts.ptr().add(slab * size), size) }
     }
 
-    /// Adds what `dx`, whole positions from element `start` on, contributes. Where X is of half precision, `near` has
-    /// room for as many elements.
-    pub(super) fn add(&self, start: usize, dx: &[T], near: &mut [T], part: &mut [f64]) {
+    /// Adds what `dx`, whole positions from element `start` on, contributes.
+    pub(super) fn add(&self, start: usize, dx: &[T], part: &mut [f64]) {
         let n = &self.norm;
-        let x = self.x.near(start, dx.len(), near);
+        let x = self.x.part(start..start + dx.len());
         norm::add_param_grad(x, dx, n.mean, (n.factor, n.shift, n.clamp), part);
     }
 
@@ -91,13 +90,12 @@ pub fn sums_room(g: &Geometry) -> usize {
     slabs * 2 * g.c
 }
 
-/// Which operands are read where they lie: dY, X, and what the normalisation in front read, if it has sums.
-pub type Plain = [bool; 3];
+/// Are dY and X read where they lie?
+pub type Plain = [bool; 2];
 
 impl<T: Vectors> Both<'_, T> {
     pub(super) fn plain(&self) -> Plain {
-        let sums = self.sums.as_ref().is_none_or(|s| s.x.is_whole());
-        [self.dy.is_plain(), self.x.is_plain(), sums]
+        [self.dy.is_plain(), self.x.is_plain()]
     }
 }
 

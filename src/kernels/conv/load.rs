@@ -9,11 +9,11 @@ use smallvec::{SmallVec, smallvec};
 use super::pointwise::Panel;
 use crate::kernels::ahead::Ahead;
 use crate::kernels::elementwise::Clamp;
-use crate::kernels::half::Elements;
+use crate::kernels::half::{Elements, Half};
 use crate::kernels::par;
-use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
+use crate::kernels::simd::{Bf16, Kernel, Simd, Stored, Vectors, Whole, load_up_to, store_up_to};
 
-/// Elements of half precision that are widened at a time, and channels of them of a position.
+/// Elements of float16 that are widened at a time, and channels of them of a position.
 const NEAR: usize = 2048;
 const STRIP: usize = 512;
 /// Elements from what is read to what is fetched meanwhile.
@@ -128,14 +128,37 @@ impl<'a, T: Vectors> Operand<'a, T> {
     #[inline(always)]
     pub unsafe fn fill<S: Simd<Elem = T>>(&self, first: usize, out: &mut [T]) {
         let c = self.channels;
-        let (start, positions) = (first * c, out.len() / c.max(1));
+        let start = first * c;
         assert!(start + out.len() <= self.data.len());
         if matches!(self.load, Load::Plain) {
             return self.data.copy(start, out);
         }
-        // Half precision is widened a few positions at a time: an operand to where the result will be, the input of a
+        let bf16 = |x: &Elements<T>| x.half() == Some(Half::Bf16);
+        let x = matches!(&self.load, Load::NormGrad(n) if bf16(&n.x));
+        // SAFETY: the caller's promise; the forms are those of the operand.
+        unsafe {
+            match (bf16(&self.data), x) {
+                (false, false) => self.positions::<S, Whole, Whole>(start, out),
+                (false, true) => self.positions::<S, Whole, Bf16>(start, out),
+                (true, false) => self.positions::<S, Bf16, Whole>(start, out),
+                (true, true) => self.positions::<S, Bf16, Bf16>(start, out),
+            }
+        }
+    }
+
+    /// Some positions from element `start` on: of data that lies in the form `D`, and a normalisation's input in `X`.
+    #[inline(always)]
+    unsafe fn positions<S: Simd<Elem = T>, D: Stored<T>, X: Stored<T>>(&self, start: usize, out: &mut [T]) {
+        let c = self.channels;
+        let positions = out.len() / c.max(1);
+        // Float16 is widened a few positions at a time: an operand to where the result will be, the input of a
         // normalisation to a buffer.
-        let widens_x = matches!(&self.load, Load::NormGrad(n) if !n.x.is_whole());
+        let float16 = |x: &Elements<T>| x.half() == Some(Half::F16);
+        let x = match self.load {
+            Load::NormGrad(n) => n.x,
+            _ => self.data,
+        };
+        let widens_x = float16(&x) && matches!(self.load, Load::NormGrad(_));
         let mut room;
         let near: &mut [T] = match widens_x {
             true => {
@@ -144,44 +167,37 @@ impl<'a, T: Vectors> Operand<'a, T> {
             }
             false => &mut [],
         };
-        let (block, strip) = match widens_x || !self.data.is_whole() {
+        let (block, strip) = match widens_x || float16(&self.data) {
             true => (NEAR / c.clamp(1, STRIP), c.clamp(1, STRIP)),
             false => (positions.max(1), c.max(1)),
         };
         for p in (0..positions).step_by(block) {
             let (at, count) = (start + p * c, block.min(positions - p));
             let out = &mut out[p * c..(p + count) * c];
-            if !self.data.is_whole() {
+            if float16(&self.data) {
                 self.data.copy(at, out);
             }
             let out = out.as_mut_ptr();
-            let from = match self.data {
-                Elements::Whole(data) => data[at..].as_ptr(),
-                Elements::Half(..) => out.cast_const(),
+            let from: *const D::Bits = match float16(&self.data) {
+                true => out.cast_const().cast(),
+                false => self.data.address(at).cast(),
             };
             for channel in (0..c).step_by(strip) {
                 let channels = channel..c.min(channel + strip);
-                let (x, x_step) = match &self.load {
-                    Load::NormGrad(n) if !n.x.is_whole() => {
-                        let near = &mut near[..count * channels.len()];
-                        match channels.len() == c {
-                            true => n.x.copy(at, near),
-                            false => {
-                                let rows = near.chunks_exact_mut(channels.len()).enumerate();
-                                rows.for_each(|(i, near)| n.x.copy(at + i * c + channel, near));
-                            }
-                        }
-                        (near.as_ptr().wrapping_sub(channel), channels.len())
+                let (x, x_step): (*const X::Bits, usize) = match widens_x {
+                    true => {
+                        let rows = near.chunks_exact_mut(channels.len()).take(count).enumerate();
+                        rows.for_each(|(i, near)| x.copy(at + i * c + channel, near));
+                        (near.as_ptr().wrapping_sub(channel).cast(), channels.len())
                     }
-                    Load::NormGrad(n) => (n.x.address(at), c),
-                    _ => (from, c),
+                    false => (x.address(at).cast(), c),
                 };
                 // In the order in which they lie, which memory is read fastest in.
                 for p in 0..count {
                     // SAFETY: the positions lie inside; the caller's promise.
                     unsafe {
                         let x = x.wrapping_add(p * x_step);
-                        self.position::<S>(channels.clone(), from.add(p * c), x, out.add(p * c));
+                        self.position::<S, D, X>(channels.clone(), from.add(p * c), x, out.add(p * c));
                     }
                 }
             }
@@ -191,40 +207,40 @@ impl<'a, T: Vectors> Operand<'a, T> {
     /// Some channels of a position, which lies at `from`, and the normalisation's input at `x`. What is written may lie
     /// where it is read from.
     #[inline(always)]
-    unsafe fn position<S: Simd<Elem = T>>(
+    unsafe fn position<S: Simd<Elem = T>, D: Stored<T>, X: Stored<T>>(
         &self,
         channels: Range<usize>,
-        from: *const T,
-        x: *const T,
+        from: *const D::Bits,
+        x: *const X::Bits,
         out: *mut T,
     ) {
         let mut channel = channels.start;
         // SAFETY: the caller's promise; vectors end at the last channel.
         unsafe {
             while channel + S::LANES <= channels.end {
-                self.vector::<S>(channel, S::LANES, from, x, out);
+                self.vector::<S, D, X>(channel, S::LANES, from, x, out);
                 channel += S::LANES;
             }
             if channel < channels.end {
-                self.vector::<S>(channel, channels.end - channel, from, x, out);
+                self.vector::<S, D, X>(channel, channels.end - channel, from, x, out);
             }
         }
     }
 
     /// A vector of channels, or its first `n` lanes.
     #[inline(always)]
-    unsafe fn vector<S: Simd<Elem = T>>(
+    unsafe fn vector<S: Simd<Elem = T>, D: Stored<T>, X: Stored<T>>(
         &self,
         channel: usize,
         n: usize,
-        from: *const T,
-        x: *const T,
+        from: *const D::Bits,
+        x: *const X::Bits,
         out: *mut T,
     ) {
         // SAFETY: the caller's promise.
         unsafe {
             let (from, x, out) = (from.add(channel), x.wrapping_add(channel), out.add(channel));
-            S::prefetch(from.wrapping_add(AHEAD));
+            S::prefetch(from.wrapping_add(AHEAD).cast());
             let y = match &self.load {
                 // Was copied.
                 Load::Plain => return,
@@ -232,18 +248,18 @@ impl<'a, T: Vectors> Operand<'a, T> {
                     let mean = load_up_to::<S>(f.mean.as_ptr().add(channel), n);
                     let factor = load_up_to::<S>(f.factor.as_ptr().add(channel), n);
                     let shift = load_up_to::<S>(f.shift.as_ptr().add(channel), n);
-                    let x = S::sub(load_up_to::<S>(from, n), mean);
+                    let x = S::sub(D::load::<S>(from, n), mean);
                     let y = S::add(S::mul(x, factor), shift);
                     S::min(S::splat(f.clamp.high), S::max(S::splat(f.clamp.low), y))
                 }
                 Load::NormGrad(f) => {
-                    S::prefetch(x.wrapping_add(AHEAD));
+                    S::prefetch(x.wrapping_add(AHEAD).cast());
                     let mean = load_up_to::<S>(f.mean.as_ptr().add(channel), n);
                     let factor = load_up_to::<S>(f.factor.as_ptr().add(channel), n);
                     let k1 = load_up_to::<S>(f.k1.as_ptr().add(channel), n);
                     let k2 = load_up_to::<S>(f.k2.as_ptr().add(channel), n);
-                    let x = S::sub(load_up_to::<S>(x, n), mean);
-                    let mut dz = load_up_to::<S>(from, n);
+                    let x = S::sub(X::load::<S>(x, n), mean);
+                    let mut dz = D::load::<S>(from, n);
                     if let Some((shift, clamp)) = f.passed {
                         let shift = load_up_to::<S>(shift.as_ptr().add(channel), n);
                         let y = S::add(S::mul(x, factor), shift);

@@ -66,10 +66,9 @@ pub fn grads_slabs(g: &Geometry) -> usize {
     chunks(g).count.min(SLABS)
 }
 
-/// Elements that a task computes near by of dY and of X; those that sums widen take the place of the latter, which
-/// come after them.
-fn near(g: &Geometry, [dy, x, sums]: Plain) -> [usize; 2] {
-    let elements = [if dy { 0 } else { chunk(g) * g.oc }, if x && sums { 0 } else { chunk(g) * g.c }];
+/// Elements that a task computes near by of dY and of X.
+fn near(g: &Geometry, [dy, x]: Plain) -> [usize; 2] {
+    let elements = [if dy { 0 } else { chunk(g) * g.oc }, if x { 0 } else { chunk(g) * g.c }];
     elements.map(|elements| elements.next_multiple_of(LINE))
 }
 
@@ -109,7 +108,7 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
             let ahead = b.x.ahead(start..start + n);
             dense::positions(&back, dy, weights, epilogue.from(start * g.c, n * g.c), dx, ahead);
             if let Some((sums, part)) = &mut part {
-                sums.add(start * g.c, dx, x_slot, part);
+                sums.add(start * g.c, dx, part);
             }
             let x = b.x.near(start, n, x_slot);
             let ahead = match i + 1 < last {

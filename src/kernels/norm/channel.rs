@@ -414,7 +414,7 @@ pub fn param_grad<T: Vectors>(
 
 /// What rows of channels contribute to the sums of [`param_grad`], `Σ dz·(x − mean)` and `Σ dz` (2·c), is added to them.
 pub fn add_param_grad<T: Vectors>(
-    x: &[T],
+    x: Elements<T>,
     dy: &[T],
     mean: &[T],
     (factor, shift, clamp): (&[T], &[T], Clamp<T>),
@@ -424,7 +424,7 @@ pub fn add_param_grad<T: Vectors>(
     let term = Passed::new(Elements::Whole(dy), factor, shift, clamp);
     vectorize_sweep(
         #[inline(always)]
-        || column_products(Elements::Whole(x), mean.len(), Some(mean), term, scales, shifts),
+        || column_products(x, mean.len(), Some(mean), term, scales, shifts),
     );
 }
 

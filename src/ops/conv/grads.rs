@@ -143,7 +143,7 @@ impl Op for ConvGrads {
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let Some(x) = get(inputs, 2) else { return 0 };
         let (half, dtype) = (Half::of(x.dtype).is_some(), computed(x));
-        let plain = [self.back.is_none(), self.conv.normalises.is_none() && !half, !self.sums || !half];
+        let plain = [self.back.is_none(), self.conv.normalises.is_none() && !half];
         self.conv.geometry(&x.dims, &self.w).map_or(0, |(g, _)| {
             let elements = match dtype {
                 DType::F64 => kernel::grads_scratch::<f64>(&g, plain),

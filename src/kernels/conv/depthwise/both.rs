@@ -20,8 +20,6 @@ struct Task<'a, T> {
     rows: std::ops::Range<usize>,
     dw: &'a mut [T],
     sums: Option<(&'a Sums<'a, T>, &'a mut [f64])>,
-    /// Room for a row of X, where the sums widen it.
-    near: &'a mut [T],
 }
 
 impl<T: Vectors> Kernel<T> for Task<'_, T> {
@@ -49,7 +47,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                     self.back.row::<S>(&mut self.dy, image * g.x[1] + i1, soon);
                     let dx = std::slice::from_raw_parts(self.back.y.add(start), line);
                     if let Some((sums, part)) = &mut self.sums {
-                        sums.add(start, dx, self.near, part);
+                        sums.add(start, dx, part);
                     }
                 }
             }
@@ -61,10 +59,9 @@ pub fn grads_slabs(g: &Geometry) -> usize {
     (g.n * g.y[1]).min(SLABS)
 }
 
-/// Elements of a task's rings of dY and of X, and of a row of X that sums widen.
-fn rings(g: &Geometry, [dy, x, sums]: Plain) -> [usize; 3] {
-    let row = if sums { 0 } else { g.x[2] * g.c };
-    [Direction::back(g).ring(dy), Direction::forward(g).ring(x), row]
+/// Elements of a task's rings of dY and of X.
+fn rings(g: &Geometry, [dy, x]: Plain) -> [usize; 2] {
+    [Direction::back(g).ring(dy), Direction::forward(g).ring(x)]
 }
 
 /// Elements of scratch that [`grads`] needs.
@@ -77,16 +74,15 @@ pub fn grads_scratch(g: &Geometry, plain: Plain) -> usize {
 pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], scratch: &mut [T]) {
     let (size, slabs, total) = (g.taps() * g.c, grads_slabs(g), g.n * g.y[1]);
     let (sums, slots) = scratch.split_at_mut(slabs * size);
-    let [dy_ring, x_ring, row] = rings(g, b.plain());
+    let [dy_ring, x_ring] = rings(g, b.plain());
     let way = Direction::back(g);
     let epilogue = Epilogue { residual: b.addend, ..Epilogue::none() };
     let (shared, dx) = (Shared::new(sums), Shared::new(dx));
     let weights = size.next_multiple_of(LINE);
     let prepare = |slot: &mut [T]| in_tap_order(g, b.w, slot);
-    in_prepared_slots(slabs, weights + dy_ring + x_ring + row, slots, prepare, |slab, slot| {
+    in_prepared_slots(slabs, weights + dy_ring + x_ring, slots, prepare, |slab, slot| {
         let (w, rest) = slot.split_at_mut(weights);
-        let (dy, rest) = rest.split_at_mut(dy_ring);
-        let (x, near) = rest.split_at_mut(x_ring);
+        let (dy, x) = rest.split_at_mut(dy_ring);
         // SAFETY: the slab's own sum.
         let dw = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(slab * size), size) };
         let task = Task {
@@ -95,7 +91,6 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
             x: Direction::forward(g).rows(b.x, x),
             rows: total * slab / slabs..total * (slab + 1) / slabs,
             dw,
-            near,
             // SAFETY: asked for here alone.
             sums: b.sums.as_ref().map(|sums| (sums, unsafe { sums.part(slab) })),
         };

@@ -195,18 +195,23 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
                     acc[r][k] = load_lanes::<S, WHOLE>(self.sum(r, tap + k, channel), lanes);
                 }
             }
-            for p in 0..count {
-                // (Fetched in the order in which it lies, not in that in which it is read.)
-                let at = (o + p) * c + channel;
-                let v = load_lanes::<S, WHOLE>(self.dy.add(at), lanes);
-                let soon = (o * c).wrapping_add((channel / S::LANES * count + p) * S::LANES);
-                S::prefetch(self.soon[0].wrapping_add(soon));
-                S::prefetch(self.soon[1].wrapping_add(soon));
+            let mut dy = self.dy.add(o * c + channel);
+            // (Fetched in the order in which it lies, not in that in which it is read.)
+            let soon = (o * c).wrapping_add(channel / S::LANES * count * S::LANES);
+            let mut soon = self.soon.map(|from| from.wrapping_add(soon));
+            for _ in 0..count {
+                let v = load_lanes::<S, WHOLE>(dy, lanes);
+                dy = dy.wrapping_add(c);
+                for i in 0..2 {
+                    S::prefetch(soon[i]);
+                    soon[i] = soon[i].wrapping_add(S::LANES);
+                }
                 for r in 0..R {
                     for k in 0..K {
-                        let x = load_lanes::<S, WHOLE>(x[r].wrapping_add(p * x_step + k * dilation), lanes);
+                        let x = load_lanes::<S, WHOLE>(x[r].wrapping_add(k * dilation), lanes);
                         acc[r][k] = S::fma(x, v, acc[r][k]);
                     }
+                    x[r] = x[r].wrapping_add(x_step);
                 }
             }
             for r in 0..R {

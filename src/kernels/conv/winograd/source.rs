@@ -8,7 +8,7 @@ use super::{Tiles, Transformed};
 use crate::kernels::ahead::LINE;
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::half::{Elements, Half};
-use crate::kernels::simd::{Simd, Vectors, load_up_to, widen_up_to};
+use crate::kernels::simd::{Bf16, Simd, Stored, Vectors, Whole};
 use crate::kernels::tile::Terms;
 
 /// Images; beyond their edges are zeros.
@@ -25,24 +25,13 @@ pub(super) struct Source<'a, T> {
     pub(super) held: Option<[usize; 2]>,
 }
 
-/// In which form tiles are read: bfloat16 becomes whole in registers, other half precision a few rows at a time.
-pub(super) trait Stored<T: Vectors> {
-    type Bits;
+/// Where the rows of tiles lie in a form: bfloat16 becomes whole in registers, other half precision a few rows at a time.
+pub(super) trait Lies<T: Vectors>: Stored<T> {
     /// The rows of the tiles whose first results are in this row, and which element is the first that is there.
     fn rows<const N: usize>(source: &mut Source<T>, image: usize, row: usize) -> (*const Self::Bits, usize);
-    /// A vector, or its first `n` lanes.
-    ///
-    /// # Safety
-    /// As of [`load_up_to`].
-    unsafe fn load<S: Simd<Elem = T>>(p: *const Self::Bits, n: usize) -> S::V;
 }
 
-pub(super) struct Whole;
-pub(super) struct Bf16;
-
-impl<T: Vectors> Stored<T> for Whole {
-    type Bits = T;
-
+impl<T: Vectors> Lies<T> for Whole {
     #[inline(always)]
     fn rows<const N: usize>(source: &mut Source<T>, image: usize, row: usize) -> (*const T, usize) {
         match source.images {
@@ -50,29 +39,15 @@ impl<T: Vectors> Stored<T> for Whole {
             Elements::Half(..) => source.widened::<N>(image, row),
         }
     }
-
-    #[inline(always)]
-    unsafe fn load<S: Simd<Elem = T>>(p: *const T, n: usize) -> S::V {
-        // SAFETY: the caller's promise.
-        unsafe { load_up_to::<S>(p, n) }
-    }
 }
 
-impl<T: Vectors> Stored<T> for Bf16 {
-    type Bits = u16;
-
+impl<T: Vectors> Lies<T> for Bf16 {
     #[inline(always)]
     fn rows<const N: usize>(source: &mut Source<T>, _: usize, _: usize) -> (*const u16, usize) {
         match source.images {
             Elements::Half(Half::Bf16, x) => (x.as_ptr(), 0),
             _ => panic!("images of another type"),
         }
-    }
-
-    #[inline(always)]
-    unsafe fn load<S: Simd<Elem = T>>(p: *const u16, n: usize) -> S::V {
-        // SAFETY: the caller's promise.
-        unsafe { widen_up_to::<S>(p, n) }
     }
 }
 
@@ -89,7 +64,7 @@ impl<'a, T: Vectors> Source<'a, T> {
 
     /// Where the positions of a tile are of which the first results are at `row` and `column`.
     #[inline(always)]
-    pub(super) fn tile<B: Stored<T>, const N: usize>(
+    pub(super) fn tile<B: Lies<T>, const N: usize>(
         &mut self,
         [image, row, column]: [usize; 3],
     ) -> [[*const B::Bits; N]; N] {
@@ -155,7 +130,7 @@ pub(super) unsafe fn transform_inputs<D: Terms<S: Simd<Elem: Vectors>>, const BE
 /// # Safety
 /// As of [`transform_inputs`].
 #[inline(always)]
-unsafe fn inputs<D: Terms<S: Simd<Elem: Vectors>>, B: Stored<<D::S as Simd>::Elem>, const BESIDE: bool>(
+unsafe fn inputs<D: Terms<S: Simd<Elem: Vectors>>, B: Lies<<D::S as Simd>::Elem>, const BESIDE: bool>(
     of: &Tiles,
     tiles: Range<usize>,
     source: &mut Source<'_, <D::S as Simd>::Elem>,
@@ -217,7 +192,7 @@ pub(super) unsafe fn transform_gradients<D: Terms<S: Simd<Elem: Vectors>>>(
 /// # Safety
 /// As of [`transform_inputs`].
 #[inline(always)]
-unsafe fn gradients<D: Terms<S: Simd<Elem: Vectors>>, B: Stored<<D::S as Simd>::Elem>>(
+unsafe fn gradients<D: Terms<S: Simd<Elem: Vectors>>, B: Lies<<D::S as Simd>::Elem>>(
     of: &Tiles,
     tiles: Range<usize>,
     source: &mut Source<'_, <D::S as Simd>::Elem>,
@@ -250,7 +225,7 @@ unsafe fn gradients<D: Terms<S: Simd<Elem: Vectors>>, B: Stored<<D::S as Simd>::
 
 /// Has the positions fetched that the tile below this one does not share with it: rows of images do not look like a stream.
 #[inline(always)]
-fn fetch_below<S: Simd<Elem: Vectors>, B: Stored<S::Elem>, const N: usize>(
+fn fetch_below<S: Simd<Elem: Vectors>, B: Lies<S::Elem>, const N: usize>(
     at: &[[*const B::Bits; N]; N],
     source: &Source<'_, S::Elem>,
 ) {

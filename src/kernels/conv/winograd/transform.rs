@@ -9,8 +9,7 @@
 
 use num_traits::zero;
 
-use super::source::Stored;
-use crate::kernels::simd::{Simd, Vectors};
+use crate::kernels::simd::{Simd, Stored, Vectors};
 use crate::kernels::tile::Terms;
 use crate::tensor::Float;
 
