@@ -266,10 +266,10 @@ unsafe fn tile_run<D: Terms, const M: usize, const N: usize>(
 
 /// `result = clamp(W·a + bias + residual)` of some rows of a pointwise plan of one image, its weights packed; `ahead` is fetched
 /// meanwhile.
-pub(super) fn positions<T: Vectors>(
+pub(super) fn positions<E: Packs<T>, T: Vectors>(
     plan: &Plan,
-    a: &[T],
-    weights: &[T],
+    a: &[E],
+    weights: &[E],
     epilogue: Epilogue<T>,
     y: &mut [T],
     ahead: Ahead,
@@ -298,7 +298,7 @@ pub(super) fn positions<T: Vectors>(
         ahead,
     };
     // SAFETY: each of these positions has its elements in `a` and `y`.
-    unsafe { <T as Packs<T>>::compute(task) }
+    unsafe { E::compute(task) }
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -466,12 +466,6 @@ fn input_grad_plan(g: &Geometry) -> Plan {
         true => Plan::input_grad(&pointwise::of(g, g.n * volume(g.x))),
         false => Plan::input_grad(g),
     }
-}
-
-/// Elements of its packed weights.
-pub(super) fn packed_back<T: Vectors>(g: &Geometry) -> usize {
-    let plan = input_grad_plan(g);
-    plan.packed(plan.panel::<T>())
 }
 
 /// `dx = addend + Σ_t W[t]ᵀ·dy[…]`; without a residual in the epilogue, nothing is added.

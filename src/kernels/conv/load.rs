@@ -11,7 +11,7 @@ use crate::kernels::ahead::Ahead;
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::half::{Elements, Half};
 use crate::kernels::par;
-use crate::kernels::simd::{Bf16, Kernel, Simd, Stored, Vectors, Whole, load_up_to, store_up_to};
+use crate::kernels::simd::{Kernel, Simd, Stored, Vectors, load_up_to};
 
 /// Elements of float16 that are widened at a time, and channels of them of a position.
 const NEAR: usize = 2048;
@@ -51,6 +51,25 @@ pub struct NormGrad<'a, T> {
     /// The shift, and the clamp that let the gradient pass.
     pub passed: Option<(&'a [T], Clamp<T>)>,
 }
+
+/// Runs a loop for the forms in which an operand and a normalisation's input lie; float16 is widened beforehand.
+macro_rules! of_forms {
+    ($operand:expr, $d:ident, $x:ident => $run:expr) => {{
+        match $operand.are_bf16() {
+            [false, false] => of_forms!(Whole, $d, Whole, $x, $run),
+            [false, true] => of_forms!(Whole, $d, Bf16, $x, $run),
+            [true, false] => of_forms!(Bf16, $d, Whole, $x, $run),
+            [true, true] => of_forms!(Bf16, $d, Bf16, $x, $run),
+        }
+    }};
+    ($data:ident, $d:ident, $behind:ident, $x:ident, $run:expr) => {{
+        type $d = $crate::kernels::simd::$data;
+        type $x = $crate::kernels::simd::$behind;
+        $run
+    }};
+}
+
+pub(super) use of_forms;
 
 /// A tensor (positions, channels).
 #[derive(Debug, Clone, Copy)]
@@ -133,16 +152,20 @@ impl<'a, T: Vectors> Operand<'a, T> {
         if matches!(self.load, Load::Plain) {
             return self.data.copy(start, out);
         }
-        let bf16 = |x: &Elements<T>| x.half() == Some(Half::Bf16);
-        let x = matches!(&self.load, Load::NormGrad(n) if bf16(&n.x));
         // SAFETY: the caller's promise; the forms are those of the operand.
-        unsafe {
-            match (bf16(&self.data), x) {
-                (false, false) => self.positions::<S, Whole, Whole>(start, out),
-                (false, true) => self.positions::<S, Whole, Bf16>(start, out),
-                (true, false) => self.positions::<S, Bf16, Whole>(start, out),
-                (true, true) => self.positions::<S, Bf16, Bf16>(start, out),
-            }
+        unsafe { of_forms!(self, D, X => self.positions::<S, D, X>(start, out)) }
+    }
+
+    /// Are the elements, and a normalisation's input?
+    pub(super) fn are_bf16(&self) -> [bool; 2] {
+        [self.data, self.behind()].map(|x| x.half() == Some(Half::Bf16))
+    }
+
+    /// What else is read with an element: a normalisation's input.
+    pub(super) fn behind(&self) -> Elements<'a, T> {
+        match self.load {
+            Load::NormGrad(n) => n.x,
+            _ => self.data,
         }
     }
 
@@ -154,10 +177,7 @@ impl<'a, T: Vectors> Operand<'a, T> {
         // Float16 is widened a few positions at a time: an operand to where the result will be, the input of a
         // normalisation to a buffer.
         let float16 = |x: &Elements<T>| x.half() == Some(Half::F16);
-        let x = match self.load {
-            Load::NormGrad(n) => n.x,
-            _ => self.data,
-        };
+        let x = self.behind();
         let widens_x = float16(&x) && matches!(self.load, Load::NormGrad(_));
         let mut room;
         let near: &mut [T] = match widens_x {
@@ -218,32 +238,34 @@ impl<'a, T: Vectors> Operand<'a, T> {
         // SAFETY: the caller's promise; vectors end at the last channel.
         unsafe {
             while channel + S::LANES <= channels.end {
-                self.vector::<S, D, X>(channel, S::LANES, from, x, out);
+                S::store(out.add(channel), self.vector::<S, D, X>(channel, S::LANES, from, x));
                 channel += S::LANES;
             }
             if channel < channels.end {
-                self.vector::<S, D, X>(channel, channels.end - channel, from, x, out);
+                let n = channels.end - channel;
+                S::store_part(out.add(channel), self.vector::<S, D, X>(channel, n, from, x), n);
             }
         }
     }
 
-    /// A vector of channels, or its first `n` lanes.
+    /// A vector of channels of a position, or its first `n` lanes, as it is computed.
+    ///
+    /// # Safety
+    /// `from` and `x` must be the position's first elements, in the forms `D` and `X`; as of [`fill`](Self::fill).
     #[inline(always)]
-    unsafe fn vector<S: Simd<Elem = T>, D: Stored<T>, X: Stored<T>>(
+    pub(super) unsafe fn vector<S: Simd<Elem = T>, D: Stored<T>, X: Stored<T>>(
         &self,
         channel: usize,
         n: usize,
         from: *const D::Bits,
         x: *const X::Bits,
-        out: *mut T,
-    ) {
+    ) -> S::V {
         // SAFETY: the caller's promise.
         unsafe {
-            let (from, x, out) = (from.add(channel), x.wrapping_add(channel), out.add(channel));
+            let (from, x) = (from.add(channel), x.wrapping_add(channel));
             S::prefetch(from.wrapping_add(AHEAD).cast());
-            let y = match &self.load {
-                // Was copied.
-                Load::Plain => return,
+            match &self.load {
+                Load::Plain => D::load::<S>(from, n),
                 Load::Norm(f) => {
                     let mean = load_up_to::<S>(f.mean.as_ptr().add(channel), n);
                     let factor = load_up_to::<S>(f.factor.as_ptr().add(channel), n);
@@ -267,8 +289,7 @@ impl<'a, T: Vectors> Operand<'a, T> {
                     }
                     S::mul(factor, S::sub(S::sub(dz, k1), S::mul(x, k2)))
                 }
-            };
-            store_up_to::<S>(out, y, n);
+            }
         }
     }
 }

@@ -12,6 +12,7 @@ mod folded;
 mod grids;
 mod load;
 mod narrow;
+mod near;
 mod paired;
 mod panels;
 mod pointwise;

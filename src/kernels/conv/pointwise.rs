@@ -5,9 +5,11 @@ use std::ops::Range;
 
 use super::both::{Both, Plain};
 use super::grids::Plan;
+use super::near::Near;
 use super::panels::Unpacked;
-use super::{Epilogue, Geometry, dense, grids, slots, volume, weight};
+use super::{Epilogue, Geometry, dense, slots, volume, weight};
 use crate::kernels::ahead::Ahead;
+use crate::kernels::matrix::by_blocks;
 use crate::kernels::par::{LINE, Shared, in_prepared_slots};
 use crate::kernels::simd::Vectors;
 use crate::kernels::tile::Pieces;
@@ -66,34 +68,66 @@ pub fn grads_slabs(g: &Geometry) -> usize {
     chunks(g).count.min(SLABS)
 }
 
-/// Elements that a task computes near by of dY and of X.
-fn near(g: &Geometry, [dy, x]: Plain) -> [usize; 2] {
-    let elements = [if dy { 0 } else { chunk(g) * g.oc }, if x { 0 } else { chunk(g) * g.c }];
-    elements.map(|elements| elements.next_multiple_of(LINE))
+/// Are the gradients' products of pairs? Blocks of them want more channels than there are.
+fn by_pairs<T: Vectors>(g: &Geometry) -> bool {
+    g.pairs && g.c.is_multiple_of(2) && g.oc.is_multiple_of(2) && !by_blocks::<T>()
+}
+
+/// Of elements, for the weights' gradient.
+fn of_elements(g: &Geometry) -> Geometry {
+    Geometry { pairs: false, ..g.clone() }
+}
+
+/// Elements of a task's slot: of packed weights and scratch to pack them, and of what is near of dY and of X.
+fn slot<E: Near<T>, T: Vectors>(g: &Geometry, back: &Plan, [dy, x]: Plain) -> [usize; 4] {
+    let panel = back.panel::<T>();
+    let near = |channels: usize, plain: bool| E::near_room(chunk(g), channels, plain);
+    let pack = E::pack_scratch(back, panel)[1];
+    [back.packed(panel), pack, near(g.oc, dy), near(g.c, x)].map(|elements| elements.next_multiple_of(LINE))
+}
+
+/// The input gradient of a chunk, of terms of type `E`.
+fn back<E: Near<T>, T: Vectors>(g: &Geometry) -> Plan {
+    Plan::input_grad(&Geometry { pairs: E::EACH > 1, ..of(g, chunk(g)) })
 }
 
 /// Elements of scratch that [`grads`] needs.
 pub fn grads_scratch<T: Vectors>(g: &Geometry, plain: Plain) -> usize {
+    fn each<E: Near<T>, T: Vectors>(g: &Geometry, plain: Plain) -> usize {
+        slot::<E, T>(g, &back::<E, T>(g), plain).iter().sum()
+    }
+    let slot = if by_pairs::<T>(g) { each::<u32, T>(g, plain) } else { each::<T, T>(g, plain) };
     let slabs = grads_slabs(g);
-    let slot = dense::packed_back::<T>(&of(g, chunk(g))) + near(g, plain).iter().sum::<usize>();
-    slabs * weight::sum_size::<T>(g) + slots(slabs, slot)
+    slabs * weight::sum_size::<T>(&of_elements(g)) + slots(slabs, slot)
 }
 
 /// dX (N, spatial…, C) and dW (M, C, 1…).
 pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], scratch: &mut [T]) {
-    let (chunks, slabs, size) = (chunks(g), grads_slabs(g), weight::sum_size::<T>(g));
-    let back = grids::Plan::input_grad(&of(g, chunk(g)));
-    let packed = dense::packed_back::<T>(&of(g, chunk(g)));
-    let of = Unpacked { plan: &back, forward: false, panel: back.panel::<T>(), w: b.w };
+    match by_pairs::<T>(g) {
+        true => grads_of::<u32, T>(g, b, dx, dw, scratch),
+        false => grads_of::<T, T>(g, b, dx, dw, scratch),
+    }
+}
+
+fn grads_of<E: Near<T>, T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], scratch: &mut [T]) {
+    let (chunks, slabs, whole) = (chunks(g), grads_slabs(g), of_elements(g));
+    let (back, size) = (back::<E, T>(g), weight::sum_size::<T>(&whole));
+    let [packed, near, dy_room, x_room] = slot::<E, T>(g, &back, b.plain());
+    let panel = back.panel::<T>();
+    let weights = back.packed(panel);
+    let of = Unpacked { plan: &back, forward: false, panel, w: b.w };
     // Few weights: by each core for itself.
-    let prepare = |slot: &mut [T]| of.pack(&mut slot[..packed]);
+    let prepare = |slot: &mut [T]| {
+        let (to, slot) = slot.split_at_mut(packed);
+        E::pack(&of, &mut E::room(to)[..weights], &mut slot[..near]);
+    };
     let (sums, slot) = scratch.split_at_mut(slabs * size);
-    let [dy_near, x_near] = near(g, b.plain());
     let epilogue = Epilogue { residual: b.addend, ..Epilogue::none() };
     let (shared, to) = (Shared::new(sums), Shared::new(dx));
-    in_prepared_slots(slabs, packed + dy_near + x_near, slot, prepare, |slab, slot| {
-        let (weights, rest) = slot.split_at_mut(packed);
-        let (dy_slot, x_slot) = rest.split_at_mut(dy_near);
+    in_prepared_slots(slabs, packed + near + dy_room + x_room, slot, prepare, |slab, slot| {
+        let (own, rest) = slot.split_at_mut(packed);
+        let (dy_room, x_room) = rest[near..].split_at_mut(dy_room);
+        let own = &E::room(own)[..weights];
         // SAFETY: the slab's own sums.
         let sum = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(slab * size), size) };
         // SAFETY: asked for here alone.
@@ -102,23 +136,23 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
         let last = chunks.count * (slab + 1) / slabs;
         for i in first..last {
             let (start, n) = (chunks.start(i), chunks.len(i));
-            let dy = b.dy.near(start, n, dy_slot);
+            let [a, dy] = E::near(&b.dy, start, n, true, dy_room);
             // SAFETY: the positions' elements of dX are this chunk's alone.
             let dx = unsafe { std::slice::from_raw_parts_mut(to.ptr().add(start * g.c), n * g.c) };
             let ahead = b.x.ahead(start..start + n);
-            dense::positions(&back, dy, weights, epilogue.from(start * g.c, n * g.c), dx, ahead);
+            dense::positions(&back, a, own, epilogue.from(start * g.c, n * g.c), dx, ahead);
             if let Some((sums, part)) = &mut part {
                 sums.add(start * g.c, dx, part);
             }
-            let x = b.x.near(start, n, x_slot);
+            let [_, x] = E::near(&b.x, start, n, false, x_room);
             let ahead = match i + 1 < last {
                 true => b.dy.ahead(start + n..start + n + chunks.len(i + 1)),
                 false => Ahead::NOTHING,
             };
-            weight::add_positions(&in_rows(g, n), x, dy, i > first, sum, ahead);
+            weight::add_positions(&in_rows(&whole, n.div_ceil(E::EACH)), x, dy, i > first, sum, ahead);
         }
     });
-    weight::finish(g, sums, dw);
+    weight::finish(&whole, sums, dw);
     if let Some(sums) = b.sums {
         sums.finish();
     }

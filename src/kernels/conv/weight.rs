@@ -23,7 +23,7 @@ use crate::kernels::gemm::{self, Product};
 use crate::kernels::half::Elements;
 use crate::kernels::par::{self, Shared};
 use crate::kernels::simd::{Kernel, Level, Simd, Vectors};
-use crate::kernels::tile::{Pieces, Positions, Terms, along_columns, put};
+use crate::kernels::tile::{Form, Pieces, Positions, TermKernel, Terms, along_columns, put};
 use crate::tile_sizes;
 
 use plan::{Division, LARGE, Plan};
@@ -119,6 +119,22 @@ struct Chunk<'a, E> {
     x: Side<'a, E>,
     dy: Side<'a, E>,
     origins: [usize; 2],
+}
+
+/// A task of one chunk, whose operands are read as they lie.
+struct Near<'a, E, T> {
+    task: Task<'a, T>,
+    x: Side<'a, E>,
+    dy: Side<'a, E>,
+}
+
+impl<E: Copy, T: Vectors> TermKernel<E, T> for Near<'_, E, T> {
+    #[inline(always)]
+    unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(self) {
+        let chunk = Chunk { image: 0, images: 1, first_row: 0, x: self.x, dy: self.dy, origins: [0; 2] };
+        // SAFETY: the caller's promise.
+        unsafe { self.task.add_up::<D>(&chunk, false) }
+    }
 }
 
 /// A task whose operands are read as they are, X widened where it is of half precision.
@@ -389,19 +405,20 @@ pub(super) fn sum_size<T: Vectors>(g: &Geometry) -> usize {
     p.size(p.panel::<T>())
 }
 
-/// The contribution of one image's positions to a sum, written or, with `add`, added to it; `ahead` is fetched meanwhile.
-pub(super) fn add_positions<T: Vectors>(
+/// The contribution of one image's positions, or of pairs of them, to a sum, written or, with `add`, added to it; `ahead` is fetched
+/// meanwhile.
+pub(super) fn add_positions<E: Form<T>, T: Vectors>(
     g: &Geometry,
-    x: &[T],
-    dy: &[T],
+    x: &[E],
+    dy: &[E],
     add: bool,
     sum: &mut [T],
     ahead: Ahead,
 ) {
-    g.check(x, dy);
+    g.check_sizes(x.len(), dy.len());
     let plan = Plan::new(g);
     let panel = plan.panel::<T>();
-    assert!(g.n == 1 && !plan.merged && sum.len() == plan.size(panel), "positions");
+    assert!(g.n == 1 && !plan.pairs && !plan.merged && sum.len() == plan.size(panel), "positions");
     let panels = plan.panels(panel);
     let division = Division { slabs: 1, images: 1, rows: plan.y[plan.axis], pieces: 1, panels };
     let task = Task {
@@ -414,9 +431,9 @@ pub(super) fn add_positions<T: Vectors>(
         sum: sum.as_mut_ptr(),
         ahead,
     };
-    let direct = Direct { task, x: Side::plain(x, g.c), widens: None, dy: Side::plain(dy, g.oc) };
+    let near = Near { task, x: Side::plain(x, g.c), dy: Side::plain(dy, g.oc) };
     // SAFETY: the operands have the geometry's extents, and the sum is the caller's.
-    unsafe { T::dispatch(direct) }
+    unsafe { E::dispatch_terms(near) }
 }
 
 /// Adds the slabs' sums in order, for dW (M, C/groups, k…).

@@ -101,6 +101,16 @@ unsafe fn rounded(v: __m512) -> __m256i {
     unsafe { std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v)) }
 }
 
+/// The elements of equal number of two vectors, rounded.
+#[inline(always)]
+unsafe fn beside([a, b]: [__m512; 2]) -> __m512i {
+    // SAFETY: the caller's promise; both are 512 bits.
+    unsafe {
+        let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a));
+        _mm512_permutexvar_epi16(_mm512_loadu_si512(BESIDE.as_ptr().cast()), both)
+    }
+}
+
 // SAFETY: as above.
 unsafe impl Pairs for Instruction {
     #[inline(always)]
@@ -113,13 +123,15 @@ unsafe impl Pairs for Instruction {
     }
 
     #[inline(always)]
+    unsafe fn put_both(vectors: [__m512; 2], to: *mut u32) {
+        unsafe { _mm512_storeu_si512(to.cast(), beside(vectors)) }
+    }
+
+    #[inline(always)]
     unsafe fn across(x: [*const f32; 2], n: usize, to: *mut u32) {
         unsafe {
             let some = first(n);
-            let (a, b) = (_mm512_maskz_loadu_ps(some, x[0]), _mm512_maskz_loadu_ps(some, x[1]));
-            let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a));
-            let at = _mm512_loadu_si512(BESIDE.as_ptr().cast());
-            put(to, _mm512_permutexvar_epi16(at, both), n);
+            put(to, beside([_mm512_maskz_loadu_ps(some, x[0]), _mm512_maskz_loadu_ps(some, x[1])]), n);
         }
     }
 
@@ -134,6 +146,8 @@ unsafe impl Pairs for Instruction {
     }
 }
 
+/// Elements from those that [`round`] writes to those whose place it fetches.
+const AHEAD: usize = 1 << 10;
 /// Elements that [`round`] tests together.
 const ROUND: usize = 32;
 
@@ -146,6 +160,7 @@ pub fn round(x: &[f32], y: &mut [u16]) {
         // SAFETY: so many elements are left of both.
         unsafe {
             let (a, b) = (_mm512_loadu_ps(x.as_ptr().add(i)), _mm512_loadu_ps(x.as_ptr().add(i + 16)));
+            _mm_prefetch::<_MM_HINT_T1>(y.as_ptr().wrapping_add(i + AHEAD).cast());
             // The instruction takes numbers below the least normal one for zeros.
             const SUBNORMAL: i32 = 0x20;
             if _mm512_fpclass_ps_mask::<SUBNORMAL>(a) | _mm512_fpclass_ps_mask::<SUBNORMAL>(b) != 0 {

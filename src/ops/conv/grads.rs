@@ -1,9 +1,11 @@
 //! Both gradients of a convolution in one pass, with the normalisations around it.
 
+use std::sync::Arc;
+
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::conv::{self as kernel, Both, Load, NormGrad, Operand, Residual, Sums};
+use crate::kernels::conv::{self as kernel, Both, Geometry, Load, NormGrad, Operand, Residual, Sums};
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::half::{Elements, Half};
 use crate::kernels::norm::ChannelGrad;
@@ -39,6 +41,12 @@ impl ConvGrads {
     /// Is there such a kernel for this convolution?
     pub fn can(conv: &Conv, x: &Meta, w: &[usize]) -> bool {
         conv.geometry(&x.dims, w).is_ok_and(|(g, _)| kernel::fuses(&g))
+    }
+
+    /// Operands of these types: pairs are of what lies whole or in bfloat16.
+    fn geometry(&self, x: &[usize], types: [Option<DType>; 2]) -> Result<Geometry, OpError> {
+        let (g, _) = self.conv.geometry(x, &self.w)?;
+        Ok(Geometry { pairs: g.pairs && !types.contains(&Some(DType::F16)), ..g })
     }
 
     /// The input with which `back` begins.
@@ -83,7 +91,10 @@ impl Op for ConvGrads {
 
     fn forward(&self, cx: &mut Cx, x: &[Option<View>], y: &mut [Option<ViewMut>]) -> Result<(), OpError> {
         let (dy, w, input) = (need(x, 0)?, need(x, 1)?, need(x, 2)?);
-        let (g, _) = self.conv.geometry(input.dims, &self.w)?;
+        let g = self.geometry(
+            input.dims,
+            [Some(input.dtype), x.get(self.behind()).copied().flatten().map(|x| x.dtype)],
+        )?;
         let [Some(dx), Some(dw), more @ ..] = y else {
             return Err(OpError::Internal("two outputs are needed".into()));
         };
@@ -144,7 +155,8 @@ impl Op for ConvGrads {
         let Some(x) = get(inputs, 2) else { return 0 };
         let (half, dtype) = (Half::of(x.dtype).is_some(), computed(x));
         let plain = [self.back.is_none(), self.conv.normalises.is_none() && !half];
-        self.conv.geometry(&x.dims, &self.w).map_or(0, |(g, _)| {
+        let types = [Some(x.dtype), get(inputs, self.behind()).map(|x| x.dtype)];
+        self.geometry(&x.dims, types).map_or(0, |g| {
             let elements = match dtype {
                 DType::F64 => kernel::grads_scratch::<f64>(&g, plain),
                 _ => kernel::grads_scratch::<f32>(&g, plain),
@@ -152,6 +164,10 @@ impl Op for ConvGrads {
             let room = if self.sums { kernel::sums_room(&g) } else { 0 };
             room * size_of::<f64>() + (elements + g.c + 3 * g.oc) * dtype.size()
         })
+    }
+
+    fn by_pairs(&self) -> Option<Arc<dyn Op>> {
+        Some(Arc::new(ConvGrads { conv: self.conv.paired()?, ..self.clone() }))
     }
 
     fn in_place(&self) -> &[(usize, usize)] {

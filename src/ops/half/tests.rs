@@ -1,6 +1,7 @@
 use super::*;
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::layout::Layout;
+use crate::kernels::matrix::by_blocks;
 use crate::kernels::norm::{Channels, RowNorm, Stat};
 use crate::ops::attention::{FusedAttention, FusedAttentionGrad};
 use crate::ops::batch_norm::{BatchNormInputGrad, BatchNormParamGrad, ChannelParamGrad};
@@ -38,30 +39,30 @@ fn wave(dims: &[usize], step: f32) -> Tensor {
 
 /// What an operator that widens as it reads makes of half precision is what it makes of widened copies, bit by bit.
 fn reads(what: &str, op: &dyn Op, operands: &[Option<&Tensor>]) {
+    [DType::BF16, DType::F16].iter().for_each(|to| reads_type(what, op, operands, *to));
+}
+
+fn reads_type(what: &str, op: &dyn Op, operands: &[Option<&Tensor>], to: DType) {
     let metas: Vec<Option<Meta>> = operands.iter().map(|t| t.map(Tensor::meta)).collect();
     let metas: Vec<Option<&Meta>> = metas.iter().map(Option::as_ref).collect();
-    for to in [DType::BF16, DType::F16] {
-        let rounded = |i: usize| to == DType::BF16 && (op.rounds(&metas, i) || op.takes_rounded(&metas, i));
-        let halves: Vec<Option<Tensor>> = operands
-            .iter()
-            .enumerate()
-            .map(|(i, t)| t.filter(|_| op.reads_half(i) || rounded(i)).map(|t| t.cast(to)))
-            .collect();
-        if to == DType::F16 && halves.iter().all(Option::is_none) {
-            continue;
-        }
-        assert!(halves.iter().any(Option::is_some), "{what} reads no half precision");
-        let wide: Vec<Option<Tensor>> =
-            halves.iter().map(|t| t.as_ref().map(|t| t.cast(DType::F32))).collect();
-        let run = |read: &[Option<Tensor>]| {
-            let all: Vec<Option<&Tensor>> =
-                read.iter().zip(operands).map(|(r, o)| r.as_ref().or(*o)).collect();
-            eval(op, &all).unwrap()
-        };
-        let (got, want) = (run(&halves), run(&wide));
-        for (i, (got, want)) in got.iter().zip(&want).enumerate() {
-            assert!(got.dtype() == want.dtype() && got.bytes() == want.bytes(), "{what}, output {i}, {to}");
-        }
+    let rounded = |i: usize| to == DType::BF16 && (op.rounds(&metas, i) || op.takes_rounded(&metas, i));
+    let halves: Vec<Option<Tensor>> = operands
+        .iter()
+        .enumerate()
+        .map(|(i, t)| t.filter(|_| op.reads_half(i) || rounded(i)).map(|t| t.cast(to)))
+        .collect();
+    if to == DType::F16 && halves.iter().all(Option::is_none) {
+        return;
+    }
+    assert!(halves.iter().any(Option::is_some), "{what} reads no half precision");
+    let wide: Vec<Option<Tensor>> = halves.iter().map(|t| t.as_ref().map(|t| t.cast(DType::F32))).collect();
+    let run = |read: &[Option<Tensor>]| {
+        let all: Vec<Option<&Tensor>> = read.iter().zip(operands).map(|(r, o)| r.as_ref().or(*o)).collect();
+        eval(op, &all).unwrap()
+    };
+    let (got, want) = (run(&halves), run(&wide));
+    for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+        assert!(got.dtype() == want.dtype() && got.bytes() == want.bytes(), "{what}, output {i}, {to}");
     }
 }
 
@@ -114,6 +115,8 @@ const SHAPES: &[Shape] = &[
     (&[5, 24, 14, 14], &[24, 1, 3, 3], 24, 1, 1),
     (&[2, 19, 9, 11], &[19, 1, 5, 5], 19, 2, 2),
     (&[2, 24, 30, 31], &[80, 24, 1, 1], 1, 1, 0),
+    (&[3, 18, 15, 15], &[34, 18, 1, 1], 1, 1, 0),
+    (&[3, 40, 23, 23], &[7, 40, 1, 1], 1, 1, 0),
     (&[1, 600, 20, 20], &[8, 600, 1, 1], 1, 1, 0),
     (&[1, 600, 9, 9], &[600, 1, 3, 3], 600, 1, 1),
 ];
@@ -246,6 +249,12 @@ fn convolutions_read_it() {
             }
             let both = ConvGrads { conv, w: dims.clone(), adds: false, back, sums: normalises };
             reads(&format!("both of {what}"), &both, &operands);
+            let Some(pairs) = both.by_pairs() else { continue };
+            reads_type(&format!("both by pairs of {what}"), pairs.as_ref(), &operands, DType::BF16);
+            let even = c.is_multiple_of(2) && oc.is_multiple_of(2);
+            let apart = [(y.dims(), 0.9), (w, 1.3)].map(|(dims, step)| scattered(dims, step));
+            operands[..2].clone_from_slice(&[Some(&apart[0]), Some(&apart[1])]);
+            rounds_operands(&format!("both of {what}"), &both, &operands, even && !by_blocks::<f32>());
         }
     }
 }
