@@ -1,22 +1,23 @@
-//! Operands of a pointwise convolution's gradients as its products multiply them: elements, or pairs of bfloat16, which are made
-//! of elements as these are computed.
+//! Operands of pointwise convolutions as products multiply them: elements, or pairs of bfloat16, which are made of elements as
+//! these are computed.
 #![allow(unsafe_code)]
 
 use super::load::{Operand, of_forms};
 use super::way::Packs;
+use crate::kernels::half::Half;
 use crate::kernels::pairs::{PairKernel, Pairs};
 use crate::kernels::par::LINE;
 use crate::kernels::simd::{Simd, Stored, Vectors};
 use crate::kernels::tile::Form;
 
-/// Some positions rounded to bfloat16, in pairs of channels, if asked for, and of positions: the last of an odd number is beside
-/// zeros. The channels are of an even number, and nothing of float16.
+/// Some positions rounded to bfloat16, in pairs of channels and of positions, where they are asked for: the last position of an odd
+/// number is beside zeros. The channels are of an even number, and nothing of float16.
 struct Pair<'a, 'b, T> {
     operand: Operand<'a, T>,
     first: usize,
     positions: usize,
     channels: Option<&'b mut [u32]>,
-    across: &'b mut [u32],
+    across: Option<&'b mut [u32]>,
 }
 
 impl<T: Vectors> PairKernel<T> for Pair<'_, '_, T> {
@@ -42,9 +43,8 @@ impl<T: Vectors> Pair<'_, '_, T> {
         let (c, lanes) = (operand.channels, D::S::LANES);
         let room = Self::room(positions, c);
         let beside = channels.map(|out| out[..room[0]].as_mut_ptr());
-        assert!(
-            c.is_multiple_of(2) && (first + positions) * c <= operand.data.len() && across.len() >= room[1]
-        );
+        let across = across.map(|out| out[..room[1]].as_mut_ptr());
+        assert!(c.is_multiple_of(2) && (first + positions) * c <= operand.data.len(), "positions");
         // What is left of the channels first: a whole vector is written of them, whose end the rest overwrites.
         let whole = c / lanes * lanes;
         for p in (0..positions).step_by(2) {
@@ -57,7 +57,7 @@ impl<T: Vectors> Pair<'_, '_, T> {
                 x: [x, x.wrapping_add(c)],
                 second: p + 1 < positions,
                 beside: beside.map(|to| to.wrapping_add(p * c / 2)),
-                across: across.as_mut_ptr().wrapping_add(p / 2 * c),
+                across: across.map(|to| to.wrapping_add(p / 2 * c)),
             };
             // SAFETY: the positions lie inside, and there is room for their pairs, and for another vector.
             unsafe {
@@ -80,7 +80,7 @@ struct PutPair<'a, T, F, X> {
     /// Is there a second one?
     second: bool,
     beside: Option<*mut u32>,
-    across: *mut u32,
+    across: Option<*mut u32>,
 }
 
 impl<T: Vectors, A, B> PutPair<'_, T, A, B> {
@@ -106,9 +106,30 @@ impl<T: Vectors, A, B> PutPair<'_, T, A, B> {
                     D::put_beside(second, to.add(self.operand.channels / 2));
                 }
             }
-            D::put_both([value, second], self.across.add(channel));
+            if let Some(to) = self.across {
+                D::put_both([value, second], to.add(channel));
+            }
         }
     }
+}
+
+/// Writes some positions in pairs of channels, if an operand lies so that it can, and there is room.
+pub(super) fn pair_channels<T: Vectors>(
+    operand: &Operand<T>,
+    first: usize,
+    positions: usize,
+    out: &mut [u32],
+) -> bool {
+    let float16 = [operand.data, operand.behind()].iter().any(|x| x.half() == Some(Half::F16));
+    let [room, _] = Pair::<T>::room(positions, operand.channels);
+    if float16 || !operand.channels.is_multiple_of(2) || out.len() < room {
+        return false;
+    }
+    operand.check();
+    let pair = Pair { operand: *operand, first, positions, channels: Some(out), across: None };
+    // SAFETY: checked.
+    unsafe { T::dispatch_pairs(pair) }
+    true
 }
 
 /// Operands of a pointwise convolution's gradients, some positions at a time, in the form in which its products multiply them.
@@ -157,8 +178,8 @@ impl<T: Vectors> Near<T> for u32 {
         let c = operand.channels;
         operand.check();
         let (channels, across) = <u32 as Form<T>>::room(room).split_at_mut(Pair::<T>::room(positions, c)[0]);
-        let pair =
-            Pair { operand: *operand, first, positions, channels: wanted.then_some(&mut *channels), across };
+        let (wants, to) = (wanted.then_some(&mut *channels), Some(&mut *across));
+        let pair = Pair { operand: *operand, first, positions, channels: wants, across: to };
         // SAFETY: checked.
         unsafe { T::dispatch_pairs(pair) }
         let wanted = if wanted { positions } else { 0 };

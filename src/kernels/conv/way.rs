@@ -7,6 +7,7 @@ use crate::kernels::conv::blocks::Blocks;
 use crate::kernels::conv::dense::Task;
 use crate::kernels::conv::grids::{Division, Plan, pad};
 use crate::kernels::conv::load::{Load, Operand};
+use crate::kernels::conv::near::pair_channels;
 use crate::kernels::conv::panels::Unpacked;
 use crate::kernels::conv::{paired, slots, strides, volume};
 use crate::kernels::matrix::by_blocks;
@@ -112,16 +113,22 @@ impl<T: Vectors> Packs<T> for u32 {
         rows: Range<usize>,
         slot: &mut [T],
     ) -> (*const u32, [usize; 3]) {
+        let row = rows.start * plan.in_step[plan.axis];
+        let all = <u32 as Form<T>>::room(&mut *slot);
+        let a = all.as_ptr();
+        let plain = matches!(x.load, Load::Plain);
+        // Pointwise, as above.
+        if !plain && pair_channels(x, row, rows.len(), all) {
+            return (a, [1, 1, rows.len()]);
+        }
         let (out, near) = slot.split_at_mut(plan.slot(d));
-        let (out, row) = (u32::room(out), rows.start * plan.in_step[plan.axis]);
-        let a = out.as_ptr();
-        if matches!(x.load, Load::Plain) {
+        let out = u32::room(out);
+        if plain {
             let window = plan.window(d.rows);
             // SAFETY: the kernel has no promise of its own.
             unsafe { T::dispatch_pairs(paired::Pad { plan, x: x.data, images, row, window, out }) }
             return (a, window);
         }
-        // Pointwise, as above.
         let (x, out) = (x.near(row, rows.len(), near), &mut out[..rows.len() * plan.ci]);
         // SAFETY: as above.
         unsafe { T::dispatch_pairs(paired::Positions { plan, x, out }) }
