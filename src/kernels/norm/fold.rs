@@ -333,12 +333,15 @@ impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Kernel<T> for Fold<'_, T, F, 
                     self.tile::<S, 4>(rows, near, v * S::LANES, S::LANES);
                     v += 4;
                 }
-                while v < whole {
-                    self.tile::<S, 1>(rows, near, v * S::LANES, S::LANES);
-                    v += 1;
+                // Together, since a sum waits for its last addition.
+                match whole - v {
+                    3 => self.tile::<S, 3>(rows, near, v * S::LANES, S::LANES),
+                    2 => self.tile::<S, 2>(rows, near, v * S::LANES, S::LANES),
+                    1 => self.tile::<S, 1>(rows, near, v * S::LANES, S::LANES),
+                    _ => {}
                 }
                 if part > 0 {
-                    self.tile::<S, 1>(rows, near, v * S::LANES, part);
+                    self.tile::<S, 1>(rows, near, whole * S::LANES, part);
                 }
             }
         }

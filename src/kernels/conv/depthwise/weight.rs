@@ -199,6 +199,17 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
             // (Fetched in the order in which it lies, not in that in which it is read.)
             let soon = (o * c).wrapping_add(channel / S::LANES * count * S::LANES);
             let mut soon = self.soon.map(|from| from.wrapping_add(soon));
+            // Where a position's taps are its neighbours', each element of X is loaded once.
+            let slides = K == 3 && S::ROWS.len() > 2 && x_step == dilation;
+            let mut near = [[S::splat(T::zero()); K]; R];
+            if slides {
+                for r in 0..R {
+                    for k in 1..K {
+                        near[r][k] = load_lanes::<S, WHOLE>(x[r].wrapping_add((k - 1) * dilation), lanes);
+                    }
+                    x[r] = x[r].wrapping_add((K - 1) * dilation);
+                }
+            }
             for _ in 0..count {
                 let v = load_lanes::<S, WHOLE>(dy, lanes);
                 dy = dy.wrapping_add(c);
@@ -208,8 +219,12 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
                 }
                 for r in 0..R {
                     for k in 0..K {
-                        let x = load_lanes::<S, WHOLE>(x[r].wrapping_add(k * dilation), lanes);
-                        acc[r][k] = S::fma(x, v, acc[r][k]);
+                        near[r][k] = match slides {
+                            true if k + 1 < K => near[r][k + 1],
+                            true => load_lanes::<S, WHOLE>(x[r], lanes),
+                            false => load_lanes::<S, WHOLE>(x[r].wrapping_add(k * dilation), lanes),
+                        };
+                        acc[r][k] = S::fma(near[r][k], v, acc[r][k]);
                     }
                     x[r] = x[r].wrapping_add(x_step);
                 }
