@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import FIXTURES, save, sha256
+from common import FIXTURES, load, save, sha256
 from nets import RESNET20, twin
 
 
@@ -22,7 +22,7 @@ def gradients(net, x, y, half):
     return loss.detach(), {name: p.grad.double() for name, p in net.named_parameters()}
 
 
-fixture = np.load(FIXTURES / "grad_resnet20_train.npz")
+fixture = load(FIXTURES / "grad_resnet20_train.npz")
 x, y = torch.from_numpy(fixture["in.image"]), torch.from_numpy(fixture["target"])
 net = twin("resnet20")
 (loss, single), (rounded, half) = (gradients(net, x, y, half) for half in (False, True))

@@ -85,8 +85,18 @@ pub fn text(path: &Path) -> &str {
 pub struct Arrays(pub Vec<(String, Tensor)>);
 
 impl Arrays {
+    /// Numbers may be together in one array, their names in another: see `save` of `tests/reference/common.py`.
     pub fn read(path: &Path) -> Self {
-        Arrays(retune::train::data::read_npz(path).unwrap_or_else(|e| panic!("{e}")))
+        let mut arrays = Arrays(retune::train::data::read_npz(path).unwrap_or_else(|e| panic!("{e}")));
+        if let (Some(numbers), Some(names)) = (arrays.find("numbers"), arrays.find("numbers.names")) {
+            let (numbers, names) = (numbers.to_f64(), std::str::from_utf8(names.bytes()).unwrap());
+            let apart = names.lines().zip(&numbers);
+            let apart: Vec<_> =
+                apart.map(|(name, x)| (name.into(), Tensor::from_slice(&[], &[*x]).unwrap())).collect();
+            assert_eq!(apart.len(), numbers.len());
+            arrays.0.extend(apart);
+        }
+        arrays
     }
 
     pub fn find(&self, name: &str) -> Option<&Tensor> {

@@ -111,8 +111,14 @@ impl Strip {
 
     /// The strip's values of each column, repeated over the width.
     pub(super) fn spread<T: Copy>(self, values: &[T], lanes: &mut [T; WIDTH]) {
-        for lanes in lanes[..self.width].chunks_exact_mut(self.columns) {
-            lanes.copy_from_slice(&values[self.first..][..self.columns]);
+        let lanes = &mut lanes[..self.width];
+        lanes[..self.columns].copy_from_slice(&values[self.first..][..self.columns]);
+        // Twice as many each time: of few columns there are many copies.
+        let mut done = self.columns;
+        while done < lanes.len() {
+            let more = done.min(lanes.len() - done);
+            lanes.copy_within(..more, done);
+            done += more;
         }
     }
 
@@ -274,6 +280,7 @@ pub fn merge_blocks<T: Float>(parts: &mut [f64], mean: &mut [T], variance: &mut 
 }
 
 /// Means and summed squared distances from them of the columns of `x`, rows of `c`.
+#[inline(always)]
 fn row_moments<T: Vectors>(x: &[T], c: usize, means: &mut [f64], squares: &mut [f64]) {
     let mut lanes = Sums::zero();
     let [mut less, mut about] = [[T::zero(); WIDTH]; 2];
@@ -445,6 +452,7 @@ fn finish<T: Float>(partials: &[f64], inv: Option<&[T]>, dscale: &mut [T], dshif
 }
 
 /// `scales += Σ dz·(x − mean)`, `shifts += Σ dz` over rows of `c`, `dz` being the term's.
+#[inline(always)]
 fn column_products<T: Vectors, F: Term<T>>(
     x: Elements<T>,
     c: usize,
@@ -538,7 +546,10 @@ pub fn masked_param_grad<T: Vectors>(
             }
         };
         let term = Written { y, dy: cut(dy, start, n), dz, clamp, near };
-        column_products(x.part(start..start + n), d.c, Some(mean), term, scales, shifts);
+        vectorize_sweep(
+            #[inline(always)]
+            || column_products(x.part(start..start + n), d.c, Some(mean), term, scales, shifts),
+        );
     });
     finish(&partials[..d.partials()], Some(inv), dscale, dshift);
 }
