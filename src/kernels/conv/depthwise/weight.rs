@@ -157,22 +157,40 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
 
     #[inline(always)]
     unsafe fn stretch<S: Simd<Elem = T>, const K: usize>(&self, tap: usize, o: usize, count: usize) {
-        let c = self.g.c;
-        let mut channel = 0;
-        // SAFETY: the caller's promise; vectors end at the last channel.
+        // Where a position's taps are its neighbours', each element of X is loaded once, if there are registers for that.
+        let slides = K == 3 && S::ROWS.len() > 2 && self.g.stride[2] == self.g.dilation[2];
+        // SAFETY: the caller's promise.
         unsafe {
-            while channel + S::LANES <= c {
-                self.vector::<S, K, true>(tap, o, count, channel, S::LANES);
-                channel += S::LANES;
-            }
-            if channel < c {
-                self.vector::<S, K, false>(tap, o, count, channel, c - channel);
+            match slides {
+                true => self.channels::<S, K, true>(tap, o, count),
+                false => self.channels::<S, K, false>(tap, o, count),
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn vector<S: Simd<Elem = T>, const K: usize, const WHOLE: bool>(
+    unsafe fn channels<S: Simd<Elem = T>, const K: usize, const SLIDES: bool>(
+        &self,
+        tap: usize,
+        o: usize,
+        count: usize,
+    ) {
+        let c = self.g.c;
+        let mut channel = 0;
+        // SAFETY: the caller's promise; vectors end at the last channel.
+        unsafe {
+            while channel + S::LANES <= c {
+                self.vector::<S, K, true, SLIDES>(tap, o, count, channel, S::LANES);
+                channel += S::LANES;
+            }
+            if channel < c {
+                self.vector::<S, K, false, SLIDES>(tap, o, count, channel, c - channel);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn vector<S: Simd<Elem = T>, const K: usize, const WHOLE: bool, const SLIDES: bool>(
         &self,
         tap: usize,
         o: usize,
@@ -199,10 +217,8 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
             // (Fetched in the order in which it lies, not in that in which it is read.)
             let soon = (o * c).wrapping_add(channel / S::LANES * count * S::LANES);
             let mut soon = self.soon.map(|from| from.wrapping_add(soon));
-            // Where a position's taps are its neighbours', each element of X is loaded once.
-            let slides = K == 3 && S::ROWS.len() > 2 && x_step == dilation;
             let mut near = [[S::splat(T::zero()); K]; R];
-            if slides {
+            if SLIDES {
                 for r in 0..R {
                     for k in 1..K {
                         near[r][k] = load_lanes::<S, WHOLE>(x[r].wrapping_add((k - 1) * dilation), lanes);
@@ -219,7 +235,7 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
                 }
                 for r in 0..R {
                     for k in 0..K {
-                        near[r][k] = match slides {
+                        near[r][k] = match SLIDES {
                             true if k + 1 < K => near[r][k + 1],
                             true => load_lanes::<S, WHOLE>(x[r], lanes),
                             false => load_lanes::<S, WHOLE>(x[r].wrapping_add(k * dilation), lanes),
