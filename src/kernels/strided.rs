@@ -132,6 +132,8 @@ pub fn read<T: Unit>(x: &[T], base: usize, dims: &[usize], strides: &[isize], y:
 }
 
 const TILE: usize = 16;
+/// Rows of `y` that are written at a time where each has fewer elements than a tile.
+const RUN: usize = 512;
 
 /// [`read`] where axis `k` is contiguous in `x` and the last axis is contiguous in `y`: in square tiles of the
 /// two, so that both sides move whole cache lines.
@@ -148,7 +150,7 @@ fn tiled<T: Unit>(x: &[T], base: isize, dims: &[usize], strides: &[isize], k: us
         while !rest.is_empty() {
             // Rows that share all coordinates before `k`.
             let at = first % dims[k];
-            let count = (dims[k] - at).min(rest.len() / row).min(TILE);
+            let count = (dims[k] - at).min(rest.len() / row).min(if n < TILE { RUN } else { TILE });
             let (group, tail) = std::mem::take(&mut rest).split_at_mut(count * row);
             let origin = Odometer::new(&dims[..=k], &strides[..=k], first, base).offset;
             let mut walk = Odometer::new(&dims[k + 1..last], &strides[k + 1..last], 0, origin);
@@ -161,10 +163,10 @@ fn tiled<T: Unit>(x: &[T], base: isize, dims: &[usize], strides: &[isize], k: us
                     if count == TILE && width == TILE {
                         tile(x, from, step, &mut group[to..], row);
                     } else {
-                        for i in 0..count {
-                            for c in 0..width {
-                                group[i * row + to + c] = x[(from + i as isize + c as isize * step) as usize];
-                            }
+                        for c in 0..width {
+                            let x = &x[(from + c as isize * step) as usize..][..count];
+                            let y = group[to + c..].iter_mut().step_by(row);
+                            y.zip(x).for_each(|(y, x)| *y = *x);
                         }
                     }
                     j += width;
