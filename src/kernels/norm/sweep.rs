@@ -7,9 +7,11 @@
 use super::channel::{Channels, WIDTH};
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::half::{Elements, Half};
+use crate::kernels::isa::has_pair_products;
+use crate::kernels::pairs::{PairKernel, Pairs};
 use crate::kernels::par::{self, GRAIN, Shared};
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to, widen_up_to};
-use crate::kernels::tile::round_up_to;
+use crate::kernels::tile::{Terms, round_up_to};
 use crate::tensor::Float;
 
 /// What is added to a normalised value.
@@ -162,37 +164,38 @@ enum Coefficients<'a, T, const K: usize> {
 impl<T: Vectors, F: Formula<T, K>, const K: usize> Piece<'_, T, F, K> {
     /// Elements `i` to `i + n` of the piece, at most a vector.
     #[inline(always)]
-    unsafe fn vector<S: Simd<Elem = T>>(&self, i: usize, n: usize, c: [S::V; K]) {
+    unsafe fn vector<D: Terms<S: Simd<Elem = T>>>(&self, i: usize, n: usize, c: [<D::S as Simd>::V; K]) {
         // SAFETY: the caller's promise.
         unsafe {
-            let x = self.x.load::<S>(i, n);
-            let other = if self.formula.pairs() { self.other.load::<S>(i, n) } else { x };
-            let y = self.formula.of::<S>(x, other, c);
+            let x = self.x.load::<D::S>(i, n);
+            let other = if self.formula.pairs() { self.other.load::<D::S>(i, n) } else { x };
+            let y = self.formula.of::<D::S>(x, other, c);
             if let Some(to) = self.y {
-                store_up_to::<S>(to.add(i), y, n);
+                store_up_to::<D::S>(to.add(i), y, n);
             }
             if let Some(to) = self.rounded {
-                round_up_to::<S>(to.add(i), y, n);
+                round_up_to::<D>(to.add(i), y, n);
             }
         }
     }
 
     /// All of the piece, its coefficients being those of `V` vectors over and over again.
     #[inline(always)]
-    unsafe fn repeated<S: Simd<Elem = T>, const V: usize>(&self, c: [[S::V; K]; V]) {
-        let (whole, mut i) = (self.n / (V * S::LANES) * V * S::LANES, 0);
+    unsafe fn repeated<D: Terms<S: Simd<Elem = T>>, const V: usize>(&self, c: [[<D::S as Simd>::V; K]; V]) {
+        let lanes = D::S::LANES;
+        let (whole, mut i) = (self.n / (V * lanes) * V * lanes, 0);
         // SAFETY: the caller's promise.
         unsafe {
             while i < whole {
                 for v in 0..V {
-                    self.vector::<S>(i + v * S::LANES, S::LANES, c[v]);
+                    self.vector::<D>(i + v * lanes, lanes, c[v]);
                 }
-                i += V * S::LANES;
+                i += V * lanes;
             }
             for v in 0..V {
                 if i < self.n {
-                    let n = S::LANES.min(self.n - i);
-                    self.vector::<S>(i, n, c[v]);
+                    let n = lanes.min(self.n - i);
+                    self.vector::<D>(i, n, c[v]);
                     i += n;
                 }
             }
@@ -218,36 +221,54 @@ impl<T: Vectors, F: Formula<T, K>, const K: usize> Piece<'_, T, F, K> {
 impl<T: Vectors, F: Formula<T, K>, const K: usize> Kernel<T> for Piece<'_, T, F, K> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
-        let lanes = S::LANES;
+        // SAFETY: the caller's promise.
+        unsafe { self.all::<S>() }
+    }
+}
+
+impl<T: Vectors, F: Formula<T, K>, const K: usize> PairKernel<T> for Piece<'_, T, F, K> {
+    #[inline(always)]
+    unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
+        // SAFETY: the caller's promise.
+        unsafe { self.all::<D>() }
+    }
+}
+
+impl<T: Vectors, F: Formula<T, K>, const K: usize> Piece<'_, T, F, K> {
+    #[inline(always)]
+    unsafe fn all<D: Terms<S: Simd<Elem = T>>>(self) {
+        let lanes = D::S::LANES;
         // SAFETY: the elements are there; the processor has the instructions.
         unsafe {
             let of = match self.coefficients {
                 Coefficients::One(c) => {
-                    let mut of = [S::splat(T::zero()); K];
+                    let mut of = [D::S::splat(T::zero()); K];
                     for k in 0..K {
-                        of[k] = S::splat(c[k]);
+                        of[k] = D::S::splat(c[k]);
                     }
-                    return self.repeated::<S, 1>([of]);
+                    return self.repeated::<D, 1>([of]);
                 }
-                Coefficients::Each(_) if K == 0 => return self.repeated::<S, 1>([[S::splat(T::zero()); K]]),
+                Coefficients::Each(_) if K == 0 => {
+                    return self.repeated::<D, 1>([[D::S::splat(T::zero()); K]]);
+                }
                 Coefficients::Each(of) => of,
             };
             let width = of[0].len();
             match if width.is_multiple_of(lanes) { width / lanes } else { 0 } {
-                1 => self.repeated::<S, 1>(Self::first::<S, 1>(&of)),
-                2 => self.repeated::<S, 2>(Self::first::<S, 2>(&of)),
-                3 => self.repeated::<S, 3>(Self::first::<S, 3>(&of)),
-                4 => self.repeated::<S, 4>(Self::first::<S, 4>(&of)),
+                1 => self.repeated::<D, 1>(Self::first::<D::S, 1>(&of)),
+                2 => self.repeated::<D, 2>(Self::first::<D::S, 2>(&of)),
+                3 => self.repeated::<D, 3>(Self::first::<D::S, 3>(&of)),
+                4 => self.repeated::<D, 4>(Self::first::<D::S, 4>(&of)),
                 _ => {
                     for start in (0..self.n).step_by(width) {
                         let end = self.n.min(start + width);
                         for i in (start..end).step_by(lanes) {
                             let n = lanes.min(end - i);
-                            let mut c = [S::splat(T::zero()); K];
+                            let mut c = [D::S::splat(T::zero()); K];
                             for k in 0..K {
-                                c[k] = load_up_to::<S>(of[k].as_ptr().add(i - start), n);
+                                c[k] = load_up_to::<D::S>(of[k].as_ptr().add(i - start), n);
                             }
-                            self.vector::<S>(i, n, c);
+                            self.vector::<D>(i, n, c);
                         }
                     }
                 }
@@ -313,8 +334,15 @@ impl<'a, T: Vectors, F> Sweep<'a, T, F> {
             (None, false) => x,
         };
         let rounded = self.rounded.as_ref().map(|(_, to)| to.ptr().wrapping_add(start));
+        let piece = Piece { formula: self.formula, x, other, y, rounded, n, coefficients };
         // SAFETY: the caller's promise.
-        unsafe { T::dispatch(Piece { formula: self.formula, x, other, y, rounded, n, coefficients }) }
+        unsafe {
+            match rounded.is_some() && has_pair_products() {
+                // By the instruction that rounds, which is among those.
+                true => T::dispatch_pairs(piece),
+                false => T::dispatch(piece),
+            }
+        }
     }
 
     /// As `part`, where elements are, or become, some of another type than bfloat16: through memory that is near.
