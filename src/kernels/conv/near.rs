@@ -113,6 +113,14 @@ impl<T: Vectors, A, B> PutPair<'_, T, A, B> {
     }
 }
 
+impl<T: Vectors> Pair<'_, '_, T> {
+    fn write(self) {
+        self.operand.check();
+        // SAFETY: checked.
+        unsafe { T::dispatch_pairs(self) }
+    }
+}
+
 /// Writes some positions in pairs of channels, if an operand lies so that it can, and there is room.
 pub(super) fn pair_channels<T: Vectors>(
     operand: &Operand<T>,
@@ -125,10 +133,7 @@ pub(super) fn pair_channels<T: Vectors>(
     if float16 || !operand.channels.is_multiple_of(2) || out.len() < room {
         return false;
     }
-    operand.check();
-    let pair = Pair { operand: *operand, first, positions, channels: Some(out), across: None };
-    // SAFETY: checked.
-    unsafe { T::dispatch_pairs(pair) }
+    Pair { operand: *operand, first, positions, channels: Some(out), across: None }.write();
     true
 }
 
@@ -137,14 +142,16 @@ pub(super) trait Near<T: Vectors>: Packs<T> {
     /// Elements of scratch for some positions of `c` channels; `plain`: is the operand?
     fn near_room(positions: usize, c: usize, plain: bool) -> usize;
 
-    /// Rows of channels, if they are `wanted` (else nothing), and of positions, [`EACH`](Form::EACH) in one.
-    fn near<'b>(
+    /// Rows of channels, and of positions, [`EACH`](Form::EACH) in one.
+    fn both_ways<'b>(
         operand: &Operand<'b, T>,
         first: usize,
         positions: usize,
-        wanted: bool,
         room: &'b mut [T],
     ) -> [&'b [Self]; 2];
+
+    /// The latter alone.
+    fn across<'b>(operand: &Operand<'b, T>, first: usize, positions: usize, room: &'b mut [T]) -> &'b [Self];
 }
 
 impl<T: Vectors> Near<T> for T {
@@ -152,14 +159,17 @@ impl<T: Vectors> Near<T> for T {
         if plain { 0 } else { positions * c }
     }
 
-    fn near<'b>(
+    fn both_ways<'b>(
         operand: &Operand<'b, T>,
         first: usize,
         positions: usize,
-        _: bool,
         room: &'b mut [T],
     ) -> [&'b [T]; 2] {
         [operand.near(first, positions, room); 2]
+    }
+
+    fn across<'b>(operand: &Operand<'b, T>, first: usize, positions: usize, room: &'b mut [T]) -> &'b [T] {
+        operand.near(first, positions, room)
     }
 }
 
@@ -168,21 +178,22 @@ impl<T: Vectors> Near<T> for u32 {
         Pair::<T>::room(positions, c).iter().sum()
     }
 
-    fn near<'b>(
+    fn both_ways<'b>(
         operand: &Operand<'b, T>,
         first: usize,
         positions: usize,
-        wanted: bool,
         room: &'b mut [T],
     ) -> [&'b [u32]; 2] {
         let c = operand.channels;
-        operand.check();
-        let (channels, across) = <u32 as Form<T>>::room(room).split_at_mut(Pair::<T>::room(positions, c)[0]);
-        let (wants, to) = (wanted.then_some(&mut *channels), Some(&mut *across));
-        let pair = Pair { operand: *operand, first, positions, channels: wants, across: to };
-        // SAFETY: checked.
-        unsafe { T::dispatch_pairs(pair) }
-        let wanted = if wanted { positions } else { 0 };
-        [&channels[..wanted * c / 2], &across[..positions.div_ceil(2) * c]]
+        let (beside, across) = <u32 as Form<T>>::room(room).split_at_mut(Pair::<T>::room(positions, c)[0]);
+        let (channels, pairs) = (Some(&mut *beside), Some(&mut *across));
+        Pair { operand: *operand, first, positions, channels, across: pairs }.write();
+        [&beside[..positions * c / 2], &across[..positions.div_ceil(2) * c]]
+    }
+
+    fn across<'b>(operand: &Operand<'b, T>, first: usize, positions: usize, room: &'b mut [T]) -> &'b [u32] {
+        let across = <u32 as Form<T>>::room(room);
+        Pair { operand: *operand, first, positions, channels: None, across: Some(&mut *across) }.write();
+        &across[..positions.div_ceil(2) * operand.channels]
     }
 }

@@ -136,7 +136,7 @@ fn grads_of<E: Near<T>, T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: 
         let last = chunks.count * (slab + 1) / slabs;
         for i in first..last {
             let (start, n) = (chunks.start(i), chunks.len(i));
-            let [a, dy] = E::near(&b.dy, start, n, true, dy_room);
+            let [a, dy] = E::both_ways(&b.dy, start, n, dy_room);
             // SAFETY: the positions' elements of dX are this chunk's alone.
             let dx = unsafe { std::slice::from_raw_parts_mut(to.ptr().add(start * g.c), n * g.c) };
             let ahead = b.x.ahead(start..start + n);
@@ -144,7 +144,7 @@ fn grads_of<E: Near<T>, T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: 
             if let Some((sums, part)) = &mut part {
                 sums.add(start * g.c, dx, part);
             }
-            let [_, x] = E::near(&b.x, start, n, false, x_room);
+            let x = E::across(&b.x, start, n, x_room);
             let ahead = match i + 1 < last {
                 true => b.dy.ahead(start + n..start + n + chunks.len(i + 1)),
                 false => Ahead::NOTHING,

@@ -122,13 +122,13 @@ struct Chunk<'a, E> {
 }
 
 /// A task of one chunk, whose operands are read as they lie.
-struct Near<'a, E, T> {
+struct OneChunk<'a, E, T> {
     task: Task<'a, T>,
     x: Side<'a, E>,
     dy: Side<'a, E>,
 }
 
-impl<E: Copy, T: Vectors> TermKernel<E, T> for Near<'_, E, T> {
+impl<E: Copy, T: Vectors> TermKernel<E, T> for OneChunk<'_, E, T> {
     #[inline(always)]
     unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(self) {
         let chunk = Chunk { image: 0, images: 1, first_row: 0, x: self.x, dy: self.dy, origins: [0; 2] };
@@ -431,9 +431,9 @@ pub(super) fn add_positions<E: Form<T>, T: Vectors>(
         sum: sum.as_mut_ptr(),
         ahead,
     };
-    let near = Near { task, x: Side::plain(x, g.c), dy: Side::plain(dy, g.oc) };
+    let chunk = OneChunk { task, x: Side::plain(x, g.c), dy: Side::plain(dy, g.oc) };
     // SAFETY: the operands have the geometry's extents, and the sum is the caller's.
-    unsafe { E::dispatch_terms(near) }
+    unsafe { E::dispatch_terms(chunk) }
 }
 
 /// Adds the slabs' sums in order, for dW (M, C/groups, k…).
