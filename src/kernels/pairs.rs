@@ -39,16 +39,6 @@ pub unsafe trait Pairs: Terms<Term = u32> {
         }
     }
 
-    /// Writes two vectors as pairs of the elements that have the same number.
-    #[inline(always)]
-    unsafe fn put_both([first, second]: [<Self::S as Simd>::V; 2], to: *mut u32) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            Self::put_across(0, first, to);
-            Self::put_across(1, second, to);
-        }
-    }
-
     /// Writes `n` pairs, at most `LANES`, of one element each of two rows.
     #[inline(always)]
     unsafe fn across(x: [*const <Self::S as Simd>::Elem; 2], n: usize, to: *mut u32) {
@@ -346,6 +336,7 @@ unsafe impl<S: Simd> Terms for Plainly<S> {
     type S = S;
     type Term = u32;
     type Row = [u32; WIDEST];
+    const EACH: usize = 2;
     const ROWS: &'static [usize] = S::ROWS;
 
     #[inline(always)]

@@ -29,6 +29,8 @@ pub unsafe trait Terms: Copy + Send + Sync + 'static {
     type Term: Copy;
     /// As many terms as a vector has lanes.
     type Row: Copy;
+    /// See [`Form::EACH`].
+    const EACH: usize;
     /// See [`Simd::ROWS`].
     const ROWS: &'static [usize];
 
@@ -52,6 +54,16 @@ pub unsafe trait Terms: Copy + Send + Sync + 'static {
     /// Writes a vector as the elements number `nth` of `LANES` terms, whose first ones are to be written first: they have zeros
     /// for those that follow.
     unsafe fn put_across(nth: usize, v: <Self::S as Simd>::V, to: *mut Self::Term);
+
+    /// The same of both vectors of pairs at once.
+    #[inline(always)]
+    unsafe fn put_both([first, second]: [<Self::S as Simd>::V; 2], to: *mut Self::Term) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            Self::put_across(0, first, to);
+            Self::put_across(1, second, to);
+        }
+    }
 }
 
 /// Loops over terms of type `E`, whose sums are vectors of `T`. Write `run` as `#[inline(always)]`.
@@ -102,6 +114,7 @@ unsafe impl<V: Simd> Terms for V {
     type S = V;
     type Term = V::Elem;
     type Row = V::V;
+    const EACH: usize = 1;
     const ROWS: &'static [usize] = <V as Simd>::ROWS;
 
     #[inline(always)]

@@ -45,6 +45,7 @@ unsafe impl Terms for Instruction {
     type S = Avx512;
     type Term = u32;
     type Row = __m512i;
+    const EACH: usize = 2;
     const ROWS: &'static [usize] = <Avx512 as crate::kernels::simd::Simd>::ROWS;
 
     #[inline(always)]
@@ -93,6 +94,11 @@ unsafe impl Terms for Instruction {
             _mm512_storeu_si512(to.cast(), terms);
         }
     }
+
+    #[inline(always)]
+    unsafe fn put_both(vectors: [__m512; 2], to: *mut u32) {
+        unsafe { _mm512_storeu_si512(to.cast(), beside(vectors)) }
+    }
 }
 
 #[inline(always)]
@@ -120,11 +126,6 @@ unsafe impl Pairs for Instruction {
             let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a));
             _mm512_storeu_si512(to.cast(), both);
         }
-    }
-
-    #[inline(always)]
-    unsafe fn put_both(vectors: [__m512; 2], to: *mut u32) {
-        unsafe { _mm512_storeu_si512(to.cast(), beside(vectors)) }
     }
 
     #[inline(always)]

@@ -7,7 +7,8 @@ use std::ops::Range;
 
 use super::forward::{Multiply, Target, Transform, Weights};
 use super::moments::Parts;
-use super::source::{Source, room, transform_inputs};
+use super::source::{Source, room, transform};
+use super::transform::{IN, Inputs};
 use super::{Tiles, Transformed};
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::results::SharedResults;
@@ -49,7 +50,7 @@ pub(super) fn scratch(plan: &Plan, each: usize, panel: usize, half: bool) -> usi
 }
 
 /// The tiles of a source.
-struct Inputs<'a, E, T> {
+struct TransformInputs<'a, E, T> {
     of: Tiles,
     tiles: Range<usize>,
     source: Source<'a, T>,
@@ -57,17 +58,18 @@ struct Inputs<'a, E, T> {
     to: *mut E,
 }
 
-impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Inputs<'_, E, T> {
+impl<E: Form<T>, T: Vectors> TermKernel<E, T> for TransformInputs<'_, E, T> {
     #[inline(always)]
     unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(mut self) {
         // SAFETY: the promise of whoever made it.
         unsafe {
-            transform_inputs::<D, true>(
+            let all = 0..self.source.channels;
+            transform::<D, Inputs, IN, true>(
                 &self.of,
                 self.tiles,
                 &mut self.source,
+                all,
                 &self.layout,
-                E::EACH,
                 self.to,
             )
         }
@@ -159,7 +161,7 @@ pub(super) fn run<E: Form<T>, T: Vectors>(
         let to = shared.ptr().wrapping_add(tiles.start * layouts[0].tile);
         let source = Source::of(plan, x, zeros, near);
         // SAFETY: the input has the plan's extents; no two tasks write the same tiles.
-        unsafe { E::dispatch_terms(Inputs { of, tiles, source, layout: layouts[0], to }) }
+        unsafe { E::dispatch_terms(TransformInputs { of, tiles, source, layout: layouts[0], to }) }
     });
     let y = SharedResults::new(y);
     let size = weights(plan, E::EACH, panel);

@@ -6,8 +6,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::moments::{Moments, Parts};
-use super::source::{Source, room, transform_inputs};
-use super::transform::{OUT, PRODUCTS, output_tile, put_across, weight_tile};
+use super::source::{Source, room, transform};
+use super::transform::{IN, Inputs, OUT, PRODUCTS, output_tile, put_across, put_both, weight_tile};
 use super::{TAPS, Tiles, Transformed, few};
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::panels::Unpacked;
@@ -109,21 +109,39 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Transform<'_, T> {
         assert!(out.len() >= layout.size(), "room for weights");
         let (out, taps) = out.split_at_mut(PRODUCTS * layout.product);
         let out = out.as_mut_ptr().cast::<E>();
+        // SAFETY: the caller's promise.
+        let mut held = [[unsafe { D::S::splat(T::zero()) }; IN]; IN];
         for first in inputs.clone().step_by(NEAR) {
             let some = first..inputs.end.min(first + NEAR);
             Unpacked { plan, forward, panel, w }.pack_inputs(p, some.clone(), panel, taps);
-            for (nth, channel) in some.clone().enumerate() {
-                let term = channel - inputs.start;
+            let step = some.len() * panel;
+            for first in (0..some.len()).step_by(E::EACH) {
+                let (of_term, term) = (E::EACH.min(some.len() - first), some.start - inputs.start + first);
                 for at in [0, D::S::LANES] {
                     // SAFETY: the taps of so many channels are there, and room for all products of all terms.
                     unsafe {
-                        let (taps, step) = (taps.as_ptr().add(nth * panel + at), some.len() * panel);
-                        let to = out.add(term / E::EACH * panel + at);
+                        let taps = taps.as_ptr().add(first * panel + at);
+                        let (to, product) = (out.add(term / E::EACH * panel + at), layout.product);
+                        if of_term == 1 {
+                            weight_tile::<D::S>(
+                                taps,
+                                step,
+                                #[inline(always)]
+                                |i, row| put_across::<D>(0, i, &row, to, product),
+                            );
+                            continue;
+                        }
                         weight_tile::<D::S>(
                             taps,
                             step,
                             #[inline(always)]
-                            |i, row| put_across::<D>(term % E::EACH, i, &row, to, layout.product),
+                            |i, row| held[i] = row,
+                        );
+                        weight_tile::<D::S>(
+                            taps.add(panel),
+                            step,
+                            #[inline(always)]
+                            |i, row| put_both::<D>(i, [&held[i], &row], to, product),
                         );
                     }
                 }
@@ -204,7 +222,8 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
         let (of, tiles) = (&self.target.tiles, self.tiles.clone());
         // SAFETY: the buffers have the layouts' sizes, the weights all panels.
         unsafe {
-            transform_inputs::<D, true>(of, tiles, &mut self.source, &x, E::EACH, self.transformed);
+            let all = 0..self.source.channels;
+            transform::<D, Inputs, IN, true>(of, tiles, &mut self.source, all, &x, self.transformed);
             for p in self.panels.clone() {
                 let multiply = Multiply {
                     tiles: self.tiles.len(),

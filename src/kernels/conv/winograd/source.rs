@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::transform::{IN, OUT, input_tile, output_grad_tile, put_across, put_beside};
+use super::transform::{IN, OUT, Tile, put_across, put_beside};
 use super::{Tiles, Transformed};
 use crate::kernels::ahead::LINE;
 use crate::kernels::conv::grids::Plan;
@@ -105,117 +105,71 @@ pub(super) fn room(extents: [usize; 3], channels: usize, half: bool) -> usize {
     if half { IN.min(extents[1]) * extents[2] * channels } else { 0 }
 }
 
-/// Transforms the inputs of `tiles`, which are read from `source`, to terms of `each` neighbours: channels (`BESIDE`) or tiles.
+/// Transforms some channels of `tiles`, which are read from `source`, to terms of neighbours: channels (`BESIDE`) or tiles.
 ///
 /// # Safety
 /// `source` must hold the tiles' images, `to` be writable for the size of `layout`, whose tiles are as many.
 #[inline(always)]
-pub(super) unsafe fn transform_inputs<D: Terms<S: Simd<Elem: Vectors>>, const BESIDE: bool>(
-    of: &Tiles,
-    tiles: Range<usize>,
-    source: &mut Source<'_, <D::S as Simd>::Elem>,
-    layout: &Transformed,
-    each: usize,
-    to: *mut D::Term,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match source.is_bf16() {
-            false => inputs::<D, Whole, BESIDE>(of, tiles, source, layout, each, to),
-            true => inputs::<D, Bf16, BESIDE>(of, tiles, source, layout, each, to),
-        }
-    }
-}
-
-/// # Safety
-/// As of [`transform_inputs`].
-#[inline(always)]
-unsafe fn inputs<D: Terms<S: Simd<Elem: Vectors>>, B: Lies<<D::S as Simd>::Elem>, const BESIDE: bool>(
-    of: &Tiles,
-    tiles: Range<usize>,
-    source: &mut Source<'_, <D::S as Simd>::Elem>,
-    layout: &Transformed,
-    each: usize,
-    to: *mut D::Term,
-) {
-    for (t, at) in of.walk(tiles).enumerate() {
-        let at = source.tile::<B, IN>(at);
-        fetch_below::<D::S, B, IN>(&at, source);
-        let mut channel = 0;
-        while channel < source.channels {
-            let n = (source.channels - channel).min(D::S::LANES);
-            // SAFETY: the caller's promise.
-            unsafe {
-                let to = match BESIDE {
-                    true => to.add(t * layout.tile + channel / each),
-                    false => to.add(t / each * layout.tile + channel),
-                };
-                input_tile::<D::S, B>(
-                    &at,
-                    channel,
-                    n,
-                    #[inline(always)]
-                    |i, row| match BESIDE {
-                        true => put_beside::<D>(i, &row, to, layout.product),
-                        false => put_across::<D>(t % each, i, &row, to, layout.product),
-                    },
-                );
-            }
-            channel += D::S::LANES;
-        }
-    }
-}
-
-/// Transforms some channels of the gradients of `tiles` to terms of `each` of them.
-///
-/// # Safety
-/// As of [`transform_inputs`].
-#[inline(always)]
-pub(super) unsafe fn transform_gradients<D: Terms<S: Simd<Elem: Vectors>>>(
+pub(super) unsafe fn transform<
+    D: Terms<S: Simd<Elem: Vectors>>,
+    F: Tile<N>,
+    const N: usize,
+    const BESIDE: bool,
+>(
     of: &Tiles,
     tiles: Range<usize>,
     source: &mut Source<'_, <D::S as Simd>::Elem>,
     channels: Range<usize>,
     layout: &Transformed,
-    each: usize,
     to: *mut D::Term,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         match source.is_bf16() {
-            false => gradients::<D, Whole>(of, tiles, source, channels, layout, each, to),
-            true => gradients::<D, Bf16>(of, tiles, source, channels, layout, each, to),
+            false => transform_as::<D, Whole, F, N, BESIDE>(of, tiles, source, channels, layout, to),
+            true => transform_as::<D, Bf16, F, N, BESIDE>(of, tiles, source, channels, layout, to),
         }
     }
 }
 
 /// # Safety
-/// As of [`transform_inputs`].
+/// As of [`transform`].
 #[inline(always)]
-unsafe fn gradients<D: Terms<S: Simd<Elem: Vectors>>, B: Lies<<D::S as Simd>::Elem>>(
+unsafe fn transform_as<
+    D: Terms<S: Simd<Elem: Vectors>>,
+    B: Lies<<D::S as Simd>::Elem>,
+    F: Tile<N>,
+    const N: usize,
+    const BESIDE: bool,
+>(
     of: &Tiles,
     tiles: Range<usize>,
     source: &mut Source<'_, <D::S as Simd>::Elem>,
     channels: Range<usize>,
     layout: &Transformed,
-    each: usize,
     to: *mut D::Term,
 ) {
-    for (t, at) in of.walk(tiles).enumerate() {
-        let at = source.tile::<B, OUT>(at);
-        fetch_below::<D::S, B, OUT>(&at, source);
+    for (tile, place) in of.walk(tiles).enumerate() {
+        let d = source.tile::<B, N>(place);
+        fetch_below::<D::S, B, N>(&d, source);
         let mut channel = channels.start;
         while channel < channels.end {
             let n = (channels.end - channel).min(D::S::LANES);
             // SAFETY: the caller's promise.
             unsafe {
-                let to = to.add(t / each * layout.tile + channel - channels.start);
-                output_grad_tile::<D::S, B>(
-                    &at,
+                let to = match BESIDE {
+                    true => to.add(tile * layout.tile + (channel - channels.start) / D::EACH),
+                    false => to.add(tile / D::EACH * layout.tile + channel - channels.start),
+                };
+                F::rows::<D::S, B>(
+                    &d,
                     channel,
                     n,
                     #[inline(always)]
-                    |i, row| put_across::<D>(t % each, i, &row, to, layout.product),
+                    |i, row| match BESIDE {
+                        true => put_beside::<D>(i, &row, to, layout.product),
+                        false => put_across::<D>(tile % D::EACH, i, &row, to, layout.product),
+                    },
                 );
             }
             channel += D::S::LANES;

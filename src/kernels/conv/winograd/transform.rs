@@ -186,67 +186,95 @@ pub(super) unsafe fn put_across<D: Terms>(
     }
 }
 
-/// `Bᵀ·d·B` of the tile whose positions are at `d`, `n` channels of it: its rows, by number, in an order in which what is
-/// transformed along one side only stays in registers.
+/// The same of both rows of pairs at once.
 ///
 /// # Safety
-/// `d` must be readable for `n` elements each.
+/// As of [`put_across`].
 #[inline(always)]
-pub(super) unsafe fn input_tile<S: Simd<Elem: Vectors>, B: Stored<S::Elem>>(
-    d: &[[*const B::Bits; IN]; IN],
-    channel: usize,
-    n: usize,
-    mut put: impl FnMut(usize, Row<S>),
-) {
-    unsafe {
-        let zero = S::splat(zero());
-        let mut ends = [[zero; IN]; 2];
-        for j in 0..IN {
-            let mut column = [zero; IN];
-            for i in 0..IN {
-                column[i] = B::load::<S>(d[i][j].add(channel), n);
+pub(super) unsafe fn put_both<D: Terms>(i: usize, rows: [&Row<D::S>; 2], to: *mut D::Term, step: usize) {
+    for j in 0..IN {
+        // SAFETY: the caller's promise.
+        unsafe { D::put_both([rows[0][j], rows[1][j]], to.add((i * IN + j) * step)) }
+    }
+}
+
+/// Tiles of `N`×`N` positions that are transformed.
+pub(super) trait Tile<const N: usize> {
+    /// The rows, by number, of the transformed tile whose positions are at `d`, `n` channels of it.
+    ///
+    /// # Safety
+    /// `d` must be readable for so many elements each, and `S`'s instructions be there.
+    unsafe fn rows<S: Simd<Elem: Vectors>, B: Stored<S::Elem>>(
+        d: &[[*const B::Bits; N]; N],
+        channel: usize,
+        n: usize,
+        put: impl FnMut(usize, Row<S>),
+    );
+}
+
+/// `Bᵀ·d·B` of inputs.
+pub(super) struct Inputs;
+
+impl Tile<IN> for Inputs {
+    /// In an order in which what is transformed along one side only stays in registers.
+    #[inline(always)]
+    unsafe fn rows<S: Simd<Elem: Vectors>, B: Stored<S::Elem>>(
+        d: &[[*const B::Bits; IN]; IN],
+        channel: usize,
+        n: usize,
+        mut put: impl FnMut(usize, Row<S>),
+    ) {
+        unsafe {
+            let zero = S::splat(zero());
+            let mut ends = [[zero; IN]; 2];
+            for j in 0..IN {
+                let mut column = [zero; IN];
+                for i in 0..IN {
+                    column[i] = B::load::<S>(d[i][j].add(channel), n);
+                }
+                [ends[0][j], ends[1][j]] = input_ends::<S>(column);
             }
-            [ends[0][j], ends[1][j]] = input_ends::<S>(column);
-        }
-        put(0, input::<S>(ends[0]));
-        put(IN - 1, input::<S>(ends[1]));
-        let mut between = [[zero; IN]; IN - 2];
-        for j in 0..IN {
-            let mut column = [zero; IN - 2];
+            put(0, input::<S>(ends[0]));
+            put(IN - 1, input::<S>(ends[1]));
+            let mut between = [[zero; IN]; IN - 2];
+            for j in 0..IN {
+                let mut column = [zero; IN - 2];
+                for i in 0..IN - 2 {
+                    column[i] = B::load::<S>(d[i + 1][j].add(channel), n);
+                }
+                let column = input_between::<S>(column);
+                for i in 0..IN - 2 {
+                    between[i][j] = column[i];
+                }
+            }
             for i in 0..IN - 2 {
-                column[i] = B::load::<S>(d[i + 1][j].add(channel), n);
+                put(i + 1, input::<S>(between[i]));
             }
-            let column = input_between::<S>(column);
-            for i in 0..IN - 2 {
-                between[i][j] = column[i];
-            }
-        }
-        for i in 0..IN - 2 {
-            put(i + 1, input::<S>(between[i]));
         }
     }
 }
 
-/// `A·y·Aᵀ` of the gradient of a tile's results, which are at `y`: its rows.
-///
-/// # Safety
-/// As of [`input_tile`].
-#[inline(always)]
-pub(super) unsafe fn output_grad_tile<S: Simd<Elem: Vectors>, B: Stored<S::Elem>>(
-    y: &[[*const B::Bits; OUT]; OUT],
-    channel: usize,
-    n: usize,
-    put: impl FnMut(usize, Row<S>),
-) {
-    unsafe {
-        both_sides!(
-            #[inline(always)]
-            |i: usize, j: usize| B::load::<S>(y[i][j].add(channel), n),
-            output_grad,
-            OUT,
-            IN,
-            put
-        );
+/// `A·d·Aᵀ` of the gradients of results.
+pub(super) struct Gradients;
+
+impl Tile<OUT> for Gradients {
+    #[inline(always)]
+    unsafe fn rows<S: Simd<Elem: Vectors>, B: Stored<S::Elem>>(
+        d: &[[*const B::Bits; OUT]; OUT],
+        channel: usize,
+        n: usize,
+        put: impl FnMut(usize, Row<S>),
+    ) {
+        unsafe {
+            both_sides!(
+                #[inline(always)]
+                |i: usize, j: usize| B::load::<S>(d[i][j].add(channel), n),
+                output_grad,
+                OUT,
+                IN,
+                put
+            );
+        }
     }
 }
 

@@ -11,8 +11,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::few::{each, each_tasks};
-use super::source::{Source, room, transform_gradients, transform_inputs};
-use super::transform::{PRODUCTS, weight_grad_tile};
+use super::source::{Source, room, transform};
+use super::transform::{Gradients, IN, Inputs, OUT, PRODUCTS, weight_grad_tile};
 use super::{TAPS, Tiles, Transformed};
 use crate::kernels::ahead::Steps;
 use crate::kernels::conv::weight::{Outputs, in_order};
@@ -23,10 +23,13 @@ use crate::kernels::simd::{Kernel, Simd, Vectors};
 use crate::kernels::tile::{Form, Pieces, Positions, TermKernel, Terms, along_columns, put};
 use crate::tile_sizes;
 
-/// Elements of a task's transformed tiles.
+/// Elements of a task's transformed tiles, and terms of a sum that it adds up at least.
 const CHUNK: usize = 1 << 16;
-/// Elements of all slabs' sums together.
+const LEAST: usize = 24;
+/// Elements of all slabs' sums together. (Beside products of pairs, to transform inputs for each of several panels' tasks takes
+/// longer than to add up more slabs.)
 const SUMS: usize = 3 << 17;
+const SUMS_OF_PAIRS: usize = 9 << 17;
 const TASKS: usize = 8;
 /// Elements of all tiles, transformed, that stay in the last-level cache, and input channels whose sums do in the
 /// second.
@@ -46,15 +49,18 @@ struct Division {
 }
 
 impl Division {
-    fn new(g: &Geometry, panel: usize) -> Division {
+    fn new(g: &Geometry, each: usize, panel: usize) -> Division {
         let tiles = Tiles::of(g.n, g.y);
         let all = g.oc.div_ceil(panel);
         let size = PRODUCTS * g.c * all * panel;
-        let slabs = (SUMS / size).clamp(1, TASKS.min(tiles.total.div_ceil(8)));
+        let most = if each > 1 { SUMS_OF_PAIRS } else { SUMS };
+        let slabs = (most / size).clamp(1, TASKS.min(tiles.total.div_ceil(8)));
         let slabs = Pieces::of(tiles.total, tiles.total.div_ceil(slabs));
-        let groups = TASKS.div_ceil(slabs.count).min(all);
+        // (Each transforms the inputs anew.)
+        let groups = (TASKS / slabs.count).clamp(1, all);
         let panels = all.div_ceil(groups);
-        let chunk = (CHUNK / (PRODUCTS * (g.c + panels * panel))).clamp(24, 128).min(slabs.len(0));
+        let chunk = each * CHUNK / (PRODUCTS * (g.c + panels * panel));
+        let chunk = chunk.clamp(LEAST * each, 128).min(slabs.len(0));
         Division { tiles, slabs, chunk, all, panels }
     }
 
@@ -110,16 +116,10 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
             // SAFETY: the buffers have the layouts' sizes; the sums' elements are this task's.
             unsafe {
                 let transformed = [self.x_transformed, self.dy_transformed];
-                transform_inputs::<D, false>(
-                    &self.of,
-                    tiles.clone(),
-                    &mut self.x,
-                    &x,
-                    E::EACH,
-                    transformed[0],
-                );
-                let (channels, to) = (first..last, transformed[1]);
-                transform_gradients::<D>(&self.of, tiles.clone(), &mut self.dy, channels, &dy, E::EACH, to);
+                let (of, to) = (&self.of, transformed);
+                transform::<D, Inputs, IN, false>(of, tiles.clone(), &mut self.x, 0..c, &x, to[0]);
+                let channels = first..last;
+                transform::<D, Gradients, OUT, false>(of, tiles.clone(), &mut self.dy, channels, &dy, to[1]);
                 for p in self.panels.clone() {
                     let sum = Sum {
                         terms: tiles.len().div_ceil(E::EACH),
@@ -331,9 +331,10 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for TransformBoth<'_, E, T> {
         let [x, dy] = self.layouts;
         // SAFETY: the promise of whoever made it.
         unsafe {
-            transform_inputs::<D, false>(&self.of, self.tiles.clone(), &mut self.x, &x, E::EACH, self.to_x);
-            let all = 0..self.dy.channels;
-            transform_gradients::<D>(&self.of, self.tiles, &mut self.dy, all, &dy, E::EACH, self.to_dy);
+            let all = [0..self.x.channels, 0..self.dy.channels];
+            let (of, tiles, [of_x, of_dy]) = (&self.of, self.tiles, all);
+            transform::<D, Inputs, IN, false>(of, tiles.clone(), &mut self.x, of_x, &x, self.to_x);
+            transform::<D, Gradients, OUT, false>(of, tiles, &mut self.dy, of_dy, &dy, self.to_dy);
         }
     }
 }
@@ -410,7 +411,7 @@ pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, half: [bool; 2]) -> usize {
     if let Some(few) = Few::new(g, each, panel) {
         return few.scratch(g, panel, half);
     }
-    let d = Division::new(g, panel);
+    let d = Division::new(g, each, panel);
     let taps = d.all * TAPS * g.c * panel;
     let slots = slots(d.slabs.count * d.groups(), d.slot(g, each, panel, half));
     d.slabs.count * d.size(g, panel) + slots.max(taps)
@@ -442,7 +443,7 @@ fn of_terms<E: Form<T>, T: Vectors>(
     if let Some(few) = Few::new(g, E::EACH, panel) {
         return few.run::<E, T>(g, dy, x, dw, scratch);
     }
-    let d = Division::new(g, panel);
+    let d = Division::new(g, E::EACH, panel);
     let (size, layouts, groups) = (d.size(g, panel), d.layouts(g, E::EACH, panel), d.groups());
     let (sums, rest) = scratch.split_at_mut(d.slabs.count * size);
     let shared = Shared::new(sums);
