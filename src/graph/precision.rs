@@ -29,7 +29,8 @@ const NEAR: usize = 6;
 /// Late readers at most so many calls apart share a widened copy.
 const TOGETHER: usize = 3;
 
-/// Who converts between `f32` and half precision. Results are the same bits whether kernels do or operators of their own.
+/// Who converts between `f32` and half precision. Results are the same bits whether kernels do or operators of their own, but for
+/// numbers below the least normal one: instructions that round to bfloat16 take them for zeros.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Conversions {
     /// Kernels that read or make a value, where they can.
