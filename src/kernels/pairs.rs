@@ -336,7 +336,6 @@ unsafe impl<S: Simd> Terms for Plainly<S> {
     type S = S;
     type Term = u32;
     type Row = [u32; WIDEST];
-    const EACH: usize = 2;
     const ROWS: &'static [usize] = S::ROWS;
 
     #[inline(always)]

@@ -29,8 +29,6 @@ pub unsafe trait Terms: Copy + Send + Sync + 'static {
     type Term: Copy;
     /// As many terms as a vector has lanes.
     type Row: Copy;
-    /// See [`Form::EACH`].
-    const EACH: usize;
     /// See [`Simd::ROWS`].
     const ROWS: &'static [usize];
 
@@ -114,7 +112,6 @@ unsafe impl<V: Simd> Terms for V {
     type S = V;
     type Term = V::Elem;
     type Row = V::V;
-    const EACH: usize = 1;
     const ROWS: &'static [usize] = <V as Simd>::ROWS;
 
     #[inline(always)]

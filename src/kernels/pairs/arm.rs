@@ -16,7 +16,6 @@ unsafe impl Terms for Instruction {
     type S = Neon;
     type Term = u32;
     type Row = uint32x4_t;
-    const EACH: usize = 2;
     const ROWS: &'static [usize] = <Neon as crate::kernels::simd::Simd>::ROWS;
 
     #[inline(always)]

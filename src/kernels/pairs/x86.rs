@@ -45,7 +45,6 @@ unsafe impl Terms for Instruction {
     type S = Avx512;
     type Term = u32;
     type Row = __m512i;
-    const EACH: usize = 2;
     const ROWS: &'static [usize] = <Avx512 as crate::kernels::simd::Simd>::ROWS;
 
     #[inline(always)]

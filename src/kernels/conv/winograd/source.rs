@@ -9,7 +9,7 @@ use crate::kernels::ahead::LINE;
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::half::{Elements, Half};
 use crate::kernels::simd::{Bf16, Simd, Stored, Vectors, Whole};
-use crate::kernels::tile::Terms;
+use crate::kernels::tile::{Form, Terms};
 
 /// Images; beyond their edges are zeros.
 pub(super) struct Source<'a, T> {
@@ -122,7 +122,9 @@ pub(super) unsafe fn transform<
     channels: Range<usize>,
     layout: &Transformed,
     to: *mut D::Term,
-) {
+) where
+    D::Term: Form<<D::S as Simd>::Elem>,
+{
     // SAFETY: the caller's promise.
     unsafe {
         match source.is_bf16() {
@@ -148,7 +150,10 @@ unsafe fn transform_as<
     channels: Range<usize>,
     layout: &Transformed,
     to: *mut D::Term,
-) {
+) where
+    D::Term: Form<<D::S as Simd>::Elem>,
+{
+    let each = <D::Term as Form<_>>::EACH;
     for (tile, place) in of.walk(tiles).enumerate() {
         let d = source.tile::<B, N>(place);
         fetch_below::<D::S, B, N>(&d, source);
@@ -158,8 +163,8 @@ unsafe fn transform_as<
             // SAFETY: the caller's promise.
             unsafe {
                 let to = match BESIDE {
-                    true => to.add(tile * layout.tile + (channel - channels.start) / D::EACH),
-                    false => to.add(tile / D::EACH * layout.tile + channel - channels.start),
+                    true => to.add(tile * layout.tile + (channel - channels.start) / each),
+                    false => to.add(tile / each * layout.tile + channel - channels.start),
                 };
                 F::rows::<D::S, B>(
                     &d,
@@ -168,7 +173,7 @@ unsafe fn transform_as<
                     #[inline(always)]
                     |i, row| match BESIDE {
                         true => put_beside::<D>(i, &row, to, layout.product),
-                        false => put_across::<D>(tile % D::EACH, i, &row, to, layout.product),
+                        false => put_across::<D>(tile % each, i, &row, to, layout.product),
                     },
                 );
             }

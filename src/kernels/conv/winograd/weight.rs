@@ -115,18 +115,17 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
             let tiles = start..self.tiles.end.min(start + self.chunk);
             // SAFETY: the buffers have the layouts' sizes; the sums' elements are this task's.
             unsafe {
-                let transformed = [self.x_transformed, self.dy_transformed];
-                let (of, to) = (&self.of, transformed);
-                transform::<D, Inputs, IN, false>(of, tiles.clone(), &mut self.x, 0..c, &x, to[0]);
-                let channels = first..last;
-                transform::<D, Gradients, OUT, false>(of, tiles.clone(), &mut self.dy, channels, &dy, to[1]);
+                let (of, of_dy, some) = (&self.of, first..last, tiles.clone());
+                let (to_x, to_dy) = (self.x_transformed, self.dy_transformed);
+                transform::<D, Inputs, IN, false>(of, some.clone(), &mut self.x, 0..c, &x, to_x);
+                transform::<D, Gradients, OUT, false>(of, some, &mut self.dy, of_dy, &dy, to_dy);
                 for p in self.panels.clone() {
                     let sum = Sum {
                         terms: tiles.len().div_ceil(E::EACH),
-                        x: transformed[0].cast_const(),
+                        x: to_x.cast_const(),
                         x_layout: x,
                         channels: c,
-                        dy: transformed[1].add(p * panel - first).cast_const(),
+                        dy: to_dy.add(p * panel - first).cast_const(),
                         dy_layout: dy,
                         vectors: if oc - p * panel > D::S::LANES { 2 } else { 1 },
                         to: self.sums.add(p * PRODUCTS * c * panel),
@@ -331,8 +330,8 @@ impl<E: Form<T>, T: Vectors> TermKernel<E, T> for TransformBoth<'_, E, T> {
         let [x, dy] = self.layouts;
         // SAFETY: the promise of whoever made it.
         unsafe {
-            let all = [0..self.x.channels, 0..self.dy.channels];
-            let (of, tiles, [of_x, of_dy]) = (&self.of, self.tiles, all);
+            let (of_x, of_dy) = (0..self.x.channels, 0..self.dy.channels);
+            let (of, tiles) = (&self.of, self.tiles);
             transform::<D, Inputs, IN, false>(of, tiles.clone(), &mut self.x, of_x, &x, self.to_x);
             transform::<D, Gradients, OUT, false>(of, tiles, &mut self.dy, of_dy, &dy, self.to_dy);
         }
