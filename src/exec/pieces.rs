@@ -30,14 +30,14 @@ struct Pieces {
     constants: Vec<Frozen>,
     /// Per input and output: it is cut. An output that is not is the pieces' sum.
     cut: Vec<bool>,
-    made: Vec<Made>,
+    made: Vec<Output>,
     /// Inputs that are changed where they lie into an output.
     in_place: Vec<(usize, usize)>,
     multiply_adds: usize,
 }
 
 #[derive(Debug)]
-struct Made {
+struct Output {
     meta: Meta,
     cut: bool,
 }

@@ -44,8 +44,8 @@ pub struct Options {
     /// What is kept of a forward pass for its gradient; frozen weights of the file that are of that type are read as
     /// they are.
     ///
-    /// With bf16, products and convolutions multiply pairs of it where the processor has an instruction for that; the environment variable
-    /// `RETUNE_PRODUCTS=pairs` asks for the same, in plain arithmetic, where it has none (for tests; results differ by rounding).
+    /// With bf16, products and convolutions multiply pairs of it where the processor has an instruction for that, and is faster by it; the
+    /// environment variable `RETUNE_PRODUCTS=pairs` asks for it where it is not (results differ by rounding).
     pub precision: Precision,
     /// Parameters are kept in the half type that `precision` is, without a copy in `f32`, but for those of fewer than
     /// [`SMALL_PARAMETER`] elements.

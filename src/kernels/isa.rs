@@ -87,12 +87,13 @@ enum Products {
     Blocks,
 }
 
-/// The fastest way that the processor has, unless the environment variable `RETUNE_PRODUCTS` names one: `pairs` or `blocks`.
+/// The fastest way that the processor has, unless the environment variable `RETUNE_PRODUCTS` names one, `pairs` or `blocks`, and the
+/// processor has vectors of pairs (in tests: whatever it has).
 fn products() -> Products {
     static PRODUCTS: OnceLock<Products> = OnceLock::new();
     *PRODUCTS.get_or_init(|| match std::env::var("RETUNE_PRODUCTS").as_deref() {
-        Ok("pairs") => Products::Pairs,
-        Ok("blocks") => Products::Blocks,
+        Ok("pairs") if has_pair_products() || cfg!(test) => Products::Pairs,
+        Ok("blocks") if has_pair_products() || cfg!(test) => Products::Blocks,
         _ if has_matrix_products() => Products::Blocks,
         _ if has_pair_products() && !halves_pairs() => Products::Pairs,
         _ => Products::Elements,

@@ -4,11 +4,14 @@
 //! A pair is two consecutive terms of a sum in 32 bits, the first in the lower half: of a matrix product two steps of the summed
 //! dimension, of a convolution two input channels, of its weight gradient the same position of two images. Operands are rounded and
 //! paired where they are put into the order in which tiles read them; tiles are those of `f32` ([`tile`](crate::kernels::tile)).
-//! Where the processor has no such instruction the same sums are computed in plain arithmetic, which nothing but tests asks for.
+//! Where the processor has no such instruction nothing asks for pairs, but tests, for which the same sums are computed in plain
+//! arithmetic: as code, that would be as large again as what is used, three times.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
 #[cfg(target_arch = "aarch64")]
 mod arm;
+#[cfg(test)]
+mod plain;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -17,7 +20,7 @@ use std::ops::Range;
 
 use crate::kernels::half::{Elements, Half, to_bf16};
 use crate::kernels::isa::has_pair_products;
-use crate::kernels::simd::{Kernel, Plain, Simd, Vectors};
+use crate::kernels::simd::{Simd, Vectors};
 use crate::kernels::tile::{Form, Pieces, TermKernel, Terms};
 use crate::tensor::Float;
 
@@ -106,8 +109,13 @@ pub unsafe fn dispatch<K: PairKernel<f32>>(kernel: K) {
         // SAFETY: as above.
         return unsafe { kernel.run::<arm::Instruction>() };
     }
+    #[cfg(test)]
     // SAFETY: the caller's promise.
-    unsafe { f32::dispatch(OnAnyVectors(kernel)) }
+    unsafe {
+        f32::dispatch(plain::OnAnyVectors(kernel))
+    }
+    #[cfg(not(test))]
+    unreachable!("pairs of bfloat16 on a processor that does not multiply them")
 }
 
 /// `y = x` in bfloat16, to nearest, ties to even, if the processor has an instruction for it.
@@ -120,25 +128,6 @@ pub fn round(x: &[f32], y: &mut [u16]) -> bool {
     }
     let _ = (x, y);
     false
-}
-
-/// As [`dispatch`], of pairs that are summed in `f64`.
-///
-/// # Safety
-/// The kernel's own promises.
-pub unsafe fn dispatch_double<K: PairKernel<f64>>(kernel: K) {
-    // SAFETY: plain arithmetic runs everywhere; else the caller's promise.
-    unsafe { kernel.run::<Plainly<Plain<f64>>>() }
-}
-
-struct OnAnyVectors<K>(K);
-
-impl<K: PairKernel<f32>> Kernel<f32> for OnAnyVectors<K> {
-    #[inline(always)]
-    unsafe fn run<S: Simd<Elem = f32>>(self) {
-        // SAFETY: the caller's promise.
-        unsafe { self.0.run::<Plainly<S>>() }
-    }
 }
 
 /// Two elements, rounded.
@@ -312,79 +301,15 @@ pub unsafe fn in_strips<D: Pairs<S: Simd<Elem: Vectors>>>(
     }
 }
 
-/// The first element of a pair.
-#[inline(always)]
-fn low<T: Float>(pair: u32) -> T {
-    T::of(f64::from(f32::from_bits(pair << 16)))
-}
-
-/// The second element of a pair.
-#[inline(always)]
-fn high<T: Float>(pair: u32) -> T {
-    T::of(f64::from(f32::from_bits(pair & 0xFFFF_0000)))
-}
-
-/// In plain arithmetic, on any vectors.
-#[derive(Clone, Copy)]
-pub struct Plainly<S>(std::marker::PhantomData<fn() -> S>);
-
 /// Lanes of the widest vectors.
+#[cfg(any(test, target_arch = "aarch64"))]
 const WIDEST: usize = 16;
 
-// SAFETY: vectors are written to arrays of as many elements, and read from them.
-unsafe impl<S: Simd> Terms for Plainly<S> {
-    type S = S;
-    type Term = u32;
-    type Row = [u32; WIDEST];
-    const ROWS: &'static [usize] = S::ROWS;
-
-    #[inline(always)]
-    unsafe fn row(p: *const u32) -> [u32; WIDEST] {
-        // SAFETY: the caller's promise, here and below.
-        unsafe { Self::row_part(p, S::LANES) }
-    }
-
-    #[inline(always)]
-    unsafe fn row_part(p: *const u32, n: usize) -> [u32; WIDEST] {
-        let mut row = [0; WIDEST];
-        for (i, row) in row.iter_mut().enumerate().take(n) {
-            *row = unsafe { *p.add(i) };
-        }
-        row
-    }
-
-    #[inline(always)]
-    unsafe fn broadcast(p: *const u32) -> [u32; WIDEST] {
-        unsafe { [p.read_unaligned(); WIDEST] }
-    }
-
-    #[inline(always)]
-    unsafe fn multiply(x: [u32; WIDEST], row: [u32; WIDEST], sum: S::V) -> S::V {
-        let mut all = [num_traits::zero(); WIDEST];
-        unsafe {
-            S::store(all.as_mut_ptr(), sum);
-            for i in 0..S::LANES {
-                all[i] += low::<S::Elem>(x[i]) * low(row[i]) + high::<S::Elem>(x[i]) * high(row[i]);
-            }
-            S::load(all.as_ptr())
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn put_beside(v: S::V, to: *mut u32) {
-        unsafe { beside_plainly::<S>(v, to) }
-    }
-
-    #[inline(always)]
-    unsafe fn put_across(nth: usize, v: S::V, to: *mut u32) {
-        unsafe { across_plainly::<S>(nth, v, to) }
-    }
-}
-
-/// See [`Terms::put_beside`].
+/// See [`Terms::put_beside`]: in plain arithmetic.
 ///
 /// # Safety
 /// As of the method.
+#[cfg(any(test, target_arch = "aarch64"))]
 #[inline(always)]
 unsafe fn beside_plainly<S: Simd>(v: S::V, to: *mut u32) {
     let mut all = [num_traits::zero(); WIDEST];
@@ -397,10 +322,11 @@ unsafe fn beside_plainly<S: Simd>(v: S::V, to: *mut u32) {
     }
 }
 
-/// See [`Terms::put_across`].
+/// See [`Terms::put_across`]: in plain arithmetic.
 ///
 /// # Safety
 /// As of the method.
+#[cfg(any(test, target_arch = "aarch64"))]
 #[inline(always)]
 unsafe fn across_plainly<S: Simd>(nth: usize, v: S::V, to: *mut u32) {
     let mut all = [num_traits::zero(); WIDEST];
@@ -413,9 +339,6 @@ unsafe fn across_plainly<S: Simd>(nth: usize, v: S::V, to: *mut u32) {
         }
     }
 }
-
-// SAFETY: as above.
-unsafe impl<S: Simd> Pairs for Plainly<S> {}
 
 #[cfg(test)]
 mod tests {
@@ -445,7 +368,6 @@ mod tests {
     #[test]
     fn pairs_are_rounded_elements() {
         let x: Vec<f32> = (0..300).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
-        let wide: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
         let bits: Vec<u16> = x.iter().map(|x| to_bf16(*x)).collect();
         let mut small = vec![0; x.len()];
         Half::F16.round_all(&x, &mut small);
@@ -475,10 +397,6 @@ mod tests {
             check("f32", &|i| bits[i], run(Elements::Whole(&x)));
             check("bf16", &|i| bits[i], run(Elements::Half(Half::Bf16, &bits)));
             check("f16", &|i| to_bf16(of_small[i]), run(Elements::Half(Half::F16, &small)));
-            let out = made.each_mut().map(|v| &mut v[..]);
-            // SAFETY: as above.
-            unsafe { f64::dispatch_pairs(Both { x: Elements::Whole(&wide), start, n, out }) }
-            check("f64", &|i| bits[i], made);
         }
     }
 }

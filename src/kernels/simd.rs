@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use crate::kernels::half::{to_bf16, wide_bf16};
-use crate::kernels::isa::{Isa, isa};
+use crate::kernels::isa::{Isa, has_pair_products, isa};
 use crate::kernels::pairs::{self, PairKernel};
 use crate::tensor::Float;
 
@@ -165,7 +165,10 @@ pub trait Vectors: Float {
     /// The kernel's own promises.
     unsafe fn dispatch<K: Kernel<Self>>(kernel: K);
 
-    /// Runs a kernel with vectors of pairs, see [`pairs`].
+    /// Has the processor vectors of pairs that are summed in this type? (None has, of `f64`.)
+    fn has_pairs() -> bool;
+
+    /// Runs a kernel with vectors of pairs, see [`pairs`]: of `f32` alone.
     ///
     /// # Safety
     /// The kernel's own promises.
@@ -254,6 +257,10 @@ impl Vectors for f32 {
         unsafe { kernel.run::<Plain<f32>>() }
     }
 
+    fn has_pairs() -> bool {
+        has_pair_products()
+    }
+
     unsafe fn dispatch_pairs<K: PairKernel<f32>>(kernel: K) {
         // SAFETY: the caller's promise.
         unsafe { pairs::dispatch(kernel) }
@@ -279,9 +286,12 @@ impl Vectors for f64 {
         unsafe { kernel.run::<Plain<f64>>() }
     }
 
-    unsafe fn dispatch_pairs<K: PairKernel<f64>>(kernel: K) {
-        // SAFETY: the caller's promise.
-        unsafe { pairs::dispatch_double(kernel) }
+    fn has_pairs() -> bool {
+        false
+    }
+
+    unsafe fn dispatch_pairs<K: PairKernel<f64>>(_: K) {
+        unreachable!("pairs of bfloat16 are summed in f32")
     }
 
     fn level() -> Level {

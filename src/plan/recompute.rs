@@ -196,6 +196,20 @@ impl Profile {
     }
 }
 
+/// The smallest arena found so far, and what it takes.
+struct Best {
+    arena: usize,
+    cuts: Cuts,
+}
+
+impl Best {
+    fn keep(&mut self, arena: usize, cuts: &Cuts) {
+        if arena < self.arena {
+            *self = Best { arena, cuts: cuts.clone() };
+        }
+    }
+}
+
 /// A block that may be dropped over the moment of the peak.
 struct Candidate {
     /// What it holds, of the original values.
@@ -226,7 +240,7 @@ impl<'a> Search<'a> {
         let mut cuts = Cuts::new();
         let Some(mut built) = self.build(&self.graph, &cuts) else { return Ok(cuts) };
         let mut profile = self.profile(&built)?;
-        let mut best = (profile.arena(limit), cuts.clone());
+        let mut best = Best { arena: profile.arena(limit), cuts: cuts.clone() };
         if self.request.no_reuse {
             return Ok(cuts);
         }
@@ -238,21 +252,16 @@ impl<'a> Search<'a> {
         if limit == 0 {
             // Straight there, then step by step.
             self.improve(&mut cuts, &mut built, &mut profile, target)?;
-            let arena = profile.arena(limit);
-            if arena < best.0 {
-                best = (arena, cuts.clone());
-            }
+            best.keep(profile.arena(limit), &cuts);
         }
         let mut attempts = 0;
-        while best.0 > limit {
+        while best.arena > limit {
             let peak = profile.peak().1;
             if limit == 0 {
                 target = (peak as f64 * NEXT) as usize;
             } else if peak <= target {
                 let arena = profile.arena(limit);
-                if arena < best.0 {
-                    best = (arena, cuts.clone());
-                }
+                best.keep(arena, &cuts);
                 if arena <= limit || attempts == ATTEMPTS {
                     break;
                 }
@@ -262,16 +271,13 @@ impl<'a> Search<'a> {
             }
             let improved = self.improve(&mut cuts, &mut built, &mut profile, target)?;
             if limit == 0 || !improved {
-                let arena = profile.arena(limit);
-                if arena < best.0 {
-                    best = (arena, cuts.clone());
-                }
+                best.keep(profile.arena(limit), &cuts);
             }
             if !improved {
                 break;
             }
         }
-        let (arena, mut cuts) = best;
+        let Best { arena, mut cuts } = best;
         if arena <= limit {
             self.prune(&mut cuts, limit)?;
         }

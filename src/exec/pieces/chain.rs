@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use super::{Made, Onto, Pieces};
+use super::{Onto, Output, Pieces};
 use crate::error::{Error, OpError, Result};
 use crate::exec::session::Frozen;
 use crate::graph::{Graph, Node, NodeId, Source, StateId, ValueId};
@@ -228,7 +228,7 @@ impl<'a> Finder<'a> {
             let becomes = becomes.and_then(|v| node.inputs.iter().position(|i| *i == Some(v)));
             let cut = piece.made == ops::Made::Cut;
             nested.last(piece, x, becomes, target, &meta)?;
-            made.push(Made { meta, cut });
+            made.push(Output { meta, cut });
         }
         let scratch = scratch(&nested.graph);
         let plan = plan::plan_with(&nested.graph, &nested.request, &scratch)

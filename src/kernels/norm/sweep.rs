@@ -7,7 +7,6 @@
 use super::channel::{Channels, WIDTH};
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::half::{Elements, Half};
-use crate::kernels::isa::has_pair_products;
 use crate::kernels::pairs::{PairKernel, Pairs};
 use crate::kernels::par::{self, GRAIN, Shared};
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to, widen_up_to};
@@ -337,7 +336,7 @@ impl<'a, T: Vectors, F> Sweep<'a, T, F> {
         let piece = Piece { formula: self.formula, x, other, y, rounded, n, coefficients };
         // SAFETY: the caller's promise.
         unsafe {
-            match rounded.is_some() && has_pair_products() {
+            match rounded.is_some() && T::has_pairs() {
                 // By the instruction that rounds, which is among those.
                 true => T::dispatch_pairs(piece),
                 false => T::dispatch(piece),

@@ -64,10 +64,15 @@ fn rings(g: &Geometry, [dy, x]: Plain) -> [usize; 2] {
     [Direction::back(g).ring(dy), Direction::forward(g).ring(x)]
 }
 
+/// Elements of room for the weights of a task, in whole lines.
+fn weights(g: &Geometry) -> usize {
+    (g.taps() * g.c).next_multiple_of(LINE)
+}
+
 /// Elements of scratch that [`grads`] needs.
 pub fn grads_scratch(g: &Geometry, plain: Plain) -> usize {
-    let [size, slabs] = [g.taps() * g.c, grads_slabs(g)];
-    slabs * size + slots(slabs, size.next_multiple_of(LINE) + rings(g, plain).iter().sum::<usize>())
+    let slabs = grads_slabs(g);
+    slabs * g.taps() * g.c + slots(slabs, weights(g) + rings(g, plain).iter().sum::<usize>())
 }
 
 /// dX (N, spatial…, C) and dW (C, 1, k…), over at most two dimensions.
@@ -78,7 +83,7 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
     let way = Direction::back(g);
     let epilogue = Epilogue { residual: b.addend, ..Epilogue::none() };
     let (shared, dx) = (Shared::new(sums), Shared::new(dx));
-    let weights = size.next_multiple_of(LINE);
+    let weights = weights(g);
     let prepare = |slot: &mut [T]| in_tap_order(g, b.w, slot);
     in_prepared_slots(slabs, weights + dy_ring + x_ring, slots, prepare, |slab, slot| {
         let (w, rest) = slot.split_at_mut(weights);
