@@ -130,9 +130,10 @@ impl Iterator for Walk {
     }
 }
 
-/// Transformed tiles in memory: for each product the tiles, of each the channels.
+/// Transformed tiles in memory: for each product the tiles, of each the channels, or some of them, `width` terms.
 #[derive(Debug, Clone, Copy)]
 struct Transformed {
+    width: usize,
     /// Terms from a tile to the next, and from a product to the next. (Not a power of two: such rows would
     /// compete for the same cache lines.)
     tile: usize,
@@ -141,11 +142,9 @@ struct Transformed {
 
 impl Transformed {
     fn new(tiles: usize, channels: usize, lanes: usize) -> Transformed {
-        let mut tile = channels.next_multiple_of(lanes);
-        if tile.is_multiple_of(64) {
-            tile += lanes;
-        }
-        Transformed { tile, product: tiles * tile + lanes }
+        let width = channels.next_multiple_of(lanes);
+        let tile = if width.is_multiple_of(64) { width + lanes } else { width };
+        Transformed { width, tile, product: tiles * tile + lanes }
     }
 
     fn size(&self) -> usize {

@@ -105,7 +105,8 @@ pub(super) fn room(extents: [usize; 3], channels: usize, half: bool) -> usize {
     if half { IN.min(extents[1]) * extents[2] * channels } else { 0 }
 }
 
-/// Transforms some channels of `tiles`, which are read from `source`, to terms of neighbours: channels (`BESIDE`) or tiles.
+/// Transforms some channels of `tiles`, which are read from `source`, to terms of neighbours: channels (`BESIDE`) or tiles. Channels
+/// beyond the width of `layout` go to further ones like it, one behind the other.
 ///
 /// # Safety
 /// `source` must hold the tiles' images, `to` be writable for the size of `layout`, whose tiles are as many.
@@ -157,15 +158,18 @@ unsafe fn transform_as<
     for (tile, place) in of.walk(tiles).enumerate() {
         let d = source.tile::<B, N>(place);
         fetch_below::<D::S, B, N>(&d, source);
+        let [tiles_each, channels_each] = if BESIDE { [1, each] } else { [each, 1] };
         let mut channel = channels.start;
+        // The term of the channel in its layout, and where that is.
+        let (mut term, mut panel) = (0, to);
         while channel < channels.end {
             let n = (channels.end - channel).min(D::S::LANES);
+            if term == layout.width {
+                (term, panel) = (0, panel.wrapping_add(layout.size()));
+            }
             // SAFETY: the caller's promise.
             unsafe {
-                let to = match BESIDE {
-                    true => to.add(tile * layout.tile + (channel - channels.start) / each),
-                    false => to.add(tile / each * layout.tile + channel - channels.start),
-                };
+                let to = panel.add(tile / tiles_each * layout.tile + term);
                 F::rows::<D::S, B>(
                     &d,
                     channel,
@@ -178,6 +182,7 @@ unsafe fn transform_as<
                 );
             }
             channel += D::S::LANES;
+            term += D::S::LANES / channels_each;
         }
     }
 }

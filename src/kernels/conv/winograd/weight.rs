@@ -31,8 +31,8 @@ const LEAST: usize = 24;
 const SUMS: usize = 3 << 17;
 const SUMS_OF_PAIRS: usize = 9 << 17;
 const TASKS: usize = 8;
-/// Elements of all tiles, transformed, that stay in the last-level cache, and input channels whose sums do in the
-/// second.
+/// Elements of all tiles, transformed, that stay in the last-level cache, and input channels (of whole vectors) whose sums do in
+/// the second.
 const NEAR: usize = 3 << 20;
 const BLOCK: usize = 32;
 /// Sums that are many.
@@ -237,8 +237,8 @@ struct Few {
     tiles: Tiles,
     /// Panels of output channels and blocks of input channels.
     panels: usize,
-    blocks: Pieces,
-    /// In terms of tiles.
+    blocks: usize,
+    /// Of a block and of a panel, in terms of tiles: what a task reads lies together, as a stream for the processor.
     layouts: [Transformed; 2],
 }
 
@@ -247,22 +247,31 @@ impl Few {
     fn new(g: &Geometry, each: usize, panel: usize) -> Option<Few> {
         let tiles = Tiles::of(g.n, g.y);
         let (panels, lanes) = (g.oc.div_ceil(panel), panel / 2);
-        let terms = tiles.total.div_ceil(each);
-        let layouts = [Transformed::new(terms, g.c, lanes), Transformed::new(terms, panels * panel, lanes)];
-        let few = PRODUCTS * g.c * panels * panel >= MANY && layouts[0].size() + layouts[1].size() <= NEAR;
-        few.then_some(Few { tiles, panels, blocks: Pieces::of(g.c, BLOCK), layouts })
+        let of = |channels: usize| Transformed::new(tiles.total.div_ceil(each), channels, lanes);
+        let near = of(g.c).size() + of(panels * panel).size() <= NEAR;
+        let few = near && PRODUCTS * g.c * panels * panel >= MANY;
+        let layouts = [of(BLOCK.min(g.c)), of(panel)];
+        few.then_some(Few { tiles, panels, blocks: g.c.div_ceil(BLOCK), layouts })
+    }
+
+    /// Elements of the transformed inputs and gradients.
+    fn transformed(&self) -> [usize; 2] {
+        [self.blocks * self.layouts[0].size(), self.panels * self.layouts[1].size()]
+    }
+
+    fn tasks(&self) -> usize {
+        self.panels * self.blocks
     }
 
     /// Elements of a block's sums and taps.
     fn slot(&self, panel: usize) -> usize {
-        (PRODUCTS + TAPS) * self.blocks.len(0) * panel
+        (PRODUCTS + TAPS) * self.layouts[0].width * panel
     }
 
     fn scratch(&self, g: &Geometry, panel: usize, half: [bool; 2]) -> usize {
-        let transformed = self.layouts[0].size() + self.layouts[1].size();
-        let tasks = self.panels * self.blocks.count;
+        let transformed: usize = self.transformed().iter().sum();
         let widened = slots(each_tasks(self.tiles), near(g, half).iter().sum());
-        g.c.max(g.oc) + transformed + slots(tasks, self.slot(panel)).max(widened)
+        g.c.max(g.oc) + transformed + slots(self.tasks(), self.slot(panel)).max(widened)
     }
 
     fn run<E: Form<T>, T: Vectors>(
@@ -275,8 +284,9 @@ impl Few {
     ) {
         let panel = T::level().pair();
         let (zeros, rest) = scratch.split_at_mut(g.c.max(g.oc));
-        let (tx, rest) = rest.split_at_mut(self.layouts[0].size());
-        let (tdy, slots) = rest.split_at_mut(self.layouts[1].size());
+        let [of_x, of_dy] = self.transformed();
+        let (tx, rest) = rest.split_at_mut(of_x);
+        let (tdy, slots) = rest.split_at_mut(of_dy);
         zeros.fill(T::zero());
         let (zeros, room): (&[T], usize) = (zeros, near(g, halves(dy, x)).iter().sum());
         let (to_x, to_dy) = (Shared::new(E::room(tx)), Shared::new(E::room(tdy)));
@@ -289,17 +299,18 @@ impl Few {
             unsafe { E::dispatch_terms(TransformBoth { of, tiles, x, dy, layouts, to_x, to_dy }) }
         });
         let dw = Shared::new(dw);
-        in_slots(self.panels * self.blocks.count, self.slot(panel), slots, |task, slot| {
-            let (p, block) = (task / self.blocks.count, task % self.blocks.count);
-            let (first, channels) = (self.blocks.start(block), self.blocks.len(block));
+        in_slots(self.tasks(), self.slot(panel), slots, |task, slot| {
+            let (p, block) = (task / self.blocks, task % self.blocks);
+            let first = block * BLOCK;
+            let channels = BLOCK.min(g.c - first);
             let (sums, taps) = slot.split_at_mut(PRODUCTS * channels * panel);
             let outputs = panel.min(g.oc - p * panel);
             let sum = Sum {
                 terms: self.tiles.total.div_ceil(E::EACH),
-                x: to_x.ptr().wrapping_add(first).cast_const(),
+                x: to_x.ptr().wrapping_add(block * self.layouts[0].size()).cast_const(),
                 x_layout: self.layouts[0],
                 channels,
-                dy: to_dy.ptr().wrapping_add(p * panel).cast_const(),
+                dy: to_dy.ptr().wrapping_add(p * self.layouts[1].size()).cast_const(),
                 dy_layout: self.layouts[1],
                 vectors: if outputs > panel / 2 { 2 } else { 1 },
                 to: sums.as_mut_ptr(),
