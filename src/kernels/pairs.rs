@@ -11,7 +11,7 @@
 #[cfg(target_arch = "aarch64")]
 mod arm;
 #[cfg(test)]
-mod plain;
+pub mod plain;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -368,6 +368,7 @@ mod tests {
     #[test]
     fn pairs_are_rounded_elements() {
         let x: Vec<f32> = (0..300).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
+        let wide: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
         let bits: Vec<u16> = x.iter().map(|x| to_bf16(*x)).collect();
         let mut small = vec![0; x.len()];
         Half::F16.round_all(&x, &mut small);
@@ -397,6 +398,10 @@ mod tests {
             check("f32", &|i| bits[i], run(Elements::Whole(&x)));
             check("bf16", &|i| bits[i], run(Elements::Half(Half::Bf16, &bits)));
             check("f16", &|i| to_bf16(of_small[i]), run(Elements::Half(Half::F16, &small)));
+            let out = made.each_mut().map(|v| &mut v[..]);
+            // SAFETY: as above.
+            unsafe { f64::dispatch_pairs(Both { x: Elements::Whole(&wide), start, n, out }) }
+            check("f64", &|i| bits[i], made);
         }
     }
 }

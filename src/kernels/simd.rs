@@ -168,7 +168,7 @@ pub trait Vectors: Float {
     /// Has the processor vectors of pairs that are summed in this type? (None has, of `f64`.)
     fn has_pairs() -> bool;
 
-    /// Runs a kernel with vectors of pairs, see [`pairs`]: of `f32` alone.
+    /// Runs a kernel with vectors of pairs, see [`pairs`]: of `f32` (and in tests of `f64`) alone.
     ///
     /// # Safety
     /// The kernel's own promises.
@@ -290,6 +290,13 @@ impl Vectors for f64 {
         false
     }
 
+    #[cfg(test)]
+    unsafe fn dispatch_pairs<K: PairKernel<f64>>(kernel: K) {
+        // SAFETY: the caller's promise.
+        unsafe { pairs::plain::dispatch_double(kernel) }
+    }
+
+    #[cfg(not(test))]
     unsafe fn dispatch_pairs<K: PairKernel<f64>>(_: K) {
         unreachable!("pairs of bfloat16 are summed in f32")
     }

@@ -2,7 +2,7 @@
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
 use super::{PairKernel, Pairs, WIDEST, across_plainly, beside_plainly};
-use crate::kernels::simd::{Kernel, Simd};
+use crate::kernels::simd::{Kernel, Plain, Simd};
 use crate::kernels::tile::Terms;
 use crate::tensor::Float;
 
@@ -14,6 +14,15 @@ impl<K: PairKernel<f32>> Kernel<f32> for OnAnyVectors<K> {
         // SAFETY: the caller's promise.
         unsafe { self.0.run::<Plainly<S>>() }
     }
+}
+
+/// As [`dispatch`](super::dispatch), of pairs that are summed in `f64`: so that nothing but where operands lie can be wrong.
+///
+/// # Safety
+/// The kernel's own promises.
+pub unsafe fn dispatch_double<K: PairKernel<f64>>(kernel: K) {
+    // SAFETY: plain arithmetic runs everywhere; else the caller's promise.
+    unsafe { kernel.run::<Plainly<Plain<f64>>>() }
 }
 
 /// The first element of a pair.
