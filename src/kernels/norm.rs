@@ -47,10 +47,11 @@ pub fn sum<T: Float>(x: &[T], f: impl Fn(T) -> T) -> f64 {
                 *a += f(x);
             }
         }
-        for (a, &x) in acc.iter_mut().zip(tail) {
-            *a += f(x);
+        let mut last = [T::zero(); LANES];
+        for (a, &x) in last.iter_mut().zip(tail) {
+            *a = f(x);
         }
-        total += lanes(&acc);
+        total += lanes(acc, last);
     }
     total
 }
@@ -67,17 +68,22 @@ pub fn sum2<T: Float>(x: &[T], y: &[T], f: impl Fn(T, T) -> T) -> f64 {
                 *a += f(x, y);
             }
         }
-        for ((a, &x), &y) in acc.iter_mut().zip(x_tail).zip(y_tail) {
-            *a += f(x, y);
+        let mut last = [T::zero(); LANES];
+        for ((a, &x), &y) in last.iter_mut().zip(x_tail).zip(y_tail) {
+            *a = f(x, y);
         }
-        total += lanes(&acc);
+        total += lanes(acc, last);
     }
     total
 }
 
-/// Their sum, in a tree. (Of a loop over its levels, or of `map`, scalar code would be made.)
+/// The sum of lanes, and of what is left for some of them, in a tree. (Of a loop over its levels, of `map`, or of lanes that a
+/// loop of unknown length added to, scalar code would be made.)
 #[inline(always)]
-fn lanes<T: Float>(acc: &[T; LANES]) -> f64 {
+fn lanes<T: Float>(mut acc: [T; LANES], last: [T; LANES]) -> f64 {
+    for i in 0..LANES {
+        acc[i] += last[i];
+    }
     let mut s = [0.0; LANES / 2];
     for i in 0..LANES / 2 {
         s[i] = acc[i].to64() + acc[i + LANES / 2].to64();
@@ -102,7 +108,12 @@ pub struct Moments {
 impl Moments {
     #[inline(always)]
     pub fn of<T: Float>(x: &[T]) -> Moments {
-        x.chunks(BLOCK).map(Moments::block).fold(Moments::default(), Moments::merge)
+        // (Of `map` and `fold`, a function would be made that is compiled for the baseline.)
+        let mut all = Moments::default();
+        for block in x.chunks(BLOCK) {
+            all = all.merge(Moments::block(block));
+        }
+        all
     }
 
     #[inline(always)]
@@ -353,8 +364,9 @@ fn sum3<T: Float>(x: &[T], y: &[T], z: &[T], f: impl Fn(T, T, T) -> T) -> f64 {
             *a += f(x, y, z);
         }
     }
-    for (((a, &x), &y), &z) in acc.iter_mut().zip(xc.1).zip(yc.1).zip(zc.1) {
-        *a += f(x, y, z);
+    let mut last = [T::zero(); LANES];
+    for (((a, &x), &y), &z) in last.iter_mut().zip(xc.1).zip(yc.1).zip(zc.1) {
+        *a = f(x, y, z);
     }
-    lanes(&acc)
+    lanes(acc, last)
 }

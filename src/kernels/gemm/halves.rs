@@ -1,6 +1,6 @@
 //! Products of operands that may be of half precision.
 
-use super::{Packs, Plus, Product, divided, many, room};
+use super::{Packs, Plus, Product, divided, many, room, room_divided};
 use crate::kernels::half::Elements;
 use crate::kernels::par::{self, Shared};
 use crate::kernels::simd::Vectors;
@@ -8,28 +8,27 @@ use crate::kernels::simd::Vectors;
 impl<T: Vectors> Product<T> {
     /// Are operands of half precision, where they are so, widened as they are packed?
     fn widens(&self, halves: [bool; 2]) -> bool {
-        let (packs, b) = (self.packs(), !halves[1] || !self.trans_b);
-        match packs {
+        match self.packs() {
             _ if self.is_vector() => false,
             Packs::Nothing => false,
-            Packs::B => !halves[0] && b,
-            Packs::BThenA | Packs::AThenB => b,
+            Packs::B => !halves[0] || self.widens_rows(),
+            Packs::BThenA | Packs::AThenB => true,
         }
     }
 }
 
 /// Elements of scratch that [`gemm_halves`] needs; `halves`: which of A and B are of half precision?
 pub fn room_halves<T: Vectors>(p: &Product<T>, halves: [bool; 2]) -> usize {
+    if p.widens(halves) {
+        return room_divided(p, !halves[0]);
+    }
     let [a, b, _] = p.extents();
-    let copies = match p.widens(halves) {
-        true => 0,
-        false => [a, b].into_iter().zip(halves).map(|(n, half)| if half { n } else { 0 }).sum(),
-    };
+    let copies: usize = [a, b].into_iter().zip(halves).map(|(n, half)| if half { n } else { 0 }).sum();
     copies + room(p, 1)
 }
 
-/// As [`gemm`](super::gemm), with something added, of operands that may be of half precision: they are widened as they are packed, or, where they would be
-/// read as they lie, beforehand.
+/// As [`gemm`](super::gemm), with something added, of operands that may be of half precision: they are widened as they are packed, or
+/// a few rows at a time; beforehand where a small product reads both as they lie.
 pub fn gemm_halves<T: Vectors>(
     p: &Product<T>,
     a: Elements<T>,

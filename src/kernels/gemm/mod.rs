@@ -40,6 +40,8 @@ const LARGE: usize = 1 << 23;
 const TASKS: usize = 16;
 /// Elements of A that stay in the second-level cache while B passes by.
 const BLOCK: usize = 1 << 16;
+/// The same of an A of half precision, which is widened for it.
+const BLOCK_WIDENED: usize = 1 << 15;
 /// Steps of the summed dimension that are added up in registers before they are added to C: of few, sums are more
 /// accurate and B's panel stays in the cache. Fewer when A is read across its rows as they lie.
 const STEPS: usize = 512;
@@ -177,10 +179,24 @@ impl<T: Vectors> Product<T> {
         }
     }
 
-    /// Elements of what a task packs for itself.
-    fn near(&self) -> usize {
+    /// Are rows of A, as they lie, widened for a packed B, where they are of half precision?
+    fn widens_rows(&self) -> bool {
+        !self.trans_a && self.packs() == Packs::B
+    }
+
+    /// Strips of an A read as it lies that pass by a panel of B at a time.
+    fn block(&self, elements: usize) -> usize {
+        (elements / self.k.clamp(1, STEPS)).div_ceil(self.tile().1).max(1)
+    }
+
+    /// Elements of what a task packs for itself, or widens.
+    fn near(&self, a_is_whole: bool) -> usize {
         let ((rows, cols), steps) = (self.pieces(), self.k.min(STEPS));
         match self.packs() {
+            Packs::B if self.widens_rows() && !a_is_whole => {
+                let strips = self.block(BLOCK_WIDENED).min(self.strips().count.div_ceil(rows));
+                strips * self.tile().1 * (steps + GAP)
+            }
             Packs::Nothing | Packs::B => 0,
             Packs::BThenA => self.strips().count.div_ceil(rows) * self.in_strip(steps),
             Packs::AThenB => self.in_panels(self.panels().div_ceil(cols), steps),
@@ -216,7 +232,7 @@ impl<T: Vectors> Product<T> {
 enum Packs {
     /// Both are read as they lie, A across its rows.
     Nothing,
-    /// B beforehand, for all tasks.
+    /// B beforehand, for all tasks. Rows of A are read as they lie, or widened by each task.
     B,
     /// A, which would be read across its rows, as well: of the larger operand, each task packs its own part.
     BThenA,
@@ -252,12 +268,17 @@ pub fn gemm<T: Vectors>(p: &Product<T>, a: &[T], b: &[T], c: &mut [T], scratch: 
 
 /// Elements of scratch that [`many`] needs for a batch of products.
 pub fn room<T: Vectors>(p: &Product<T>, batch: usize) -> usize {
-    let (rows, cols) = p.pieces();
     match () {
         _ if p.is_vector() => 0,
-        _ if batch == 1 || p.work() >= LARGE => p.packed() + p.near() * SLOTS.min(rows * cols),
+        _ if batch == 1 || p.work() >= LARGE => room_divided(p, true),
         _ => p.packed() * SLOTS.min(batch),
     }
+}
+
+/// Elements of scratch that [`divided`] needs.
+fn room_divided<T: Vectors>(p: &Product<T>, a_is_whole: bool) -> usize {
+    let (rows, cols) = p.pieces();
+    p.packed() + p.near(a_is_whole) * SLOTS.min(rows * cols)
 }
 
 /// `batch` products of equal extents, plus something: the `i`th reads A and B from the offsets `at(i)` and writes C at
@@ -350,7 +371,7 @@ fn shared_out<T: Vectors>(
 ) {
     let (rows, cols) = p.pieces();
     let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
-    tasks(rows * cols, p.near(), rest, |task, near| {
+    tasks(rows * cols, p.near(a.is_whole()), rest, |task, near| {
         let strips = share(task / cols, rows, p.strips().count);
         let panels = share(task % cols, cols, p.panels());
         let part = Part { p, a, b, packed, near, plus, c: c.ptr(), strips, panels };
@@ -376,7 +397,7 @@ fn tasks<T: Send>(count: usize, own: usize, scratch: &mut [T], run: impl Fn(usiz
 /// Some strips and panels of one product.
 struct Part<'a, T> {
     p: &'a Product<T>,
-    /// Whole, where they are read as they lie.
+    /// Whole, where they are read as they lie; but rows of A are widened for a packed B.
     a: Elements<'a, T>,
     b: Elements<'a, T>,
     /// What is packed already, and where the rest will be, as the product says.
@@ -397,10 +418,11 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
         let strips = Pieces::of(p.m, height);
         // As they lie, few steps across A at a time, whatever the number of rows. Of a near B, one strip passes by all
         // panels.
+        let widens = p.widens_rows() && !self.a.is_whole();
         let (steps, block) = match packs {
             Packs::Nothing => (STEPS_ACROSS, self.strips.len()),
             Packs::B if p.trans_a => (STEPS_ACROSS, self.strips.len()),
-            Packs::B => (STEPS, (BLOCK / p.k.clamp(1, STEPS)).div_ceil(height)),
+            Packs::B => (STEPS, p.block(if widens { BLOCK_WIDENED } else { BLOCK })),
             Packs::BThenA => (STEPS, self.strips.len()),
             Packs::AThenB => (STEPS_NEAR, self.strips.len()),
         };
@@ -425,6 +447,12 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
             let mut from = self.strips.start;
             while from < self.strips.end {
                 let to = (from + block.max(1)).min(self.strips.end);
+                if widens && count > 0 {
+                    for row in strips.start(from)..strips.start(to - 1) + strips.len(to - 1) {
+                        let at = (row - strips.start(from)) * (count + GAP);
+                        self.a.copy(row * p.lda + k, &mut self.near[at..at + count]);
+                    }
+                }
                 for q in self.panels.clone() {
                     let first = q * panel;
                     let b = match packs {
@@ -440,6 +468,10 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                     for i in from..to {
                         let (row, m) = (strips.start(i), strips.len(i));
                         let (a, lda) = match packs {
+                            Packs::B if widens => {
+                                let at = (row - strips.start(from)) * (count + GAP);
+                                (near.cast_const().wrapping_add(at), count + GAP)
+                            }
                             Packs::Nothing | Packs::B => {
                                 let at = if p.trans_a { k * p.lda + row } else { row * p.lda + k };
                                 (self.a.address(at), p.lda)

@@ -122,7 +122,7 @@ impl<T: Vectors> Near<T> {
         match self.pairs {
             _ if self.by_vector() => 0,
             true => room_pairs(p, None),
-            false => p.packed() + p.near(),
+            false => p.packed() + p.near(true),
         }
     }
 

@@ -14,6 +14,8 @@ use crate::kernels::tile::Pieces;
 const STEPS: usize = 64;
 /// Strips that are written at a time: more would push each other out of the cache.
 const GROUP: usize = 32;
+/// Elements of the longest vector.
+const LANES: usize = 16;
 /// Steps that rows are fetched ahead: neighbours in a panel are far apart in B.
 const AHEAD: usize = 12;
 
@@ -99,7 +101,7 @@ pub(super) struct Place<T> {
 }
 
 /// Some steps of some panels of op(B): for each step of the summed dimension one row of columns in whole vectors, zeros
-/// beyond the last. A transposed B is whole.
+/// beyond the last.
 ///
 /// # Safety
 /// B must have the product's extents, the panels room for the steps, and `S`'s instructions be there.
@@ -125,7 +127,7 @@ pub(super) unsafe fn panels<S: Simd>(
                 if cols < width {
                     std::slice::from_raw_parts_mut(to, steps.len() * width).fill(num_traits::zero());
                 }
-                across::<S>(b.address(first * p.ldb + steps.start), p.ldb, cols, steps.len(), to, width);
+                across::<S>(b, first * p.ldb + steps.start, p.ldb, cols, steps.len(), to, width);
             }
             return;
         }
@@ -154,46 +156,65 @@ pub(super) unsafe fn panels<S: Simd>(
     }
 }
 
-/// Some steps of a panel of a transposed B, whose columns lie `ldb` apart.
+/// Some steps of a panel of a transposed B, whose columns lie `ldb` apart from element `start` on.
 ///
 /// # Safety
 /// As of [`panels`].
 #[inline(always)]
 unsafe fn across<S: Simd>(
-    b: *const S::Elem,
+    b: Elements<S::Elem>,
+    start: usize,
     ldb: usize,
     cols: usize,
     steps: usize,
     out: *mut S::Elem,
     width: usize,
 ) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        // Some steps at a time: whole cache lines of B are used.
-        let mut from = 0;
-        while from < steps {
-            let to = steps.min(from + STEPS);
-            let mut j = 0;
-            while j + S::LANES <= cols {
-                let rows = b.add(j * ldb);
-                let mut k = from;
-                while k + S::LANES <= to {
-                    S::transpose(rows.add(k), ldb, out.add(k * width + j), width);
-                    k += S::LANES;
-                }
-                for k in k..to {
-                    for i in 0..S::LANES {
-                        *out.add(k * width + j + i) = *rows.add(i * ldb + k);
+    // Some steps at a time: whole cache lines of B are used.
+    for from in (0..steps).step_by(STEPS) {
+        let count = STEPS.min(steps - from);
+        for j in (0..cols).step_by(S::LANES) {
+            let (at, lanes) = (start + j * ldb + from, S::LANES.min(cols - j));
+            let out = out.wrapping_add(from * width + j);
+            // SAFETY: so many columns' steps lie there, whether they are B's or widened; the panel has room for them.
+            unsafe {
+                match b {
+                    Elements::Whole(b) => turn::<S>(b.as_ptr().add(at), ldb, [lanes, count], out, width),
+                    half => {
+                        let mut near = [num_traits::zero(); LANES * STEPS];
+                        for (i, near) in near.chunks_exact_mut(STEPS).take(lanes).enumerate() {
+                            half.copy(at + i * ldb, &mut near[..count]);
+                        }
+                        turn::<S>(near.as_ptr(), STEPS, [lanes, count], out, width);
                     }
                 }
-                j += S::LANES;
             }
-            for j in j..cols {
-                for k in from..to {
-                    *out.add(k * width + j) = *b.add(j * ldb + k);
-                }
+        }
+    }
+}
+
+/// Some steps of as many columns as a vector has elements, or of fewer.
+///
+/// # Safety
+/// The columns' steps must lie there, `out` have room for them, and `S`'s instructions be there.
+#[inline(always)]
+unsafe fn turn<S: Simd>(
+    columns: *const S::Elem,
+    ld: usize,
+    [lanes, count]: [usize; 2],
+    out: *mut S::Elem,
+    width: usize,
+) {
+    let whole = if lanes == S::LANES { count / S::LANES * S::LANES } else { 0 };
+    // SAFETY: the caller's promise.
+    unsafe {
+        for k in (0..whole).step_by(S::LANES) {
+            S::transpose(columns.add(k), ld, out.add(k * width), width);
+        }
+        for k in whole..count {
+            for i in 0..lanes {
+                *out.add(k * width + i) = *columns.add(i * ld + k);
             }
-            from = to;
         }
     }
 }

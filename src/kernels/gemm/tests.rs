@@ -146,21 +146,43 @@ fn bits_do_not_depend_on_threads_or_alignment() {
     });
 }
 
+/// The bits of rounded elements, and what they are worth.
+fn rounded(half: Half, x: &[f32]) -> (Vec<u16>, Vec<f32>) {
+    let (mut bits, mut near) = (vec![0; x.len()], vec![0.0; x.len()]);
+    half.round_all(x, &mut bits);
+    half.widen_all(&bits, &mut near);
+    (bits, near)
+}
+
+/// Wherever they are widened: as they are packed, some rows at a time, or beforehand.
+#[test]
+fn operands_of_half_precision_are_widened() {
+    each(|p| {
+        let [a, b, c] = operands(&p);
+        for half in [Half::Bf16, Half::F16] {
+            let ((a_bits, a), (b_bits, b)) = (rounded(half, &a), rounded(half, &b));
+            let want = run(p, &a, &b, &c);
+            let of = |whole, bits, is_half| if is_half { Elements::Half(half, bits) } else { whole };
+            for halves @ [a_half, b_half] in [[true, false], [false, true], [true, true]] {
+                let a = of(Elements::Whole(&a), &a_bits, a_half);
+                let b = of(Elements::Whole(&b), &b_bits, b_half);
+                let (mut y, mut scratch) = (c.clone(), vec![f32::NAN; room_halves(&p, halves)]);
+                gemm_halves(&p, a, b, Plus::NOTHING, &mut y, &mut scratch);
+                assert!(y == want, "{p:?} of {half:?}: {halves:?}");
+            }
+        }
+    });
+}
+
 /// By the processor's instruction where it has one, else in plain arithmetic.
 #[test]
 fn pairs_are_products_of_rounded_operands() {
-    let round = |x: &[f32]| {
-        let mut bits = vec![0; x.len()];
-        Half::Bf16.round_all(x, &mut bits);
-        let near: Vec<f32> = bits.iter().map(|b| half::bf16::from_bits(*b).to_f32()).collect();
-        (bits, near)
-    };
     each(|p| {
         if p.is_vector() || p.k < 2 {
             return;
         }
         let [a, b, c] = operands(&p);
-        let ((a_bits, a_near), (b_bits, b_near)) = (round(&a), round(&b));
+        let ((a_bits, a_near), (b_bits, b_near)) = (rounded(Half::Bf16, &a), rounded(Half::Bf16, &b));
         let (row, all) = (random(p.n, 4), random(c.len(), 5));
         let run = |a: Elements<f32>, b: Elements<f32>| {
             let mut y = c.clone();
