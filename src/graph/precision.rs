@@ -438,13 +438,14 @@ impl<'g> Pass<'g> {
 
     /// Puts the new nodes in their places.
     fn finish(self) {
-        let graph = self.graph;
-        let old = std::mem::replace(&mut graph.nodes, self.first);
+        let (graph, mut nodes) = (self.graph, self.first);
+        let old = std::mem::take(&mut graph.nodes);
         for ((node, before), after) in old.into_iter().zip(self.before).zip(self.after) {
-            graph.nodes.extend(before);
-            graph.nodes.push(node);
-            graph.nodes.extend(after);
+            nodes.extend(before);
+            nodes.push(node);
+            nodes.extend(after);
         }
+        graph.nodes = makers_first(nodes, graph.values.len());
         for i in 0..graph.nodes.len() {
             for (o, v) in graph.nodes[i].outputs.iter().enumerate() {
                 let Some(v) = v else { continue };
@@ -455,6 +456,32 @@ impl<'g> Pass<'g> {
             }
         }
     }
+}
+
+/// The nodes as they are, but none before one that makes what it reads: a copy was put beside the first of its readers to run,
+/// and one that makes little runs before others that are numbered before it.
+fn makers_first(nodes: Vec<Node>, values: usize) -> Vec<Node> {
+    let mut maker = vec![None; values];
+    for (i, node) in nodes.iter().enumerate() {
+        node.outputs.iter().flatten().for_each(|v| maker[v.index()] = Some(i));
+    }
+    let mut left: Vec<Option<Node>> = nodes.into_iter().map(Some).collect();
+    let mut sorted = Vec::with_capacity(left.len());
+    for i in 0..left.len() {
+        let mut next = vec![i];
+        while let Some(&i) = next.last() {
+            let read = left[i].iter().flat_map(|node| node.inputs.iter().flatten());
+            let missing = read.filter_map(|v| maker[v.index()]).find(|m| left[*m].is_some());
+            match missing {
+                Some(m) => next.push(m),
+                None => {
+                    sorted.extend(left[i].take());
+                    next.pop();
+                }
+            }
+        }
+    }
+    sorted
 }
 
 #[cfg(test)]

@@ -26,7 +26,9 @@ pub fn cut(
     request: &Request,
     scratch: &dyn Fn(&Graph) -> Vec<usize>,
 ) -> Result<Option<Graph>> {
-    let order = plan::order(graph, request)?;
+    // As nodes are numbered, for a chain takes the place, among them, of one of its own.
+    let mut order = plan::order(graph, request)?;
+    order.sort();
     let Some(finder) = Finder::new(graph, request, &order) else { return Ok(None) };
     let chains = finder.chains();
     let mut new = graph.clone();

@@ -7,6 +7,7 @@ use crate::graph::StateId;
 use crate::import::make::{import, model, node};
 use crate::import::proto::TensorProto;
 use crate::ops::binary::Binary;
+use crate::ops::loss::Mse;
 use crate::ops::unary::{Sin, Unary};
 use crate::ops::update::Sgd;
 use crate::tensor::Tensor;
@@ -62,6 +63,31 @@ fn what_is_read_late_is_rounded_once_and_widened_for_neighbours_together() {
     // The plan is smaller, and nothing that must be there after the run is rounded.
     let plan = crate::plan::plan(&graph, &request).unwrap();
     assert!(plan.outputs[&out].0.dtype == DType::F32);
+}
+
+/// A number made of a value runs before the next large one that is, though it is numbered after it: the copy that both read
+/// is numbered before either.
+#[test]
+fn a_copy_is_numbered_before_all_that_read_it() {
+    let mut graph = Graph::default();
+    let input = graph.add_input("x", Meta::new(DType::F32, &[64, 64]));
+    let h = emit(&mut graph, Unary(Sin {}), &[input]);
+    let mut v = emit(&mut graph, Binary::Mul, &[h, input]);
+    let error = emit(&mut graph, Mse, &[h, input]);
+    for _ in 0..10 {
+        v = emit(&mut graph, Unary(Sin {}), &[v]);
+    }
+    let out = emit(&mut graph, Binary::Mul, &[v, h]);
+    let request = Request { outputs: vec![out, error], ..Request::default() };
+    halve(&mut graph, &request, Some(DType::BF16), Conversions::Reads, &|_| None).unwrap();
+    assert_eq!(count(&graph, "Narrow"), 1, "{graph}");
+    for (i, node) in graph.nodes.iter().enumerate() {
+        for v in node.inputs.iter().flatten() {
+            let before = !matches!(graph.value(*v).source, Source::Node(n, _) if n.index() >= i);
+            assert!(before, "{} is read before it is computed: {graph}", graph.value(*v).name);
+        }
+    }
+    crate::plan::plan(&graph, &request).unwrap();
 }
 
 fn eval_sin(x: &Tensor, times: usize) -> Vec<f32> {
