@@ -362,7 +362,8 @@ impl<'g> Pass<'g> {
     /// Does the reader widen such elements by itself?
     fn reads_half(&self, u: &Use, half: Option<DType>) -> bool {
         let by_kernel = self.conversions != Conversions::Apart;
-        let reads = self.graph.node(u.node).op.reads_half(u.input);
+        let node = self.graph.node(u.node);
+        let reads = node.op.reads_half(&self.graph.metas(&node.inputs), u.input);
         by_kernel && (reads || self.rounds(u) || half == Some(DType::BF16) && self.takes_rounded(u))
     }
 

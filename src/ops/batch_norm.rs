@@ -389,7 +389,7 @@ impl Op for BatchNormalization {
         }
     }
 
-    fn reads_half(&self, input: usize) -> bool {
+    fn reads_half(&self, _: &[Option<&Meta>], input: usize) -> bool {
         input == 0 && self.given && self.layout == Layout::Last
     }
 

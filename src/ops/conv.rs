@@ -310,7 +310,7 @@ impl Op for Conv {
         if self.normalises.is_some() { &[(7, 0)] } else { &[(3, 0)] }
     }
 
-    fn reads_half(&self, input: usize) -> bool {
+    fn reads_half(&self, _: &[Option<&Meta>], input: usize) -> bool {
         input == 0 && (self.normalises.is_some() || self.pairs && self.layout == Layout::Last)
     }
 
@@ -413,7 +413,7 @@ impl Op for ConvWeightGrad {
         Some(Arc::new(ConvWeightGrad { conv: self.conv.paired()?, w: self.w.clone() }))
     }
 
-    fn reads_half(&self, input: usize) -> bool {
+    fn reads_half(&self, _: &[Option<&Meta>], input: usize) -> bool {
         input == 1 && self.conv.layout == Layout::Last
     }
 

@@ -80,7 +80,7 @@ impl Op for Gather {
         input == 0
     }
 
-    fn reads_half(&self, input: usize) -> bool {
+    fn reads_half(&self, _: &[Option<&Meta>], input: usize) -> bool {
         input == 0
     }
 

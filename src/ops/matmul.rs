@@ -81,6 +81,11 @@ impl Op for MatMul {
         &[(3, 0)]
     }
 
+    fn reads_half(&self, inputs: &[Option<&Meta>], input: usize) -> bool {
+        let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return false };
+        self.stacked(&a.dims, &b.dims).is_ok_and(|s| s.reads_half(input))
+    }
+
     fn by_pairs(&self) -> Option<Arc<dyn Op>> {
         Some(Arc::new(MatMul { pairs: true, ..*self }))
     }
@@ -210,7 +215,7 @@ impl Op for MatMulAs {
         s.scratch(a, b)
     }
 
-    fn reads_half(&self, input: usize) -> bool {
+    fn reads_half(&self, _: &[Option<&Meta>], input: usize) -> bool {
         let s = self.stacked();
         s.is_ok_and(|s| s.reads_half(input))
     }

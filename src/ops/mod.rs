@@ -162,9 +162,9 @@ pub trait Op: Any + Debug + Send + Sync {
         false
     }
 
-    /// May this input come in half precision where `infer` is given f32? It is widened, exactly, as it is read, a small
+    /// May this input, of such inputs, come in half precision where `infer` is given f32? It is widened, exactly, as it is read, a small
     /// piece at a time.
-    fn reads_half(&self, _input: usize) -> bool {
+    fn reads_half(&self, _inputs: &[Option<&Meta>], _input: usize) -> bool {
         false
     }
 

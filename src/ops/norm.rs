@@ -268,7 +268,7 @@ impl Op for SampleNormInputGrad {
         Ok(vec![widened(need(inputs, 0)?)])
     }
 
-    fn reads_half(&self, input: usize) -> bool {
+    fn reads_half(&self, _: &[Option<&Meta>], input: usize) -> bool {
         input == 0 && self.rows.widens()
     }
 

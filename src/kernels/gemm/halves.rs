@@ -7,7 +7,7 @@ use crate::kernels::simd::Vectors;
 
 impl<T: Vectors> Product<T> {
     /// Are operands of half precision, where they are so, widened as they are packed?
-    fn widens(&self, halves: [bool; 2]) -> bool {
+    pub fn widens(&self, halves: [bool; 2]) -> bool {
         match self.packs() {
             _ if self.is_vector() => false,
             Packs::Nothing => false,

@@ -171,7 +171,7 @@ impl Op for FusedAttention {
         Some(Arc::new(FusedAttention { pairs: true, ..self.clone() }))
     }
 
-    fn reads_half(&self, input: usize) -> bool {
+    fn reads_half(&self, _: &[Option<&Meta>], input: usize) -> bool {
         input < 3
     }
 
@@ -263,7 +263,7 @@ impl Op for FusedAttentionGrad {
         })
     }
 
-    fn reads_half(&self, input: usize) -> bool {
+    fn reads_half(&self, _: &[Option<&Meta>], input: usize) -> bool {
         input < 3
     }
 

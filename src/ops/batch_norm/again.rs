@@ -52,7 +52,7 @@ impl Op for Normalise {
         &[(0, 0), (5, 0)]
     }
 
-    fn reads_half(&self, input: usize) -> bool {
+    fn reads_half(&self, _: &[Option<&Meta>], input: usize) -> bool {
         input == 0 && self.of.layout == Layout::Last
     }
 

@@ -47,7 +47,7 @@ impl Op for ChannelParamGrad {
         Ok(vec![channel.clone(), channel])
     }
 
-    fn reads_half(&self, input: usize) -> bool {
+    fn reads_half(&self, _: &[Option<&Meta>], input: usize) -> bool {
         input == 0 && self.channels.s == 1
     }
 
@@ -116,7 +116,7 @@ impl Op for ChannelSum {
         })
     }
 
-    fn reads_half(&self, _: usize) -> bool {
+    fn reads_half(&self, _: &[Option<&Meta>], _: usize) -> bool {
         self.channels.s == 1
     }
 
@@ -198,7 +198,7 @@ impl Op for BatchNormParamGrad {
         room_bytes(self.channels.partials(), self.channels.c, dtype)
     }
 
-    fn reads_half(&self, input: usize) -> bool {
+    fn reads_half(&self, _: &[Option<&Meta>], input: usize) -> bool {
         matches!(input, 0 | 6) && self.channels.s == 1
     }
 
@@ -277,7 +277,7 @@ impl Op for BatchNormInputGrad {
         if self.rounds.is_some() { &[] } else { &[(4, 0), (0, 0)] }
     }
 
-    fn reads_half(&self, input: usize) -> bool {
+    fn reads_half(&self, _: &[Option<&Meta>], input: usize) -> bool {
         input == 0 && self.channels.s == 1
     }
 

@@ -174,7 +174,7 @@ impl Op for ConvGrads {
         &[(3, 0)]
     }
 
-    fn reads_half(&self, input: usize) -> bool {
+    fn reads_half(&self, _: &[Option<&Meta>], input: usize) -> bool {
         input == 2 || self.back.is_some() && input == self.behind()
     }
 

@@ -110,8 +110,8 @@ impl Op for ConvStatistics {
         if self.puts_out.is_half() { &[] } else { self.conv.in_place() }
     }
 
-    fn reads_half(&self, input: usize) -> bool {
-        self.conv.reads_half(input)
+    fn reads_half(&self, inputs: &[Option<&Meta>], input: usize) -> bool {
+        self.conv.reads_half(inputs, input)
     }
 
     fn rounds(&self, inputs: &[Option<&Meta>], input: usize) -> bool {

@@ -49,7 +49,7 @@ fn reads_type(what: &str, op: &dyn Op, operands: &[Option<&Tensor>], to: DType) 
     let halves: Vec<Option<Tensor>> = operands
         .iter()
         .enumerate()
-        .map(|(i, t)| t.filter(|_| op.reads_half(i) || rounded(i)).map(|t| t.cast(to)))
+        .map(|(i, t)| t.filter(|_| op.reads_half(&metas, i) || rounded(i)).map(|t| t.cast(to)))
         .collect();
     if to == DType::F16 && halves.iter().all(Option::is_none) {
         return;
@@ -347,13 +347,28 @@ fn normalisations_read_it() {
 fn products_read_it() {
     // Small, of more rows, of more columns, a vector.
     for (k, m, n) in [(9, 5, 7), (700, 150, 131), (700, 131, 150), (300, 8, 400), (40, 1, 30)] {
-        let (a, b) = (wave(&[k, m], 0.7), wave(&[k, n], 0.3));
-        let what = format!("{m}×{n}×{k}");
-        let gemm = Gemm { alpha: 0.5, beta: 1.0, trans_a: true, trans_b: false, pairs: false };
-        reads(&what, &gemm, &[Some(&a), Some(&b)]);
-        let [da, db, y] = [[k, m], [k, n], [m, n]].map(|d| Dims::from_slice(&d));
-        let as_ = MatMulAs { a: da, b: db, trans_a: true, trans_b: false, alpha: 0.5, y, pairs: false };
-        reads(&what, &as_, &[Some(&a), Some(&b)]);
+        for (trans_a, trans_b) in [(true, false), (false, false), (false, true), (true, true)] {
+            let (da, db) = (if trans_a { [k, m] } else { [m, k] }, if trans_b { [n, k] } else { [k, n] });
+            let (a, b) = (wave(&da, 0.7), wave(&db, 0.3));
+            let [x, more] = [wave(&[m, n], 0.2), wave(&[n], 0.9)];
+            let packed = m > 1 && n > 1 && (!trans_a || k * m * n >= 1 << 23);
+            let each = |op: &dyn Op, added: &[Option<&Tensor>]| {
+                let what = format!("{}, {m}×{n}×{k}, {trans_a}, {trans_b}", op.name());
+                let operands = [&[Some(&a), Some(&b)], added].concat();
+                let metas = [a.meta(), b.meta()];
+                let able = op.reads_half(&[Some(&metas[0]), Some(&metas[1])], 1);
+                assert_eq!(able, packed || trans_a && !trans_b, "{what}");
+                if able {
+                    reads(&what, op, &operands);
+                }
+            };
+            each(&Gemm { alpha: 0.5, beta: 1.0, trans_a, trans_b, pairs: false }, &[Some(&more)]);
+            let [da, db, y] = [da, db, [m, n]].map(|d| Dims::from_slice(&d));
+            each(&MatMulAs { a: da, b: db, trans_a, trans_b, alpha: 0.5, y, pairs: false }, &[Some(&x)]);
+            if !trans_a && !trans_b {
+                each(&MatMul::scaled(0.5), &[Some(&more), Some(&x)]);
+            }
+        }
     }
 }
 
@@ -371,7 +386,7 @@ fn products_of_pairs_read_it() {
             let pairs_of = |plain: &dyn Op, added: &[Option<&Tensor>]| {
                 let pairs = plain.by_pairs().unwrap();
                 let whole = [&[Some(&a), Some(&b)], added].concat();
-                if pairs.reads_half(0) {
+                if pairs.reads_half(&[Some(&a.meta()), Some(&b.meta())], 0) {
                     reads(&what, pairs.as_ref(), &whole);
                 }
                 let large = m * n * k >= 1 << 18;

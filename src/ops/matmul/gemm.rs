@@ -101,8 +101,12 @@ impl Op for Gemm {
         })
     }
 
-    fn reads_half(&self, input: usize) -> bool {
-        input < 2 && (self.pairs || self.trans_a && !self.trans_b)
+    fn reads_half(&self, inputs: &[Option<&Meta>], input: usize) -> bool {
+        let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return false };
+        self.extents(&a.dims, &b.dims).is_ok_and(|[m, n, k]| {
+            let p = Product::<f32>::dense(self.trans_a, self.trans_b, m, n, k);
+            input < 2 && (self.pairs || self.trans_a && !self.trans_b || p.widens([true; 2]))
+        })
     }
 
     fn rounds(&self, inputs: &[Option<&Meta>], input: usize) -> bool {

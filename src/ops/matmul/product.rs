@@ -71,10 +71,12 @@ impl Stacked {
         bytes([a, b], &p, batch, self.pairs)
     }
 
-    /// Of one product over all rows that is a gradient of B, or is computed by pairs, both operands may come in half precision.
+    /// Of one product over all rows that is a gradient of B, is computed by pairs, or widens them as it packs, both operands may
+    /// come in half precision.
     pub fn reads_half(&self, input: usize) -> bool {
-        let gradient = self.trans == [true, false] && self.product::<f32>().1 == 1;
-        self.rounds(input) || input < 2 && gradient
+        let (p, batch) = self.product::<f32>();
+        let gradient = self.trans == [true, false];
+        self.rounds(input) || input < 2 && batch == 1 && (gradient || p.widens([true; 2]))
     }
 
     /// Is this operand rounded to bfloat16?

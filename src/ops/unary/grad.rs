@@ -60,7 +60,7 @@ impl<K: Kind> Op for UnaryGrad<K> {
         Err(OpError::NotDifferentiable(format!("second derivatives ({})", K::NAME)))
     }
 
-    fn reads_half(&self, input: usize) -> bool {
+    fn reads_half(&self, _: &[Option<&Meta>], input: usize) -> bool {
         input == 0
     }
 

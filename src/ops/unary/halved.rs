@@ -80,7 +80,7 @@ impl<K: Kind> Op for HalvedGrad<K> {
         Ok(())
     }
 
-    fn reads_half(&self, input: usize) -> bool {
+    fn reads_half(&self, _: &[Option<&Meta>], input: usize) -> bool {
         input == 0
     }
 

@@ -28,7 +28,8 @@ fn a_gradient_reads_half_precision() {
     let x: Vec<f32> = (0..40_000).map(|i| (i % 701) as f32 / 100.0 - 3.0).collect();
     let x = Tensor::from_slice(&[40_000], &x).unwrap();
     fn check(op: impl Op, x: &Tensor, half: &Tensor) {
-        assert!(op.reads_half(0) && !op.reads_half(1));
+        let metas = [Some(&x.meta()), Some(&x.meta())];
+        assert!(op.reads_half(&metas, 0) && !op.reads_half(&metas, 1));
         let want = eval(&op, &[Some(&half.cast(DType::F32)), Some(x)]).unwrap();
         let mut got = Tensor::zeros(DType::F32, x.dims());
         let cx = &mut Cx { scratch: &mut [], seed: 0 };
