@@ -108,27 +108,33 @@ impl<T: Math> Hard<'_, T> {
     #[inline(always)]
     fn sample(&self, x: &[T], d: Classes, n: usize, mut f: impl FnMut(usize, f64)) {
         let x = &x[n * d.c * d.s..][..d.c * d.s];
-        each_item(x, d, self.logged, |items| {
-            for j in 0..items.width {
-                let at = items.start + j;
-                let i = n * d.s + at;
-                let weight = self.weight(i);
-                if weight == 0.0 {
-                    f(at, 0.0);
-                    continue;
+        each_item(
+            x,
+            d,
+            self.logged,
+            #[inline(always)]
+            |items| {
+                for j in 0..items.width {
+                    let at = items.start + j;
+                    let i = n * d.s + at;
+                    let weight = self.weight(i);
+                    if weight == 0.0 {
+                        f(at, 0.0);
+                        continue;
+                    }
+                    let label = self.labels.at(i) as usize;
+                    let mut aim = x[label * d.s + at].to64();
+                    if self.smoothing > 0.0 {
+                        let mean = match d.s {
+                            1 => sum(x, |x| x),
+                            _ => (0..d.c).map(|c| x[c * d.s + at].to64()).sum::<f64>(),
+                        } / d.c as f64;
+                        aim += self.smoothing * (mean - aim);
+                    }
+                    f(at, weight * (items.top[j].to64() - aim + items.total[j].m_ln()));
                 }
-                let label = self.labels.at(i) as usize;
-                let mut aim = x[label * d.s + at].to64();
-                if self.smoothing > 0.0 {
-                    let mean = match d.s {
-                        1 => sum(x, |x| x),
-                        _ => (0..d.c).map(|c| x[c * d.s + at].to64()).sum::<f64>(),
-                    } / d.c as f64;
-                    aim += self.smoothing * (mean - aim);
-                }
-                f(at, weight * (items.top[j].to64() - aim + items.total[j].m_ln()));
-            }
-        });
+            },
+        );
     }
 
     /// Sum of all items' losses.
@@ -237,27 +243,33 @@ pub fn soft_loss<T: Math>(x: &[T], q: &[T], d: Classes, smoothing: f64) -> f64 {
                 let mut loss = 0.0;
                 for n in r {
                     let (x, q) = (&x[n * block..][..block], &q[n * block..][..block]);
-                    each_item(x, d, false, |items| {
-                        for j in 0..items.width {
-                            let at = items.start + j;
-                            // Distances from the top keep the products small.
-                            let m = items.top[j];
-                            let (mut mass, mut aim, mut mean) = (0.0, 0.0, 0.0);
-                            if d.s == 1 {
-                                mass = sum(q, |q| q);
-                                aim = sum2(q, x, |q, x| q * (x - m));
-                                mean = sum(x, |x| x - m);
-                            } else {
-                                for c in 0..d.c {
-                                    let (x, q) = (x[c * d.s + at] - m, q[c * d.s + at].to64());
-                                    (mass, aim, mean) = (mass + q, aim + q * x.to64(), mean + x.to64());
+                    each_item(
+                        x,
+                        d,
+                        false,
+                        #[inline(always)]
+                        |items| {
+                            for j in 0..items.width {
+                                let at = items.start + j;
+                                // Distances from the top keep the products small.
+                                let m = items.top[j];
+                                let (mut mass, mut aim, mut mean) = (0.0, 0.0, 0.0);
+                                if d.s == 1 {
+                                    mass = sum(q, |q| q);
+                                    aim = sum2(q, x, |q, x| q * (x - m));
+                                    mean = sum(x, |x| x - m);
+                                } else {
+                                    for c in 0..d.c {
+                                        let (x, q) = (x[c * d.s + at] - m, q[c * d.s + at].to64());
+                                        (mass, aim, mean) = (mass + q, aim + q * x.to64(), mean + x.to64());
+                                    }
                                 }
+                                mass += smoothing * (1.0 - mass);
+                                aim = (1.0 - smoothing) * aim + smoothing * mean / d.c as f64;
+                                loss += mass * items.total[j].m_ln() - aim;
                             }
-                            mass += smoothing * (1.0 - mass);
-                            aim = (1.0 - smoothing) * aim + smoothing * mean / d.c as f64;
-                            loss += mass * items.total[j].m_ln() - aim;
-                        }
-                    });
+                        },
+                    );
                 }
                 loss
             },

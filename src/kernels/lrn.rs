@@ -50,7 +50,9 @@ pub fn lrn<T: Math>(p: Lrn, x: &[T], y: &mut [T], c: usize, s: usize) {
                 for (k, y) in piece.chunks_mut((c * s).max(1)).enumerate() {
                     let x = &x[(first + k) * c * s..][..c * s];
                     p.divisors(x, y, c, s);
-                    y.iter_mut().zip(x).for_each(|(y, &x)| *y = x * y.m_pow(beta));
+                    for (y, &x) in y.iter_mut().zip(x) {
+                        *y = x * y.m_pow(beta);
+                    }
                 }
             },
         )
@@ -87,7 +89,11 @@ pub fn lrn_grad<T: Math>(
     rows(dx, 1, GRAIN, |start, dx| {
         vectorize(
             #[inline(always)]
-            || dx.iter_mut().zip(&d[start..]).for_each(|(y, &d)| *y = d.m_pow(beta)),
+            || {
+                for (y, &d) in dx.iter_mut().zip(&d[start..]) {
+                    *y = d.m_pow(beta);
+                }
+            },
         )
     });
     let power = &*dx;

@@ -229,7 +229,12 @@ impl Binary {
             }
             Pow => match single(get(x, 1))? {
                 Some(b) => power::<T>(get(x, 0), y, b),
-                None => apply::<T>(x, y, |a, b| a.m_pow(b)),
+                None => apply::<T>(
+                    x,
+                    y,
+                    #[inline(always)]
+                    |a, b| a.m_pow(b),
+                ),
             },
         }
     }
@@ -266,7 +271,13 @@ fn power<T: Math>(a: Option<View>, y: &mut ViewMut, b: f64) -> Result<(), OpErro
         0.5 => apply1(y, a, &walk, half_power),
         _ => {
             let b = T::of(b);
-            apply1(y, a, &walk, |a: T| a.m_pow(b));
+            apply1(
+                y,
+                a,
+                &walk,
+                #[inline(always)]
+                |a: T| a.m_pow(b),
+            );
         }
     }
     Ok(())
@@ -365,15 +376,23 @@ impl BinaryGrad {
                 Some(2.0) => ternary::<T>(x, y, |dy, a, _| dy * (a + a)),
                 Some(3.0) => ternary::<T>(x, y, |dy, a, _| dy * T::of(3.0) * a * a),
                 Some(0.5) => ternary::<T>(x, y, |dy, a, _| dy * half / a.m_sqrt()),
-                _ => ternary::<T>(x, y, |dy, a, b| {
-                    // A constant power of a zero base would otherwise be 0·∞.
-                    if b == zero { zero } else { dy * b * a.m_pow(b - one) }
-                }),
+                _ => ternary::<T>(
+                    x,
+                    y,
+                    #[inline(always)]
+                    |dy, a, b| {
+                        // A constant power of a zero base would otherwise be 0·∞.
+                        if b == zero { zero } else { dy * b * a.m_pow(b - one) }
+                    },
+                ),
             },
             // 0 where A = 0: Y vanishes faster than the logarithm grows.
-            BinaryGrad::PowB => {
-                ternary::<T>(x, y, |dy, y, a| if a == zero { zero } else { dy * y * a.m_ln() })
-            }
+            BinaryGrad::PowB => ternary::<T>(
+                x,
+                y,
+                #[inline(always)]
+                |dy, y, a| if a == zero { zero } else { dy * y * a.m_ln() },
+            ),
             BinaryGrad::Less => ternary::<T>(x, y, |dy, a, b| {
                 if a < b {
                     dy

@@ -205,12 +205,13 @@ pub fn channel_stats_and<T: Vectors>(
                     #[inline(always)]
                     || {
                         for (k, (mean, var)) in mean.iter_mut().zip(var).enumerate() {
-                            let of = |n| Moments::of(&x[d.start(n, i * per + k)..][..d.s]);
+                            let mut m = Moments::default();
                             for n in 0..d.n {
                                 let start = d.start(n, i * per + k);
-                                near(start, &x[start..][..d.s]);
+                                let x = &x[start..][..d.s];
+                                near(start, x);
+                                m = m.merge(Moments::of(x));
                             }
-                            let m = (0..d.n).map(of).fold(Moments::default(), Moments::merge);
                             (*mean, *var) = (T::of(m.mean), T::of(m.variance()));
                         }
                     },
