@@ -42,6 +42,10 @@ const TASKS: usize = 16;
 const BLOCK: usize = 1 << 16;
 /// The same of an A of half precision, which is widened for it.
 const BLOCK_WIDENED: usize = 1 << 15;
+/// Rows of A that are few, and elements of B that are then packed at a time: what takes little memory besides, and stays in the
+/// cache.
+const FEW: usize = 256;
+const AT_ONCE: usize = 1 << 17;
 /// Steps of the summed dimension that are added up in registers before they are added to C: of few, sums are more
 /// accurate and B's panel stays in the cache. Fewer when A is read across its rows as they lie.
 const STEPS: usize = 512;
@@ -170,6 +174,20 @@ impl<T: Vectors> Product<T> {
         }
     }
 
+    /// Columns of a packed B that are packed at a time: all, unless few rows of A would wait for that much.
+    fn columns(&self) -> usize {
+        let panel = self.tile().0;
+        match self.packs() {
+            Packs::B if self.m <= FEW => self.n.min(panels_at_once(panel, self.k) * panel),
+            _ => self.n,
+        }
+    }
+
+    /// The product of as many columns from one on, or of those that are left.
+    fn part(&self, first: usize, columns: usize) -> Self {
+        Product { n: columns.min(self.n - first), ..*self }
+    }
+
     /// Elements of what is packed for all tasks.
     fn packed(&self) -> usize {
         match self.packs() {
@@ -275,10 +293,20 @@ pub fn room<T: Vectors>(p: &Product<T>, batch: usize) -> usize {
     }
 }
 
+/// Panels of so many columns and steps that are packed at a time.
+fn panels_at_once(panel: usize, steps: usize) -> usize {
+    (AT_ONCE / (panel * steps).max(1)).max(1)
+}
+
 /// Elements of scratch that [`divided`] needs.
 fn room_divided<T: Vectors>(p: &Product<T>, a_is_whole: bool) -> usize {
-    let (rows, cols) = p.pieces();
-    p.packed() + p.near(a_is_whole) * SLOTS.min(rows * cols)
+    let columns = p.columns().max(1);
+    let of = |first: usize| {
+        let p = p.part(first, columns);
+        let (rows, cols) = p.pieces();
+        p.packed() + p.near(a_is_whole) * SLOTS.min(rows * cols)
+    };
+    of(0).max(of(p.n.saturating_sub(1) / columns * columns))
 }
 
 /// `batch` products of equal extents, plus something: the `i`th reads A and B from the offsets `at(i)` and writes C at
@@ -345,9 +373,16 @@ fn divided<T: Vectors>(
     c: &Shared<T>,
     scratch: &mut [T],
 ) {
-    let (packed, rest) = scratch.split_at_mut(p.packed());
-    pack_shared(p, a, b, packed);
-    shared_out(p, a, b, plus, c, packed, rest);
+    let columns = p.columns();
+    for first in (0..p.n).step_by(columns.max(1)) {
+        let p = &p.part(first, columns);
+        let b = b.from(if p.trans_b { first * p.ldb } else { first });
+        let (packed, rest) = scratch.split_at_mut(p.packed());
+        pack_shared(p, a, b, packed);
+        // SAFETY: C has the columns, and nobody else uses them.
+        let c = unsafe { Shared::at(c.ptr().add(first)) };
+        shared_out(p, a, b, plus.from(first), &c, packed, rest);
+    }
 }
 
 /// Packs what all tasks read, by several tasks or by this one.

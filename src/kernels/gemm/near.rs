@@ -4,7 +4,7 @@
 use super::pairs::{
     divided_pairs, multiply_pairs, pack_pairs, packed_pairs, room_by_packed_pairs, room_pairs,
 };
-use super::{Plus, Product, divided, pack, shared_out, vector};
+use super::{Plus, Product, divided, pack, room_divided, shared_out, vector};
 use crate::kernels::half::Elements;
 use crate::kernels::par::Shared;
 use crate::kernels::simd::Vectors;
@@ -122,7 +122,7 @@ impl<T: Vectors> Near<T> {
         match self.pairs {
             _ if self.by_vector() => 0,
             true => room_pairs(p, None),
-            false => p.packed() + p.near(true),
+            false => room_divided(p, true),
         }
     }
 

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::blocks::Blocks;
 use super::tile::{Target, Tile, tile_run};
-use super::{GAP, Plus, Product, TASKS, WORK};
+use super::{FEW, GAP, Plus, Product, TASKS, WORK, panels_at_once};
 use crate::kernels::half::{Elements, Half};
 use crate::kernels::matrix::{BLOCK, SIDE, by_blocks};
 use crate::kernels::pairs::{PairKernel, Pairs, across, both, in_strips, neighbours};
@@ -32,9 +32,6 @@ const STEPS_AT_ONCE: usize = 32;
 const BLOCKS_WORK: usize = 1 << 22;
 /// Elements that rows which are turned are fetched ahead: there are too many of them for the processor to see streams.
 const AHEAD: usize = 64;
-/// Rows of A that are few, and pairs of B that are then packed at a time: what takes little memory besides.
-const FEW: usize = 256;
-const AT_ONCE: usize = 1 << 16;
 /// Lanes of the widest vectors.
 const SQUARE: usize = 16;
 
@@ -121,8 +118,7 @@ impl Order {
 
     /// Columns of B that are packed at a time: all, unless few rows of A would wait for that much.
     fn columns<T>(&self, p: &Product<T>) -> usize {
-        let panels = (AT_ONCE / (self.panel * self.packed).max(1)).max(1);
-        if p.m > FEW { p.n } else { p.n.min(panels * self.panel) }
+        if p.m > FEW { p.n } else { p.n.min(panels_at_once(self.panel, 2 * self.packed) * self.panel) }
     }
 }
 
