@@ -155,10 +155,10 @@ unsafe fn transform_as<
     D::Term: Form<<D::S as Simd>::Elem>,
 {
     let each = <D::Term as Form<_>>::EACH;
+    let [tiles_each, channels_each] = if BESIDE { [1, each] } else { [each, 1] };
     for (tile, place) in of.walk(tiles).enumerate() {
         let d = source.tile::<B, N>(place);
         fetch_below::<D::S, B, N>(&d, source);
-        let [tiles_each, channels_each] = if BESIDE { [1, each] } else { [each, 1] };
         let mut channel = channels.start;
         // The term of the channel in its layout, and where that is.
         let (mut term, mut panel) = (0, to);
