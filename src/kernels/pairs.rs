@@ -301,10 +301,6 @@ pub unsafe fn in_strips<D: Pairs<S: Simd<Elem: Vectors>>>(
     }
 }
 
-/// Lanes of the widest vectors.
-#[cfg(any(test, target_arch = "aarch64"))]
-const WIDEST: usize = 16;
-
 /// See [`Terms::put_beside`]: in plain arithmetic.
 ///
 /// # Safety
@@ -312,7 +308,7 @@ const WIDEST: usize = 16;
 #[cfg(any(test, target_arch = "aarch64"))]
 #[inline(always)]
 unsafe fn beside_plainly<S: Simd>(v: S::V, to: *mut u32) {
-    let mut all = [num_traits::zero(); WIDEST];
+    let mut all = [num_traits::zero(); crate::kernels::simd::WIDEST];
     // SAFETY: the caller's promise.
     unsafe {
         S::store(all.as_mut_ptr(), v);
@@ -329,7 +325,7 @@ unsafe fn beside_plainly<S: Simd>(v: S::V, to: *mut u32) {
 #[cfg(any(test, target_arch = "aarch64"))]
 #[inline(always)]
 unsafe fn across_plainly<S: Simd>(nth: usize, v: S::V, to: *mut u32) {
-    let mut all = [num_traits::zero(); WIDEST];
+    let mut all = [num_traits::zero(); crate::kernels::simd::WIDEST];
     // SAFETY: the caller's promise.
     unsafe {
         S::store(all.as_mut_ptr(), v);

@@ -7,6 +7,9 @@ use crate::kernels::isa::{Isa, has_pair_products, isa};
 use crate::kernels::pairs::{self, PairKernel};
 use crate::tensor::Float;
 
+/// Elements of the longest vector of any instruction set.
+pub const WIDEST: usize = 16;
+
 /// The vectors of one instruction set. All methods are inlined into kernels that were compiled for that set.
 ///
 /// # Safety

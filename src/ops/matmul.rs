@@ -41,6 +41,11 @@ impl MatMul {
     fn stacked(&self, a: &[usize], b: &[usize]) -> Result<Stacked, OpError> {
         Stacked::of(a, b, [false; 2], self.pairs)
     }
+
+    /// The same of such inputs, if they fit.
+    fn of(&self, inputs: &[Option<&Meta>]) -> Option<Stacked> {
+        self.stacked(&get(inputs, 0)?.dims, &get(inputs, 1)?.dims).ok()
+    }
 }
 
 impl Op for MatMul {
@@ -82,8 +87,7 @@ impl Op for MatMul {
     }
 
     fn reads_half(&self, inputs: &[Option<&Meta>], input: usize) -> bool {
-        let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return false };
-        self.stacked(&a.dims, &b.dims).is_ok_and(|s| s.reads_half(input))
+        self.of(inputs).is_some_and(|s| s.reads_half(input))
     }
 
     fn by_pairs(&self) -> Option<Arc<dyn Op>> {
@@ -91,24 +95,21 @@ impl Op for MatMul {
     }
 
     fn rounds(&self, inputs: &[Option<&Meta>], input: usize) -> bool {
-        let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return false };
-        self.stacked(&a.dims, &b.dims).is_ok_and(|s| s.rounds(input))
+        self.of(inputs).is_some_and(|s| s.rounds(input))
     }
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        self.stacked(&a.dims, &b.dims).map_or(0, |s| s.scratch(a, b))
+        self.of(inputs).map_or(0, |s| s.scratch(a, b))
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
-        let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        self.stacked(&a.dims, &b.dims).map_or(0, |s| s.rows() * s.n * s.k)
+        self.of(inputs).map_or(0, |s| s.rows() * s.n * s.k)
     }
 
     fn in_pieces(&self, inputs: &[Option<&Meta>], count: usize) -> Option<Piece> {
         // Rows of A, if the result has their axes.
-        let (a, b) = (get(inputs, 0)?, get(inputs, 1)?);
-        let s = self.stacked(&a.dims, &b.dims).ok()?;
+        let (a, s) = (get(inputs, 0)?, self.of(inputs)?);
         (s.one_b() && s.stack.len() + 2 == a.rank()).then_some(())?;
         piece::cut(&a.dims, count)?;
         Piece::made(MatMul { ..*self }, &[true, false, false, true], Made::Cut)

@@ -7,13 +7,11 @@ use rayon::prelude::*;
 
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::par::Shared;
-use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
+use crate::kernels::simd::{Kernel, Simd, Vectors, WIDEST, load_up_to, store_up_to};
 use crate::kernels::tile::Pieces;
 
 /// Elements of packed weights that are worth a task of their own.
 const LARGE: usize = 1 << 14;
-/// Elements of a square of the widest vectors.
-const SQUARE: usize = 16 * 16;
 /// Elements from the weights that are put in order to those that are fetched meanwhile: what lies next in each of several
 /// rows does not look like a stream to the processor.
 const AHEAD: usize = 64;
@@ -161,7 +159,7 @@ impl<T: Vectors> Kernel<T> for PackPanel<'_, T> {
         }
         // Without taps, neighbouring inputs are neighbouring rows.
         let straight = forward && taps == 1 && plan.order.len() == 1;
-        let mut square = [T::zero(); SQUARE];
+        let mut square = [T::zero(); WIDEST * WIDEST];
         for block in 0..blocks {
             for lane in (0..lanes).step_by(S::LANES) {
                 let height = S::LANES.min(lanes - lane);

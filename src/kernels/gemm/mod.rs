@@ -204,7 +204,7 @@ impl<T: Vectors> Product<T> {
 
     /// Strips of an A read as it lies that pass by a panel of B at a time.
     fn block(&self, elements: usize) -> usize {
-        (elements / self.k.clamp(1, STEPS)).div_ceil(self.tile().1).max(1)
+        (elements / self.k.clamp(1, STEPS)).div_ceil(self.tile().1)
     }
 
     /// Elements of what a task packs for itself, or widens.
@@ -505,7 +505,7 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                         let (a, lda) = match packs {
                             Packs::B if widens => {
                                 let at = (row - strips.start(from)) * (count + GAP);
-                                (near.cast_const().wrapping_add(at), count + GAP)
+                                (self.near.as_ptr().wrapping_add(at), count + GAP)
                             }
                             Packs::Nothing | Packs::B => {
                                 let at = if p.trans_a { k * p.lda + row } else { row * p.lda + k };

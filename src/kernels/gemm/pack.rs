@@ -7,15 +7,13 @@ use rayon::prelude::*;
 use super::{GAP, Product};
 use crate::kernels::half::Elements;
 use crate::kernels::par::{GRAIN, Shared};
-use crate::kernels::simd::{Kernel, Level, Simd, Vectors};
+use crate::kernels::simd::{Kernel, Level, Simd, Vectors, WIDEST};
 use crate::kernels::tile::Pieces;
 
 /// Steps of the summed dimension that are packed at a time.
 const STEPS: usize = 64;
 /// Strips that are written at a time: more would push each other out of the cache.
 const GROUP: usize = 32;
-/// Elements of the longest vector.
-const LANES: usize = 16;
 /// Steps that rows are fetched ahead: neighbours in a panel are far apart in B.
 const AHEAD: usize = 12;
 
@@ -181,7 +179,7 @@ unsafe fn across<S: Simd>(
                 match b {
                     Elements::Whole(b) => turn::<S>(b.as_ptr().add(at), ldb, [lanes, count], out, width),
                     half => {
-                        let mut near = [num_traits::zero(); LANES * STEPS];
+                        let mut near = [num_traits::zero(); WIDEST * STEPS];
                         for (i, near) in near.chunks_exact_mut(STEPS).take(lanes).enumerate() {
                             half.copy(at + i * ldb, &mut near[..count]);
                         }

@@ -16,7 +16,7 @@ use crate::kernels::half::{Elements, Half};
 use crate::kernels::matrix::{BLOCK, SIDE, by_blocks};
 use crate::kernels::pairs::{PairKernel, Pairs, across, both, in_strips, neighbours};
 use crate::kernels::par::Shared;
-use crate::kernels::simd::{Simd, Vectors};
+use crate::kernels::simd::{Simd, Vectors, WIDEST};
 use crate::kernels::tile::Pieces;
 use crate::tile_sizes;
 
@@ -32,8 +32,6 @@ const STEPS_AT_ONCE: usize = 32;
 const BLOCKS_WORK: usize = 1 << 22;
 /// Elements that rows which are turned are fetched ahead: there are too many of them for the processor to see streams.
 const AHEAD: usize = 64;
-/// Lanes of the widest vectors.
-const SQUARE: usize = 16;
 
 impl<T: Vectors> Product<T> {
     /// Is the product large enough for [`gemm_pairs`]?
@@ -340,7 +338,7 @@ unsafe fn transposed<D: Pairs<S: Simd<Elem: Vectors>>>(
     out: *mut u32,
 ) {
     let lanes = D::S::LANES;
-    let mut square = [0u32; SQUARE * SQUARE];
+    let mut square = [0u32; WIDEST * WIDEST];
     // SAFETY: the caller's promise.
     unsafe {
         if cols < row {
@@ -438,7 +436,7 @@ impl<T: Vectors> PairKernel<T> for Turned<'_, T> {
     unsafe fn run<D: Pairs<S: Simd<Elem = T>>>(self) {
         let Turned { p, order, a, steps, out } = self;
         let lanes = D::S::LANES;
-        let mut square = [0u32; SQUARE * SQUARE];
+        let mut square = [0u32; WIDEST * WIDEST];
         for first in steps.step_by(lanes) {
             for row in (0..p.m).step_by(lanes) {
                 let rows = lanes.min(p.m - row);

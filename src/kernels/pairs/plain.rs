@@ -1,8 +1,8 @@
 //! Pairs in plain arithmetic, on any vectors: for tests on processors without an instruction for them.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
-use super::{PairKernel, Pairs, WIDEST, across_plainly, beside_plainly};
-use crate::kernels::simd::{Kernel, Plain, Simd};
+use super::{PairKernel, Pairs, across_plainly, beside_plainly};
+use crate::kernels::simd::{Kernel, Plain, Simd, WIDEST};
 use crate::kernels::tile::Terms;
 use crate::tensor::Float;
 

@@ -35,6 +35,12 @@ impl Gemm {
         }))
     }
 
+    /// The product of such A and B, if they fit.
+    fn product(&self, inputs: &[Option<&Meta>]) -> Option<Product<f32>> {
+        let [m, n, k] = self.extents(&get(inputs, 0)?.dims, &get(inputs, 1)?.dims).ok()?;
+        Some(Product::dense(self.trans_a, self.trans_b, m, n, k))
+    }
+
     /// M, N, K.
     fn extents(&self, a: &[usize], b: &[usize]) -> Result<[usize; 3], OpError> {
         let (&[a0, a1], &[b0, b1]) = (a, b) else {
@@ -96,25 +102,16 @@ impl Op for Gemm {
 
     fn scratch(&self, inputs: &[Option<&Meta>]) -> usize {
         let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        self.extents(&a.dims, &b.dims).map_or(0, |[m, n, k]| {
-            bytes([a, b], &Product::dense(self.trans_a, self.trans_b, m, n, k), 1, self.pairs)
-        })
+        self.product(inputs).map_or(0, |p| bytes([a, b], &p, 1, self.pairs))
     }
 
     fn reads_half(&self, inputs: &[Option<&Meta>], input: usize) -> bool {
-        let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return false };
-        self.extents(&a.dims, &b.dims).is_ok_and(|[m, n, k]| {
-            let p = Product::<f32>::dense(self.trans_a, self.trans_b, m, n, k);
-            input < 2 && (self.pairs || self.trans_a && !self.trans_b || p.widens([true; 2]))
-        })
+        let able = |p: Product<f32>| self.pairs || self.trans_a && !self.trans_b || p.widens([true; 2]);
+        input < 2 && self.product(inputs).is_some_and(able)
     }
 
     fn rounds(&self, inputs: &[Option<&Meta>], input: usize) -> bool {
-        let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return false };
-        self.extents(&a.dims, &b.dims).is_ok_and(|[m, n, k]| {
-            let p = Product::<f32>::dense(self.trans_a, self.trans_b, m, n, k);
-            input < 2 && self.pairs && p.suits_pairs()
-        })
+        input < 2 && self.pairs && self.product(inputs).is_some_and(|p| p.suits_pairs())
     }
 
     fn by_pairs(&self) -> Option<Arc<dyn Op>> {
@@ -122,8 +119,7 @@ impl Op for Gemm {
     }
 
     fn multiply_adds(&self, inputs: &[Option<&Meta>]) -> usize {
-        let (Some(a), Some(b)) = (get(inputs, 0), get(inputs, 1)) else { return 0 };
-        self.extents(&a.dims, &b.dims).map_or(0, |mnk| mnk.iter().product())
+        self.product(inputs).map_or(0, |p| p.m * p.n * p.k)
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {

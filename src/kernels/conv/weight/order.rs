@@ -3,11 +3,10 @@
 
 use crate::kernels::conv::Geometry;
 use crate::kernels::par;
-use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
+use crate::kernels::simd::{Kernel, Simd, Vectors, WIDEST, load_up_to, store_up_to};
 
-/// Elements that a task should at least put in order, and of a square of the widest vectors.
+/// Elements that a task should at least put in order.
 const GRAIN: usize = 1 << 14;
-const SQUARE: usize = 16 * 16;
 
 /// A sum (panels, taps, C/groups, panel) in the order of the weights, (M, C/groups, taps). Taps that were merged with the input
 /// channels are as the others.
@@ -63,7 +62,7 @@ impl<T: Vectors> Kernel<T> for Outputs<T> {
     unsafe fn run<S: Simd<Elem = T>>(self) {
         let Outputs { sum, steps, channels, taps, to, row, outputs } = self;
         let columns = channels * taps;
-        let [mut rows, mut square] = [[T::zero(); SQUARE]; 2];
+        let [mut rows, mut square] = [[T::zero(); WIDEST * WIDEST]; 2];
         let (mut channel, mut tap) = (0, 0);
         for first in (0..columns).step_by(S::LANES) {
             let n = S::LANES.min(columns - first);
@@ -101,7 +100,7 @@ pub(super) unsafe fn taps_last<S: Simd<Elem: Vectors>>(
     sum: *const S::Elem,
     to: *mut S::Elem,
 ) {
-    let [mut rows, mut square] = [[num_traits::zero::<S::Elem>(); SQUARE]; 2];
+    let [mut rows, mut square] = [[num_traits::zero::<S::Elem>(); WIDEST * WIDEST]; 2];
     for tap in (0..taps).step_by(S::LANES) {
         let n = S::LANES.min(taps - tap);
         for channel in (0..channels).step_by(S::LANES) {
