@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::size::human;
+
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// Any failure of the library.
@@ -24,6 +26,9 @@ pub enum Error {
     /// Data that does not fit the model or the task.
     #[error("{0}")]
     Data(String),
+    /// More memory than the system gives.
+    #[error("{what}: the system does not give so much memory, {}", human(*bytes))]
+    Memory { what: String, bytes: usize },
     /// An option or a combination of options that makes no sense.
     #[error("{0}")]
     Config(String),

@@ -324,15 +324,20 @@ fn synthetic(shapes: &Shapes) -> anyhow::Result<Batch> {
             true => rng.random_range(-1.7..1.7),
             false => f64::from(rng.random_range(0u8..2)),
         };
-        let mut t = Tensor::zeros(meta.dtype, &meta.dims);
-        match meta.dtype {
-            DType::F32 => t.get_mut::<f32>()?.iter_mut().for_each(|x| *x = draw() as f32),
-            _ => {
-                let data: Vec<f64> = (0..meta.len()).map(|_| draw()).collect();
-                t = Tensor::from_slice(&meta.dims, &data)?.cast(meta.dtype);
+        let what = format!("input '{name}' of shape {:?}", meta.dims.as_slice());
+        let drawn = match meta.dtype {
+            DType::F32 => {
+                let mut t = Tensor::try_zeros(DType::F32, &meta.dims, &what)?;
+                t.get_mut::<f32>()?.iter_mut().for_each(|x| *x = draw() as f32);
+                t
             }
-        }
-        arrays.push((name.clone(), t));
+            dtype => {
+                let mut t = Tensor::try_zeros(DType::F64, &meta.dims, &what)?;
+                t.get_mut::<f64>()?.iter_mut().for_each(|x| *x = draw());
+                t.cast(dtype)
+            }
+        };
+        arrays.push((name.clone(), drawn));
     }
     let target = match shapes.target.dtype {
         DType::I64 => {

@@ -162,3 +162,24 @@ pub fn infer(graph: Graph, metas: &[(ValueId, Meta)], values: &[(ValueId, Tensor
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exec::Options;
+    use crate::import::make::{floats, import, model, node};
+
+    #[test]
+    fn no_samples_give_no_results() {
+        // A product's scratch memory begins where a result of no bytes lies.
+        let nodes = vec![node("MatMul", &["x", "w"], &["h"]), node("Relu", &["h"], &["y"])];
+        let weights = vec![floats("w", &[3, 6], &[0.5; 18])];
+        let mut session =
+            Session::new(Arc::new(import(&model(nodes, weights, "y")).unwrap()), Options::default()).unwrap();
+        for samples in [0, 3, 0] {
+            let x = Tensor::zeros(DType::F32, &[samples, 3]);
+            let outputs = session.forward(&[("x".into(), x)]).unwrap();
+            assert_eq!(outputs[0].1.dims(), [samples, 6]);
+        }
+    }
+}

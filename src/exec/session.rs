@@ -420,7 +420,7 @@ impl Session {
         if self.arena.len() < program.plan.arena_bytes {
             // What it holds need not outlive a run: never two of them at a time.
             self.arena = Buffer::default();
-            self.arena = Buffer::zeroed(self.arena_bytes);
+            self.arena = Buffer::try_zeroed(self.arena_bytes, "what one run computes")?;
         }
         for (v, meta, range) in &program.plan.inputs {
             let name = &program.graph.value(*v).name;

@@ -121,7 +121,9 @@ impl Store {
     }
 
     pub fn zero(&mut self, id: StateId) {
-        self.view_mut(id).bytes.fill(0);
+        if !self.dry {
+            self.view_mut(id).bytes.fill(0);
+        }
     }
 
     /// Takes a state's memory out, to be written while others are read; [`Store::put`] brings it back.

@@ -191,6 +191,7 @@ impl Job<'_> {
             kernels += p.plan.steps.len();
             read = read.max(p.plan.outputs.values().map(|(m, _)| m.bytes()).sum());
             again.kernels += p.plan.again.kernels;
+            again.chains += p.plan.again.chains;
             again.work = again.work.max(p.plan.again.work);
         }
         drop(method);

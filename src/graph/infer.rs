@@ -3,12 +3,14 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use crate::error::{Error, OpError, Result};
 use crate::graph::control::Expansion;
 use crate::graph::{Dim, Graph, NodeId, Source, ValueId};
 use crate::ops::eval;
 use crate::ops::quant::FakeQuantize;
-use crate::tensor::{Meta, Tensor};
+use crate::tensor::{Dims, Meta, Tensor};
 
 /// Outputs of at most this many elements are computed at plan time when their inputs are known.
 const FOLD_LIMIT: usize = 1 << 16;
@@ -28,7 +30,8 @@ impl Graph {
     /// Infers all shapes for the given inputs, folds what is constant and replaces composite operators.
     ///
     /// Weights and states must have their `meta`. A batch dimension that the file fixes, and that the
-    /// binding changes, is changed in constant `Reshape` and `Expand` shapes too.
+    /// binding changes, is changed in constant `Reshape` and `Expand` shapes too, and in what a constant has as many equal rows
+    /// of: the initial states of recurrent layers.
     pub fn infer(&mut self, bindings: &Bindings) -> Result<Inferred> {
         for &input in &self.inputs.clone() {
             let meta = bindings
@@ -52,6 +55,7 @@ impl Graph {
             let id = NodeId(i as u32);
             if let Some((old, new)) = rebatch {
                 self.rebind_shape_operand(id, old, new);
+                self.rebind_rows(id, old, new);
             }
             let done = match self.expand(id) {
                 // What stands here now is looked at next.
@@ -169,13 +173,54 @@ impl Graph {
         let rebound = self.add_constant(name, Tensor::ints(&ints));
         self.nodes[id.index()].inputs[1] = Some(rebound);
     }
+
+    /// Takes one row of constants that are the same for each sample of the old batch: `Expand` repeats it, and recurrent layers
+    /// take it for every sample's.
+    fn rebind_rows(&mut self, id: NodeId, old: usize, new: usize) {
+        let operands: SmallVec<[(usize, usize); 2]> = match self.node(id).op.name() {
+            "Expand" => self.repeated(id, old, new).map(|axis| (0, axis)).into_iter().collect(),
+            "RNN" | "GRU" => SmallVec::from_slice(&[(5, 1)]),
+            "LSTM" => SmallVec::from_slice(&[(5, 1), (6, 1)]),
+            _ => return,
+        };
+        for (slot, axis) in operands {
+            let Some(v) = self.node(id).inputs.get(slot).copied().flatten() else { continue };
+            let Source::Constant(rows) = &self.value(v).source else { continue };
+            let Some(one) = one_of(rows, axis).filter(|_| rows.dims()[axis] == old) else { continue };
+            let name = format!("{}#batch", self.value(v).name);
+            self.nodes[id.index()].inputs[slot] = Some(self.add_constant(name, one));
+        }
+    }
+
+    /// The axis of an `Expand`'s data that has the old batch where its target has the new one.
+    fn repeated(&self, id: NodeId, old: usize, new: usize) -> Option<usize> {
+        let meta = |slot: usize| self.value(self.node(id).inputs.get(slot).copied().flatten()?).meta.as_ref();
+        let (data, target) = (meta(0)?, meta(1)?.value.as_ref()?.to_ints().ok()?);
+        // Aligned from the right.
+        let missing = target.len().checked_sub(data.rank())?;
+        (0..data.rank()).find(|&a| data.dims[a] == old && target[missing + a] == new as i64)
+    }
+}
+
+/// What all slices along an axis are, if they are the same.
+fn one_of(t: &Tensor, axis: usize) -> Option<Tensor> {
+    let (count, mut dims) = (*t.dims().get(axis)?, Dims::from_slice(t.dims()));
+    let slice = dims[axis + 1..].iter().product::<usize>() * t.dtype().size();
+    if count * slice == 0 {
+        return None;
+    }
+    let all = t.bytes().chunks_exact(count * slice);
+    let same = all.clone().all(|block| block.chunks_exact(slice).all(|s| s == &block[..slice]));
+    let first: Vec<u8> = all.flat_map(|block| &block[..slice]).copied().collect();
+    dims[axis] = 1;
+    same.then(|| Tensor::from_bytes(t.dtype(), &dims, &first).ok()).flatten()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::graph::Declared;
-    use crate::ops::{Attrs, Spec, create};
+    use crate::ops::{Attr, Attrs, Spec, create};
     use crate::tensor::DType;
 
     fn op(op_type: &str, inputs: usize) -> Arc<dyn crate::ops::Op> {
@@ -211,6 +256,47 @@ mod tests {
         assert_eq!(dims(1, 4, &[-1, 6]).unwrap(), [4, 6]);
         let refused = dims(1, 4, &[2, 3]).unwrap_err().to_string();
         assert!(refused.contains("Reshape"), "{refused}");
+    }
+
+    /// Zeros for a batch of three, as exporters bake them in: for each sample of another batch.
+    #[test]
+    fn a_batch_baked_into_initial_states_is_rebound() {
+        let constant = |dims: &[usize], f: &dyn Fn(usize) -> f32| {
+            let values: Vec<f32> = (0..dims.iter().product()).map(f).collect();
+            Tensor::from_slice(dims, &values).unwrap()
+        };
+        let rows = |expanded: bool, fed: usize, state: &dyn Fn(usize) -> f32| {
+            let mut g = Graph::default();
+            let x = g.add_value("x", Source::Input);
+            let dims = Some(vec![Dim::Fixed(3), Dim::Fixed(5), Dim::Fixed(2)]);
+            g.value_mut(x).declared = Some(Declared { dtype: DType::F32, dims });
+            g.inputs.push(x);
+            let perm = Attrs(std::collections::BTreeMap::from([("perm".into(), Attr::Ints(vec![1, 0, 2]))]));
+            let spec =
+                Spec { attrs: &perm, op_type: "Transpose", domain: "", opset: 17, inputs: 1, outputs: 1 };
+            let t = g.add_node("", create(&spec).unwrap(), vec![Some(x)], &[Some("t")])[0];
+            let [w, r] =
+                [[1, 12, 2], [1, 12, 4]].map(|dims| g.add_constant("", constant(&dims, &|i| i as f32)));
+            let mut h = Some(g.add_constant("h", constant(&[1, 3, 4], state)));
+            if expanded {
+                let shape = g.add_constant("shape", Tensor::ints(&[1, fed as i64, 4]));
+                h = g.add_node("", op("Expand", 2), vec![h, Some(shape)], &[Some("e")])[0];
+            }
+            let size = Attrs(std::collections::BTreeMap::from([("hidden_size".into(), Attr::Int(4))]));
+            let spec = Spec { attrs: &size, op_type: "GRU", domain: "", opset: 14, inputs: 6, outputs: 1 };
+            let inputs = vec![t, Some(w), Some(r), None, None, h];
+            let y = g.add_node("", create(&spec).unwrap(), inputs, &[Some("y")])[0].unwrap();
+            g.outputs.push(y);
+            g.infer(&Bindings::from([(x, Meta::new(DType::F32, &[fed, 5, 2]))]))?;
+            Ok::<_, Error>(g.meta(y)?.dims.to_vec())
+        };
+        for expanded in [false, true] {
+            for fed in [1, 3, 7] {
+                assert_eq!(rows(expanded, fed, &|i| (i % 4) as f32).unwrap(), [5, 1, fed, 4]);
+            }
+            let refused = rows(expanded, 7, &|i| i as f32).unwrap_err().to_string();
+            assert!(refused.contains(if expanded { "Expand" } else { "initial state" }), "{refused}");
+        }
     }
 
     #[test]

@@ -282,6 +282,19 @@ impl Graph {
         v.meta.as_ref().ok_or_else(|| Error::value(&v.name, "its shape is not known"))
     }
 
+    /// The state in whose memory a value lies: it is the state's content, perhaps in another shape.
+    pub fn state_of(&self, mut v: ValueId) -> Option<StateId> {
+        loop {
+            v = match self.value(v).source {
+                Source::State(s) => return Some(s),
+                Source::Node(n, 0) if self.node(n).op.is_view() => {
+                    self.node(n).inputs.first().copied().flatten()?
+                }
+                _ => return None,
+            };
+        }
+    }
+
     /// How a person finds the node in the file: op type, name if it has one, first output.
     pub fn describe(&self, id: NodeId) -> String {
         let n = self.node(id);

@@ -18,7 +18,7 @@ use crate::ops::matmul::Gemm;
 use crate::ops::reduce::{Kind, Reduce};
 use crate::ops::softmax::Softmax;
 use crate::plan::Request;
-use crate::tensor::{DType, Meta};
+use crate::tensor::{Meta, Tensor};
 use crate::train::data::Batch;
 use crate::train::loss::Attached;
 use crate::train::method::{At, Learned, Method, Programs};
@@ -182,16 +182,15 @@ impl Byot {
                 let seed = self.settings.seed ^ ((index as u64) << 32) ^ what.len() as u64;
                 // Uniform in ±1/√channels, as PyTorch has it.
                 let bound = 1.0 / (channels.max(1) as f64).sqrt();
-                let mut view = store.view_mut(state);
-                if scores.dtype == DType::F32
-                    && let Ok(w) = view.get::<f32>()
-                {
+                let mut drawn = Tensor::zeros(meta.dtype, dims);
+                if let Ok(w) = drawn.get_mut::<f32>() {
                     Stream::new(seed).uniform(w);
                     w.iter_mut().for_each(|w| *w = (bound * (2.0 * f64::from(*w) - 1.0)) as f32);
-                } else if let Ok(w) = view.get::<f64>() {
+                } else if let Ok(w) = drawn.get_mut::<f64>() {
                     Stream::new(seed).uniform(w);
                     w.iter_mut().for_each(|w| *w = bound * (2.0 * *w - 1.0));
                 }
+                store.set(state, drawn.bytes());
                 state
             });
             params.push((g.add_state(full, state, meta), state));

@@ -69,7 +69,7 @@ impl BatchNormalization {
         Ok(Arc::new(BatchNormalization {
             epsilon: spec.attrs.float_or("epsilon", 1e-5)? as f64,
             momentum: spec.attrs.float_or("momentum", 0.9)?,
-            spatial: spec.opset >= 9 || spec.attrs.int_or("spatial", 1)? != 0,
+            spatial: spec.opset >= 9 || spec.attrs.flag_or("spatial", true)?,
             layout: Layout::First,
             training,
             unbiased: false,
@@ -401,7 +401,10 @@ impl Op for BatchNormalization {
     }
 
     fn rounding(&self, to: DType) -> Option<Arc<dyn Op>> {
-        Some(Arc::new(BatchNormalization { puts_out: PutOut::Both(to), ..self.clone() }))
+        let can = self.layout == Layout::Last;
+        can.then(|| {
+            Arc::new(BatchNormalization { puts_out: PutOut::Both(to), ..self.clone() }) as Arc<dyn Op>
+        })
     }
 
     fn updates(&self) -> &[(usize, usize)] {

@@ -217,7 +217,7 @@ fn conversion(spec: &Spec) -> Result<Conversion, OpError> {
         Some("nearest") => Round::Nearest,
         Some(other) => return Err(OpError::Attribute(format!("'round_mode' is '{other}'"))),
     };
-    Ok(Conversion { saturate: spec.attrs.int_or("saturate", 1)? != 0, round })
+    Ok(Conversion { saturate: spec.attrs.flag_or("saturate", true)?, round })
 }
 
 pub(super) const ROWS: &[Row] = &[

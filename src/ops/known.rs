@@ -89,7 +89,7 @@ struct Unique {
 
 impl Unique {
     fn make(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
-        let sorted = spec.attrs.int_or("sorted", 1)? != 0;
+        let sorted = spec.attrs.flag_or("sorted", true)?;
         Ok(Arc::new(AtPlanTime(Unique { axis: spec.attrs.int("axis")?, sorted })))
     }
 }

@@ -243,8 +243,8 @@ fn choose<T: Elem + Wide>(x: &[Option<View>], y: &mut ViewMut) -> Result<(), OpE
 }
 
 fn is_inf(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
-    let negative = spec.attrs.int_or("detect_negative", 1)? != 0;
-    let positive = spec.attrs.int_or("detect_positive", 1)? != 0;
+    let negative = spec.attrs.flag_or("detect_negative", true)?;
+    let positive = spec.attrs.flag_or("detect_positive", true)?;
     Ok(Arc::new(Classify::Inf { negative, positive }))
 }
 

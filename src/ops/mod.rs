@@ -334,8 +334,18 @@ impl Attrs {
         Ok(self.float(name)?.unwrap_or(default))
     }
 
+    /// Neither 0 nor 1 is an error: engines do not agree on what it would mean.
+    pub fn flag_or(&self, name: &str, default: bool) -> Result<bool, OpError> {
+        match self.int(name)? {
+            None => Ok(default),
+            Some(0) => Ok(false),
+            Some(1) => Ok(true),
+            Some(other) => Err(OpError::Attribute(format!("'{name}' is {other}, neither 0 nor 1"))),
+        }
+    }
+
     pub fn flag(&self, name: &str) -> Result<bool, OpError> {
-        Ok(self.int_or(name, 0)? != 0)
+        self.flag_or(name, false)
     }
 }
 

@@ -112,7 +112,7 @@ impl QuantizeLinear {
         if !is_narrow_float(dtype) {
             range(dtype).map_err(|_| unsupported())?;
         }
-        let saturate = spec.attrs.int_or("saturate", 1)? != 0;
+        let saturate = spec.attrs.flag_or("saturate", true)?;
         Ok(Arc::new(QuantizeLinear { layout: Layout::of(spec.attrs)?, dtype, saturate }))
     }
 

@@ -489,7 +489,7 @@ fn arg<T: Elem>(x: &[T], y: &mut [i64], n: usize, inner: usize, op: Arg) {
 }
 
 fn make(spec: &Spec, kind: Kind) -> Result<Arc<dyn Op>, OpError> {
-    let keepdims = spec.attrs.int_or("keepdims", 1)? != 0;
+    let keepdims = spec.attrs.flag_or("keepdims", true)?;
     let noop = spec.attrs.flag("noop_with_empty_axes")?;
     Ok(Arc::new(Reduce { kind, axes: spec.attrs.ints("axes")?, keepdims, noop }))
 }
@@ -498,7 +498,7 @@ fn make_arg(spec: &Spec, max: bool) -> Result<Arc<dyn Op>, OpError> {
     Ok(Arc::new(Arg {
         max,
         axis: spec.attrs.int_or("axis", 0)?,
-        keepdims: spec.attrs.int_or("keepdims", 1)? != 0,
+        keepdims: spec.attrs.flag_or("keepdims", true)?,
         last: spec.attrs.flag("select_last_index")?,
     }))
 }

@@ -274,7 +274,7 @@ impl Op for OneHot {
 pub(super) const ROWS: &[Row] = &[
     Row::new("CumSum", 11, |s| Cumulative::make(s, false)),
     Row::new("CumProd", 26, |s| Cumulative::make(s, true)),
-    Row::new("Trilu", 14, |s| Ok(Arc::new(Trilu { upper: s.attrs.int_or("upper", 1)? != 0, k: None }))),
+    Row::new("Trilu", 14, |s| Ok(Arc::new(Trilu { upper: s.attrs.flag_or("upper", true)?, k: None }))),
     Row::new("OneHot", 9, |s| Ok(Arc::new(OneHot { axis: s.attrs.int_or("axis", -1)? }))),
 ];
 

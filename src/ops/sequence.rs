@@ -75,7 +75,7 @@ fn part(a: &Attrs, l: &mut Lowering) -> Made {
     let position = l.ints(2)?.first().copied().unwrap_or(0);
     let (start, len) = piece(&lengths, position)?;
     let y = l.crop(x, at, start, len)?;
-    if l.x_opt(1).is_some() || a.int_or("keepdims", 1)? != 0 {
+    if l.x_opt(1).is_some() || a.flag_or("keepdims", true)? {
         return one(Ok(y));
     }
     let mut dims = l.dims(y)?;

@@ -140,7 +140,7 @@ fn stft(a: &Attrs, l: &mut Lowering) -> Made {
         x = l.mul(x, w)?;
     }
     let t =
-        Transform { length, points: length, parts, inverse: false, onesided: a.int_or("onesided", 1)? != 0 };
+        Transform { length, points: length, parts, inverse: false, onesided: a.flag_or("onesided", true)? };
     let matrix = t.matrix(l, l.dtype(x)?)?;
     let flat = l.reshape(x, &[n * frames, length * parts])?;
     let y = l.emit(MatMul::default(), &[flat, matrix])?;
@@ -164,7 +164,7 @@ fn output_type(spec: &Spec) -> Result<DType, OpError> {
 }
 
 fn window(spec: &Spec, name: &'static str, terms: [f64; 3]) -> Result<Arc<dyn Op>, OpError> {
-    let periodic = spec.attrs.int_or("periodic", 1)? != 0;
+    let periodic = spec.attrs.flag_or("periodic", true)?;
     Ok(Arc::new(AtPlanTime(Window { name, terms, periodic, dtype: output_type(spec)? })))
 }
 

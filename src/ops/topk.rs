@@ -24,7 +24,7 @@ impl TopK {
         let a = spec.attrs;
         Ok(Arc::new(TopK {
             axis: a.int_or("axis", -1)?,
-            largest: a.int_or("largest", 1)? != 0,
+            largest: a.flag_or("largest", true)?,
             k: if spec.opset < 10 { a.int("k")? } else { None },
         }))
     }

@@ -439,6 +439,11 @@ impl<'a> Planner<'a> {
         }
         arena.sort_by_key(|c| (c.range.start, c.range.end));
         store.sort_by_key(|c| c.state);
+        // Where nothing lies, something else may begin.
+        let cut_of = |block: usize, bytes: usize| {
+            let start = self.blocks[block].offset;
+            arena.iter().position(|c| c.range.start == start && c.range.is_empty() == (bytes == 0))
+        };
         let absent = || Operand { dtype: DType::F32, dims: Dims::new(), place: Place::None };
         let mut x: SmallVec<[Operand; 4]> = (0..node.inputs.len()).map(|_| absent()).collect();
         let mut y: SmallVec<[Operand; 2]> = (0..node.outputs.len()).map(|_| absent()).collect();
@@ -448,14 +453,10 @@ impl<'a> Planner<'a> {
                 _ if hidden => Place::None,
                 Home::Constant(c) => Place::Constant(c),
                 Home::State(s) => Place::Store(store.iter().position(|c| c.state == s).unwrap_or(0)),
-                Home::Block(b) => {
-                    let start = self.blocks[b].offset;
-                    let empty = meta.bytes() == 0;
-                    match arena.iter().position(|c| c.range.start == start && (c.range.is_empty() == empty)) {
-                        Some(cut) => Place::Arena(cut),
-                        None => return Err(self.internal(id, "an operand has no cut".into())),
-                    }
-                }
+                Home::Block(b) => match cut_of(b, meta.bytes()) {
+                    Some(cut) => Place::Arena(cut),
+                    None => return Err(self.internal(id, "an operand has no cut".into())),
+                },
             };
             let operand = Operand { dtype: meta.dtype, dims: meta.dims, place };
             match write {
@@ -463,7 +464,7 @@ impl<'a> Planner<'a> {
                 false => x[i] = operand,
             }
         }
-        let scratch = scratch.and_then(|b| arena.iter().position(|c| c.range.start == self.blocks[b].offset));
+        let scratch = scratch.and_then(|b| cut_of(b, self.blocks[b].bytes));
         let draws_as = self.graph.again.get(&id).copied().unwrap_or(id);
         Ok(Some(Step { op: node.op.clone(), node: id, x, y, arena, store, scratch, draws_as }))
     }

@@ -55,7 +55,7 @@ fn eager(graph: &Graph, order: &[NodeId]) -> Vec<NodeId> {
             });
         }
         for v in node.inputs.iter().flatten() {
-            if let Source::State(s) = graph.value(*v).source {
+            if let Some(s) = graph.state_of(*v) {
                 let last = read.entry(s).or_default();
                 *last = place.max(*last);
             }
@@ -79,17 +79,15 @@ fn leaves_little(graph: &Graph, node: &Node) -> bool {
         && node.outputs.iter().enumerate().all(|(o, v)| v.is_none_or(|v| little(v) || stored(o)))
 }
 
-/// A state may not be read after it was updated: whoever reads it means the value before the step.
+/// A state may not be read after it was updated, not by way of a view either: whoever reads it means the value before the
+/// step.
 pub(super) fn check_updates(graph: &Graph, order: &[NodeId]) -> Result<()> {
     let mut updated = std::collections::HashSet::new();
     for id in order {
         let node = graph.node(*id);
-        let state = |v: &ValueId| match graph.value(*v).source {
-            Source::State(s) => Some(s),
-            _ => None,
-        };
-        for (i, v) in node.inputs.iter().enumerate() {
-            let Some(s) = v.as_ref().and_then(state) else { continue };
+        let state = |i: usize| graph.state_of(node.inputs.get(i).copied().flatten()?);
+        for i in 0..node.inputs.len() {
+            let Some(s) = state(i) else { continue };
             let updates = node.op.updates().iter().any(|u| u.0 == i);
             if updated.contains(&s) && !updates {
                 let source = OpError::Internal("reads a state after its update".into());
@@ -98,7 +96,7 @@ pub(super) fn check_updates(graph: &Graph, order: &[NodeId]) -> Result<()> {
         }
         for &(i, o) in node.op.updates() {
             let made = node.outputs.get(o).copied().flatten().is_some();
-            if let (true, Some(s)) = (made, node.inputs.get(i).and_then(|v| v.as_ref()).and_then(state)) {
+            if let (true, Some(s)) = (made, state(i)) {
                 updated.insert(s);
             }
         }

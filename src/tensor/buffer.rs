@@ -3,6 +3,8 @@
 use bytemuck::{Pod, Zeroable};
 use memmap2::MmapMut;
 
+use crate::error::{Error, Result};
+
 /// The unit of aligned storage.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
@@ -25,11 +27,21 @@ enum Memory {
 impl Buffer {
     /// At least `bytes` bytes, all zero.
     pub fn zeroed(bytes: usize) -> Self {
-        let lines = bytes.div_ceil(ALIGN);
-        Buffer(match pages(lines * ALIGN) {
+        Buffer(match pages(bytes) {
             Some(map) => Memory::Pages(map),
-            None => Memory::Lines(vec![Line::zeroed(); lines]),
+            None => Memory::Lines(vec![Line::zeroed(); bytes.div_ceil(ALIGN)]),
         })
+    }
+
+    /// The same for `what` may be larger than all memory.
+    pub fn try_zeroed(bytes: usize, what: &str) -> Result<Self> {
+        if let Some(map) = pages(bytes) {
+            return Ok(Buffer(Memory::Pages(map)));
+        }
+        let (count, mut lines) = (bytes.div_ceil(ALIGN), Vec::new());
+        lines.try_reserve_exact(count).map_err(|_| Error::Memory { what: what.into(), bytes })?;
+        lines.resize(count, Line::zeroed());
+        Ok(Buffer(Memory::Lines(lines)))
     }
 
     /// Extends to at least `bytes` bytes; what is new is zero.
@@ -66,6 +78,7 @@ impl Buffer {
 
 /// Pages of its own, where it is large.
 fn pages(bytes: usize) -> Option<MmapMut> {
+    let bytes = bytes.next_multiple_of(ALIGN);
     let map = (bytes >= MAPPED).then(|| MmapMut::map_anon(bytes).ok()).flatten()?;
     // In huge pages: a step that streams through hundreds of megabytes otherwise waits for page tables more than for memory.
     // Neighbouring maps are one to the system, so that a page may hold several tensors, if they were made before they are
@@ -92,5 +105,22 @@ impl Clone for Buffer {
         let mut copy = Buffer::zeroed(self.len());
         copy.bytes_mut().copy_from_slice(self.bytes());
         copy
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_than_there_is_is_an_error() {
+        let refused = Buffer::try_zeroed(1 << 62, "this").err().map(|e| e.to_string());
+        assert!(refused.is_some_and(|e| e.starts_with("this: ") && e.contains("GiB")));
+        for bytes in [0, 1, MAPPED - 1, MAPPED, MAPPED + 1] {
+            let buffer = Buffer::try_zeroed(bytes, "that").unwrap();
+            assert!(buffer.len() >= bytes && buffer.len().is_multiple_of(ALIGN));
+            assert!(buffer.bytes().iter().all(|b| *b == 0));
+            assert_eq!(buffer.len(), Buffer::zeroed(bytes).len());
+        }
     }
 }

@@ -14,7 +14,7 @@ use half::{bf16, f16};
 use ndarray::{ArrayD, ArrayViewD, ArrayViewMutD, IxDyn};
 use smallvec::SmallVec;
 
-use crate::error::OpError;
+use crate::error::{self, OpError};
 
 pub use buffer::{ALIGN, Buffer};
 pub(crate) use dtype::by_size;
@@ -89,6 +89,12 @@ impl Tensor {
     pub fn zeros(dtype: DType, dims: &[usize]) -> Self {
         let bytes = dims.iter().product::<usize>() * dtype.size();
         Tensor { dtype, dims: Dims::from_slice(dims), data: Buffer::zeroed(bytes) }
+    }
+
+    /// The same for `what` may be larger than all memory: then an [`error::Error::Memory`].
+    pub fn try_zeros(dtype: DType, dims: &[usize], what: &str) -> error::Result<Self> {
+        let bytes = dims.iter().product::<usize>() * dtype.size();
+        Ok(Tensor { dtype, dims: Dims::from_slice(dims), data: Buffer::try_zeroed(bytes, what)? })
     }
 
     /// Fails when `data` does not hold exactly `dims` elements.

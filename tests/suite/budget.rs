@@ -306,18 +306,18 @@ fn finetuning_within_a_budget() {
 
 /// What a refusal says would do, does, for the network's own targets too: values are computed again, and batches cut.
 #[test]
-fn icp_in_the_least_memory() {
+fn distillation_in_the_least_memory() {
     let dir = tempfile::tempdir().unwrap();
     let (model, data) = (shipped("models/resnet20.onnx"), shipped("models/fashion-images-idx3-ubyte.gz"));
-    for precision in ["f32", "bf16"] {
-        let output = dir.path().join(precision);
+    for (method, precision) in [("icp", "f32"), ("icp", "bf16"), ("byot", "f32")] {
+        let output = dir.path().join(format!("{method}-{precision}"));
         let base = ["finetune", text(&model), "--data", text(&data), "--output", text(&output)];
-        let length = ["--method", "icp", "--no-guard", "--epochs", "1", "--batch", "8", "--holdout", "0.98"];
+        let length = ["--method", method, "--no-guard", "--epochs", "1", "--batch", "8", "--holdout", "0.98"];
         let base = [&base[..], &length, &["--precision", precision, "--memory-budget"]].concat();
         let refused = run(&[&base[..], &["1MiB"]].concat(), 1);
         let (least, size) = would_do(&refused);
         let above = peak(&[&base[..], &[&least]].concat()).saturating_sub(start());
-        println!("ICP in {precision}: {least} asked for, {above} bytes taken");
+        println!("{method} in {precision}: {least} asked for, {above} bytes taken");
         assert!(output.exists() && above <= size, "{above} of {size}");
     }
 }

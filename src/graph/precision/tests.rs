@@ -10,6 +10,7 @@ use crate::ops::binary::Binary;
 use crate::ops::loss::Mse;
 use crate::ops::unary::{Sin, Unary};
 use crate::ops::update::Sgd;
+use crate::ops::{Attrs, Spec, create};
 use crate::tensor::Tensor;
 
 fn emit(graph: &mut Graph, op: impl Op + 'static, inputs: &[ValueId]) -> ValueId {
@@ -88,6 +89,40 @@ fn a_copy_is_numbered_before_all_that_read_it() {
         }
     }
     crate::plan::plan(&graph, &request).unwrap();
+}
+
+/// Channels come first where there is no convolution: a normalisation then leaves rounding to others.
+#[test]
+fn what_a_normalisation_of_channels_first_makes_is_rounded() {
+    let values: Vec<f32> = (0..8 * 2 * 32 * 33).map(|i| (i as f32 * 0.37).sin()).collect();
+    let x = Tensor::from_slice(&[8, 2, 32, 33], &values).unwrap();
+    let mut graph = Graph::default();
+    let input = graph.add_input("x", x.meta());
+    let mut read = vec![Some(input)];
+    for w in [1.2f32, 0.1, 0.05, 0.5] {
+        read.push(Some(graph.add_constant("", Tensor::from_slice(&[2], &[w, w + 0.1]).unwrap())));
+    }
+    let attrs = Attrs::default();
+    let op_type = "BatchNormalization";
+    let op = create(&Spec { domain: "", op_type, opset: 15, attrs: &attrs, inputs: 5, outputs: 1 }).unwrap();
+    let b = graph.emit("b", op, &read, 1).unwrap()[0];
+    let mut v = b;
+    for _ in 0..10 {
+        v = emit(&mut graph, Unary(Sin {}), &[v]);
+    }
+    let out = emit(&mut graph, Binary::Mul, &[v, b]);
+    let run = |graph: &Graph| {
+        interpret(graph, &HashMap::from([(input, x.clone())]), &[out]).unwrap().remove(0).to_f64()
+    };
+    let exact = run(&graph);
+    let request = Request { outputs: vec![out], ..Request::default() };
+    for to in [DType::BF16, DType::F16] {
+        let mut graph = graph.clone();
+        halve(&mut graph, &request, Some(to), Conversions::Kernels, &|_| None).unwrap();
+        assert_eq!(count(&graph, "Narrow"), 1, "{graph}");
+        let rounded = run(&graph);
+        assert!(exact.iter().zip(&rounded).all(|(a, b)| (a - b).abs() <= 4e-3 * a.abs()) && exact != rounded);
+    }
 }
 
 fn eval_sin(x: &Tensor, times: usize) -> Vec<f32> {

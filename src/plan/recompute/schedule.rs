@@ -154,15 +154,13 @@ impl Writer<'_, '_> {
                 mine.push(None);
                 continue;
             };
+            if search.graph.state_of(u).is_some_and(|s| self.updated.contains(&s)) {
+                return None;
+            }
             if self.computed(u) {
                 self.touch(u);
                 mine.push(Some(self.present[u.index()]?));
                 continue;
-            }
-            if let Source::State(s) = search.graph.value(u).source
-                && self.updated.contains(&s)
-            {
-                return None;
             }
             mine.push(Some(u));
         }

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use crate::exec::{Options, Session};
-use crate::import::make::{floats, import, model, node, ramp};
+use crate::import::make::{floats, import, ints, model, node, ramp};
 use crate::tensor::{DType, Meta, Tensor};
 use crate::train::optimizer::Optimizer;
 use crate::train::step::by_squares;
@@ -41,6 +41,42 @@ fn what_is_computed_again_draws_the_same_numbers() {
     assert!(within.again.kernels > 0 && again("Dropout"), "{:?}", within.again);
     assert!(usual == small);
     assert!(usual.iter().flatten().any(|b| *b != 0));
+}
+
+/// Weights that are read in another shape: nothing that reads them is computed again once they have followed their gradients.
+#[test]
+fn what_is_computed_again_reads_the_same_weights() {
+    let (mut nodes, mut weights, mut x) = (Vec::new(), vec![ints("shape", &[1, 64])], "x".to_string());
+    for i in 0..6 {
+        let [w, s, h, u, a, y] = ["w", "s", "h", "u", "a", "y"].map(|s| format!("{s}{i}"));
+        let y = if i == 5 { "y".to_string() } else { y };
+        let wave = |n: usize, f: f32| (0..n).map(|k| (k as f32 * f).sin() * 0.3).collect::<Vec<f32>>();
+        weights.push(floats(&w, &[64, 64], &wave(64 * 64, 0.7)));
+        weights.push(floats(&s, &[64], &wave(64, 0.3)));
+        nodes.push(node("MatMul", &[&x, &w], &[&h]));
+        nodes.push(node("Reshape", &[&s, "shape"], &[&u]));
+        nodes.push(node("Mul", &[&h, &u], &[&a]));
+        nodes.push(node("Tanh", &[&a], &[&y]));
+        x = y;
+    }
+    let m = Arc::new(import(&model(nodes, weights, "y")).unwrap());
+    let meta = Meta::new(DType::F32, &[32, 64]);
+    let run = |arena: Option<usize>| {
+        let options = Options { threads: 1, arena, ..Options::default() };
+        let mut session = Session::new(m.clone(), options).unwrap();
+        let step = by_squares::planned(&mut session, Optimizer::sgd(), &meta);
+        let x: Vec<f32> = (0..meta.len()).map(|i| (i as f32 * 0.37).sin()).collect();
+        let x = Tensor::from_slice(&meta.dims, &x).unwrap();
+        by_squares::run(&mut session, &step, [&x, &x], 1.0, 2);
+        let bytes: Vec<Vec<u8>> = session.changes().unwrap().iter().map(|c| c.1.bytes().to_vec()).collect();
+        (bytes, step.program.plan)
+    };
+    let (usual, plan) = run(None);
+    for arena in [0, plan.arena_bytes / 2, plan.arena_bytes * 2 / 3, plan.arena_bytes * 4 / 5] {
+        let (within, again) = run(Some(arena));
+        assert!(again.again.kernels > 0 || again.arena_bytes > arena, "{arena}: {:?}", again.again);
+        assert!(usual == within, "{arena} bytes, {:?}", again.again);
+    }
 }
 
 /// Gradients are followed one by one, not all at the end.
