@@ -265,7 +265,7 @@ impl Job<'_> {
         let batch = self.batch();
         let whole = self.shapes.inputs.iter().all(|(_, m)| m.dims.first() == Some(&batch));
         let mut micros: Vec<usize> = (1..=batch).rev().filter(|m| batch.is_multiple_of(*m)).collect();
-        if !whole || self.shapes.target.dims.first() != Some(&batch) {
+        if !whole || self.shapes.target.dims.first() != Some(&batch) || !(self.method)()?.accumulates() {
             micros.truncate(1);
         } else if self.normalises() {
             let per_sample = self.least_places()?;

@@ -129,6 +129,21 @@ fn same_shape(graph: &Graph, a: ValueId, b: ValueId) -> bool {
     }
 }
 
+/// The value that a node multiplies or divides by a known number, and what that multiplies by.
+fn multiplied(graph: &Graph, id: NodeId) -> Option<(ValueId, f64)> {
+    let node = graph.node(id);
+    let (op, &[Some(a), Some(b)]) = (node.op.as_a::<Binary>()?, &node.inputs[..]) else { return None };
+    let (of, alpha) = match (op, gelu::scalar(graph, b)) {
+        (Binary::Mul, Some(by)) => (a, by),
+        (Binary::Mul, None) => (b, gelu::scalar(graph, a)?),
+        (Binary::Div, by) => (a, 1.0 / by?),
+        _ => return None,
+    };
+    let float = graph.value(of).meta.as_ref().is_some_and(|m| m.dtype.is_float());
+    let out = node.outputs.first().copied().flatten()?;
+    (float && (alpha as f32).is_normal() && same_shape(graph, of, out)).then_some((of, alpha))
+}
+
 /// What follows a node and can be done by it.
 struct Tail {
     /// The nodes that become one; it runs in the place of the last.
@@ -221,7 +236,8 @@ impl Chains {
         tail
     }
 
-    /// A product with the number it is multiplied by, and then a bias and something of its shape that are added to it.
+    /// A product with the numbers that its operands and it are multiplied by, and then a bias and something of its shape that
+    /// are added to it.
     fn product(&mut self, graph: &mut Graph, head: NodeId) {
         let mut node = graph.node(head).clone();
         // Something of its shape may be added already.
@@ -237,12 +253,28 @@ impl Chains {
         }
         let mut tail = Tail::of(head, y);
         node.inputs.resize(node.inputs.len().max(3), None);
-        if plain
-            && let Some((id, alpha)) = self.factor(graph, y)
-            && self.extend(graph, &mut tail, id)
-        {
-            let before = node.op.as_a::<MatMul>().map_or(1.0, |m| m.alpha);
-            node.op = Arc::new(MatMul::scaled(before * alpha as f32));
+        let mut alpha = node.op.as_a::<MatMul>().map_or(1.0, |m| f64::from(m.alpha));
+        if plain {
+            // (As exporters spell attention: by the root of the scale each.)
+            for operand in node.inputs.iter_mut().flatten() {
+                let scaled =
+                    source(graph, *operand).filter(|id| self.passing(*operand) && !self.dead[id.index()]);
+                let Some((id, (of, by))) = scaled.and_then(|id| Some((id, multiplied(graph, id)?))) else {
+                    continue;
+                };
+                tail.absorbed.insert(0, id);
+                tail.inner.push(*operand);
+                alpha *= by;
+                *operand = of;
+            }
+            if let Some((id, by)) = self.factor(graph, y)
+                && self.extend(graph, &mut tail, id)
+            {
+                alpha *= by;
+            }
+            if tail.is_longer() {
+                node.op = Arc::new(MatMul::scaled(alpha as f32));
+            }
         }
         if let Some((id, bias)) = self.bias(graph, tail.out)
             && self.extend(graph, &mut tail, id)
@@ -263,16 +295,8 @@ impl Chains {
     /// The product or quotient of `v`, which alone reads it, with a known number, and what that multiplies by.
     fn factor(&self, graph: &Graph, v: ValueId) -> Option<(NodeId, f64)> {
         let id = self.next(graph, v)?;
-        let node = graph.node(id);
-        let (op, [Some(a), Some(b)]) = (node.op.as_a::<Binary>()?, &node.inputs[..]) else { return None };
-        let alpha = match op {
-            Binary::Mul => gelu::scalar(graph, if *a == v { *b } else { *a })?,
-            Binary::Div if *a == v => 1.0 / gelu::scalar(graph, *b)?,
-            _ => return None,
-        };
-        let float = graph.value(v).meta.as_ref().is_some_and(|m| m.dtype.is_float());
-        let out = node.outputs.first().copied().flatten()?;
-        (float && (alpha as f32).is_normal() && same_shape(graph, v, out)).then_some((id, alpha))
+        let (of, alpha) = multiplied(graph, id)?;
+        (of == v).then_some((id, alpha))
     }
 
     /// The sum that alone reads `v`, and a vector along its last axis that is added.

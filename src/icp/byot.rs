@@ -209,6 +209,10 @@ impl Byot {
 }
 
 impl Method for Byot {
+    fn accumulates(&self) -> bool {
+        false
+    }
+
     fn prepare(&mut self, session: &mut Session, recipe: &Recipe, shapes: &Shapes, _: usize) -> Result<()> {
         self.cached(session, recipe, shapes).map(|_| ())
     }

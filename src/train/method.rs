@@ -54,6 +54,11 @@ pub trait Method {
 
     fn programs(&self) -> Programs<'_>;
 
+    /// Can the gradients of parts of a batch be summed?
+    fn accumulates(&self) -> bool {
+        true
+    }
+
     /// Names of the values that the method looks at within the network.
     fn tap_names(&self, _session: &Session, _shapes: &Shapes) -> Result<Vec<String>> {
         Ok(Vec::new())

@@ -296,9 +296,12 @@ fn in_pieces(graph: &Graph, id: NodeId, count: usize) -> Option<Piece> {
     if known || !node.op.is_pure() || !node.op.updates().is_empty() || graph.again.contains_key(&id) {
         return None;
     }
-    let piece = node.op.in_pieces(&graph.metas(&node.inputs), count)?;
-    let whole = graph.value(y).meta.as_ref()?;
-    (piece.made != ops::Made::Cut || piece::cut(&whole.dims, count).is_some()).then_some(piece)
+    let metas = graph.metas(&node.inputs);
+    let piece = node.op.in_pieces(&metas, count)?;
+    let can = |whole: &Meta| piece::cut(&whole.dims, count).is_some();
+    // (An operand may have the same elements in another shape.)
+    let read = metas.iter().enumerate().all(|(slot, x)| x.is_none_or(|x| !piece.cuts(slot) || can(x)));
+    (read && (piece.made != ops::Made::Cut || can(graph.value(y).meta.as_ref()?))).then_some(piece)
 }
 
 /// The graph of one piece.

@@ -1,7 +1,8 @@
 use std::sync::Arc;
 
 use crate::exec::{Options, Precision, Session};
-use crate::import::make::{floats, import, model, node};
+use crate::import::make::{attr, floats, import, model, node, with};
+use crate::import::proto::{AttributeProto, NodeProto, TensorProto};
 use crate::plan::Again;
 use crate::tensor::{DType, Meta, Tensor};
 use crate::train::optimizer::Optimizer;
@@ -12,7 +13,18 @@ const HIDDEN: usize = 512;
 
 /// Two feed-forward layers, with what lies between as `dims`: weights after some steps, the arena, and what was computed again.
 fn learned(options: Options, dims: &[usize], steps: usize) -> (Vec<f32>, usize, Again) {
-    let (mut nodes, mut weights, mut x) = (Vec::new(), Vec::new(), "x".to_string());
+    learned_from(Vec::new(), Vec::new(), "x".into(), options, dims, steps)
+}
+
+/// The same of layers that read `x`, and what `nodes` make of the model's own.
+fn learned_from(
+    mut nodes: Vec<NodeProto>,
+    mut weights: Vec<TensorProto>,
+    mut x: String,
+    options: Options,
+    dims: &[usize],
+    steps: usize,
+) -> (Vec<f32>, usize, Again) {
     for i in 0..2 {
         let name = |s: &str| format!("{s}{i}");
         let values =
@@ -71,6 +83,22 @@ fn hidden_units_in_pieces_teach_the_same() {
         let (apart, all) = (moved(&usual, &pieces), moved(&usual, &start));
         assert!(apart <= tolerance * all, "{dims:?} {precision:?}: {apart} of {all}");
     }
+}
+
+/// What the layers read, and add to what they make, was computed as one matrix, and lies in that shape.
+#[test]
+fn what_is_read_in_another_shape_stays_whole() {
+    let learned = |arena: Option<usize>| {
+        let equation = AttributeProto { s: b"ntc,cd->ntd".to_vec().into(), ..attr("equation", 3) };
+        let mix: Vec<f32> = (0..WIDTH * WIDTH).map(|k| (k as f32 * 0.3).sin() * 0.2).collect();
+        let nodes = vec![with(node("Einsum", &["x", "mix"], &["mixed"]), equation)];
+        let weights = vec![floats("mix", &[WIDTH as i64, WIDTH as i64], &mix)];
+        learned_from(nodes, weights, "mixed".into(), options(arena, Precision::F32, 2), &[8, 16, WIDTH], 2)
+    };
+    let (usual, whole, _) = learned(None);
+    let (within, small, _) = learned(Some(0));
+    assert!(small < whole && usual.len() == within.len());
+    assert!(usual.iter().zip(&within).all(|(a, b)| (a - b).abs() <= 1e-6));
 }
 
 #[test]

@@ -269,6 +269,7 @@ fn attention_is_one_operator() {
         g.emit("", Arc::new(op), &x, 1).unwrap()[0]
     }
 
+    #[derive(Clone, Copy)]
     struct Case {
         q: &'static [usize],
         k: &'static [usize],
@@ -310,7 +311,9 @@ fn attention_is_one_operator() {
             false,
         ),
     ];
-    for (number, Case { q, k, v, perms, mask, fused }) in cases.into_iter().enumerate() {
+    // The scores are divided by a number, or Q and K are multiplied and divided by its root before.
+    let spelled = cases.iter().flat_map(|case| [(case, false), (case, true)]);
+    for (number, (&Case { q, k, v, perms, mask, fused }, before)) in spelled.enumerate() {
         let of = |dims: &[usize], by: f64| {
             let x: Vec<f64> = (0..dims.iter().product()).map(|i| (i as f64 * by).sin()).collect();
             Tensor::from_slice(dims, &x).unwrap()
@@ -323,10 +326,17 @@ fn attention_is_one_operator() {
             Some(perm) => emit(g, Transpose { perm: Some(Dims::from_slice(perm)) }, &[v]),
             None => v,
         };
-        let [tq, tk, tv] = [0, 1, 2].map(|i| turned(&mut g, inputs[i], i));
+        let [mut tq, mut tk, tv] = [0, 1, 2].map(|i| turned(&mut g, inputs[i], i));
+        if before {
+            let [by, root] = [0.5f64, 2.0].map(|x| Tensor::from_slice(&[1], &[x.sqrt()]).unwrap());
+            let (by, root) = (g.add_constant("", by), g.add_constant("", root));
+            (tq, tk) = (emit(&mut g, Mul, &[by, tq]), emit(&mut g, Div, &[tk, root]));
+        }
         let mut s = emit(&mut g, MatMul::default(), &[tq, tk]);
-        let two = g.add_constant("", Tensor::scalar(2.0f64));
-        s = emit(&mut g, Div, &[s, two]);
+        if !before {
+            let two = g.add_constant("", Tensor::scalar(2.0f64));
+            s = emit(&mut g, Div, &[s, two]);
+        }
         if let Some(mask) = inputs.get(3) {
             s = emit(&mut g, Add, &[*mask, s]);
         }
