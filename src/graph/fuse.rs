@@ -4,6 +4,7 @@ mod attention;
 mod expand;
 mod gelu;
 mod norms;
+mod row_norm;
 #[cfg(test)]
 mod tests;
 mod uses;
@@ -31,8 +32,8 @@ pub use norms::{gather_statistics, join_normalisations};
 
 /// Fuses a forward graph whose shapes are inferred: normalisations and convolutions with the sum and the activation
 /// that follow; and where no `weights_learn`, convolutions with a normalisation by given statistics. Products take the
-/// factor, the bias and the sum that follow. The Gaussian error linear unit and attention become one operator where they
-/// are spelled out.
+/// factor, the bias and the sum that follow. The Gaussian error linear unit, normalisations of rows and attention become one
+/// operator where they are spelled out.
 ///
 /// The values in `keep` and the graph's outputs are computed as before. Others may vanish.
 pub fn fuse(graph: &mut Graph, keep: &[ValueId], weights_learn: bool) -> Result<()> {
@@ -48,6 +49,7 @@ pub fn fuse(graph: &mut Graph, keep: &[ValueId], weights_learn: bool) -> Result<
             continue;
         }
         chains.fuse_gelu(graph, head);
+        chains.fuse_row_norm(graph, head);
         if let Some(conv) = op.as_a::<Conv>() {
             let norm = if weights_learn { None } else { chains.folded(graph, head) };
             let tail = chains.tail(graph, norm.as_ref().map_or(head, |n| n.0));
@@ -122,6 +124,31 @@ fn source(graph: &Graph, v: ValueId) -> Option<NodeId> {
     }
 }
 
+/// A known scalar.
+fn scalar(graph: &Graph, v: ValueId) -> Option<f64> {
+    let value = graph.value(v).meta.as_ref()?.value.as_ref()?;
+    (value.len() == 1).then(|| value.to_f64()[0])
+}
+
+/// The operands of a node, if it is of this kind.
+fn operands(graph: &Graph, id: NodeId, kind: Binary) -> Option<(ValueId, ValueId)> {
+    let node = graph.node(id);
+    match (node.op.as_a::<Binary>(), &node.inputs[..]) {
+        (Some(op), [Some(a), Some(b)]) if *op == kind => Some((*a, *b)),
+        _ => None,
+    }
+}
+
+/// The other operand of a node of this kind, whichever side `v` is on.
+fn other(graph: &Graph, id: NodeId, kind: Binary, v: ValueId) -> Option<ValueId> {
+    let (a, b) = operands(graph, id, kind)?;
+    match () {
+        _ if a == v => Some(b),
+        _ if b == v => Some(a),
+        _ => None,
+    }
+}
+
 fn same_shape(graph: &Graph, a: ValueId, b: ValueId) -> bool {
     match (&graph.value(a).meta, &graph.value(b).meta) {
         (Some(a), Some(b)) => a.same_shape(b),
@@ -133,9 +160,9 @@ fn same_shape(graph: &Graph, a: ValueId, b: ValueId) -> bool {
 fn multiplied(graph: &Graph, id: NodeId) -> Option<(ValueId, f64)> {
     let node = graph.node(id);
     let (op, &[Some(a), Some(b)]) = (node.op.as_a::<Binary>()?, &node.inputs[..]) else { return None };
-    let (of, alpha) = match (op, gelu::scalar(graph, b)) {
+    let (of, alpha) = match (op, scalar(graph, b)) {
         (Binary::Mul, Some(by)) => (a, by),
-        (Binary::Mul, None) => (b, gelu::scalar(graph, a)?),
+        (Binary::Mul, None) => (b, scalar(graph, a)?),
         (Binary::Div, by) => (a, 1.0 / by?),
         _ => return None,
     };

@@ -9,6 +9,7 @@ use crate::graph::{Graph, NodeId, ValueId, op_type};
 use crate::ops::binary::Add;
 use crate::ops::distill::Detach;
 use crate::ops::reduce::{ExpandTo, SumTo};
+use crate::ops::view::ReshapeTo;
 use crate::ops::{Grads, Op};
 use crate::tensor::{DType, Dims, Meta, Tensor};
 
@@ -225,7 +226,12 @@ fn add_up(
         };
         let (want, have) = (dims(graph, *v), dims(graph, g));
         if want != have {
-            g = graph.emit(&hint, Arc::new(SumTo { dims: want }), &[Some(g)], 1)?[0];
+            // Of a parameter for each channel that the file has in another shape, or the sum over what it was repeated along.
+            let op: Arc<dyn Op> = match have.len() < want.len() {
+                true => Arc::new(ReshapeTo { dims: want }),
+                false => Arc::new(SumTo { dims: want }),
+            };
+            g = graph.emit(&hint, op, &[Some(g)], 1)?[0];
         }
         let sum = match grads.get(v) {
             Some(&before) => graph.emit(&hint, Arc::new(Add), &[Some(before), Some(g)], 1)?[0],
@@ -234,7 +240,7 @@ fn add_up(
         grads.insert(*v, sum);
     }
     if let Some(i) = (0..wants.len()).find(|&i| wants[i] && produced.get(i).copied().flatten().is_none()) {
-        return Err(OpError::Internal(format!("no gradient for input {i}, which was asked for")));
+        return Err(OpError::NotDifferentiable(format!("there is no gradient with respect to input {i}")));
     }
     Ok(())
 }

@@ -5,39 +5,14 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::{Chains, Tail, source};
+use super::{Chains, Tail, operands, other, scalar, source};
 use crate::graph::{Graph, Node, NodeId, ValueId};
 use crate::kernels::elementwise::Clamp;
 use crate::ops::binary::Binary;
 use crate::ops::unary::{Erf, Gelu, Unary};
 
-/// A known scalar.
-pub(super) fn scalar(graph: &Graph, v: ValueId) -> Option<f64> {
-    let value = graph.value(v).meta.as_ref()?.value.as_ref()?;
-    (value.len() == 1).then(|| value.to_f64()[0])
-}
-
 fn is_about(x: Option<f64>, y: f64) -> bool {
     x.is_some_and(|x| (x - y).abs() < 1e-6)
-}
-
-/// The operands of a node, if it is of this kind.
-fn operands(graph: &Graph, id: NodeId, kind: Binary) -> Option<(ValueId, ValueId)> {
-    let node = graph.node(id);
-    match (node.op.as_a::<Binary>(), &node.inputs[..]) {
-        (Some(op), [Some(a), Some(b)]) if *op == kind => Some((*a, *b)),
-        _ => None,
-    }
-}
-
-/// The other operand of a node of this kind, whichever side `v` is on.
-fn other(graph: &Graph, id: NodeId, kind: Binary, v: ValueId) -> Option<ValueId> {
-    let (a, b) = operands(graph, id, kind)?;
-    match () {
-        _ if a == v => Some(b),
-        _ if b == v => Some(a),
-        _ => None,
-    }
 }
 
 impl Chains {

@@ -249,6 +249,109 @@ fn products_take_what_is_added_to_them() {
     }
 }
 
+/// Layer normalisation and division by the root mean square as exporters spell them: the same results and gradients.
+#[test]
+fn normalisations_of_rows_are_one_operator() {
+    use std::sync::Arc;
+
+    use crate::exec::reference::interpret;
+    use crate::ops::Op;
+    use crate::ops::binary::Binary::{Add, Div, Mul, Pow, Sub};
+    use crate::ops::reduce::{Kind, Reduce};
+    use crate::ops::unary::{Reciprocal, Sqrt, Unary};
+
+    fn emit(g: &mut Graph, op: impl Op, x: &[ValueId]) -> ValueId {
+        let x: Vec<_> = x.iter().map(|v| Some(*v)).collect();
+        g.emit("", Arc::new(op), &x, 1).unwrap()[0]
+    }
+
+    let of = |dims: &[usize], by: f64| {
+        let x: Vec<f64> = (0..dims.iter().product()).map(|i| (i as f64 * by).sin() + 0.3).collect();
+        Tensor::from_slice(dims, &x).unwrap()
+    };
+    // The axes, the shape of scale and shift, how the square and the quotient are spelled, and what there is of these.
+    type Case = (&'static [i64], &'static [usize], usize, usize, [bool; 3], usize);
+    let cases: [Case; 8] = [
+        (&[-1], &[6], 0, 0, [true, true, true], 1),
+        (&[-1], &[6], 1, 1, [true, true, false], 1),
+        (&[-1], &[6], 0, 2, [true, false, false], 1),
+        (&[1, 2], &[5, 6], 0, 0, [true, true, true], 1),
+        (&[1, 2], &[6], 1, 2, [true, true, true], 1),
+        (&[-1], &[6], 0, 1, [false, true, false], 1),
+        (&[-1], &[6], 1, 2, [false, false, false], 1),
+        // Not over the last axes.
+        (&[1], &[6], 0, 0, [true, true, true], 0),
+    ];
+    for (number, (axes, dims, squared, divided, [centred, scaled, shifted], fused)) in
+        cases.into_iter().enumerate()
+    {
+        let mut g = Graph::default();
+        let tensors = [of(&[3, 5, 6], 0.7), of(dims, 1.3), of(dims, 2.1)];
+        let inputs: Vec<ValueId> = tensors.iter().map(|t| g.add_input("x", t.meta())).collect();
+        let known = |g: &mut Graph, x: f64| g.add_constant("", Tensor::scalar(x));
+        let mean = |g: &mut Graph, v: ValueId| {
+            emit(g, Reduce { kind: Kind::Mean, axes: Some(axes.to_vec()), keepdims: true, noop: false }, &[v])
+        };
+        let mut x = inputs[0];
+        if centred {
+            let m = mean(&mut g, x);
+            x = emit(&mut g, Sub, &[x, m]);
+        }
+        let two = known(&mut g, 2.0);
+        let square = if squared == 0 { emit(&mut g, Pow, &[x, two]) } else { emit(&mut g, Mul, &[x, x]) };
+        let variance = mean(&mut g, square);
+        let epsilon = known(&mut g, f64::from(1e-3f32));
+        let sum = emit(&mut g, Add, &[variance, epsilon]);
+        let root = emit(&mut g, Unary(Sqrt {}), &[sum]);
+        let mut y = match divided {
+            0 => emit(&mut g, Div, &[x, root]),
+            1 => {
+                let one = known(&mut g, 1.0);
+                let inverse = emit(&mut g, Div, &[one, root]);
+                emit(&mut g, Mul, &[x, inverse])
+            }
+            _ => {
+                let inverse = emit(&mut g, Unary(Reciprocal {}), &[root]);
+                emit(&mut g, Mul, &[inverse, x])
+            }
+        };
+        if scaled {
+            y = emit(&mut g, Mul, &[inputs[1], y]);
+        }
+        if shifted {
+            y = emit(&mut g, Add, &[y, inputs[2]]);
+        }
+        g.outputs = vec![y];
+        let used = 1 + usize::from(scaled) + usize::from(shifted);
+        let weights = of(&[3, 5, 6], 0.9);
+        let step = |mut g: Graph| {
+            let w = g.add_constant("", weights.clone());
+            let product = emit(&mut g, Mul, &[y, w]);
+            let sum = Reduce { kind: Kind::Sum, axes: None, keepdims: false, noop: false };
+            let loss = emit(&mut g, sum, &[product]);
+            let grads = grad(&mut g, loss, &inputs[..used]).unwrap();
+            let wanted: Vec<ValueId> =
+                [y].into_iter().chain(inputs[..used].iter().map(|v| grads[v])).collect();
+            let feeds: HashMap<ValueId, Tensor> = inputs.iter().copied().zip(tensors.clone()).collect();
+            interpret(&g, &feeds, &wanted).unwrap()
+        };
+        let expected = step(g.clone());
+        super::fuse(&mut g, &[], true).unwrap();
+        let norms = count(&g, "LayerNormalization") + count(&g, "RMSNormalization");
+        assert_eq!((norms, count(&g, "Sqrt")), (fused, 1 - fused), "case {number}: {g}");
+        if fused == 1 {
+            assert_eq!(
+                (g.nodes.len(), count(&g, "LayerNormalization") == 1),
+                (1, centred),
+                "case {number}: {g}"
+            );
+        }
+        for (i, (a, b)) in expected.iter().zip(step(g)).enumerate() {
+            close("normalisation", &format!("case {number}, result {i}"), &a.to_f64(), &b.to_f64(), 1e-11);
+        }
+    }
+}
+
 /// Attention as exporters spell it, with and without masks and transpositions: the same results and gradients, also of a
 /// mask that learns.
 #[test]

@@ -55,6 +55,15 @@ pub(in crate::ops) fn cases() -> Vec<Case> {
         case(7, &[4, 3], 3).named("dense").float("epsilon", 1e-3),
         case(9, &[5], 1).named("rank 1"),
         case(7, &[3, 2, 2], 4).named("not spatial").int("spatial", 0),
+        // Parameters as ONNX has them then: in the shape of a sample.
+        Case::new("BatchNormalization", 7)
+            .named("not spatial, of a sample's shape")
+            .input(&[3, 2, 2])
+            .within(&[2, 2], 0.5, 1.5)
+            .input(&[2, 2])
+            .fixed(Tensor::from_slice(&[2, 2], &[0.1, -0.2, 0.3, 0.0]).unwrap())
+            .fixed(Tensor::from_slice(&[2, 2], &[0.5, 0.7, 1.5, 1.0]).unwrap())
+            .int("spatial", 0),
         case(15, &[3, 2, 4, 5], 2).named("training").mode(Mode::TRAIN),
         case(15, &[3, 2, 23, 29], 2).named("training, long channels").mode(Mode::TRAIN),
         case(9, &[6, 70], 70).named("training, dense").mode(Mode::TRAIN),
