@@ -141,6 +141,7 @@ impl<'g> Pass<'g> {
         let mut root: Vec<ValueId> = (0..values as u32).map(ValueId).collect();
         let mut made = vec![None; values];
         let mut uses = vec![Vec::new(); values];
+        let mut promised = vec![false; values];
         let order = plan::order(graph, request)?;
         let mut at = 0;
         for &id in &order {
@@ -160,14 +161,15 @@ impl<'g> Pass<'g> {
             at += usize::from(node.outputs.iter().flatten().map(bytes).sum::<usize>() >= SMALL);
             for (input, v) in node.inputs.iter().enumerate() {
                 if let Some(value) = *v {
-                    uses[root[value.index()].index()].push(Use { at, node: id, input, value });
+                    let of = root[value.index()].index();
+                    uses[of].push(Use { at, node: id, input, value });
+                    promised[of] |= node.op.compares();
                 }
             }
             for v in node.outputs.iter().flatten() {
                 made[v.index()] = Some((at, id));
             }
         }
-        let mut promised = vec![false; values];
         let gradients = request.kinds.iter().filter(|(_, k)| **k == Kind::Gradient).map(|(v, _)| v);
         let after = request.outputs.iter().chain(&request.effects).chain(request.pins.keys());
         for v in after.chain(gradients) {

@@ -64,11 +64,11 @@ impl Byot {
     }
 
     /// The tapped values, and for each the axis of its channels.
-    fn taps(&self, graph: &Graph) -> Result<Vec<(ValueId, usize)>> {
+    fn taps(&self, session: &Session, graph: &Graph) -> Result<Vec<(ValueId, usize)>> {
         let output = graph.outputs.first().copied();
         let output = output.ok_or_else(|| Error::Config("the model has no output".into()))?;
         let (logits, _) = graph::logits(graph, output);
-        let mut taps = find(graph, &self.settings.taps, logits)?;
+        let mut taps = find(graph, session.model().graph.values.len(), &self.settings.taps, logits)?;
         if taps.len() > 1 {
             taps.pop();
         }
@@ -95,7 +95,7 @@ impl Byot {
             return Err(Error::Config("--method byot does not accumulate: leave out --accumulate".into()));
         }
         let mut net = Network::new(session, recipe.mode(), shapes, &HashMap::new())?;
-        let taps = self.taps(&net.graph)?;
+        let taps = self.taps(session, &net.graph)?;
         let values: Vec<ValueId> = taps.iter().map(|t| t.0).collect();
         net.fuse(&values, true)?;
         let g = &mut net.graph;
@@ -230,7 +230,7 @@ impl Method for Byot {
 
     fn tap_names(&self, session: &Session, shapes: &Shapes) -> Result<Vec<String>> {
         let net = Network::new(session, crate::ops::Mode::EVAL, shapes, &HashMap::new())?;
-        let taps = self.taps(&net.graph)?;
+        let taps = self.taps(session, &net.graph)?;
         Ok(taps.iter().map(|v| net.graph.value(v.0).name.clone()).collect())
     }
 }

@@ -15,18 +15,21 @@ pub enum Taps {
     Names(Vec<String>),
 }
 
-/// The tapped values of a graph whose shapes are inferred; `logits` is where the loss is computed.
+/// The tapped values of a model's graph whose shapes are inferred; `logits` is where the loss is computed. They are among the
+/// first `known` values, those of the file: what operators were taken apart into has other values on another occasion.
 ///
 /// Automatic: the last value of each spatial resolution before it shrinks; without spatial dimensions, the
 /// output of each residual block of a transformer, else of each hidden layer. Only values through which
 /// everything flows from the input to `logits` are taken, where the network has such values.
-pub fn find(graph: &Graph, taps: &Taps, logits: ValueId) -> Result<Vec<ValueId>> {
+pub fn find(graph: &Graph, known: usize, taps: &Taps, logits: ValueId) -> Result<Vec<ValueId>> {
+    let of_the_file = |v: &ValueId| v.index() < known;
     match taps {
         Taps::Names(names) => names
             .iter()
             .map(|name| {
                 let v = graph
                     .find(name)
+                    .filter(of_the_file)
                     .ok_or_else(|| Error::value(name, "no such value in the model to tap"))?;
                 let float = graph.meta(v)?.dtype.is_float();
                 match graph.value(v).source {
@@ -35,9 +38,9 @@ pub fn find(graph: &Graph, taps: &Taps, logits: ValueId) -> Result<Vec<ValueId>>
                 }
             })
             .collect(),
-        Taps::First(n) => Ok(find(graph, &Taps::Auto, logits)?.into_iter().take(*n).collect()),
+        Taps::First(n) => Ok(find(graph, known, &Taps::Auto, logits)?.into_iter().take(*n).collect()),
         Taps::Last(n) => {
-            let all = find(graph, &Taps::Auto, logits)?;
+            let all = find(graph, known, &Taps::Auto, logits)?;
             Ok(all[all.len().saturating_sub(*n)..].to_vec())
         }
         Taps::Auto => {
@@ -52,7 +55,10 @@ pub fn find(graph: &Graph, taps: &Taps, logits: ValueId) -> Result<Vec<ValueId>>
                 &|| path.stages(false),
                 &|| path.layers(),
             ];
-            let found = in_order.iter().map(|f| f()).find(|candidates| !candidates.is_empty());
+            let found = in_order
+                .iter()
+                .map(|f| f().into_iter().filter(of_the_file).collect::<Vec<_>>())
+                .find(|candidates| !candidates.is_empty());
             found.ok_or_else(|| {
                 let what = "no stages found to compare features at: name values with --icp-taps NAME,…";
                 Error::Config(what.into())
@@ -229,5 +235,44 @@ impl<'a> Path<'a> {
             }
         }
         layers
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::exec::{Options, Session, infer};
+    use crate::import::make::{attr, floats, import, model, node, with};
+    use crate::import::proto::AttributeProto;
+    use crate::tensor::{DType, Meta};
+
+    #[test]
+    fn what_operators_are_taken_apart_into_is_not_tapped() {
+        let equation = AttributeProto { s: b"ntc,cd->ntd".to_vec().into(), ..attr("equation", 3) };
+        let nodes = vec![
+            node("Tanh", &["x"], &["h"]),
+            with(node("Einsum", &["h", "w"], &["e"]), equation),
+            node("Relu", &["e"], &["r"]),
+            node("MatMul", &["r", "v"], &["y"]),
+        ];
+        let weights = vec![floats("w", &[3, 6], &[0.5; 18]), floats("v", &[6, 4], &[0.5; 24])];
+        let m = Arc::new(import(&model(nodes, weights, "y")).unwrap());
+        let graph = Session::new(m.clone(), Options::default()).unwrap().graph().unwrap();
+        let x = graph.inputs[0];
+        let graph = infer(graph, &[(x, Meta::new(DType::F32, &[5, 2, 3]))], &[]).unwrap();
+        let (known, logits) = (m.graph.values.len(), graph.outputs[0]);
+        let taken_apart = (known..graph.values.len()).find(|&v| {
+            matches!(graph.values[v].source, Source::Node(..)) && !graph.values[v].name.is_empty()
+        });
+        let inside = graph.values[taken_apart.unwrap()].name.clone();
+        let names = |taps: &Taps| {
+            let taps = find(&graph, known, taps, logits)?;
+            Ok::<Vec<String>, Error>(taps.iter().map(|v| graph.value(*v).name.clone()).collect())
+        };
+        assert_eq!(names(&Taps::Auto).unwrap(), ["r"]);
+        assert_eq!(names(&Taps::Names(vec!["e".into()])).unwrap(), ["e"]);
+        assert!(names(&Taps::Names(vec![inside.clone()])).unwrap_err().to_string().contains(&inside));
     }
 }

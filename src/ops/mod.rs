@@ -180,6 +180,11 @@ pub trait Op: Any + Debug + Send + Sync {
         false
     }
 
+    /// Does it ask which elements of its operands are equal? Then none of them is rounded.
+    fn compares(&self) -> bool {
+        false
+    }
+
     /// Is output 0, where it is kept in half precision, read so by everyone, those near by as well? Memory is what its maker and its
     /// readers wait for.
     fn is_kept_rounded(&self) -> bool {

@@ -260,6 +260,10 @@ impl Op for ReduceGrad {
         Some(ChannelsLast::by(ReduceGrad { kept, ..self.clone() }, &[true, moved, moved], &[true]))
     }
 
+    fn compares(&self) -> bool {
+        matches!(self.kind, Kind::Max | Kind::Min)
+    }
+
     fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
         Err(OpError::NotDifferentiable(format!("second derivatives ({})", self.name())))
     }

@@ -3,11 +3,12 @@ use std::collections::HashMap;
 use super::*;
 use crate::exec::reference::interpret;
 use crate::exec::{Options, Precision, Session};
-use crate::graph::StateId;
+use crate::graph::{StateId, grad};
 use crate::import::make::{import, model, node};
 use crate::import::proto::TensorProto;
 use crate::ops::binary::Binary;
 use crate::ops::loss::Mse;
+use crate::ops::reduce::{Kind as ReduceKind, Reduce};
 use crate::ops::unary::{Sin, Unary};
 use crate::ops::update::Sgd;
 use crate::ops::{Attrs, Spec, create};
@@ -123,6 +124,35 @@ fn what_a_normalisation_of_channels_first_makes_is_rounded() {
         let rounded = run(&graph);
         assert!(exact.iter().zip(&rounded).all(|(a, b)| (a - b).abs() <= 4e-3 * a.abs()) && exact != rounded);
     }
+}
+
+/// The gradient of a maximum goes where the maximum is, which what is rounded no longer says.
+#[test]
+fn what_is_compared_is_not_rounded() {
+    let values: Vec<f32> = (0..64 * 64).map(|i| (i as f32 * 0.613).sin()).collect();
+    let x = Tensor::from_slice(&[64, 64], &values).unwrap();
+    let mut graph = Graph::default();
+    let input = graph.add_input("x", x.meta());
+    let h = emit(&mut graph, Unary(Sin {}), &[input]);
+    let over_rows = |kind| Reduce { kind, axes: Some(vec![-1]), keepdims: true, noop: false };
+    let most = emit(&mut graph, over_rows(ReduceKind::Max), &[h]);
+    let mut v = emit(&mut graph, Binary::Sub, &[most, h]);
+    for _ in 0..10 {
+        v = emit(&mut graph, Unary(Sin {}), &[v]);
+    }
+    let all = Reduce { kind: ReduceKind::Sum, axes: None, keepdims: false, noop: false };
+    let loss = emit(&mut graph, all, &[v]);
+    let dx = grad(&mut graph, loss, &[input]).unwrap()[&input];
+    let run = |graph: &Graph| {
+        interpret(graph, &HashMap::from([(input, x.clone())]), &[dx]).unwrap().remove(0).to_f64()
+    };
+    let exact = run(&graph);
+    let request = Request { outputs: vec![dx], ..Request::default() };
+    halve(&mut graph, &request, Some(DType::BF16), Conversions::Kernels, &|_| None).unwrap();
+    let rounded = run(&graph);
+    let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let off: Vec<f64> = exact.iter().zip(&rounded).map(|(a, b)| a - b).collect();
+    assert!(exact != rounded && norm(&off) <= 0.01 * norm(&exact), "{} of {}", norm(&off), norm(&exact));
 }
 
 fn eval_sin(x: &Tensor, times: usize) -> Vec<f32> {
