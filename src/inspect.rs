@@ -291,8 +291,7 @@ fn trial(model: &Arc<Model>, report: &mut Report) -> Result<()> {
         ));
         return Ok(());
     }
-    let known = model.graph.values.len();
-    report.taps = find(&net.graph, known, &Taps::Auto, at).unwrap_or_default().iter().map(name).collect();
+    report.taps = find(model, &net.graph, &Taps::Auto, at).unwrap_or_default().iter().map(name).collect();
     let trainable = model.weights.iter().filter(|w| w.trainable).map(|w| w.value).collect::<Vec<_>>();
     let loss = crate::train::step::sum_of(&mut net.graph, at)?;
     match crate::graph::grad(&mut net.graph, loss, &trainable) {

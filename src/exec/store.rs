@@ -88,7 +88,16 @@ impl Store {
         View { dtype: e.meta.dtype, dims: &e.meta.dims, bytes: &e.data.bytes()[..e.meta.bytes()] }
     }
 
-    pub fn view_mut(&mut self, id: StateId) -> ViewMut<'_> {
+    /// Changes a state in place, unless the store only plans.
+    pub fn edit<E>(
+        &mut self,
+        id: StateId,
+        change: impl FnOnce(&mut ViewMut) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        if self.dry { Ok(()) } else { change(&mut self.view_mut(id)) }
+    }
+
+    fn view_mut(&mut self, id: StateId) -> ViewMut<'_> {
         let e = &mut self.entries[id.index()];
         let bytes = &mut e.data.bytes_mut()[..e.meta.bytes()];
         ViewMut { dtype: e.meta.dtype, dims: &e.meta.dims, bytes }

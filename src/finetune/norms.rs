@@ -65,7 +65,7 @@ fn layers(model: &Model) -> Vec<Layer> {
     let layer = |i: usize| {
         let id = NodeId(i as u32);
         let node = model.graph.node(id);
-        let output = node.outputs.first().copied().flatten()?;
+        let output = node.output()?;
         Some(Layer {
             weight: own(id, 1, Role::Weight)?,
             bias: own(id, 2, Role::Bias)?,

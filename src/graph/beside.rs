@@ -49,7 +49,7 @@ struct Layer {
 }
 
 enum Kind {
-    MatMul,
+    MatMul(MatMul),
     Gemm(Gemm),
     Conv(Conv),
 }
@@ -67,11 +67,12 @@ impl Layer {
         let Source::Node(sum, 0) = graph.value(w).source else { return None };
         let low = graph.node(sum).op.as_a::<LowRank>()?;
         let &[Some(frozen), Some(left), Some(right)] = &graph.node(sum).inputs[..] else { return None };
-        let y = node.outputs.first().copied().flatten()?;
+        let y = node.output()?;
         let (x, made) = (graph.value(x).meta.as_ref()?, graph.value(y).meta.as_ref()?);
         // Does the weight's first axis go with the input?
-        let (kind, input_first) = if node.op.as_a::<MatMul>().is_some_and(|m| m.alpha == 1.0) {
-            (node.inputs.len() == 2 && x.rank() >= 2).then_some((Kind::MatMul, true))?
+        let (kind, input_first) = if let Some(product) = node.op.as_a::<MatMul>() {
+            let plain = product.alpha == 1.0 && node.inputs.len() == 2 && x.rank() >= 2;
+            plain.then_some((Kind::MatMul(*product), !product.trans_b))?
         } else if let Some(gemm) = node.op.as_a::<Gemm>() {
             (!gemm.trans_a).then(|| (Kind::Gemm(gemm.clone()), !gemm.trans_b))?
         } else {
@@ -104,9 +105,10 @@ impl Layer {
         let (first, second) = (Some(first), Some(second));
         // t = x·A, and y = s·t·B + x·W
         match kind {
-            Kind::MatMul => {
-                let t = emit(graph, &name, MatMul::default(), &[x, first])?;
-                append(graph, Arc::new(MatMul::scaled(scale)), &[t, second, None, plain], y)
+            Kind::MatMul(product) => {
+                let t = emit(graph, &name, product, &[x, first])?;
+                let op = MatMul { alpha: scale, ..product };
+                append(graph, Arc::new(op), &[t, second, None, plain], y)
             }
             Kind::Gemm(gemm) => {
                 let product = Gemm { alpha: 1.0, beta: 1.0, ..gemm.clone() };

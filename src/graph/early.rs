@@ -48,7 +48,7 @@ pub fn update_early(graph: &mut Graph) -> bool {
         factors.push((*g, factor));
     }
     for node in &mut graph.nodes {
-        if node.op.as_a::<ClipScale>().is_some() && node.outputs.first() == Some(&Some(scale)) {
+        if node.op.as_a::<ClipScale>().is_some() && node.output() == Some(scale) {
             node.inputs[1] = before;
         } else if let Some(slot) = node.inputs.iter().position(|v| *v == Some(scale))
             && let Some((_, factor)) = factors.iter().find(|(g, _)| node.inputs.get(1) == Some(&Some(*g)))

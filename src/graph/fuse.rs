@@ -3,14 +3,17 @@
 mod attention;
 mod expand;
 mod gelu;
+mod group_norm;
 mod norms;
 mod row_norm;
 #[cfg(test)]
 mod tests;
+mod transposed;
 mod uses;
 
 use std::sync::Arc;
 
+use ndarray::ArrayD;
 use smallvec::SmallVec;
 
 use crate::error::{Error, Result};
@@ -26,17 +29,19 @@ use crate::ops::fold::FoldNorm;
 use crate::ops::matmul::{MatMul, MatMulAs};
 use crate::ops::unary::{Relu, Unary};
 use crate::plan::Request;
+use crate::tensor::{DType, Tensor};
 
 pub use expand::join_expansions;
 pub use norms::{gather_statistics, join_normalisations};
 
 /// Fuses a forward graph whose shapes are inferred: normalisations and convolutions with the sum and the activation
 /// that follow; and where no `weights_learn`, convolutions with a normalisation by given statistics. Products take the
-/// factor, the bias and the sum that follow. The Gaussian error linear unit, normalisations of rows and attention become one
-/// operator where they are spelled out.
+/// factor, the bias and the sum that follow, and read matrices that are transposed as they lie. The Gaussian error linear unit,
+/// normalisations of rows and of groups of channels, and attention become one operator where they are spelled out.
 ///
 /// The values in `keep` and the graph's outputs are computed as before. Others may vanish.
 pub fn fuse(graph: &mut Graph, keep: &[ValueId], weights_learn: bool) -> Result<()> {
+    transposed::read_as_they_lie(graph);
     if weights_learn {
         beside(graph)?;
     }
@@ -45,11 +50,12 @@ pub fn fuse(graph: &mut Graph, keep: &[ValueId], weights_learn: bool) -> Result<
     for i in 0..graph.nodes.len() {
         let head = NodeId(i as u32);
         let op = graph.node(head).op.clone();
-        if chains.dead[i] || graph.node(head).outputs.first().is_none_or(Option::is_none) {
+        if chains.dead[i] || graph.node(head).output().is_none() {
             continue;
         }
         chains.fuse_gelu(graph, head);
         chains.fuse_row_norm(graph, head);
+        chains.fuse_group_norm(graph, head);
         if let Some(conv) = op.as_a::<Conv>() {
             let norm = if weights_learn { None } else { chains.folded(graph, head) };
             let tail = chains.tail(graph, norm.as_ref().map_or(head, |n| n.0));
@@ -74,7 +80,10 @@ pub fn fuse(graph: &mut Graph, keep: &[ValueId], weights_learn: bool) -> Result<
     // Of products that have taken their factors.
     let mut chains = Chains::new(graph, outputs.iter().chain(keep));
     for i in 0..graph.nodes.len() {
-        chains.fuse_attention(graph, NodeId(i as u32));
+        let id = NodeId(i as u32);
+        if chains.fuse_attention(graph, id).is_none() {
+            chains.weigh(graph, id);
+        }
     }
     chains.finish(graph);
     Ok(())
@@ -130,6 +139,12 @@ fn scalar(graph: &Graph, v: ValueId) -> Option<f64> {
     (value.len() == 1).then(|| value.to_f64()[0])
 }
 
+/// A constant of ones.
+fn ones(graph: &mut Graph, dtype: DType, dims: &[usize]) -> ValueId {
+    let ones = Tensor::from_array(&ArrayD::<f64>::ones(dims));
+    graph.add_constant("ones", ones.cast(dtype))
+}
+
 /// The operands of a node, if it is of this kind.
 fn operands(graph: &Graph, id: NodeId, kind: Binary) -> Option<(ValueId, ValueId)> {
     let node = graph.node(id);
@@ -167,11 +182,12 @@ fn multiplied(graph: &Graph, id: NodeId) -> Option<(ValueId, f64)> {
         _ => return None,
     };
     let float = graph.value(of).meta.as_ref().is_some_and(|m| m.dtype.is_float());
-    let out = node.outputs.first().copied().flatten()?;
+    let out = node.output()?;
     (float && (alpha as f32).is_normal() && same_shape(graph, of, out)).then_some((of, alpha))
 }
 
-/// What follows a node and can be done by it.
+/// What lies around a node and can be done by one.
+#[derive(Clone)]
 struct Tail {
     /// The nodes that become one; it runs in the place of the last.
     absorbed: SmallVec<[NodeId; 4]>,
@@ -236,7 +252,7 @@ impl Chains {
 
     /// The normalisation by given statistics that alone reads a convolution's output, and its ε.
     fn folded(&self, graph: &Graph, conv: NodeId) -> Option<(NodeId, f64)> {
-        let y = graph.node(conv).outputs.first().copied().flatten()?;
+        let y = graph.node(conv).output()?;
         let id = self.next(graph, y)?;
         let node = graph.node(id);
         let norm = node.op.as_a::<BatchNormalization>().filter(|n| !n.training())?;
@@ -247,7 +263,7 @@ impl Chains {
 
     /// From a node on: perhaps a sum with something of the same shape, then perhaps an activation that clamps.
     fn tail(&self, graph: &Graph, head: NodeId) -> Tail {
-        let out = graph.node(head).outputs.first().copied().flatten().unwrap_or(ValueId(0));
+        let out = graph.node(head).output().unwrap_or(ValueId(0));
         let mut tail = Tail::of(head, out);
         if let Some((id, residual)) = self.sum(graph, tail.out)
             && self.extend(graph, &mut tail, id)
@@ -280,19 +296,17 @@ impl Chains {
         }
         let mut tail = Tail::of(head, y);
         node.inputs.resize(node.inputs.len().max(3), None);
-        let mut alpha = node.op.as_a::<MatMul>().map_or(1.0, |m| f64::from(m.alpha));
+        let Some(op) = node.op.as_a::<MatMul>().copied() else { return };
+        let mut alpha = f64::from(op.alpha);
         if plain {
             // (As exporters spell attention: by the root of the scale each.)
             for operand in node.inputs.iter_mut().flatten() {
-                let scaled =
-                    source(graph, *operand).filter(|id| self.passing(*operand) && !self.dead[id.index()]);
-                let Some((id, (of, by))) = scaled.and_then(|id| Some((id, multiplied(graph, id)?))) else {
-                    continue;
-                };
-                tail.absorbed.insert(0, id);
-                tail.inner.push(*operand);
-                alpha *= by;
-                *operand = of;
+                if let Some((of, by)) = source(graph, *operand).and_then(|id| multiplied(graph, id))
+                    && self.take(graph, &mut tail, *operand, 1).is_some()
+                {
+                    alpha *= by;
+                    *operand = of;
+                }
             }
             if let Some((id, by)) = self.factor(graph, y)
                 && self.extend(graph, &mut tail, id)
@@ -300,7 +314,7 @@ impl Chains {
                 alpha *= by;
             }
             if tail.is_longer() {
-                node.op = Arc::new(MatMul::scaled(alpha as f32));
+                node.op = Arc::new(MatMul { alpha: alpha as f32, ..op });
             }
         }
         if let Some((id, bias)) = self.bias(graph, tail.out)
@@ -335,7 +349,7 @@ impl Chains {
         let dims =
             |v: ValueId| graph.value(v).meta.as_ref().filter(|m| m.dtype.is_float()).map(|m| &m.dims[..]);
         let (&[n], Some(last)) = (dims(other)?, dims(v)?.last()) else { return None };
-        let out = node.outputs.first().copied().flatten()?;
+        let out = node.output()?;
         (n == *last && same_shape(graph, v, out)).then_some((id, other))
     }
 
@@ -345,7 +359,7 @@ impl Chains {
         let node = graph.node(id);
         let (Some(Binary::Add), [Some(a), Some(b)]) = (node.op.as_a(), &node.inputs[..]) else { return None };
         let other = if *a == v { *b } else { *a };
-        let out = node.outputs.first().copied().flatten()?;
+        let out = node.output()?;
         let float = graph.value(v).meta.as_ref().is_some_and(|m| m.dtype.is_float());
         (float && same_shape(graph, v, other) && same_shape(graph, v, out)).then_some(())?;
         // Of two that could take the sum, the later does.
@@ -357,7 +371,42 @@ impl Chains {
         later.is_none_or(|id| Some(id) < source(graph, v)).then_some((id, other))
     }
 
-    /// Takes a node with one output into the tail.
+    /// Takes the node that makes a value, which is read so often by what the tail has, into it.
+    fn take(&self, graph: &Graph, tail: &mut Tail, v: ValueId, reads: usize) -> Option<NodeId> {
+        let id = source(graph, v).filter(|id| !self.dead[id.index()] && self.reads[v.index()].0 == reads)?;
+        tail.absorbed.insert(0, id);
+        tail.inner.push(v);
+        Some(id)
+    }
+
+    /// Takes the node of this kind that alone reads the tail's result into the tail, and gives its other operand.
+    fn follow(&self, graph: &Graph, tail: &mut Tail, kind: Binary) -> Option<ValueId> {
+        let id = self.next(graph, tail.out)?;
+        let v = other(graph, id, kind, tail.out)?;
+        self.extend(graph, tail, id).then_some(v)
+    }
+
+    /// Takes a scale and then a shift of such dimensions that alone read the tail's result into the tail, or only the scale.
+    fn scale_and_shift(
+        &self,
+        graph: &Graph,
+        tail: &mut Tail,
+        shifts: bool,
+        fits: impl Fn(&[usize]) -> bool,
+    ) -> Option<(ValueId, Option<ValueId>)> {
+        let mut longer = tail.clone();
+        let dims = |v: ValueId| graph.value(v).meta.as_ref().map(|m| &m.dims[..]);
+        let scale = self.follow(graph, &mut longer, Binary::Mul)?;
+        let like = dims(scale).filter(|d| fits(d))?;
+        *tail = longer.clone();
+        let shift = self.follow(graph, &mut longer, Binary::Add).filter(|v| shifts && dims(*v) == Some(like));
+        if shift.is_some() {
+            *tail = longer;
+        }
+        Some((scale, shift))
+    }
+
+    /// Takes a node with one output that alone reads the tail's result into the tail.
     fn extend(&self, graph: &Graph, tail: &mut Tail, id: NodeId) -> bool {
         let [Some(out)] = graph.node(id).outputs[..] else { return false };
         if source(graph, out).is_none() {
@@ -383,7 +432,7 @@ impl Chains {
         node.op = Arc::new(Conv { clamp: tail.clamp, ..conv.clone() });
         node.inputs.resize(3, None);
         if let Some((norm, epsilon)) = norm {
-            let inner = node.outputs.first().copied().flatten();
+            let inner = node.output();
             tail.inner.extend(inner);
             tail.absorbed.insert(0, head);
             let inputs: Vec<Option<ValueId>> = node.inputs[1..].iter().chain(&norm[1..5]).copied().collect();
@@ -433,6 +482,19 @@ impl Chains {
         if let Some(last) = tail.absorbed.last() {
             self.replaced[last.index()] = Some(nodes);
         }
+    }
+
+    /// Puts one operator of these operands, named as the last, in the place of all that the tail absorbed.
+    fn replace_by(
+        &mut self,
+        graph: &mut Graph,
+        tail: Tail,
+        op: impl Op + 'static,
+        inputs: Vec<Option<ValueId>>,
+    ) {
+        let name = tail.absorbed.last().map_or(String::new(), |id| graph.node(*id).name.clone());
+        let node = Node { name, op: Arc::new(op), inputs, outputs: vec![None] };
+        self.replace(graph, &tail, SmallVec::from_iter([node]));
     }
 
     /// Renumbers the nodes.

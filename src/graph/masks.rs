@@ -39,11 +39,9 @@ pub fn keep_masks(graph: &mut Graph, request: &Request) -> Result<()> {
         }
     }
     // A view is the same memory: it keeps what it views.
-    for node in graph.nodes.iter().rev().filter(|n| n.op.is_view()) {
-        if let (Some(Some(x)), Some(Some(y))) = (node.inputs.first(), node.outputs.first()) {
-            let later = if kept.contains(y) { usize::MAX } else { last[y.index()] };
-            last[x.index()] = last[x.index()].max(later);
-        }
+    for (x, y) in graph.nodes.iter().rev().filter_map(Node::view) {
+        let later = if kept.contains(&y) { usize::MAX } else { last[y.index()] };
+        last[x.index()] = last[x.index()].max(later);
     }
     found.retain(|r| {
         let made = match graph.value(r.y).source {

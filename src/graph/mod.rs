@@ -127,6 +127,19 @@ pub struct Node {
     pub outputs: Vec<Option<ValueId>>,
 }
 
+impl Node {
+    /// The first output, if it has a name.
+    pub fn output(&self) -> Option<ValueId> {
+        self.outputs.first().copied().flatten()
+    }
+
+    /// Of a node that only gives another shape ([`Op::is_view`]): its operand, and the output that is the same memory.
+    pub fn view(&self) -> Option<(ValueId, ValueId)> {
+        let x = self.inputs.first().copied().flatten().filter(|_| self.op.is_view())?;
+        Some((x, self.output()?))
+    }
+}
+
 /// Values and nodes, the nodes in an order in which they can run.
 #[derive(Debug, Clone, Default)]
 pub struct Graph {
@@ -287,9 +300,7 @@ impl Graph {
         loop {
             v = match self.value(v).source {
                 Source::State(s) => return Some(s),
-                Source::Node(n, 0) if self.node(n).op.is_view() => {
-                    self.node(n).inputs.first().copied().flatten()?
-                }
+                Source::Node(n, _) => self.node(n).view()?.0,
                 _ => return None,
             };
         }

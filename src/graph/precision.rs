@@ -150,10 +150,7 @@ impl<'g> Pass<'g> {
             if node.outputs.iter().flatten().all(known) {
                 continue;
             }
-            if let (true, Some(&Some(x)), &[Some(y)]) =
-                (node.op.is_view(), node.inputs.first(), &node.outputs[..])
-                && !request.pins.contains_key(&y)
-            {
+            if let Some((x, y)) = node.view().filter(|(_, y)| !request.pins.contains_key(y)) {
                 root[y.index()] = root[x.index()];
                 continue;
             }
@@ -333,7 +330,7 @@ impl<'g> Pass<'g> {
     /// Has the node that makes a value put out its half form too, if its operator can.
     fn rounded(&mut self, v: ValueId, id: NodeId, to: DType) -> Option<ValueId> {
         let node = self.graph.node(id);
-        if self.conversions != Conversions::Kernels || node.outputs.first() != Some(&Some(v)) {
+        if self.conversions != Conversions::Kernels || node.output() != Some(v) {
             return None;
         }
         let op = node.op.rounding(to)?;

@@ -68,7 +68,7 @@ impl Byot {
         let output = graph.outputs.first().copied();
         let output = output.ok_or_else(|| Error::Config("the model has no output".into()))?;
         let (logits, _) = graph::logits(graph, output);
-        let mut taps = find(graph, session.model().graph.values.len(), &self.settings.taps, logits)?;
+        let mut taps = find(session.model(), graph, &self.settings.taps, logits)?;
         if taps.len() > 1 {
             taps.pop();
         }

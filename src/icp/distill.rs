@@ -127,7 +127,7 @@ impl Icp {
     fn taps(&self, session: &Session, mode: Mode, shapes: &Shapes) -> Result<Vec<ValueId>> {
         let net = Network::new(session, mode, shapes, &HashMap::new())?;
         let (logits, _) = graph::logits(&net.graph, first_output(&net.graph)?);
-        find(&net.graph, session.model().graph.values.len(), &self.settings.taps, logits)
+        find(session.model(), &net.graph, &self.settings.taps, logits)
     }
 
     /// `L = α·L_task + (1−α)·Σ wᵢ·D(Fᵢ, F'ᵢ)`, or without features `L = α·L_task`, and the updates from its gradient.

@@ -73,8 +73,8 @@ impl Kept {
     pub fn add(&self, session: &mut Session, samples: &[usize], to: StateId) -> Result<()> {
         let clean = session.store().tensor(to);
         self.load(session, samples, to)?;
-        let mut view = session.store_mut().view_mut(to);
-        at_rows(float_dispatch!(view.dtype, T => sum::<T>(&mut view, &clean)))
+        let add = |x: &mut ViewMut| float_dispatch!(x.dtype, T => sum::<T>(x, &clean));
+        at_rows(session.store_mut().edit(to, add))
     }
 
     /// Saves what `x` differs from `clean` by, both of the batch's shape.
@@ -87,8 +87,8 @@ impl Kept {
     ) -> Result<()> {
         let size = self.row_bytes(session, samples, x)?;
         let (moved, clean) = (session.store().tensor(x), session.store().tensor(clean));
-        let mut view = session.store_mut().view_mut(self.rows);
-        at_rows(float_dispatch!(view.dtype, T => difference::<T>(&mut view, &moved, &clean, samples, size)))
+        let differ = |rows: &mut ViewMut| float_dispatch!(rows.dtype, T => difference::<T>(rows, &moved, &clean, samples, size));
+        at_rows(session.store_mut().edit(self.rows, differ))
     }
 }
 

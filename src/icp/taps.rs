@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Source, ValueId};
+use crate::import::Model;
 
 /// The choice of taps.
 #[derive(Debug, Clone, PartialEq)]
@@ -15,14 +16,14 @@ pub enum Taps {
     Names(Vec<String>),
 }
 
-/// The tapped values of a model's graph whose shapes are inferred; `logits` is where the loss is computed. They are among the
-/// first `known` values, those of the file: what operators were taken apart into has other values on another occasion.
+/// The tapped values of a graph made of a model, whose shapes are inferred; `logits` is where the loss is computed. They are among
+/// the values of the model: what operators were taken apart into has other values on another occasion.
 ///
 /// Automatic: the last value of each spatial resolution before it shrinks; without spatial dimensions, the
 /// output of each residual block of a transformer, else of each hidden layer. Only values through which
 /// everything flows from the input to `logits` are taken, where the network has such values.
-pub fn find(graph: &Graph, known: usize, taps: &Taps, logits: ValueId) -> Result<Vec<ValueId>> {
-    let of_the_file = |v: &ValueId| v.index() < known;
+pub fn find(model: &Model, graph: &Graph, taps: &Taps, logits: ValueId) -> Result<Vec<ValueId>> {
+    let of_the_file = |v: &ValueId| v.index() < model.graph.values.len();
     match taps {
         Taps::Names(names) => names
             .iter()
@@ -38,9 +39,9 @@ pub fn find(graph: &Graph, known: usize, taps: &Taps, logits: ValueId) -> Result
                 }
             })
             .collect(),
-        Taps::First(n) => Ok(find(graph, known, &Taps::Auto, logits)?.into_iter().take(*n).collect()),
+        Taps::First(n) => Ok(find(model, graph, &Taps::Auto, logits)?.into_iter().take(*n).collect()),
         Taps::Last(n) => {
-            let all = find(graph, known, &Taps::Auto, logits)?;
+            let all = find(model, graph, &Taps::Auto, logits)?;
             Ok(all[all.len().saturating_sub(*n)..].to_vec())
         }
         Taps::Auto => {
@@ -268,7 +269,7 @@ mod tests {
         });
         let inside = graph.values[taken_apart.unwrap()].name.clone();
         let names = |taps: &Taps| {
-            let taps = find(&graph, known, taps, logits)?;
+            let taps = find(&m, &graph, taps, logits)?;
             Ok::<Vec<String>, Error>(taps.iter().map(|v| graph.value(*v).name.clone()).collect())
         };
         assert_eq!(names(&Taps::Auto).unwrap(), ["r"]);

@@ -257,7 +257,7 @@ impl Surgery<'_> {
             Ok(())
         };
         bias(layer, 2, self.used_by(layer, 2, Role::Bias))?;
-        let output = self.old.node(layer).outputs.first().copied().flatten();
+        let output = self.old.node(layer).output();
         for (i, n) in self.old.nodes.iter().enumerate() {
             let at = NodeId(i as u32);
             if n.op.name() == "Add" && n.inputs.iter().any(|v| *v == output && v.is_some()) {

@@ -438,7 +438,7 @@ impl Roles<'_> {
     /// channels behind a Reshape?
     fn normalises_groups(&self, n: NodeId) -> bool {
         let only = |n: NodeId| {
-            let y = self.graph.node(n).outputs.first().copied().flatten()?;
+            let y = self.graph.node(n).output()?;
             match self.consumers.get(y.index())?.as_slice() {
                 [reader] => Some(*reader),
                 _ => None,

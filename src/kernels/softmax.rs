@@ -11,6 +11,23 @@ use crate::tensor::Float;
 /// Neighbours along `inner` that are swept together.
 pub const WIDTH: usize = 32;
 
+/// What is made of a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    Probabilities,
+    /// Probabilities that only weigh the terms of a sum: see [`weight`].
+    Weights,
+    Log,
+}
+
+/// `e^x` of `x ≤ 0`, and 0 where that is below 2⁻¹⁰³ (f32), next to the 1 of the largest. Of a score that is masked by −100, it would
+/// be a subnormal number, and so would gradients of larger ones be: products of those take a hundred times as long.
+#[inline(always)]
+pub fn weight<T: Math>(x: T) -> T {
+    let e = x.m_exp();
+    if e < T::min_positive_value() / T::epsilon() { T::zero() } else { e }
+}
+
 /// The largest element; NaN is passed over.
 #[inline(always)]
 pub fn largest<T: Float>(x: &[T]) -> T {
@@ -57,8 +74,8 @@ pub fn log_sum_columns<T: Math>(
     (top, total)
 }
 
-/// Softmax, or with `log` its logarithm; `y` holds `x` where that is `None`.
-pub fn softmax<T: Math>(x: Option<&[T]>, y: &mut [T], len: usize, inner: usize, log: bool) {
+/// Softmax or its logarithm; `y` holds `x` where that is `None`.
+pub fn softmax<T: Math>(x: Option<&[T]>, y: &mut [T], len: usize, inner: usize, form: Form) {
     let block = len * inner;
     rows(y, block, GRAIN, |first, piece| {
         vectorize(
@@ -69,9 +86,9 @@ pub fn softmax<T: Math>(x: Option<&[T]>, y: &mut [T], len: usize, inner: usize, 
                         y.copy_from_slice(&x[(first + k) * block..][..block]);
                     }
                     if inner == 1 {
-                        row(y, log);
+                        row(y, form);
                     } else {
-                        columns(y, len, inner, log);
+                        columns(y, len, inner, form);
                     }
                 }
             },
@@ -80,21 +97,22 @@ pub fn softmax<T: Math>(x: Option<&[T]>, y: &mut [T], len: usize, inner: usize, 
 }
 
 #[inline(always)]
-fn row<T: Math>(y: &mut [T], log: bool) {
-    if log {
-        let (m, total) = log_sum(y);
-        let shift = T::of(total.m_ln());
-        y.iter_mut().for_each(|y| *y = (*y - m) - shift);
-        return;
-    }
+fn row<T: Math>(y: &mut [T], form: Form) {
     let m = largest(y);
-    y.iter_mut().for_each(|y| *y = (*y - m).m_exp());
+    match form {
+        Form::Log => {
+            let shift = T::of(sum(y, |y| (y - m).m_exp()).m_ln());
+            return y.iter_mut().for_each(|y| *y = (*y - m) - shift);
+        }
+        Form::Probabilities => y.iter_mut().for_each(|y| *y = (*y - m).m_exp()),
+        Form::Weights => y.iter_mut().for_each(|y| *y = weight(*y - m)),
+    }
     let factor = T::of(1.0 / sum(y, |y| y));
     y.iter_mut().for_each(|y| *y *= factor);
 }
 
 #[inline(always)]
-fn columns<T: Math>(y: &mut [T], len: usize, inner: usize, log: bool) {
+fn columns<T: Math>(y: &mut [T], len: usize, inner: usize, form: Form) {
     for start in (0..inner).step_by(WIDTH) {
         let width = WIDTH.min(inner - start);
         let (top, total) = log_sum_columns(&y[start..], len, inner, width);
@@ -102,11 +120,11 @@ fn columns<T: Math>(y: &mut [T], len: usize, inner: usize, log: bool) {
         let factor = total.map(|t| T::of(1.0 / t));
         for k in 0..len {
             let row = &mut y[start + k * inner..][..width];
-            match log {
-                true => row.iter_mut().zip(top).zip(shift).for_each(|((y, m), s)| *y = (*y - m) - s),
-                false => {
-                    row.iter_mut().zip(top).zip(factor).for_each(|((y, m), f)| *y = (*y - m).m_exp() * f)
-                }
+            let scaled = row.iter_mut().zip(top).zip(factor);
+            match form {
+                Form::Log => row.iter_mut().zip(top).zip(shift).for_each(|((y, m), s)| *y = (*y - m) - s),
+                Form::Probabilities => scaled.for_each(|((y, m), f)| *y = (*y - m).m_exp() * f),
+                Form::Weights => scaled.for_each(|((y, m), f)| *y = weight(*y - m) * f),
             }
         }
     }

@@ -253,7 +253,7 @@ impl BatchNormalization {
 }
 
 /// The first parts of the scratch memory: so many `f64` and then `T`.
-fn room<'a, T: Float>(
+pub(super) fn room<'a, T: Float>(
     cx: &'a mut Cx,
     partials: usize,
     n: usize,
@@ -267,7 +267,7 @@ fn room<'a, T: Float>(
 }
 
 /// Bytes of scratch memory that [`room`] takes.
-fn room_bytes(partials: usize, n: usize, dtype: DType) -> usize {
+pub(super) fn room_bytes(partials: usize, n: usize, dtype: DType) -> usize {
     partials * size_of::<f64>() + n * dtype.size()
 }
 

@@ -4,7 +4,7 @@ use crate::error::OpError;
 use crate::graph::{Lowering, ValueId};
 use crate::ops::composite::{Made, defined, one};
 use crate::ops::matmul::MatMul;
-use crate::ops::norm::SampleNorm;
+use crate::ops::norm::RowNorm;
 use crate::ops::unary::{Gelu, GeluTanh, Swish, Unary};
 use crate::ops::{Attrs, Row, Spec};
 use std::sync::Arc;
@@ -55,7 +55,7 @@ fn skip(l: &mut Lowering, bias: usize) -> Result<ValueId, OpError> {
 /// `SkipLayerNormalization`: X, skip, scale, shift and bias to the normalised sum, mean, inverse deviation and the sum.
 fn skip_layer_norm(a: &Attrs, l: &mut Lowering) -> Made {
     let sum = skip(l, 4)?;
-    let op = Arc::new(SampleNorm::layer(-1, a.float_or("epsilon", 1e-12)?));
+    let op = Arc::new(RowNorm::layer(-1, a.float_or("epsilon", 1e-12)?));
     let inputs = [Some(sum), Some(l.x(2)?), l.x_opt(3)];
     let made = l.emit_all(op, &inputs, 3)?;
     Ok(vec![Some(made[0]), Some(made[1]), Some(made[2]), Some(sum)])
@@ -64,7 +64,7 @@ fn skip_layer_norm(a: &Attrs, l: &mut Lowering) -> Made {
 /// `SkipSimplifiedLayerNormalization`: as above without mean and shift.
 fn skip_rms_norm(a: &Attrs, l: &mut Lowering) -> Made {
     let sum = skip(l, 3)?;
-    let op = Arc::new(SampleNorm::rms(-1, a.float_or("epsilon", 1e-12)?));
+    let op = Arc::new(RowNorm::rms(-1, a.float_or("epsilon", 1e-12)?));
     let inputs = [Some(sum), Some(l.x(2)?)];
     let made = l.emit_all(op, &inputs, 3)?;
     Ok(vec![Some(made[0]), Some(made[1]), Some(made[2]), Some(sum)])
@@ -72,7 +72,7 @@ fn skip_rms_norm(a: &Attrs, l: &mut Lowering) -> Made {
 
 /// `SimplifiedLayerNormalization`: X and scale to X over its root mean square, and the inverse of that.
 fn rms_norm(a: &Attrs, l: &mut Lowering) -> Made {
-    let op = Arc::new(SampleNorm::rms(a.int_or("axis", -1)?, a.float_or("epsilon", 1e-5)?));
+    let op = Arc::new(RowNorm::rms(a.int_or("axis", -1)?, a.float_or("epsilon", 1e-5)?));
     let inputs = [Some(l.x(0)?), Some(l.x(1)?)];
     let made = l.emit_all(op, &inputs, 3)?;
     Ok(vec![Some(made[0]), Some(made[2])])

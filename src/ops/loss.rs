@@ -9,7 +9,7 @@ use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::loss::{self, Classes, Hard, Labels};
 use crate::kernels::math::Math;
-use crate::kernels::softmax::softmax;
+use crate::kernels::softmax::{Form, softmax};
 use crate::ops::layout::rank_of;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{DType, Dims, Elem, Float, Meta, View, ViewMut};
@@ -311,7 +311,7 @@ impl Op for ClassLoss {
         float_dispatch!(scores.dtype, T => {
             let weights = get(x, 2).map(|w| w.get::<T>()).transpose()?;
             if let (false, Some(Some(logs))) = (self.rule.logged, y.get_mut(1)) {
-                softmax(Some(scores.get::<T>()?), logs.get::<T>()?, d.c, d.s, true);
+                softmax(Some(scores.get::<T>()?), logs.get::<T>()?, d.c, d.s, Form::Log);
             }
             if y.first().is_some_and(Option::is_none) {
                 return Ok(());

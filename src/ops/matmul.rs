@@ -20,9 +20,11 @@ use crate::tensor::{Dims, Meta, View, ViewMut};
 ///
 /// Fused with what follows, the product is scaled by `alpha`, and there are two operands more, both optional: a bias of
 /// (N), and something of the result's shape.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct MatMul {
     pub alpha: f32,
+    /// B is one matrix, given as its transpose (N, K).
+    pub trans_b: bool,
     /// See [`Op::by_pairs`].
     pub pairs: bool,
 }
@@ -35,11 +37,14 @@ impl Default for MatMul {
 
 impl MatMul {
     pub fn scaled(alpha: f32) -> Self {
-        MatMul { alpha, pairs: false }
+        MatMul { alpha, trans_b: false, pairs: false }
     }
 
     fn stacked(&self, a: &[usize], b: &[usize]) -> Result<Stacked, OpError> {
-        Stacked::of(a, b, [false; 2], self.pairs)
+        if self.trans_b && b.len() != 2 {
+            return Err(OpError::Shape(format!("the transpose of a stack {b:?}")));
+        }
+        Stacked::of(a, b, [false, self.trans_b], self.pairs)
     }
 
     /// The same of such inputs, if they fit.
@@ -112,7 +117,7 @@ impl Op for MatMul {
         let (a, s) = (get(inputs, 0)?, self.of(inputs)?);
         (s.one_b() && s.stack.len() + 2 == a.rank()).then_some(())?;
         piece::cut(&a.dims, count)?;
-        Piece::made(MatMul { ..*self }, &[true, false, false, true], Made::Cut)
+        Piece::made(*self, &[true, false, false, true], Made::Cut)
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
@@ -127,6 +132,17 @@ impl Op for MatMul {
         let mut grads = Grads::from_elem(Some(dy), g.inputs());
         if g.wants(2) {
             grads[2] = Some(g.emit(ChannelSum { channels: Channels { n: rows, c: s.n, s: 1 } }, &[dy])?);
+        }
+        if self.trans_b {
+            // Of Bᵀ (N, K): dA = α dY·Bᵀ   (…, M, K),  dBᵀ = α dYᵀ·A   (N, K)
+            let of = |a, b, trans_a, y| MatMulAs { a, b, trans_a, trans_b: false, alpha, y, pairs };
+            if g.wants(0) {
+                grads[0] = Some(g.emit(of(flat.clone(), db.clone(), false, da), &[dy, b])?);
+            }
+            if g.wants(1) {
+                grads[1] = Some(g.emit(of(flat, Dims::from_slice(&[rows, k]), true, db), &[dy, a])?);
+            }
+            return Ok(grads);
         }
         if g.wants(0) {
             // dA = α dY·Bᵀ   (…, M, K), summed over A's broadcast stack dimensions by the driver
@@ -290,6 +306,7 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
     ] {
         cases.push(Case::new("MatMul", 13).named(name).input(a).input(b));
     }
+    let transposed = MatMul { trans_b: true, ..MatMul::scaled(0.7) };
     let plus = |name: &str, a: &[usize], b: &[usize]| Case::new("MatMul", 13).named(name).input(a).input(b);
     cases.extend([
         plus("and a bias", &[2, 3, 4], &[4, 5]).input(&[5]),
@@ -298,6 +315,10 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         plus("and both, of a vector", &[4], &[4, 5]).input(&[5]).input(&[5]),
         Case::of(MatMul::scaled(0.3)).named("scaled").input(&[2, 3, 4]).input(&[4, 5]).input(&[5]),
         Case::of(MatMul::scaled(0.3)).named("scaled stacks").input(&[2, 3, 4]).input(&[2, 4, 5]),
+        Case::of(transposed).named("transposed").input(&[3, 4]).input(&[5, 4]),
+        Case::of(transposed).named("vector by transposed").input(&[4]).input(&[5, 4]).input(&[5]),
+        Case::of(transposed).named("stack by transposed").input(&[2, 33, 65]).input(&[70, 65]).input(&[70]),
+        Case::of(transposed).named("and both").input(&[2, 3, 4]).input(&[5, 4]).input(&[5]).input(&[2, 3, 5]),
     ]);
     cases
 }

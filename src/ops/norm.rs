@@ -1,150 +1,117 @@
-//! Normalisation of each sample by itself: `InstanceNormalization`, `LayerNormalization`, `GroupNormalization` and
-//! `RMSNormalization` are one kernel over rows with different scales; `LRN` looks across channels.
+//! Normalisation of each sample by itself: of rows (`LayerNormalization` and `RMSNormalization`), of groups of channels
+//! (`InstanceNormalization` and `GroupNormalization`), and across neighbouring channels (`LRN`).
+
+mod groups;
 
 use std::sync::Arc;
 
+pub use groups::GroupNorm;
+pub(crate) use groups::per_channel;
+#[cfg(test)]
+pub(super) use groups::{GroupNormInputGrad, GroupNormSums};
+
 use crate::error::OpError;
 use crate::float_dispatch;
-use crate::graph::GradBuilder;
+use crate::graph::{GradBuilder, ValueId};
 use crate::kernels::layout::Layout;
-use crate::kernels::lrn::{Lrn as Kernel, lrn, lrn_grad};
-use crate::kernels::norm::{RowNorm, Stat};
+use crate::kernels::lrn::{Lrn as Across, lrn, lrn_grad};
+use crate::kernels::norm::{RowNorm as Kernel, Stat};
 use crate::ops::batch_norm::{ChannelParamGrad, ChannelSum};
 use crate::ops::half::{elements, widened};
 use crate::ops::layout::rank_of;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{Dims, Meta, View, ViewMut, axis};
 
-/// Which rows are normalised, and how scale and shift are laid over them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    /// Each channel of each sample; scale and shift (C).
-    Instance,
-    /// The dimensions from `axis` on; scale and shift broadcast to x.
-    Layer { axis: i64 },
-    /// As `Layer`, without subtracting the mean and without a shift.
-    Rms { axis: i64 },
-    /// `groups` of channels of each sample; scale and shift (C), or (groups) before opset 21.
-    Group { groups: usize, per_group: bool },
-}
-
-/// ONNX `InstanceNormalization` (opset 7), `LayerNormalization` (17), `GroupNormalization` (18) and
-/// `RMSNormalization` (23). Inputs x, scale and, where there is one, shift; outputs y and, one a row, the mean
-/// and the inverse standard deviation (`LayerNormalization` has them in ONNX too).
+/// ONNX `LayerNormalization` (opset 17) and `RMSNormalization` (23) of the dimensions from `axis` on. Inputs x, scale, which
+/// broadcasts to x, and, where there is one, shift; outputs y and, one a row, the mean and the inverse standard deviation
+/// (`LayerNormalization` has them in ONNX too).
 #[derive(Debug)]
-pub struct SampleNorm {
-    kind: Kind,
+pub struct RowNorm {
+    axis: i64,
     epsilon: f64,
+    /// `false`: RMS, without subtracting the mean and without a shift.
+    center: bool,
 }
 
-impl SampleNorm {
-    fn parse(spec: &Spec, kind: Kind) -> Result<Arc<dyn Op>, OpError> {
-        if spec.attrs.int_or("stash_type", 1)? != 1 {
-            return Err(OpError::Unsupported("a stash_type other than float32".into()));
+/// The attribute, of nodes that compute in f32.
+fn epsilon(spec: &Spec) -> Result<f64, OpError> {
+    match spec.attrs.int_or("stash_type", 1)? {
+        1 => Ok(spec.attrs.float_or("epsilon", 1e-5)?.into()),
+        _ => Err(OpError::Unsupported("a stash_type other than float32".into())),
+    }
+}
+
+/// Fails where scale and shift are not of x's type and of the same shape.
+fn alike(x: &Meta, scale: &Meta, shift: Option<&Meta>) -> Result<(), OpError> {
+    for (i, m) in [Some(scale), shift].into_iter().enumerate() {
+        let Some(m) = m else { continue };
+        if m.dtype != x.dtype {
+            return Err(OpError::Type(format!("input {} is {}, input 0 is {}", i + 1, m.dtype, x.dtype)));
         }
-        Ok(Arc::new(SampleNorm { kind, epsilon: spec.attrs.float_or("epsilon", 1e-5)? as f64 }))
+        if m.dims != scale.dims {
+            return Err(OpError::Unsupported(format!(
+                "shift of shape {:?} beside scale of shape {:?}",
+                m.dims.as_slice(),
+                scale.dims.as_slice()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The gradient of a scale or shift of such dimensions, from one of as many elements in a row.
+fn reshaped(g: &mut GradBuilder, v: ValueId, dims: &Dims) -> Result<ValueId, OpError> {
+    if dims.len() == 1 { Ok(v) } else { g.emit(As { dims: dims.clone() }, &[v]) }
+}
+
+impl RowNorm {
+    fn parse(spec: &Spec, center: bool) -> Result<Arc<dyn Op>, OpError> {
+        let axis = spec.attrs.int_or("axis", -1)?;
+        Ok(Arc::new(RowNorm { axis, epsilon: epsilon(spec)?, center }))
     }
 
     /// Layer normalisation of the dimensions from `axis` on.
     pub fn layer(axis: i64, epsilon: f32) -> Self {
-        SampleNorm { kind: Kind::Layer { axis }, epsilon: epsilon as f64 }
+        RowNorm { axis, epsilon: epsilon.into(), center: true }
     }
 
     /// Division by the root mean square of the dimensions from `axis` on.
     pub fn rms(axis: i64, epsilon: f32) -> Self {
-        SampleNorm { kind: Kind::Rms { axis }, epsilon: epsilon as f64 }
-    }
-
-    fn group(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
-        let groups = spec.attrs.int("num_groups")?.unwrap_or(0);
-        let groups = usize::try_from(groups)
-            .ok()
-            .filter(|&g| g > 0)
-            .ok_or_else(|| OpError::Attribute(format!("'num_groups' is {groups}")))?;
-        SampleNorm::parse(spec, Kind::Group { groups, per_group: spec.opset < 21 })
+        RowNorm { axis, epsilon: epsilon.into(), center: false }
     }
 
     /// The rows of x, and the shape of their statistics.
-    fn rows(&self, x: &[usize], scale: &[usize]) -> Result<(RowNorm, Dims), OpError> {
-        let row = |len: usize, period: usize, span: usize| RowNorm {
-            len,
-            period,
-            span,
-            center: !matches!(self.kind, Kind::Rms { .. }),
-            epsilon: self.epsilon,
-        };
+    fn rows(&self, x: &[usize], scale: &[usize]) -> Result<(Kernel, Dims), OpError> {
         let bad = || OpError::Shape(format!("scale of shape {scale:?} for x of shape {x:?}"));
-        match self.kind {
-            Kind::Layer { axis: a } | Kind::Rms { axis: a } => {
-                let a = axis(a, x.len())?;
-                let (outer, inner) = x.split_at(a);
-                let stats = outer.iter().copied().chain(inner.iter().map(|_| 1)).collect();
-                let first = scale.iter().position(|&d| d != 1).unwrap_or(scale.len());
-                let last = scale.iter().rposition(|&d| d != 1).map_or(first, |i| i + 1);
-                let (core, below) = (&scale[first..last], scale.len() - last);
-                if below > inner.len() || core.len() > inner.len() - below {
-                    return Err(bad());
-                }
-                let (rest, spanned) = inner.split_at(inner.len() - below);
-                if !rest.ends_with(core) {
-                    return Err(bad());
-                }
-                let len = inner.iter().product();
-                let period: usize = core.iter().product();
-                // One scale for all is a run as long as the row.
-                let span = if core.is_empty() { len } else { spanned.iter().product() };
-                Ok((row(len, period, span), stats))
-            }
-            Kind::Instance => match x {
-                [n, c, rest @ ..] if scale == [*c] => {
-                    let s = rest.iter().product();
-                    Ok((row(s, *c, s), Dims::from_slice(&[*n, *c])))
-                }
-                _ => Err(bad()),
-            },
-            Kind::Group { groups, per_group } => match x {
-                [n, c, rest @ ..] if c % groups == 0 && scale == [if per_group { groups } else { *c }] => {
-                    let s: usize = rest.iter().product();
-                    let len = c / groups * s;
-                    let (period, span) = if per_group { (groups, len) } else { (*c, s) };
-                    Ok((row(len, period, span), Dims::from_slice(&[*n, groups])))
-                }
-                _ => Err(bad()),
-            },
+        let (outer, inner) = x.split_at(axis(self.axis, x.len())?);
+        let stats = outer.iter().copied().chain(inner.iter().map(|_| 1)).collect();
+        let first = scale.iter().position(|&d| d != 1).unwrap_or(scale.len());
+        let last = scale.iter().rposition(|&d| d != 1).map_or(first, |i| i + 1);
+        let (core, below) = (&scale[first..last], scale.len() - last);
+        if below > inner.len() || core.len() > inner.len() - below {
+            return Err(bad());
         }
-    }
-
-    fn has_shift(&self) -> bool {
-        !matches!(self.kind, Kind::Rms { .. })
+        let (rest, spanned) = inner.split_at(inner.len() - below);
+        if !rest.ends_with(core) {
+            return Err(bad());
+        }
+        let len = inner.iter().product();
+        let period: usize = core.iter().product();
+        // One scale for all is a run as long as the row.
+        let span = if core.is_empty() { len } else { spanned.iter().product() };
+        Ok((Kernel { len, period, span, center: self.center, epsilon: self.epsilon }, stats))
     }
 }
 
-impl Op for SampleNorm {
+impl Op for RowNorm {
     fn name(&self) -> &'static str {
-        match self.kind {
-            Kind::Instance => "InstanceNormalization",
-            Kind::Layer { .. } => "LayerNormalization",
-            Kind::Rms { .. } => "RMSNormalization",
-            Kind::Group { .. } => "GroupNormalization",
-        }
+        if self.center { "LayerNormalization" } else { "RMSNormalization" }
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
         let (x, scale) = (need(inputs, 0)?, need(inputs, 1)?);
         let (_, stats) = self.rows(&x.dims, &scale.dims)?;
-        for (i, m) in [Some(scale), get(inputs, 2)].into_iter().enumerate() {
-            let Some(m) = m else { continue };
-            if m.dtype != x.dtype {
-                return Err(OpError::Type(format!("input {} is {}, input 0 is {}", i + 1, m.dtype, x.dtype)));
-            }
-            if m.dims != scale.dims {
-                return Err(OpError::Unsupported(format!(
-                    "shift of shape {:?} beside scale of shape {:?}",
-                    m.dims.as_slice(),
-                    scale.dims.as_slice()
-                )));
-            }
-        }
+        alike(x, scale, get(inputs, 2))?;
         let stats = Meta::new(x.dtype, &stats);
         Ok(vec![Meta::new(x.dtype, &x.dims), stats.clone(), stats])
     }
@@ -181,27 +148,23 @@ impl Op for SampleNorm {
         let (rows, _) = self.rows(&dims, &scale_dims)?;
         let channels = rows.channels(dims.iter().product());
         let mut grads = Grads::from_elem(None, 3);
-        let reshape = |g: &mut GradBuilder, v| match scale_dims.len() {
-            1 => Ok(v),
-            _ => g.emit(As { dims: scale_dims.clone() }, &[v]),
-        };
         if g.wants(0) || g.wants(1) {
             let mean = if rows.center { Some(g.y(1)?) } else { None };
             let inv = g.y(2)?;
             if g.wants(0) {
                 let inputs = [Some(x), Some(dy), Some(scale), mean, Some(inv)];
-                grads[0] = Some(g.emit_all(SampleNormInputGrad { rows }, &inputs, 1)?[0]);
+                grads[0] = Some(g.emit_all(RowNormInputGrad { rows }, &inputs, 1)?[0]);
             }
             if g.wants(1) {
                 let op = ChannelParamGrad { channels, stat: Stat::Row(rows.len), epsilon: None };
                 let made = g.emit_all(op, &[Some(x), Some(dy), mean, Some(inv)], 2)?;
-                grads[1] = Some(reshape(g, made[0])?);
-                grads[2] = Some(reshape(g, made[1])?);
+                grads[1] = Some(reshaped(g, made[0], &scale_dims)?);
+                grads[2] = Some(reshaped(g, made[1], &scale_dims)?);
             }
         }
-        if g.wants(2) && grads[2].is_none() && self.has_shift() {
+        if g.wants(2) && grads[2].is_none() && self.center {
             let sum = g.emit(ChannelSum { channels }, &[dy])?;
-            grads[2] = Some(reshape(g, sum)?);
+            grads[2] = Some(reshaped(g, sum, &scale_dims)?);
         }
         Ok(grads)
     }
@@ -253,15 +216,15 @@ fn second<T>() -> Result<T, OpError> {
     Err(OpError::NotDifferentiable("second derivatives are not supported".into()))
 }
 
-/// Gradient of [`SampleNorm`]'s input. Inputs: x, dy, scale, mean (absent: 0), inverse deviation.
+/// Gradient of [`RowNorm`]'s input. Inputs: x, dy, scale, mean (absent: 0), inverse deviation.
 #[derive(Debug)]
-pub(super) struct SampleNormInputGrad {
-    pub rows: RowNorm,
+pub(super) struct RowNormInputGrad {
+    pub rows: Kernel,
 }
 
-impl Op for SampleNormInputGrad {
+impl Op for RowNormInputGrad {
     fn name(&self) -> &'static str {
-        "SampleNormInputGrad"
+        "RowNormInputGrad"
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
@@ -295,7 +258,7 @@ impl Op for SampleNormInputGrad {
 /// ONNX `LRN`: `y = x·(bias + alpha/size·Σ x²)^−beta`, the sum over `size` neighbouring channels.
 #[derive(Debug)]
 pub struct Lrn {
-    kernel: Kernel,
+    kernel: Across,
     layout: Layout,
 }
 
@@ -307,7 +270,7 @@ impl Lrn {
             .filter(|&s| s > 0)
             .ok_or_else(|| OpError::Attribute(format!("'size' is {size}")))?;
         Ok(Arc::new(Lrn {
-            kernel: Kernel {
+            kernel: Across {
                 size,
                 alpha: spec.attrs.float_or("alpha", 1e-4)? as f64,
                 beta: spec.attrs.float_or("beta", 0.75)? as f64,
@@ -365,7 +328,7 @@ impl Op for Lrn {
 /// Gradient of `LRN`. Inputs: x, dy.
 #[derive(Debug)]
 struct LrnGrad {
-    kernel: Kernel,
+    kernel: Across,
     layout: Layout,
 }
 
@@ -406,15 +369,11 @@ impl Op for LrnGrad {
 }
 
 pub(super) const ROWS: &[Row] = &[
-    Row::new("InstanceNormalization", 6, |s| SampleNorm::parse(s, Kind::Instance)),
+    Row::new("InstanceNormalization", 6, GroupNorm::instance),
     // onnxruntime wrote it into models before the standard had it.
-    Row::new("LayerNormalization", 1, |s| {
-        SampleNorm::parse(s, Kind::Layer { axis: s.attrs.int_or("axis", -1)? })
-    }),
-    Row::new("RMSNormalization", 23, |s| {
-        SampleNorm::parse(s, Kind::Rms { axis: s.attrs.int_or("axis", -1)? })
-    }),
-    Row::new("GroupNormalization", 18, SampleNorm::group),
+    Row::new("LayerNormalization", 1, |s| RowNorm::parse(s, true)),
+    Row::new("RMSNormalization", 23, |s| RowNorm::parse(s, false)),
+    Row::new("GroupNormalization", 18, GroupNorm::parse),
     Row::new("LRN", 7, Lrn::parse),
 ];
 
@@ -444,6 +403,10 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         case(rms, 24, &[2, 3, 4], &[3, 4]).named("axis 1").int("axis", 1),
         group(21, &[6]),
         group(18, &[3]).named("scale a group"),
+        group(21, &[6, 1, 1]).named("scale as it broadcasts"),
+        case("GroupNormalization", 21, &[3, 8, 1, 1], &[8]).named("one place").int("num_groups", 2),
+        // More than one task sums up, of a sample whose channels lie last.
+        case("GroupNormalization", 21, &[2, 40, 60, 40], &[40]).named("many places").int("num_groups", 4),
         Case::new("LRN", 13).input(&[2, 7, 3, 2]).int("size", 3).float("alpha", 0.5).float("bias", 2.0),
         Case::new("LRN", 7).named("even").input(&[1, 5, 40]).int("size", 4).float("alpha", 0.9),
         Case::new("LRN", 7).named("wide").input(&[2, 3, 2, 2]).int("size", 9).float("beta", 0.5),

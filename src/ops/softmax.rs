@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::softmax;
+use crate::kernels::softmax::{self, Form};
 use crate::ops::layout::{moved_axis, rank_of};
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{Meta, View, ViewMut, axis};
@@ -43,17 +43,22 @@ impl Over {
     }
 }
 
-/// ONNX `Softmax` or, with `log`, `LogSoftmax`: y of x's shape.
+/// ONNX `Softmax` or `LogSoftmax`: y of x's shape.
 #[derive(Debug)]
 pub struct Softmax {
     over: Over,
-    log: bool,
+    form: Form,
 }
 
 impl Softmax {
     /// Over one axis.
     pub fn along(axis: i64) -> Self {
-        Softmax { over: Over { axis, flatten: false }, log: false }
+        Softmax { over: Over { axis, flatten: false }, form: Form::Probabilities }
+    }
+
+    /// The same for results that only weigh the terms of a sum.
+    pub fn weighing(&self) -> Option<Self> {
+        (self.form == Form::Probabilities).then_some(Softmax { over: self.over, form: Form::Weights })
     }
 
     /// The one axis that it normalises over in a tensor of this rank, if it is one.
@@ -64,13 +69,13 @@ impl Softmax {
 
     /// Does it normalise the rows of a tensor of this rank, and not their logarithms?
     pub fn over_rows(&self, rank: usize) -> bool {
-        !self.log && self.over_axis(rank).is_some_and(|axis| axis + 1 == rank)
+        self.form != Form::Log && self.over_axis(rank).is_some_and(|axis| axis + 1 == rank)
     }
 }
 
 impl Op for Softmax {
     fn name(&self) -> &'static str {
-        if self.log { "LogSoftmax" } else { "Softmax" }
+        if self.form == Form::Log { "LogSoftmax" } else { "Softmax" }
     }
 
     fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
@@ -82,7 +87,7 @@ impl Op for Softmax {
         let (len, inner) = self.over.extent(y.dims)?;
         float_dispatch!(y.dtype, T => {
             let x = get(x, 0).map(|x| x.get::<T>()).transpose()?;
-            softmax::softmax(x, y.get::<T>()?, len, inner, self.log);
+            softmax::softmax(x, y.get::<T>()?, len, inner, self.form);
             Ok(())
         })
     }
@@ -90,14 +95,15 @@ impl Op for Softmax {
     fn channels_last(&self, inputs: &[Option<&Meta>], _: &[Option<&Meta>]) -> Option<ChannelsLast> {
         let rank = rank_of(inputs, 0).filter(|_| !self.over.flatten)?;
         let over = Over { axis: moved_axis(self.over.axis, rank)?, flatten: false };
-        Some(ChannelsLast::by(Softmax { over, log: self.log }, &[true], &[true]))
+        Some(ChannelsLast::by(Softmax { over, form: self.form }, &[true], &[true]))
     }
 
     fn vjp(&self, g: &mut GradBuilder) -> Result<Grads, OpError> {
         // Softmax: dx = y·(dy − Σ dy·y);  LogSoftmax: dx = dy − exp(y)·Σ dy
         let (y, dy) = (g.y(0)?, g.dy0()?);
         let (len, inner) = self.over.extent(&g.meta(y)?.dims)?;
-        Ok(Grads::from_slice(&[Some(g.emit(SoftmaxGrad { len, inner, log: self.log }, &[y, dy])?)]))
+        let op = SoftmaxGrad { len, inner, log: self.form == Form::Log };
+        Ok(Grads::from_slice(&[Some(g.emit(op, &[y, dy])?)]))
     }
 
     fn in_place(&self) -> &[(usize, usize)] {
@@ -179,8 +185,8 @@ impl Op for Hardmax {
 }
 
 pub(super) const ROWS: &[Row] = &[
-    Row::new("Softmax", 1, |s| Ok(Arc::new(Softmax { over: Over::new(s)?, log: false }))),
-    Row::new("LogSoftmax", 1, |s| Ok(Arc::new(Softmax { over: Over::new(s)?, log: true }))),
+    Row::new("Softmax", 1, |s| Ok(Arc::new(Softmax { over: Over::new(s)?, form: Form::Probabilities }))),
+    Row::new("LogSoftmax", 1, |s| Ok(Arc::new(Softmax { over: Over::new(s)?, form: Form::Log }))),
     Row::new("Hardmax", 1, |s| Ok(Arc::new(Hardmax { over: Over::new(s)? }))),
 ];
 
@@ -205,4 +211,22 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         ]);
     }
     all
+}
+
+#[cfg(test)]
+#[test]
+fn weights_that_vanish_are_zero() {
+    use crate::tensor::Tensor;
+    let x = Tensor::from_slice(&[2, 5], &[0f32, -60., -80., -100., -3., -70., 20., -80., -65., 20.]).unwrap();
+    let made = |op: &Softmax| crate::ops::eval(op, &[Some(&x)]).unwrap().remove(0).to_f64();
+    let whole = Softmax::along(-1);
+    for (i, (w, p)) in made(&whole.weighing().unwrap()).iter().zip(made(&whole)).enumerate() {
+        assert!(p > 0.0 && if p < 1e-31 { *w == 0.0 } else { *w == p }, "{i}: {w} for {p}");
+    }
+    // Over an axis that is not the last.
+    let turned = Tensor::from_slice(&[3, 2], &[0f32, 0.0, -80.0, -1.0, -100.0, -100.0]).unwrap();
+    let columns = Softmax::along(0).weighing().unwrap();
+    let y = crate::ops::eval(&columns, &[Some(&turned)]).unwrap().remove(0).to_f64();
+    assert!(y[2] == 0.0 && y[3] > 0.2 && y[4..] == [0.0, 0.0], "{y:?}");
+    assert!(columns.weighing().is_none());
 }

@@ -212,10 +212,7 @@ impl<'a> Planner<'a> {
         }
         for id in self.order.iter().rev() {
             let node = self.graph.node(*id);
-            if let (true, Some(Some(x)), Some(Some(y))) =
-                (node.op.is_view(), node.inputs.first(), node.outputs.first())
-                && !self.request.pins.contains_key(y)
-            {
+            if let Some((x, y)) = node.view().filter(|(_, y)| !self.request.pins.contains_key(y)) {
                 self.last_use[x.index()] = self.last_use[x.index()].max(self.last_use[y.index()]);
             }
         }

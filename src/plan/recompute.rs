@@ -85,7 +85,7 @@ fn keep_statistics(graph: &mut Graph, request: &Request) -> Result<()> {
     for id in order(graph, request)? {
         let node = graph.node(id);
         let Some(norm) = node.op.as_a::<BatchNormalization>() else { continue };
-        if norm.training() && node.outputs.first().is_some_and(Option::is_some) {
+        if norm.training() && node.output().is_some() {
             for output in [3, 4] {
                 let made = graph.output_of(id, output);
                 made.map_err(|source| Error::Op { node: graph.describe(id), source })?;

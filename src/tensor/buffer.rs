@@ -27,21 +27,23 @@ enum Memory {
 impl Buffer {
     /// At least `bytes` bytes, all zero.
     pub fn zeroed(bytes: usize) -> Self {
-        Buffer(match pages(bytes) {
-            Some(map) => Memory::Pages(map),
-            None => Memory::Lines(vec![Line::zeroed(); bytes.div_ceil(ALIGN)]),
-        })
+        // (As the allocator ends the process, where it has none.)
+        Self::new(bytes).unwrap_or_else(|| std::alloc::handle_alloc_error(std::alloc::Layout::new::<Line>()))
     }
 
     /// The same for `what` may be larger than all memory.
     pub fn try_zeroed(bytes: usize, what: &str) -> Result<Self> {
+        Self::new(bytes).ok_or_else(|| Error::Memory { what: what.into(), bytes })
+    }
+
+    fn new(bytes: usize) -> Option<Self> {
         if let Some(map) = pages(bytes) {
-            return Ok(Buffer(Memory::Pages(map)));
+            return Some(Buffer(Memory::Pages(map)));
         }
         let (count, mut lines) = (bytes.div_ceil(ALIGN), Vec::new());
-        lines.try_reserve_exact(count).map_err(|_| Error::Memory { what: what.into(), bytes })?;
+        lines.try_reserve_exact(count).ok()?;
         lines.resize(count, Line::zeroed());
-        Ok(Buffer(Memory::Lines(lines)))
+        Some(Buffer(Memory::Lines(lines)))
     }
 
     /// Extends to at least `bytes` bytes; what is new is zero.

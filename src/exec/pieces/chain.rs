@@ -218,7 +218,7 @@ impl<'a> Finder<'a> {
                 x.push(key.and_then(|key| held.get(&key)).copied());
             }
             multiply_adds += piece.op.multiply_adds(&nested.graph.metas(&x)) * self.count;
-            let Some(&Some(y)) = node.outputs.first() else { continue };
+            let Some(y) = node.output() else { continue };
             if !chain.last.contains(&at) {
                 let meta = nested.piece(&self.meta(y)?)?;
                 held.insert((y, true), nested.node(piece.op.clone(), x, meta));

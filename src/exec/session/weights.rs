@@ -10,7 +10,7 @@ use crate::exec::store::Purpose;
 use crate::graph::{StateId, ValueId, WeightId};
 use crate::import::Role;
 use crate::kernels::half::Half;
-use crate::tensor::{DType, Meta, Tensor, cast_pieces};
+use crate::tensor::{DType, Meta, Tensor, ViewMut, cast_pieces};
 
 impl Session {
     /// Makes weights states, initialised from the file, so that updates can change them.
@@ -42,13 +42,14 @@ impl Session {
             let whole = weight.bytes_stored(&model.files).filter(|_| !weight.dtype.is_narrow());
             let put = match whole {
                 Some(bytes) => {
-                    let mut room = self.store.view_mut(*s).bytes;
-                    let cast = cast_pieces(weight.dtype, bytes, dtype, |piece| {
-                        let (here, rest) = std::mem::take(&mut room).split_at_mut(piece.len());
-                        here.copy_from_slice(piece);
-                        room = rest;
-                    });
-                    cast.map_err(|e| Error::value(&weight.name, e.to_string()))
+                    let cast = |state: &mut ViewMut| {
+                        let mut at = 0;
+                        cast_pieces(weight.dtype, bytes, dtype, |piece| {
+                            state.bytes[at..at + piece.len()].copy_from_slice(piece);
+                            at += piece.len();
+                        })
+                    };
+                    self.store.edit(*s, cast).map_err(|e| Error::value(&weight.name, e.to_string()))
                 }
                 None => model.load_weight(*id).map(|t| self.store.set(*s, t.cast(dtype).bytes())),
             };

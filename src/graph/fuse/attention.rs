@@ -2,11 +2,8 @@
 
 use std::sync::Arc;
 
-use smallvec::SmallVec;
-
-use super::{Chains, Tail, same_shape, source};
-use crate::graph::{Graph, Node, NodeId, ValueId};
-use crate::kernels::elementwise::Clamp;
+use super::{Chains, Tail, operands, same_shape, source};
+use crate::graph::{Graph, NodeId, ValueId};
 use crate::ops::attention::FusedAttention;
 use crate::ops::binary::Binary;
 use crate::ops::matmul::MatMul;
@@ -44,59 +41,49 @@ fn rows(graph: &Graph, v: ValueId, axes: Dims) -> Option<Seen> {
 }
 
 impl Chains {
-    /// Replaces the attention around a softmax, if there is one.
-    pub(super) fn fuse_attention(&mut self, graph: &mut Graph, softmax: NodeId) {
-        if let Some((tail, node)) = self.attention(graph, softmax) {
-            self.replace(graph, &tail, SmallVec::from_iter([node]));
-        }
+    /// Lets a softmax that is the first operand of a product alone, as in other attention, do without what vanishes in it.
+    pub(super) fn weigh(&self, graph: &mut Graph, softmax: NodeId) -> Option<()> {
+        let node = graph.node(softmax);
+        let op = node.op.as_a::<Softmax>()?.weighing().filter(|_| !self.dead[softmax.index()])?;
+        graph.node(self.next(graph, node.output()?)?).op.as_a::<MatMul>()?;
+        graph.nodes[softmax.index()].op = Arc::new(op);
+        Some(())
     }
 
-    fn attention(&self, graph: &Graph, softmax: NodeId) -> Option<(Tail, Node)> {
+    /// Replaces the attention around a softmax, if there is one.
+    pub(super) fn fuse_attention(&mut self, graph: &mut Graph, softmax: NodeId) -> Option<()> {
         let node = graph.node(softmax);
-        let out = |id: NodeId| graph.node(id).outputs.first().copied().flatten();
-        let (scores, p) = (node.inputs.first().copied().flatten()?, out(softmax)?);
+        let (scores, p) = ((*node.inputs.first()?)?, node.output()?);
         let meta = graph.value(scores).meta.as_ref()?;
         let rank = meta.dims.len();
         let float = matches!(meta.dtype, DType::F32 | DType::F64);
-        let over_rows = node.op.as_a::<Softmax>()?.over_rows(rank);
-        if !(over_rows && float && (3..=4).contains(&rank) && self.passing(scores) && self.passing(p)) {
+        if !(node.op.as_a::<Softmax>()?.over_rows(rank) && float && (3..=4).contains(&rank)) {
             return None;
         }
-        let mut absorbed = SmallVec::new();
-        let mut inner = SmallVec::from_slice(&[scores, p]);
+        let mut tail = Tail::of(softmax, p);
         // The scores: a product, perhaps with a mask added.
-        let first = source(graph, scores)?;
+        let first = self.take(graph, &mut tail, scores, 1)?;
         let (q, kt, scale, mask) = match product(graph, first) {
-            Some(of) => {
-                absorbed.push(first);
-                of
-            }
+            Some(of) => of,
             None => {
-                let (Binary::Add, &[Some(a), Some(b)]) =
-                    (graph.node(first).op.as_a::<Binary>()?, &graph.node(first).inputs[..])
-                else {
-                    return None;
-                };
+                let (a, b) = operands(graph, first, Binary::Add)?;
                 let of = |v: ValueId| {
-                    let id = source(graph, v).filter(|_| self.passing(v) && same_shape(graph, v, scores))?;
-                    product(graph, id).filter(|of| of.3.is_none()).map(|of| (id, v, of))
+                    let id = source(graph, v).filter(|_| same_shape(graph, v, scores))?;
+                    product(graph, id).filter(|of| of.3.is_none() && self.passing(v)).map(|of| (v, of))
                 };
-                let ((id, inside, (q, kt, scale, _)), mask) = match of(a) {
+                let ((inside, (q, kt, scale, _)), mask) = match of(a) {
                     Some(found) => (found, b),
                     None => (of(b)?, a),
                 };
-                absorbed.extend([id, first]);
-                inner.push(inside);
+                self.take(graph, &mut tail, inside, 1)?;
                 (q, kt, scale, Some(mask))
             }
         };
-        absorbed.push(softmax);
         let last = self.next(graph, p)?;
         let (a, v, alpha, added) = product(graph, last)?;
-        if a != p || alpha != 1.0 || added.is_some() {
+        if a != p || alpha != 1.0 || added.is_some() || !self.extend(graph, &mut tail, last) {
             return None;
         }
-        absorbed.push(last);
         let plain: Dims = (0..rank).collect();
         let mut across = plain.clone();
         across.swap(rank - 2, rank - 1);
@@ -109,23 +96,19 @@ impl Chains {
         let (q, q_axes) = rows(graph, q, plain.clone())?;
         let (k, k_axes) = rows(graph, kt, across)?;
         let (v, v_axes) = rows(graph, v, plain.clone())?;
-        let (mut y, mut y_axes) = (out(last)?, plain);
+        let mut y_axes = plain;
         // A transposition of the result only says where it is written.
-        if let Some(id) = self.next(graph, y)
+        if let Some(id) = self.next(graph, tail.out)
             && let Some(perm) = graph.node(id).op.as_a::<Transpose>().and_then(|t| t.perm.as_ref())
             && perm.last() == Some(&(rank - 1))
-            && let Some(turned) = out(id)
+            && self.extend(graph, &mut tail, id)
         {
-            inner.push(y);
-            absorbed.push(id);
-            y = turned;
             perm.iter().enumerate().for_each(|(to, &from)| y_axes[from] = to);
         }
-        let name = graph.node(*absorbed.last()?).name.clone();
         let op = FusedAttention { scale, axes: [q_axes, k_axes, v_axes, y_axes], pairs: false };
         let mut inputs = vec![Some(q), Some(k), Some(v)];
         inputs.extend(mask.map(Some));
-        let tail = Tail { absorbed, inner, out: y, residual: None, clamp: Clamp::NONE };
-        Some((tail, Node { name, op: Arc::new(op), inputs, outputs: vec![Some(y)] }))
+        self.replace_by(graph, tail, op, inputs);
+        Some(())
     }
 }

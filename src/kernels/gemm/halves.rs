@@ -12,7 +12,7 @@ impl<T: Vectors> Product<T> {
             _ if self.is_vector() => false,
             Packs::Nothing => false,
             Packs::B => !halves[0] || self.widens_rows(),
-            Packs::BThenA | Packs::AThenB => true,
+            Packs::BThenA | Packs::AThenB | Packs::EachB => true,
         }
     }
 }

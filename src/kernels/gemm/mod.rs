@@ -42,10 +42,11 @@ const TASKS: usize = 16;
 const BLOCK: usize = 1 << 16;
 /// The same of an A of half precision, which is widened for it.
 const BLOCK_WIDENED: usize = 1 << 15;
-/// Rows of A that are few, and elements of B that are then packed at a time: what takes little memory besides, and stays in the
-/// cache.
-const FEW: usize = 256;
-const AT_ONCE: usize = 1 << 17;
+/// Rows of A that are few, beside a B of more elements than several tasks had better share; and elements of B that a task then packs
+/// at a time: what stays in the second-level cache.
+const FEW: usize = 512;
+const SHARED: usize = 1 << 18;
+const AT_ONCE: usize = 1 << 16;
 /// Steps of the summed dimension that are added up in registers before they are added to C: of few, sums are more
 /// accurate and B's panel stays in the cache. Fewer when A is read across its rows as they lie.
 const STEPS: usize = 512;
@@ -56,6 +57,9 @@ const STEPS_NEAR: usize = 128;
 const GAP: usize = 16;
 /// Rows or columns of C that are at least a task's own where it packs their operand.
 const NARROW: usize = 32;
+/// Strips of A that pass by a B that is near, of so many elements at most: so that C is written in long runs.
+const FEW_STRIPS: usize = 4;
+const NEAR: usize = 1 << 17;
 /// Tasks that pack something of their own at a time.
 const SLOTS: usize = 8;
 
@@ -158,7 +162,15 @@ impl<T: Vectors> Product<T> {
         panels * self.tile().0 * steps
     }
 
-    /// How the operands are read.
+    /// How the operands are read, by several tasks.
+    fn divided_packs(&self) -> Packs {
+        match self.packs() {
+            Packs::B if self.m <= FEW && self.n * self.k > SHARED => Packs::EachB,
+            packs => packs,
+        }
+    }
+
+    /// The same by one task, or where B is packed beforehand.
     fn packs(&self) -> Packs {
         match () {
             _ if !self.trans_a => Packs::B,
@@ -174,24 +186,10 @@ impl<T: Vectors> Product<T> {
         }
     }
 
-    /// Columns of a packed B that are packed at a time: all, unless few rows of A would wait for that much.
-    fn columns(&self) -> usize {
-        let panel = self.tile().0;
-        match self.packs() {
-            Packs::B if self.m <= FEW => self.n.min(panels_at_once(panel, self.k) * panel),
-            _ => self.n,
-        }
-    }
-
-    /// The product of as many columns from one on, or of those that are left.
-    fn part(&self, first: usize, columns: usize) -> Self {
-        Product { n: columns.min(self.n - first), ..*self }
-    }
-
     /// Elements of what is packed for all tasks.
-    fn packed(&self) -> usize {
-        match self.packs() {
-            Packs::Nothing => 0,
+    fn packed(&self, packs: Packs) -> usize {
+        match packs {
+            Packs::Nothing | Packs::EachB => 0,
             Packs::B | Packs::BThenA => self.in_panels(self.panels(), self.k),
             Packs::AThenB => self.strips().count * self.in_strip(self.k),
         }
@@ -199,7 +197,7 @@ impl<T: Vectors> Product<T> {
 
     /// Are rows of A, as they lie, widened for a packed B, where they are of half precision?
     fn widens_rows(&self) -> bool {
-        !self.trans_a && self.packs() == Packs::B
+        !self.trans_a
     }
 
     /// Strips of an A read as it lies that pass by a panel of B at a time.
@@ -208,24 +206,27 @@ impl<T: Vectors> Product<T> {
     }
 
     /// Elements of what a task packs for itself, or widens.
-    fn near(&self, a_is_whole: bool) -> usize {
-        let ((rows, cols), steps) = (self.pieces(), self.k.min(STEPS));
-        match self.packs() {
-            Packs::B if self.widens_rows() && !a_is_whole => {
-                let strips = self.block(BLOCK_WIDENED).min(self.strips().count.div_ceil(rows));
-                strips * self.tile().1 * (steps + GAP)
-            }
-            Packs::Nothing | Packs::B => 0,
+    fn near(&self, packs: Packs, a_is_whole: bool) -> usize {
+        let ((rows, cols), steps) = (self.pieces(packs), self.k.min(STEPS));
+        let widened = || {
+            let strips = self.block(BLOCK_WIDENED).min(self.strips().count.div_ceil(rows));
+            strips * self.tile().1 * (steps + GAP)
+        };
+        let widened = if self.widens_rows() && !a_is_whole { widened() } else { 0 };
+        match packs {
+            Packs::Nothing => 0,
+            Packs::B => widened,
+            Packs::EachB => self.in_panels(self.panels().div_ceil(cols), steps) + widened,
             Packs::BThenA => self.strips().count.div_ceil(rows) * self.in_strip(steps),
             Packs::AThenB => self.in_panels(self.panels().div_ceil(cols), steps),
         }
     }
 
     /// How many pieces the strips and the panels of C are divided into.
-    fn pieces(&self) -> (usize, usize) {
+    fn pieces(&self, packs: Packs) -> (usize, usize) {
         let tasks = if self.alone { 1 } else { (self.work() / WORK).clamp(1, TASKS) };
         let (rows, cols) = (self.strips().count.max(1), self.panels().max(1));
-        match self.packs() {
+        match packs {
             Packs::BThenA => (tasks.min(SLOTS).min(self.m.div_ceil(NARROW)).min(rows), 1),
             Packs::AThenB => (1, tasks.min(SLOTS).min(self.n.div_ceil(NARROW)).min(cols)),
             Packs::Nothing => {
@@ -234,6 +235,11 @@ impl<T: Vectors> Product<T> {
                 (m, tasks.div_ceil(m).min(cols))
             }
             Packs::B => self.in_squares(tasks, rows, cols),
+            Packs::EachB => {
+                let at_once = (AT_ONCE / self.in_panels(1, self.k.clamp(1, STEPS))).max(1);
+                let cols = cols.div_ceil(at_once).max(tasks.min(SLOTS).min(cols));
+                ((SLOTS / 2).min(tasks).div_ceil(cols).min(self.m.div_ceil(NARROW)), cols)
+            }
         }
     }
 
@@ -255,6 +261,8 @@ enum Packs {
     /// A, which would be read across its rows, as well: of the larger operand, each task packs its own part.
     BThenA,
     AThenB,
+    /// B, by each task its own panels of it: of few rows of A, which are read as they lie or widened.
+    EachB,
 }
 
 /// What is added to products besides.
@@ -289,24 +297,15 @@ pub fn room<T: Vectors>(p: &Product<T>, batch: usize) -> usize {
     match () {
         _ if p.is_vector() => 0,
         _ if batch == 1 || p.work() >= LARGE => room_divided(p, true),
-        _ => p.packed() * SLOTS.min(batch),
+        _ => p.packed(p.packs()) * SLOTS.min(batch),
     }
-}
-
-/// Panels of so many columns and steps that are packed at a time.
-fn panels_at_once(panel: usize, steps: usize) -> usize {
-    (AT_ONCE / (panel * steps).max(1)).max(1)
 }
 
 /// Elements of scratch that [`divided`] needs.
 fn room_divided<T: Vectors>(p: &Product<T>, a_is_whole: bool) -> usize {
-    let columns = p.columns().max(1);
-    let of = |first: usize| {
-        let p = p.part(first, columns);
-        let (rows, cols) = p.pieces();
-        p.packed() + p.near(a_is_whole) * SLOTS.min(rows * cols)
-    };
-    of(0).max(of(p.n.saturating_sub(1) / columns * columns))
+    let packs = p.divided_packs();
+    let (rows, cols) = p.pieces(packs);
+    p.packed(packs) + p.near(packs, a_is_whole) * SLOTS.min(rows * cols)
 }
 
 /// `batch` products of equal extents, plus something: the `i`th reads A and B from the offsets `at(i)` and writes C at
@@ -352,12 +351,13 @@ pub fn many<T: Vectors>(
         }
     } else {
         let shared = Shared::new(c);
-        tasks(batch, p.packed(), scratch, |i, packed| {
+        let packs = p.packs();
+        tasks(batch, p.packed(packs), scratch, |i, packed| {
             let (a, b) = elements(i);
-            pack_shared(&Product { alone: true, ..*p }, a, b, packed);
+            pack_shared(&Product { alone: true, ..*p }, packs, a, b, packed);
             let c = shared.ptr().wrapping_add(i * c_stride);
             let (strips, panels) = (0..p.strips().count, 0..p.panels());
-            let part = Part { p, a, b, packed, near: &mut [], plus: added(i), c, strips, panels };
+            let part = Part { p, packs, a, b, packed, near: &mut [], plus: added(i), c, strips, panels };
             // SAFETY: `operands` checked the extents; no two products share elements of C.
             unsafe { T::dispatch(part) }
         });
@@ -373,30 +373,26 @@ fn divided<T: Vectors>(
     c: &Shared<T>,
     scratch: &mut [T],
 ) {
-    let columns = p.columns();
-    for first in (0..p.n).step_by(columns.max(1)) {
-        let p = &p.part(first, columns);
-        let b = b.from(if p.trans_b { first * p.ldb } else { first });
-        let (packed, rest) = scratch.split_at_mut(p.packed());
-        pack_shared(p, a, b, packed);
-        // SAFETY: C has the columns, and nobody else uses them.
-        let c = unsafe { Shared::at(c.ptr().add(first)) };
-        shared_out(p, a, b, plus.from(first), &c, packed, rest);
-    }
+    let packs = p.divided_packs();
+    let (packed, rest) = scratch.split_at_mut(p.packed(packs));
+    pack_shared(p, packs, a, b, packed);
+    shared_out(p, packs, a, b, plus, c, packed, rest);
 }
 
 /// Packs what all tasks read, by several tasks or by this one.
-fn pack_shared<T: Vectors>(p: &Product<T>, a: Elements<T>, b: Elements<T>, packed: &mut [T]) {
-    match p.packs() {
-        Packs::Nothing => {}
+fn pack_shared<T: Vectors>(p: &Product<T>, packs: Packs, a: Elements<T>, b: Elements<T>, packed: &mut [T]) {
+    match packs {
+        Packs::Nothing | Packs::EachB => {}
         Packs::B | Packs::BThenA => pack::columns(p, b, packed),
         Packs::AThenB => pack::rows(p, a, packed),
     }
 }
 
 /// The tasks of a product whose operand for all of them is packed.
+#[allow(clippy::too_many_arguments)]
 fn shared_out<T: Vectors>(
     p: &Product<T>,
+    packs: Packs,
     a: Elements<T>,
     b: Elements<T>,
     plus: Plus<T>,
@@ -404,12 +400,12 @@ fn shared_out<T: Vectors>(
     packed: &[T],
     rest: &mut [T],
 ) {
-    let (rows, cols) = p.pieces();
+    let (rows, cols) = p.pieces(packs);
     let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
-    tasks(rows * cols, p.near(a.is_whole()), rest, |task, near| {
+    tasks(rows * cols, p.near(packs, a.is_whole()), rest, |task, near| {
         let strips = share(task / cols, rows, p.strips().count);
         let panels = share(task % cols, cols, p.panels());
-        let part = Part { p, a, b, packed, near, plus, c: c.ptr(), strips, panels };
+        let part = Part { p, packs, a, b, packed, near, plus, c: c.ptr(), strips, panels };
         // SAFETY: the callers checked the extents; no two tasks share elements of C.
         unsafe { T::dispatch(part) }
     });
@@ -432,6 +428,7 @@ fn tasks<T: Send>(count: usize, own: usize, scratch: &mut [T], run: impl Fn(usiz
 /// Some strips and panels of one product.
 struct Part<'a, T> {
     p: &'a Product<T>,
+    packs: Packs,
     /// Whole, where they are read as they lie; but rows of A are widened for a packed B.
     a: Elements<'a, T>,
     b: Elements<'a, T>,
@@ -447,7 +444,7 @@ struct Part<'a, T> {
 impl<T: Vectors> Kernel<T> for Part<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(self) {
-        let (p, packs) = (self.p, self.p.packs());
+        let (p, packs) = (self.p, self.packs);
         let panel = Level::of::<S>().near_panel(p.n);
         let height = Level::of::<S>().rows(panel);
         let strips = Pieces::of(p.m, height);
@@ -457,11 +454,15 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
         let (steps, block) = match packs {
             Packs::Nothing => (STEPS_ACROSS, self.strips.len()),
             Packs::B if p.trans_a => (STEPS_ACROSS, self.strips.len()),
-            Packs::B => (STEPS, p.block(if widens { BLOCK_WIDENED } else { BLOCK })),
-            Packs::BThenA => (STEPS, self.strips.len()),
-            Packs::AThenB => (STEPS_NEAR, self.strips.len()),
+            Packs::B | Packs::EachB => (STEPS, p.block(if widens { BLOCK_WIDENED } else { BLOCK })),
+            Packs::BThenA => {
+                (STEPS, if p.n * p.k.min(STEPS) <= NEAR { FEW_STRIPS } else { self.strips.len() })
+            }
+            Packs::AThenB => (STEPS_NEAR, FEW_STRIPS),
         };
-        let near = self.near.as_mut_ptr();
+        let own = if packs == Packs::EachB { p.in_panels(self.panels.len(), p.k.min(STEPS)) } else { 0 };
+        let (near, widened) = self.near.split_at_mut(own);
+        let near = if own > 0 { near.as_mut_ptr() } else { widened.as_mut_ptr() };
         let mut k = 0;
         while k < p.k || k == 0 {
             let count = steps.min(p.k - k);
@@ -472,7 +473,7 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                     Packs::BThenA => {
                         pack::strips::<S>(p, self.a, self.strips.clone(), k..k + count, near, count);
                     }
-                    Packs::AThenB => {
+                    Packs::AThenB | Packs::EachB => {
                         let place = pack::Place { out: near, room: count, before: 0 };
                         pack::panels::<S>(p, self.b, self.panels.clone(), k..k + count, place);
                     }
@@ -485,7 +486,7 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                 if widens && count > 0 {
                     for row in strips.start(from)..strips.start(to - 1) + strips.len(to - 1) {
                         let at = (row - strips.start(from)) * (count + GAP);
-                        self.a.copy(row * p.lda + k, &mut self.near[at..at + count]);
+                        self.a.copy(row * p.lda + k, &mut widened[at..at + count]);
                     }
                 }
                 for q in self.panels.clone() {
@@ -496,18 +497,18 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                             let row = p.row(panel, q, S::LANES);
                             self.packed.as_ptr().wrapping_add(q * p.k * panel + k * row)
                         }
-                        Packs::AThenB => {
+                        Packs::AThenB | Packs::EachB => {
                             near.cast_const().wrapping_add((q - self.panels.start) * count * panel)
                         }
                     };
                     for i in from..to {
                         let (row, m) = (strips.start(i), strips.len(i));
                         let (a, lda) = match packs {
-                            Packs::B if widens => {
+                            Packs::B | Packs::EachB if widens => {
                                 let at = (row - strips.start(from)) * (count + GAP);
-                                (self.near.as_ptr().wrapping_add(at), count + GAP)
+                                (widened.as_ptr().wrapping_add(at), count + GAP)
                             }
-                            Packs::Nothing | Packs::B => {
+                            Packs::Nothing | Packs::B | Packs::EachB => {
                                 let at = if p.trans_a { k * p.lda + row } else { row * p.lda + k };
                                 (self.a.address(at), p.lda)
                             }

@@ -4,7 +4,7 @@
 use super::pairs::{
     divided_pairs, multiply_pairs, pack_pairs, packed_pairs, room_by_packed_pairs, room_pairs,
 };
-use super::{Plus, Product, divided, pack, room_divided, shared_out, vector};
+use super::{Packs, Plus, Product, divided, pack, room_divided, shared_out, vector};
 use crate::kernels::half::Elements;
 use crate::kernels::par::Shared;
 use crate::kernels::simd::Vectors;
@@ -59,7 +59,7 @@ impl<T: Vectors> Near<T> {
         match self.pairs {
             _ if self.by_vector() => 0,
             true => packed_pairs(&self.product),
-            false => self.product.packed(),
+            false => self.product.packed(Packs::B),
         }
     }
 
@@ -112,7 +112,7 @@ impl<T: Vectors> Near<T> {
         assert!(packed.len() >= self.packed(), "operands of a product");
         match self.pairs {
             true => multiply_pairs(p, a, bytemuck::cast_slice(packed), Plus::NOTHING, &c, scratch),
-            false => shared_out(p, a, b, Plus::NOTHING, &c, packed, &mut []),
+            false => shared_out(p, Packs::B, a, b, Plus::NOTHING, &c, packed, &mut []),
         }
     }
 

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::blocks::Blocks;
 use super::tile::{Target, Tile, tile_run};
-use super::{FEW, GAP, Plus, Product, TASKS, WORK, panels_at_once};
+use super::{GAP, Plus, Product, TASKS, WORK};
 use crate::kernels::half::{Elements, Half};
 use crate::kernels::matrix::{BLOCK, SIDE, by_blocks};
 use crate::kernels::pairs::{PairKernel, Pairs, across, both, in_strips, neighbours};
@@ -28,6 +28,10 @@ const STEPS: usize = 512;
 const ROWS: usize = 64;
 /// Steps that are packed by a task: some squares of them.
 const STEPS_AT_ONCE: usize = 32;
+/// Rows of A that are few, and elements of B that are then packed at a time: what takes little memory besides, and stays in the
+/// cache.
+const FEW: usize = 256;
+const AT_ONCE: usize = 1 << 17;
 /// Multiply-adds worth a task of its own where blocks are multiplied.
 const BLOCKS_WORK: usize = 1 << 22;
 /// Elements that rows which are turned are fetched ahead: there are too many of them for the processor to see streams.
@@ -116,7 +120,8 @@ impl Order {
 
     /// Columns of B that are packed at a time: all, unless few rows of A would wait for that much.
     fn columns<T>(&self, p: &Product<T>) -> usize {
-        if p.m > FEW { p.n } else { p.n.min(panels_at_once(self.panel, 2 * self.packed) * self.panel) }
+        let panels = AT_ONCE / (2 * self.panel * self.packed).max(1);
+        if p.m > FEW { p.n } else { p.n.min(panels.max(1) * self.panel) }
     }
 }
 

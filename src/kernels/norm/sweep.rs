@@ -97,6 +97,18 @@ impl<T: Float> Formula<T, 5> for PassedGradient<T> {
     }
 }
 
+/// `factor·dy − k1 − (x − mean)·k2`
+#[derive(Clone, Copy)]
+struct Spread;
+
+impl<T: Float> Formula<T, 4> for Spread {
+    #[inline(always)]
+    unsafe fn of<S: Simd<Elem = T>>(&self, x: S::V, dy: S::V, [m, a, k1, k2]: [S::V; 4]) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::sub(S::sub(S::mul(a, dy), k1), S::mul(S::sub(x, m), k2)) }
+    }
+}
+
 /// What passes where `x` is inside.
 #[derive(Clone, Copy)]
 struct Pass<T>(Clamp<T>);
@@ -487,6 +499,18 @@ pub fn channel_input_grad<T: Vectors>(
             Sweep::new(PassedGradient(clamp), x, dy, dx).run(d, [m, a, shift, k1, k2]);
         }
     }
+}
+
+/// `dx = factor·dy − k1 − (x − mean)·k2` by the channels' coefficients, in this order: mean, factor, k1, k2. At most one of `x`, `dy`
+/// is `None`: it lies in `dx`; `x` may be of half precision where `s` is 1.
+pub(super) fn channel_spread<T: Vectors>(
+    x: Option<Elements<T>>,
+    dy: Option<&[T]>,
+    dx: &mut [T],
+    d: Channels,
+    coefficients: [&[T]; 4],
+) {
+    Sweep::new(Spread, x, dy.map(Elements::Whole), Results::Whole(dx)).run(d, coefficients);
 }
 
 /// `dz = dy` where `y` is inside the clamp, else 0; `dz` holds `dy` where that is `None`.

@@ -2,12 +2,12 @@ use super::*;
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::layout::Layout;
 use crate::kernels::matrix::by_blocks;
-use crate::kernels::norm::{Channels, RowNorm, Stat};
+use crate::kernels::norm::{Channels, GroupNorm, RowNorm, Stat};
 use crate::ops::attention::{FusedAttention, FusedAttentionGrad};
 use crate::ops::batch_norm::{BatchNormInputGrad, BatchNormParamGrad, ChannelParamGrad};
 use crate::ops::conv::{Conv, ConvGrads, ConvInputGrad, ConvStatistics, ConvWeightGrad};
 use crate::ops::matmul::{Gemm, MatMul, MatMulAs};
-use crate::ops::norm::SampleNormInputGrad;
+use crate::ops::norm::{GroupNormInputGrad, GroupNormSums, RowNormInputGrad};
 use crate::ops::unary::{Gelu, Unary, UnaryGrad};
 use crate::ops::window::Window;
 use crate::ops::{Attrs, eval};
@@ -313,8 +313,17 @@ fn normalisations_read_it() {
         for (period, span) in [(c, 1), (1, c)] {
             let rows = RowNorm { len: c, period, span, center: true, epsilon: 1e-5 };
             let operands = [&x, &dy, &scale, &of_rows[0], &of_rows[1]].map(Some);
-            reads(&what, &SampleNormInputGrad { rows }, &operands);
+            reads(&what, &RowNormInputGrad { rows }, &operands);
         }
+        let samples = if n.is_multiple_of(3) { 3 } else { 1 };
+        let (groups, s) = (if c.is_multiple_of(4) { 4 } else { 3 }, n / samples);
+        let kernel = GroupNorm { n: samples, c, s, groups, scales: c, epsilon: 1e-5, layout: Layout::Last };
+        let of_groups = [0.2, 0.1].map(|step| wave(&[samples, groups], step));
+        let sums = [0.4, 0.5].map(|step| wave(&[samples, c], step));
+        let of = [&of_groups[0], &of_groups[1]];
+        reads(&what, &GroupNormSums { kernel }, &[&x, &dy, of[0], of[1]].map(Some));
+        let operands = [&x, &dy, &scale, of[0], of[1], &sums[0], &sums[1]].map(Some);
+        reads(&what, &GroupNormInputGrad { kernel }, &operands);
         let input = BatchNormInputGrad::of(channels, clamp);
         let operands = [&x, &scale, &mean, &inv, &dy, &scale, &shift, &shift].map(Some);
         reads(&what, &input, &operands[..7]);

@@ -1,10 +1,31 @@
 use std::sync::Arc;
 
 use crate::exec::{Options, Session};
+use crate::import::Model;
 use crate::import::make::{floats, import, ints, model, node, ramp};
+use crate::plan::Plan;
 use crate::tensor::{DType, Meta, Tensor};
 use crate::train::optimizer::Optimizer;
 use crate::train::step::by_squares;
+
+/// The weights after some steps that learn the waves they are given, within so much memory, and the plan.
+fn trained(
+    m: &Arc<Model>,
+    meta: &Meta,
+    optimizer: Optimizer,
+    arena: Option<usize>,
+    rate: f64,
+    steps: usize,
+) -> (Vec<Vec<u8>>, Plan) {
+    let options = Options { threads: 1, arena, ..Options::default() };
+    let mut session = Session::new(m.clone(), options).unwrap();
+    let step = by_squares::planned(&mut session, optimizer, meta);
+    let x: Vec<f32> = (0..meta.len()).map(|i| (i as f32 * 0.37).sin()).collect();
+    let x = Tensor::from_slice(&meta.dims, &x).unwrap();
+    by_squares::run(&mut session, &step, [&x, &x], rate, steps);
+    let bytes = session.changes().unwrap().iter().map(|c| c.1.bytes().to_vec()).collect();
+    (bytes, step.program.plan)
+}
 
 /// Layers with dropout and what else draws random numbers: the same ones the second time.
 #[test]
@@ -24,16 +45,7 @@ fn what_is_computed_again_draws_the_same_numbers() {
     }
     let m = Arc::new(import(&model(nodes, weights, "y")).unwrap());
     let meta = Meta::new(DType::F32, &[32, 64]);
-    let run = |arena: Option<usize>| {
-        let options = Options { threads: 1, arena, ..Options::default() };
-        let mut session = Session::new(m.clone(), options).unwrap();
-        let step = by_squares::planned(&mut session, Optimizer::adam(0.0, true), &meta);
-        let x: Vec<f32> = (0..meta.len()).map(|i| (i as f32 * 0.37).sin()).collect();
-        let x = Tensor::from_slice(&meta.dims, &x).unwrap();
-        by_squares::run(&mut session, &step, [&x, &x], 1e-2, 3);
-        let bytes: Vec<Vec<u8>> = session.changes().unwrap().iter().map(|c| c.1.bytes().to_vec()).collect();
-        (bytes, step.program.plan)
-    };
+    let run = |arena| trained(&m, &meta, Optimizer::adam(0.0, true), arena, 1e-2, 3);
     let (usual, plan) = run(None);
     let (small, within) = run(Some(0));
     assert!(within.arena_bytes < plan.arena_bytes, "{} and {}", within.arena_bytes, plan.arena_bytes);
@@ -61,16 +73,7 @@ fn what_is_computed_again_reads_the_same_weights() {
     }
     let m = Arc::new(import(&model(nodes, weights, "y")).unwrap());
     let meta = Meta::new(DType::F32, &[32, 64]);
-    let run = |arena: Option<usize>| {
-        let options = Options { threads: 1, arena, ..Options::default() };
-        let mut session = Session::new(m.clone(), options).unwrap();
-        let step = by_squares::planned(&mut session, Optimizer::sgd(), &meta);
-        let x: Vec<f32> = (0..meta.len()).map(|i| (i as f32 * 0.37).sin()).collect();
-        let x = Tensor::from_slice(&meta.dims, &x).unwrap();
-        by_squares::run(&mut session, &step, [&x, &x], 1.0, 2);
-        let bytes: Vec<Vec<u8>> = session.changes().unwrap().iter().map(|c| c.1.bytes().to_vec()).collect();
-        (bytes, step.program.plan)
-    };
+    let run = |arena| trained(&m, &meta, Optimizer::sgd(), arena, 1.0, 2);
     let (usual, plan) = run(None);
     for arena in [0, plan.arena_bytes / 2, plan.arena_bytes * 2 / 3, plan.arena_bytes * 4 / 5] {
         let (within, again) = run(Some(arena));
