@@ -9,6 +9,7 @@ mod row_norm;
 #[cfg(test)]
 mod tests;
 mod transposed;
+mod unbind;
 mod uses;
 
 use std::sync::Arc;
@@ -37,11 +38,13 @@ pub use norms::{gather_statistics, join_normalisations};
 /// Fuses a forward graph whose shapes are inferred: normalisations and convolutions with the sum and the activation
 /// that follow; and where no `weights_learn`, convolutions with a normalisation by given statistics. Products take the
 /// factor, the bias and the sum that follow, and read matrices that are transposed as they lie. The Gaussian error linear unit,
-/// normalisations of rows and of groups of channels, and attention become one operator where they are spelled out.
+/// normalisations of rows and of groups of channels, attention, and parts that are gathered one by one become one operator where
+/// they are spelled out.
 ///
 /// The values in `keep` and the graph's outputs are computed as before. Others may vanish.
 pub fn fuse(graph: &mut Graph, keep: &[ValueId], weights_learn: bool) -> Result<()> {
     transposed::read_as_they_lie(graph);
+    unbind::split_gathers(graph)?;
     if weights_learn {
         beside(graph)?;
     }

@@ -138,6 +138,11 @@ impl Split {
         }))
     }
 
+    /// Into its `n` places along an axis of as many.
+    pub fn apart(axis: usize, n: usize) -> Self {
+        Split { axis: axis as i64, sizes: None, outputs: n, sizes_from_input: false, uneven: false }
+    }
+
     /// The axis and the parts' sizes along it.
     fn parts(&self, inputs: &[Option<&Meta>]) -> Result<(usize, Extents), OpError> {
         let x = need(inputs, 0)?;

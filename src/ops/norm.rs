@@ -19,6 +19,7 @@ use crate::kernels::norm::{RowNorm as Kernel, Stat};
 use crate::ops::batch_norm::{ChannelParamGrad, ChannelSum};
 use crate::ops::half::{elements, widened};
 use crate::ops::layout::rank_of;
+use crate::ops::view::ReshapeTo;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
 use crate::tensor::{Dims, Meta, View, ViewMut, axis};
 
@@ -61,7 +62,7 @@ fn alike(x: &Meta, scale: &Meta, shift: Option<&Meta>) -> Result<(), OpError> {
 
 /// The gradient of a scale or shift of such dimensions, from one of as many elements in a row.
 fn reshaped(g: &mut GradBuilder, v: ValueId, dims: &Dims) -> Result<ValueId, OpError> {
-    if dims.len() == 1 { Ok(v) } else { g.emit(As { dims: dims.clone() }, &[v]) }
+    if dims.len() == 1 { Ok(v) } else { g.emit(ReshapeTo { dims: dims.clone() }, &[v]) }
 }
 
 impl RowNorm {
@@ -181,34 +182,6 @@ impl Op for RowNorm {
             }
             _ => 0,
         }
-    }
-}
-
-/// The same elements under other dimensions.
-#[derive(Debug)]
-struct As {
-    dims: Dims,
-}
-
-impl Op for As {
-    fn name(&self) -> &'static str {
-        "As"
-    }
-
-    fn infer(&self, inputs: &[Option<&Meta>]) -> Result<Vec<Meta>, OpError> {
-        Ok(vec![Meta::new(need(inputs, 0)?.dtype, &self.dims)])
-    }
-
-    fn forward(&self, _: &mut Cx, _: &[Option<View>], _: &mut [Option<ViewMut>]) -> Result<(), OpError> {
-        Err(OpError::Internal("a view has no kernel".into()))
-    }
-
-    fn is_view(&self) -> bool {
-        true
-    }
-
-    fn vjp(&self, _: &mut GradBuilder) -> Result<Grads, OpError> {
-        second()
     }
 }
 

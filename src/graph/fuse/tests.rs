@@ -418,6 +418,50 @@ fn normalisations_of_groups_are_one_operator() {
     }
 }
 
+/// Places that are gathered one by one: one Split, if they are all that there are; the same results and gradients.
+#[test]
+fn parts_that_are_gathered_are_one_split() {
+    use crate::ops::binary::Binary::Mul;
+    use crate::ops::gather::Gather;
+    use crate::ops::unary::{Tanh, Unary};
+
+    let x: Vec<f64> = (0..60).map(|i| (i as f64 * 0.7).sin()).collect();
+    let x = Tensor::from_slice(&[4, 3, 5], &x).unwrap();
+    for (axis, indices, split) in [
+        (1i64, &[0i64, 2, 1][..], true),
+        (-2, &[-1, 0, 1], true),
+        (0, &[3, 2, 1, 0], true),
+        // One twice, one not at all.
+        (1, &[0, 1, 1], false),
+        (1, &[0, 1, 2, 2], false),
+        (1, &[0, 2], false),
+    ] {
+        let mut g = Graph::default();
+        let input = g.add_input("x", x.meta());
+        let made = emit(&mut g, Unary(Tanh {}), &[input]);
+        let mut y = None;
+        for (k, i) in indices.iter().enumerate() {
+            // Of a scalar, the axis vanishes.
+            let index = if axis == 0 { Tensor::ints(&[*i]) } else { Tensor::scalar(*i) };
+            let index = g.add_constant("", index);
+            let part = emit(&mut g, Gather { axis }, &[made, index]);
+            let factor = g.add_constant("", Tensor::scalar(1.0 + k as f64));
+            let part = emit(&mut g, Mul, &[part, factor]);
+            y = Some(y.map_or(part, |y| emit(&mut g, Mul, &[y, part])));
+        }
+        let y = y.unwrap();
+        g.outputs = vec![y];
+        let tensors = [x.clone()];
+        let expected = and_gradients(g.clone(), y, &[input], &tensors);
+        super::fuse(&mut g, &[], true).unwrap();
+        let counts = (count(&g, "Split"), count(&g, "Gather"));
+        assert_eq!(counts, if split { (1, 0) } else { (0, indices.len()) }, "{axis} {indices:?}: {g}");
+        for (a, b) in expected.iter().zip(and_gradients(g, y, &[input], &tensors)) {
+            close("parts", &format!("{axis} {indices:?}"), &a.to_f64(), &b.to_f64(), 1e-12);
+        }
+    }
+}
+
 /// Attention as exporters spell it, with and without masks and transpositions: the same results and gradients, also of a
 /// mask that learns.
 #[test]

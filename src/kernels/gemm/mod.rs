@@ -222,6 +222,11 @@ impl<T: Vectors> Product<T> {
         }
     }
 
+    /// How many of so many tasks run at a time, where they need scratch of their own.
+    fn slots(&self, tasks: usize) -> usize {
+        if self.alone { 1 } else { SLOTS.min(tasks) }
+    }
+
     /// How many pieces the strips and the panels of C are divided into.
     fn pieces(&self, packs: Packs) -> (usize, usize) {
         let tasks = if self.alone { 1 } else { (self.work() / WORK).clamp(1, TASKS) };
@@ -297,7 +302,7 @@ pub fn room<T: Vectors>(p: &Product<T>, batch: usize) -> usize {
     match () {
         _ if p.is_vector() => 0,
         _ if batch == 1 || p.work() >= LARGE => room_divided(p, true),
-        _ => p.packed(p.packs()) * SLOTS.min(batch),
+        _ => p.packed(p.packs()) * p.slots(batch),
     }
 }
 
@@ -305,7 +310,7 @@ pub fn room<T: Vectors>(p: &Product<T>, batch: usize) -> usize {
 fn room_divided<T: Vectors>(p: &Product<T>, a_is_whole: bool) -> usize {
     let packs = p.divided_packs();
     let (rows, cols) = p.pieces(packs);
-    p.packed(packs) + p.near(packs, a_is_whole) * SLOTS.min(rows * cols)
+    p.packed(packs) + p.near(packs, a_is_whole) * p.slots(rows * cols)
 }
 
 /// `batch` products of equal extents, plus something: the `i`th reads A and B from the offsets `at(i)` and writes C at
@@ -352,7 +357,7 @@ pub fn many<T: Vectors>(
     } else {
         let shared = Shared::new(c);
         let packs = p.packs();
-        tasks(batch, p.packed(packs), scratch, |i, packed| {
+        tasks(batch, p.slots(batch), p.packed(packs), scratch, |i, packed| {
             let (a, b) = elements(i);
             pack_shared(&Product { alone: true, ..*p }, packs, a, b, packed);
             let c = shared.ptr().wrapping_add(i * c_stride);
@@ -402,7 +407,7 @@ fn shared_out<T: Vectors>(
 ) {
     let (rows, cols) = p.pieces(packs);
     let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
-    tasks(rows * cols, p.near(packs, a.is_whole()), rest, |task, near| {
+    tasks(rows * cols, p.slots(rows * cols), p.near(packs, a.is_whole()), rest, |task, near| {
         let strips = share(task / cols, rows, p.strips().count);
         let panels = share(task % cols, cols, p.panels());
         let part = Part { p, packs, a, b, packed, near, plus, c: c.ptr(), strips, panels };
@@ -411,15 +416,20 @@ fn shared_out<T: Vectors>(
     });
 }
 
-/// Calls `run(task, own)` for each task, where tasks need scratch of their own a few at a time.
-fn tasks<T: Send>(count: usize, own: usize, scratch: &mut [T], run: impl Fn(usize, &mut [T]) + Sync) {
-    if count == 1 {
-        return run(0, &mut scratch[..own]);
+/// Calls `run(task, own)` for each task, where tasks need scratch of their own as many at a time as there are slots.
+fn tasks<T: Send>(
+    count: usize,
+    slots: usize,
+    own: usize,
+    scratch: &mut [T],
+    run: impl Fn(usize, &mut [T]) + Sync,
+) {
+    if slots == 1 {
+        return (0..count).for_each(|task| run(task, &mut scratch[..own]));
     }
     if own == 0 {
         return (0..count).into_par_iter().for_each(|task| run(task, &mut []));
     }
-    let slots = count.min(SLOTS);
     scratch.par_chunks_exact_mut(own).take(slots).enumerate().for_each(|(s, own)| {
         (count * s / slots..count * (s + 1) / slots).for_each(|task| run(task, own));
     });
