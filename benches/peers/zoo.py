@@ -3,8 +3,8 @@
     python zoo.py [--batch 1] [--only swin_t vgg11] [--markdown docs/performance.md]
 
 Wider and less exact than peers.py: random weights, inputs of 3x224x224, cross entropy and AdamW; files as the exporter writes them for
-training, with nothing folded. PyTorch runs with malloc tuned, plain and in channels_last; a figure is the median over the rounds of a
-turn's median.
+training, with nothing folded. PyTorch runs with malloc tuned, plain and in channels_last; a figure is the least of the rounds' medians, as
+what else the machine does disturbs some of them.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import time
 import warnings
 
 import tables
-from peers import ROOT, TUNED_MALLOC
+from peers import PAUSE, ROOT, TUNED_MALLOC
 
 SIDE, CLASSES, STEPS = 224, 1000, 4
 # Networks and the batch of each where none is asked for.
@@ -97,6 +97,12 @@ def retune_turn(args, path, batch):
     return lambda: json.loads(subprocess.check_output([str(c) for c in command], text=True))["median_ms"]
 
 
+def rested(turn):
+    """A turn once the threads of the one before have stopped spinning."""
+    time.sleep(PAUSE)
+    return turn()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--retune", type=pathlib.Path, default=ROOT / "target" / "release" / "retune")
@@ -117,8 +123,8 @@ def main():
     for name in args.only:
         net, batch = network(name), args.batch or BATCHES[name]
         turns = [torch_turn(net, batch, False), torch_turn(net, batch, True), retune_turn(args, export(name, net, args.models), batch)]
-        rounds = [[turn() for turn in turns] for _ in range(args.rounds)]
-        plain, last, own = map(statistics.median, zip(*rounds, strict=True))
+        rounds = [[rested(turn) for turn in turns] for _ in range(args.rounds)]
+        plain, last, own = map(min, zip(*rounds, strict=True))
         rows.append([name, str(batch), *map(tables.number, (plain, last, own)), f"{min(plain, last) / own:.2f}×"])
         print(" ".join(rows[-1]), file=sys.stderr, flush=True)
     head = ["training step, ms", "batch", "PyTorch", "channels_last", "retune", "retune to the better"]
