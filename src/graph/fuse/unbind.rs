@@ -45,14 +45,20 @@ pub(super) fn split_gathers(graph: &mut Graph) -> Result<()> {
             && let Some(places) = taken.get(&(x, along))
             && let Some(y) = node.output()
         {
-            if !parts.contains_key(&(x, along)) {
-                let (name, op) = (graph.value(x).name.clone(), Split::apart(along, places.len()));
-                let made = graph.emit(&name, Arc::new(op), &[Some(x)], places.len());
-                let made = made.map_err(|source| Error::Op { node: format!("parts of '{name}'"), source })?;
-                parts.insert((x, along), made);
-            }
+            let part = match parts.get(&(x, along)) {
+                Some(made) => made[i],
+                None => {
+                    let (name, op) = (graph.value(x).name.clone(), Split::apart(along, places.len()));
+                    let made = graph.emit(&name, Arc::new(op), &[Some(x)], places.len());
+                    let made =
+                        made.map_err(|source| Error::Op { node: format!("parts of '{name}'"), source })?;
+                    let part = made[i];
+                    parts.insert((x, along), made);
+                    part
+                }
+            };
             node.op = Arc::new(ReshapeTo { dims: graph.meta(y)?.dims.clone() });
-            node.inputs = vec![Some(parts[&(x, along)][i])];
+            node.inputs = vec![Some(part)];
         }
         graph.nodes.push(node);
     }
