@@ -41,7 +41,7 @@ fn rows(graph: &Graph, v: ValueId, axes: Dims) -> Option<Seen> {
 }
 
 impl Chains {
-    /// Lets a softmax that is the first operand of a product alone, as in other attention, do without what vanishes in it.
+    /// Lets a softmax that only a product reads, as in attention that is not fused, do without what vanishes in it.
     pub(super) fn weigh(&self, graph: &mut Graph, softmax: NodeId) -> Option<()> {
         let node = graph.node(softmax);
         let op = node.op.as_a::<Softmax>()?.weighing().filter(|_| !self.dead[softmax.index()])?;
