@@ -7,7 +7,6 @@ needs fewer multiplications than are counted, so it may exceed it), sweeps as a 
 gradient of a first layer is taken from an ICP step. Equal convolutions are averaged.
 """
 
-import argparse
 import collections
 import json
 import pathlib
@@ -84,11 +83,9 @@ def rows(args, model):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = peers.scripts_parser(__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--retune", type=pathlib.Path, default=peers.ROOT / "target" / "release" / "retune")
-    parser.add_argument("--models", type=pathlib.Path, default=peers.ROOT / "target" / "peers")
     parser.add_argument("--markdown", type=pathlib.Path, help="file in which to replace the table, between its marks")
     args = parser.parse_args()
     table = [["kernel", *DENSE.values()]]

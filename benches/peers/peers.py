@@ -331,9 +331,17 @@ def tract_binary(args):
     return None
 
 
+def scripts_parser(description):
+    """Of a script's arguments, with those that all scripts take."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--retune", type=pathlib.Path, default=ROOT / "target" / "release" / "retune")
+    parser.add_argument("--models", type=pathlib.Path, default=ROOT / "target" / "peers", help="folder of models.py's files")
+    return parser
+
+
 def arguments():
     models = list(ALL_BATCHES)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = scripts_parser(__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--quick", action="store_true", help="2 threads, the main batch of each model")
     which.add_argument("--all", action="store_true", help="2 threads and 1, all batches")
@@ -345,8 +353,6 @@ def arguments():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.5, help="of steps in a turn (2 to 400 of them)")
     parser.add_argument("--patience", type=float, default=0, help="seconds a case may take to repeat turns that other programs disturbed")
-    parser.add_argument("--retune", type=pathlib.Path, default=ROOT / "target" / "release" / "retune")
-    parser.add_argument("--models", type=pathlib.Path, default=ROOT / "target" / "peers", help="folder of models.py's files")
     parser.add_argument("--output", type=pathlib.Path, help="default: results.json or results-avx2.json there")
     parser.add_argument("--markdown", type=pathlib.Path, help="file in which to replace the tables, between its marks")
     args = parser.parse_args()

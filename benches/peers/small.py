@@ -6,15 +6,13 @@ Peak anonymous memory, plain and by ICP (with all taps, and with the last four),
 measured in one run. retune is given 32 MiB where that does, else the smallest budget that it says would do.
 """
 
-import argparse
 import json
 import os
-import pathlib
 import re
 import statistics
 import subprocess
 
-from peers import ROOT, Case, peak_memory, torch_memory
+from peers import Case, peak_memory, scripts_parser, torch_memory
 
 MIB = 1 << 20
 
@@ -30,9 +28,7 @@ def retune(args, mode, budget):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--retune", type=pathlib.Path, default=ROOT / "target" / "release" / "retune")
-    parser.add_argument("--models", type=pathlib.Path, default=ROOT / "target" / "peers", help="folder of models.py's files")
+    parser = scripts_parser(__doc__)
     args = parser.parse_args()
     args.env = dict(os.environ)
     theirs, _, times = torch_memory(Case("mobilenetv2", "train", 1, 1), "bias", args)

@@ -7,7 +7,6 @@ training, with nothing folded. PyTorch runs with malloc tuned, plain and in chan
 what else the machine does disturbs some of them.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -18,7 +17,7 @@ import time
 import warnings
 
 import tables
-from peers import PAUSE, ROOT, TUNED_MALLOC
+from peers import PAUSE, TUNED_MALLOC, scripts_parser
 
 SIDE, CLASSES, STEPS = 224, 1000, 4
 # Networks and the batch of each where none is asked for.
@@ -104,9 +103,7 @@ def rested(turn):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--retune", type=pathlib.Path, default=ROOT / "target" / "release" / "retune")
-    parser.add_argument("--models", type=pathlib.Path, default=ROOT / "target" / "peers" / "zoo", help="folder for the files")
+    parser = scripts_parser(__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rounds", type=int, default=3)
@@ -122,7 +119,7 @@ def main():
     rows = []
     for name in args.only:
         net, batch = network(name), args.batch or BATCHES[name]
-        turns = [torch_turn(net, batch, False), torch_turn(net, batch, True), retune_turn(args, export(name, net, args.models), batch)]
+        turns = [torch_turn(net, batch, False), torch_turn(net, batch, True), retune_turn(args, export(name, net, args.models / "zoo"), batch)]
         rounds = [[rested(turn) for turn in turns] for _ in range(args.rounds)]
         plain, last, own = map(min, zip(*rounds, strict=True))
         rows.append([name, str(batch), *map(tables.number, (plain, last, own)), f"{min(plain, last) / own:.2f}×"])

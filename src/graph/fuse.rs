@@ -142,12 +142,6 @@ fn scalar(graph: &Graph, v: ValueId) -> Option<f64> {
     (value.len() == 1).then(|| value.to_f64()[0])
 }
 
-/// A constant of ones.
-fn ones(graph: &mut Graph, dtype: DType, dims: &[usize]) -> ValueId {
-    let ones = Tensor::from_array(&ArrayD::<f64>::ones(dims));
-    graph.add_constant("ones", ones.cast(dtype))
-}
-
 /// The operands of a node, if it is of this kind.
 fn operands(graph: &Graph, id: NodeId, kind: Binary) -> Option<(ValueId, ValueId)> {
     let node = graph.node(id);
@@ -239,6 +233,19 @@ impl Chains {
             reads[v.index()].0 += 2;
         }
         Chains { reads, replaced: vec![None; graph.nodes.len()], dead: vec![false; graph.nodes.len()] }
+    }
+
+    /// Takes note of a value that a rewriting adds, for one node to read.
+    fn note(&mut self, v: ValueId) {
+        self.reads.resize(v.index() + 1, (1, None));
+    }
+
+    /// A constant of ones.
+    fn ones(&mut self, graph: &mut Graph, dtype: DType, dims: &[usize]) -> ValueId {
+        let ones = Tensor::from_array(&ArrayD::<f64>::ones(dims));
+        let v = graph.add_constant("ones", ones.cast(dtype));
+        self.note(v);
+        v
     }
 
     /// Nobody but one node reads the value.
@@ -465,7 +472,7 @@ impl Chains {
             let v = graph.add_value(format!("{name}/folded {what}"), Source::Node(conv, 0));
             graph.value_mut(v).meta = Some(meta);
             outputs.push(Some(v));
-            self.reads.push((1, None));
+            self.note(v);
         }
         Ok(Node { name: String::new(), op: Arc::new(op), inputs, outputs })
     }

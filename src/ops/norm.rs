@@ -21,7 +21,7 @@ use crate::ops::half::{elements, widened};
 use crate::ops::layout::rank_of;
 use crate::ops::view::ReshapeTo;
 use crate::ops::{ChannelsLast, Cx, Grads, Op, Row, Spec, get, need, out};
-use crate::tensor::{Dims, Meta, View, ViewMut, axis};
+use crate::tensor::{Dims, Float, Meta, View, ViewMut, axis};
 
 /// ONNX `LayerNormalization` (opset 17) and `RMSNormalization` (23) of the dimensions from `axis` on. Inputs x, scale, which
 /// broadcasts to x, and, where there is one, shift; outputs y and, one a row, the mean and the inverse standard deviation
@@ -40,6 +40,20 @@ fn epsilon(spec: &Spec) -> Result<f64, OpError> {
         1 => Ok(spec.attrs.float_or("epsilon", 1e-5)?.into()),
         _ => Err(OpError::Unsupported("a stash_type other than float32".into())),
     }
+}
+
+/// Where means and inverse deviations go, an output each or, where it is not there, half of what is `near`.
+fn statistics<'a, T: Float>(
+    outputs: &'a mut [Option<ViewMut>],
+    near: &'a mut [T],
+) -> Result<(&'a mut [T], &'a mut [T]), OpError> {
+    let (mean, inv) = near.split_at_mut(near.len() / 2);
+    let (first, rest) = outputs.split_at_mut(outputs.len().min(1));
+    let or = |y: &'a mut [Option<ViewMut>], near| match y {
+        [Some(y), ..] => y.get::<T>(),
+        _ => Ok(near),
+    };
+    Ok((or(first, mean)?, or(rest, inv)?))
 }
 
 /// Fails where scale and shift are not of x's type and of the same shape.
@@ -123,16 +137,10 @@ impl Op for RowNorm {
         let y = y.as_mut().ok_or_else(|| OpError::Internal("output 0 has no buffer".into()))?;
         let (rows, dims) = self.rows(y.dims, scale.dims)?;
         let count: usize = dims.iter().product();
-        let (mut mean, mut inv) = (None, None);
-        for (slot, y) in [&mut mean, &mut inv].into_iter().zip(stats) {
-            *slot = y.as_mut();
-        }
         float_dispatch!(y.dtype, T => {
             let input = get(x, 0).map(|x| x.get::<T>()).transpose()?;
             let shift = get(x, 2).map(|x| x.get::<T>()).transpose()?;
-            let (a, b) = cx.room::<T>(2 * count)?.split_at_mut(count);
-            let mean = mean.map_or(Ok(a), |y| y.get::<T>())?;
-            let inv = inv.map_or(Ok(b), |y| y.get::<T>())?;
+            let (mean, inv) = statistics(stats, cx.room::<T>(2 * count)?)?;
             rows.forward(input, Some(scale.get::<T>()?), shift, y.get::<T>()?, mean, inv);
             Ok(())
         })

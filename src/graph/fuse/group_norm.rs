@@ -1,7 +1,7 @@
 //! Normalisation of groups of channels, as exporters before opset 18 spell it: an `InstanceNormalization` of groups for channels,
 //! between two changes of shape, and then the scale and the shift of the channels.
 
-use super::{Chains, Tail, ones, same_shape};
+use super::{Chains, Tail, same_shape};
 use crate::graph::{Graph, NodeId, Source, ValueId};
 use crate::ops::norm::{GroupNorm, per_channel};
 
@@ -36,7 +36,7 @@ impl Chains {
         }
         let of_channels = |d: &[usize]| per_channel(d, c, meta.rank());
         let found = self.scale_and_shift(graph, &mut tail, true, of_channels);
-        let (scale, shift) = found.unwrap_or_else(|| (ones(graph, meta.dtype, &[c]), None));
+        let (scale, shift) = found.unwrap_or_else(|| (self.ones(graph, meta.dtype, &[c]), None));
         let inputs = [x, scale].into_iter().chain(shift).map(Some).collect();
         self.replace_by(graph, tail, GroupNorm::of(groups[1], epsilon), inputs);
         Some(())

@@ -1,7 +1,7 @@
 //! Normalisation of rows, where it is spelled as means, a root and a quotient: layer normalisation, as exporters write it for
 //! opsets before 17, and division by the root mean square.
 
-use super::{Chains, Tail, ones, operands, same_shape, scalar};
+use super::{Chains, Tail, operands, same_shape, scalar};
 use crate::graph::{Graph, NodeId, ValueId};
 use crate::ops::binary::Binary;
 use crate::ops::norm::RowNorm;
@@ -93,7 +93,7 @@ impl Chains {
         let row = &meta.dims[axis..];
         let along = |d: &[usize]| !d.is_empty() && row.ends_with(d);
         let found = self.scale_and_shift(graph, &mut tail, centred, along);
-        let (scale, shift) = found.unwrap_or_else(|| (ones(graph, meta.dtype, row), None));
+        let (scale, shift) = found.unwrap_or_else(|| (self.ones(graph, meta.dtype, row), None));
         let op = match centred {
             true => RowNorm::layer(axis as i64, epsilon as f32),
             false => RowNorm::rms(axis as i64, epsilon as f32),

@@ -24,14 +24,21 @@ fn place(graph: &Graph, node: &Node) -> Option<(ValueId, usize, usize)> {
     (computed && i < n).then_some((x, along, i))
 }
 
+/// What is gathered of a value along an axis: places, and the parts that a Split makes.
+#[derive(Default)]
+struct Taken {
+    places: Vec<usize>,
+    parts: Vec<ValueId>,
+}
+
 /// Rewrites a graph whose shapes are inferred.
 pub(super) fn split_gathers(graph: &mut Graph) -> Result<()> {
     let places: Vec<_> = graph.nodes.iter().map(|node| place(graph, node)).collect();
-    let mut taken: BTreeMap<(ValueId, usize), Vec<usize>> = BTreeMap::new();
+    let mut taken: BTreeMap<(ValueId, usize), Taken> = BTreeMap::new();
     for &(x, along, i) in places.iter().flatten() {
-        taken.entry((x, along)).or_default().push(i);
+        taken.entry((x, along)).or_default().places.push(i);
     }
-    taken.retain(|(x, along), places| {
+    taken.retain(|(x, along), Taken { places, .. }| {
         places.sort_unstable();
         let n = graph.value(*x).meta.as_ref().map_or(0, |m| m.dims[*along]);
         n > 1 && places.iter().copied().eq(0..n)
@@ -39,26 +46,18 @@ pub(super) fn split_gathers(graph: &mut Graph) -> Result<()> {
     if taken.is_empty() {
         return Ok(());
     }
-    let mut parts: BTreeMap<(ValueId, usize), Vec<ValueId>> = BTreeMap::new();
     for (mut node, place) in std::mem::take(&mut graph.nodes).into_iter().zip(places) {
         if let Some((x, along, i)) = place
-            && let Some(places) = taken.get(&(x, along))
+            && let Some(Taken { places, parts }) = taken.get_mut(&(x, along))
             && let Some(y) = node.output()
         {
-            let part = match parts.get(&(x, along)) {
-                Some(made) => made[i],
-                None => {
-                    let (name, op) = (graph.value(x).name.clone(), Split::apart(along, places.len()));
-                    let made = graph.emit(&name, Arc::new(op), &[Some(x)], places.len());
-                    let made =
-                        made.map_err(|source| Error::Op { node: format!("parts of '{name}'"), source })?;
-                    let part = made[i];
-                    parts.insert((x, along), made);
-                    part
-                }
-            };
+            if parts.is_empty() {
+                let (name, op) = (graph.value(x).name.clone(), Split::apart(along, places.len()));
+                let made = graph.emit(&name, Arc::new(op), &[Some(x)], places.len());
+                *parts = made.map_err(|source| Error::Op { node: format!("parts of '{name}'"), source })?;
+            }
             node.op = Arc::new(ReshapeTo { dims: graph.meta(y)?.dims.clone() });
-            node.inputs = vec![Some(part)];
+            node.inputs = vec![Some(parts[i])];
         }
         graph.nodes.push(node);
     }

@@ -252,7 +252,7 @@ unsafe fn tile_run<D: Terms, const M: usize, const N: usize>(
                 }
                 acc
             }
-            _ => along_rows::<D, M, N>(t.runs, rows, t.b, N * D::S::LANES),
+            _ => along_rows::<D, M, N, 0>(t.runs, rows, t.b, N * D::S::LANES),
         };
         for j in 0..N {
             let mut column = [acc[0][j]; M];

@@ -11,8 +11,8 @@ impl<T: Vectors> Product<T> {
         match self.packs() {
             _ if self.is_vector() => false,
             Packs::Nothing => false,
-            Packs::B => !halves[0] || self.widens_rows(),
-            Packs::BThenA | Packs::AThenB | Packs::EachB => true,
+            Packs::B => !halves[0] || !self.trans_a,
+            _ => true,
         }
     }
 }

@@ -59,7 +59,7 @@ const GAP: usize = 16;
 const NARROW: usize = 32;
 /// Strips of A that pass by a B that is near, of so many elements at most: so that C is written in long runs.
 const FEW_STRIPS: usize = 4;
-const NEAR: usize = 1 << 17;
+const NEAR_ELEMENTS: usize = 1 << 17;
 /// Tasks that pack something of their own at a time.
 const SLOTS: usize = 8;
 
@@ -195,11 +195,6 @@ impl<T: Vectors> Product<T> {
         }
     }
 
-    /// Are rows of A, as they lie, widened for a packed B, where they are of half precision?
-    fn widens_rows(&self) -> bool {
-        !self.trans_a
-    }
-
     /// Strips of an A read as it lies that pass by a panel of B at a time.
     fn block(&self, elements: usize) -> usize {
         (elements / self.k.clamp(1, STEPS)).div_ceil(self.tile().1)
@@ -207,18 +202,20 @@ impl<T: Vectors> Product<T> {
 
     /// Elements of what a task packs for itself, or widens.
     fn near(&self, packs: Packs, a_is_whole: bool) -> usize {
-        let ((rows, cols), steps) = (self.pieces(packs), self.k.min(STEPS));
-        let widened = || {
-            let strips = self.block(BLOCK_WIDENED).min(self.strips().count.div_ceil(rows));
-            strips * self.tile().1 * (steps + GAP)
-        };
-        let widened = if self.widens_rows() && !a_is_whole { widened() } else { 0 };
+        let (rows, cols) = self.pieces(packs);
+        let (strips, panels) = (self.strips().count.div_ceil(rows), self.panels().div_ceil(cols));
+        let widened = || strips.min(self.block(BLOCK_WIDENED)) * self.tile().1 * (self.k.min(STEPS) + GAP);
+        let widened = if !self.trans_a && !a_is_whole { widened() } else { 0 };
+        self.packed_by_task(packs, strips, panels) + widened
+    }
+
+    /// Elements of what a task of so many strips and panels packs.
+    fn packed_by_task(&self, packs: Packs, strips: usize, panels: usize) -> usize {
+        let steps = self.k.min(STEPS);
         match packs {
-            Packs::Nothing => 0,
-            Packs::B => widened,
-            Packs::EachB => self.in_panels(self.panels().div_ceil(cols), steps) + widened,
-            Packs::BThenA => self.strips().count.div_ceil(rows) * self.in_strip(steps),
-            Packs::AThenB => self.in_panels(self.panels().div_ceil(cols), steps),
+            Packs::Nothing | Packs::B => 0,
+            Packs::BThenA => strips * self.in_strip(steps),
+            Packs::AThenB | Packs::EachB => self.in_panels(panels, steps),
         }
     }
 
@@ -460,19 +457,19 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
         let strips = Pieces::of(p.m, height);
         // As they lie, few steps across A at a time, whatever the number of rows. Of a near B, one strip passes by all
         // panels.
-        let widens = p.widens_rows() && !self.a.is_whole();
+        let widens = !p.trans_a && !self.a.is_whole();
         let (steps, block) = match packs {
             Packs::Nothing => (STEPS_ACROSS, self.strips.len()),
             Packs::B if p.trans_a => (STEPS_ACROSS, self.strips.len()),
             Packs::B | Packs::EachB => (STEPS, p.block(if widens { BLOCK_WIDENED } else { BLOCK })),
             Packs::BThenA => {
-                (STEPS, if p.n * p.k.min(STEPS) <= NEAR { FEW_STRIPS } else { self.strips.len() })
+                (STEPS, if p.n * p.k.min(STEPS) <= NEAR_ELEMENTS { FEW_STRIPS } else { self.strips.len() })
             }
             Packs::AThenB => (STEPS_NEAR, FEW_STRIPS),
         };
-        let own = if packs == Packs::EachB { p.in_panels(self.panels.len(), p.k.min(STEPS)) } else { 0 };
+        let own = p.packed_by_task(packs, self.strips.len(), self.panels.len());
         let (near, widened) = self.near.split_at_mut(own);
-        let near = if own > 0 { near.as_mut_ptr() } else { widened.as_mut_ptr() };
+        let near = near.as_mut_ptr();
         let mut k = 0;
         while k < p.k || k == 0 {
             let count = steps.min(p.k - k);

@@ -136,17 +136,17 @@ impl GroupNorm {
             return param_grad(x, dy, d, rows, statistics, Mask::All, (scales, shifts), partials);
         }
         let (d, c, size) = (self.sample(), self.c.max(1), self.size());
-        let near = partials.par_chunks_mut(d.partials().max(1)).zip(room.par_chunks_mut(3 * c));
+        let near = partials.par_chunks_mut(d.partials().max(1)).zip(room.par_chunks_mut(2 * c));
         let samples = scales.par_chunks_mut(c).zip(shifts.par_chunks_mut(c)).zip(near);
         samples.enumerate().for_each(|(i, (sums, (partials, room)))| {
-            let (at, rest) = room.split_at_mut(c);
+            let (at, factor) = room.split_at_mut(c);
             for k in 0..self.c {
                 let group = i * self.groups + k / self.width();
-                (at[k], rest[k]) = (mean[group], inv[group]);
+                (at[k], factor[k]) = (mean[group], inv[group]);
             }
             let part = i * size..(i + 1) * size;
             let (x, dy) = (x.part(part.clone()), Elements::Whole(&dy[part]));
-            param_grad(x, dy, d, Stat::Channel, (Some(at), &rest[..c]), Mask::All, sums, partials);
+            param_grad(x, dy, d, Stat::Channel, (Some(at), factor), Mask::All, sums, partials);
         });
     }
 

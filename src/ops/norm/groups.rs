@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{epsilon, reshaped, second};
+use super::{epsilon, reshaped, second, statistics};
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
@@ -45,8 +45,7 @@ impl GroupNorm {
     }
 
     pub(super) fn instance(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
-        let epsilon = epsilon(spec)?;
-        Ok(Arc::new(GroupNorm { groups: None, per_group: false, epsilon, layout: Layout::First }))
+        Ok(Arc::new(GroupNorm { groups: None, ..GroupNorm::of(1, epsilon(spec)?) }))
     }
 
     pub(super) fn parse(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
@@ -90,19 +89,13 @@ impl Op for GroupNorm {
         let [Some(y), stats @ ..] = y else { return Err(OpError::Internal("no output".into())) };
         let kernel = self.kernel(y.dims, scale.dims)?;
         let count = kernel.n * kernel.groups;
-        let (mut mean, mut inv) = (None, None);
-        for (slot, y) in [&mut mean, &mut inv].into_iter().zip(stats) {
-            *slot = y.as_mut();
-        }
         float_dispatch!(y.dtype, T => {
             let input = get(x, 0).map(|x| x.get::<T>()).transpose()?;
             let shift = get(x, 2).map(|x| x.get::<T>()).transpose()?;
             let (partials, rest) = room::<T>(cx, kernel.partials(), kernel.room() + 2 * count)?;
             let (near, own) = rest.split_at_mut(kernel.room());
-            let (a, b) = own.split_at_mut(count);
-            let mean = mean.map_or(Ok(a), |y| y.get::<T>())?;
-            let inv = inv.map_or(Ok(b), |y| y.get::<T>())?;
-            kernel.forward(input, scale.get::<T>()?, shift, y.get::<T>()?, (mean, inv), partials, near);
+            let statistics = statistics(stats, own)?;
+            kernel.forward(input, scale.get::<T>()?, shift, y.get::<T>()?, statistics, partials, near);
             Ok(())
         })
     }
