@@ -7,14 +7,16 @@
 
 mod both;
 mod expanded;
+mod line;
 mod weight;
 
 use smallvec::SmallVec;
 
 use crate::kernels::conv::load::{Operand, Rows};
-use crate::kernels::conv::{Done, Epilogue, Geometry, Residual, slots, split};
+use crate::kernels::conv::{Done, Epilogue, Geometry, slots, split};
 use crate::kernels::par::{LINE, Shared, in_prepared_slots};
-use crate::kernels::simd::{Kernel, Simd, Vectors, load_lanes, store_lanes};
+use crate::kernels::simd::{Kernel, Simd, Vectors};
+use line::{AHEAD, Line, Soon, Tap};
 
 pub use both::{grads, grads_scratch, grads_slabs};
 pub use expanded::{Expansion, expands, forward_expanded, forward_expanded_scratch};
@@ -24,11 +26,6 @@ pub use weight::{weight_grad, weight_grad_scratch};
 const WORK: usize = 1 << 18;
 const NEAR: usize = 1 << 16;
 const TASKS: usize = 16;
-/// Positions computed at a time.
-const POSITIONS: usize = 4;
-/// Elements from what is read or written to what is fetched meanwhile: rows of a position's channels are short runs,
-/// which do not look like a stream to the processor.
-const AHEAD: usize = 1 << 10;
 
 /// Weights (C, 1, k…) as (k…, C).
 fn in_tap_order<T: Vectors>(g: &Geometry, w: &[T], out: &mut [T]) {
@@ -120,17 +117,6 @@ impl<'a> Direction<'a> {
     }
 }
 
-/// One tap for a row of the target.
-#[derive(Clone, Copy)]
-struct Tap<T> {
-    /// The tap's row of the source, from its first position on.
-    x: *const T,
-    /// Along the row, in positions.
-    offset: isize,
-    /// Elements to the tap's weights.
-    w: usize,
-}
-
 /// A row of the target (all images' rows counted), computed from the rows of the source that it needs: of all channels, or
 /// of those of the source.
 #[derive(Clone, Copy)]
@@ -180,28 +166,33 @@ impl<T: Vectors> Sweep<'_, T> {
                 room if room < 0 => first,
                 room => (room as usize / step + 1).clamp(first, count),
             };
+            let triples = g.k[2] == 3 && g.dilation[2] == 1 && way.residues(2) == 1;
+            let slides = triples && Line::<T>::slides::<S>(taps.len() / 3, step);
             let soon = match beside {
                 Some(from) => {
                     let step = way.residues(2) * g.c;
                     Soon { from: from.wrapping_add(r * g.c), rows: 1, row: 0, step, each: 1 }
                 }
-                // Rows that are read for the first time, or, where they are computed first, will be for the next row.
+                // Rows that are read for the first time, or, where they are computed first or all of a row is read before
+                // the next, will be for the next row.
                 None => {
                     let rows = way.step(1);
-                    let (first, ahead) = match source.is_plain() {
+                    let (first, ahead) = match source.is_plain() && !slides {
                         true => ((last_row + 1).saturating_sub(rows), AHEAD.next_multiple_of(g.c)),
                         false => (last_row + 1, 0),
                     };
                     let (from, rows) = match source.raw(image, 0, first) {
                         Some([from, _]) => (from.wrapping_add(ahead), rows),
-                        None => (std::ptr::null(), 0),
+                        // (Something that is near.)
+                        None => (taps.first().map_or(std::ptr::null(), |t| t.x), 0),
                     };
                     Soon { from, rows, row: extent * g.c, step: step * g.c, each: step }
                 }
             };
             let line = Line {
                 taps: &taps,
-                triples: g.k[2] == 3 && g.dilation[2] == 1 && way.residues(2) == 1,
+                triples,
+                slides,
                 w: self.w.as_ptr(),
                 c: source.channels(),
                 extent: extent as isize,
@@ -213,30 +204,7 @@ impl<T: Vectors> Sweep<'_, T> {
                 y_step: way.residues(2) * g.c,
             };
             // SAFETY: taps that fall outside are left out; the row's results are the caller's.
-            unsafe {
-                for q in 0..first {
-                    line.positions::<S, 1, false>(q);
-                }
-                let mut q = first;
-                while q + 2 * POSITIONS <= last {
-                    line.positions::<S, { 2 * POSITIONS }, true>(q);
-                    q += 2 * POSITIONS;
-                }
-                if q + POSITIONS <= last {
-                    line.positions::<S, POSITIONS, true>(q);
-                    q += POSITIONS;
-                }
-                if q + POSITIONS / 2 <= last {
-                    line.positions::<S, { POSITIONS / 2 }, true>(q);
-                    q += POSITIONS / 2;
-                }
-                if q < last {
-                    line.positions::<S, 1, true>(q);
-                }
-                for q in last..count {
-                    line.positions::<S, 1, false>(q);
-                }
-            }
+            unsafe { line.all::<S>(first..last, count) }
         }
     }
 }
@@ -254,158 +222,6 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
         for row in self.rows.clone() {
             // SAFETY: the rows are this task's.
             unsafe { self.sweep.row::<S>(&mut self.source, row, None) }
-        }
-    }
-}
-
-/// What to fetch while a row is computed: `each` vectors a position of some rows.
-struct Soon<T> {
-    from: *const T,
-    rows: usize,
-    /// Elements from row to row, and for each position.
-    row: usize,
-    step: usize,
-    each: usize,
-}
-
-/// The results of one row (and residue).
-struct Line<'a, T> {
-    taps: &'a [Tap<T>],
-    /// Each three of them are neighbours along a row.
-    triples: bool,
-    w: *const T,
-    c: usize,
-    extent: isize,
-    step: usize,
-    soon: Soon<T>,
-    epilogue: &'a Epilogue<'a, T>,
-    y: *mut T,
-    y_row: usize,
-    y_step: usize,
-}
-
-impl<T: Vectors> Line<'_, T> {
-    /// `P` positions from `q` on; not all of their taps need lie inside unless `INSIDE`.
-    #[inline(always)]
-    unsafe fn positions<S: Simd<Elem = T>, const P: usize, const INSIDE: bool>(&self, q: usize) {
-        let mut channel = 0;
-        // SAFETY: the caller's promise: vectors end at the last channel.
-        unsafe {
-            while channel + S::LANES <= self.c {
-                self.vectors::<S, P, INSIDE, true>(q, channel, S::LANES);
-                channel += S::LANES;
-            }
-            if channel < self.c {
-                self.vectors::<S, P, INSIDE, false>(q, channel, self.c - channel);
-            }
-        }
-    }
-
-    /// Adds the taps one by one.
-    #[inline(always)]
-    unsafe fn each<S: Simd<Elem = T>, const P: usize, const INSIDE: bool, const WHOLE: bool>(
-        &self,
-        q: usize,
-        channel: usize,
-        lanes: usize,
-        mut acc: [S::V; P],
-    ) -> [S::V; P] {
-        let (first, step) = ((q * self.step) as isize, self.step * self.c);
-        for tap in self.taps {
-            let at = first + tap.offset;
-            if !INSIDE && (at < 0 || at >= self.extent) {
-                continue;
-            }
-            // SAFETY: the caller's promise.
-            unsafe {
-                let x = tap.x.offset(at * self.c as isize + channel as isize);
-                let w = load_lanes::<S, WHOLE>(self.w.add(tap.w + channel), lanes);
-                for i in 0..P {
-                    acc[i] = S::fma(load_lanes::<S, WHOLE>(x.add(i * step), lanes), w, acc[i]);
-                }
-            }
-        }
-        acc
-    }
-
-    /// Adds three neighbouring taps at a time, so that positions share what is loaded.
-    #[inline(always)]
-    unsafe fn triples<S: Simd<Elem = T>, const P: usize, const STEP: usize, const WHOLE: bool>(
-        &self,
-        q: usize,
-        channel: usize,
-        lanes: usize,
-        mut acc: [S::V; P],
-    ) -> [S::V; P] {
-        for t in (0..self.taps.len()).step_by(3) {
-            let taps = &self.taps[t..t + 3];
-            let at = (q * STEP) as isize + taps[0].offset;
-            // SAFETY: the caller's promise.
-            unsafe {
-                let x = taps[0].x.offset(at * self.c as isize + channel as isize);
-                let mut w = [S::splat(T::zero()); 3];
-                for k in 0..3 {
-                    w[k] = load_lanes::<S, WHOLE>(self.w.add(taps[k].w + channel), lanes);
-                }
-                for i in 0..P {
-                    for k in 0..3 {
-                        let x = load_lanes::<S, WHOLE>(x.add((i * STEP + k) * self.c), lanes);
-                        acc[i] = S::fma(x, w[k], acc[i]);
-                    }
-                }
-            }
-        }
-        acc
-    }
-
-    #[inline(always)]
-    unsafe fn vectors<S: Simd<Elem = T>, const P: usize, const INSIDE: bool, const WHOLE: bool>(
-        &self,
-        q: usize,
-        channel: usize,
-        lanes: usize,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let mut acc = [match self.epilogue.bias {
-                Some(b) => load_lanes::<S, WHOLE>(b.as_ptr().add(channel), lanes),
-                None => S::splat(T::zero()),
-            }; P];
-            if INSIDE && P > 1 {
-                let soon = &self.soon;
-                let from = soon.from.wrapping_add(q * soon.step + channel);
-                for r in 0..soon.rows {
-                    for i in 0..P * soon.each {
-                        S::prefetch(from.wrapping_add(r * soon.row + i * (soon.step / soon.each)));
-                    }
-                }
-                let y = self.y.wrapping_add(self.y_row + q * self.y_step + AHEAD + channel);
-                for i in 0..P {
-                    S::prefetch(y.wrapping_add(i * self.y_step));
-                }
-            }
-            acc = match self.step {
-                1 if INSIDE && P > 1 && self.triples => {
-                    self.triples::<S, P, 1, WHOLE>(q, channel, lanes, acc)
-                }
-                2 if INSIDE && P > 1 && self.triples => {
-                    self.triples::<S, P, 2, WHOLE>(q, channel, lanes, acc)
-                }
-                _ => self.each::<S, P, INSIDE, WHOLE>(q, channel, lanes, acc),
-            };
-            let (low, high) = (S::splat(self.epilogue.clamp.low), S::splat(self.epilogue.clamp.high));
-            for i in 0..P {
-                let at = self.y_row + (q + i) * self.y_step + channel;
-                let y = self.y.add(at);
-                let mut v = acc[i];
-                match self.epilogue.residual {
-                    Residual::None => {}
-                    Residual::Of(r) => v = S::add(v, load_lanes::<S, WHOLE>(r.as_ptr().add(at), lanes)),
-                    Residual::InOutput => v = S::add(v, load_lanes::<S, WHOLE>(y, lanes)),
-                }
-                v = S::min(high, S::max(low, v));
-                store_lanes::<S, WHOLE>(y, v, lanes);
-            }
         }
     }
 }

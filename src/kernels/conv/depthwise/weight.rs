@@ -1,6 +1,8 @@
 //! The weight gradient of depthwise convolution.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
+use std::ops::Range;
+
 use super::{Direction, WORK};
 use crate::kernels::conv::load::{Operand, Rows};
 use crate::kernels::conv::{Geometry, in_slots, split};
@@ -10,7 +12,7 @@ use crate::kernels::simd::{Kernel, Simd, Vectors, load_lanes, store_lanes};
 /// Sums, each over a share of the rows.
 const SLABS: usize = 8;
 /// Positions of a row over which is summed in registers.
-const STRETCH: usize = 16;
+const STRETCH: usize = 64;
 
 /// Some rows of dY, all images' counted.
 struct WeightGrad<'a, T> {
@@ -129,41 +131,38 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
         };
         let from = range(first).0;
         let to = range(first + K - 1).1.max(from);
+        let reach = (g.y[2].max(1) - 1) * s + (g.k[2] - 1) * d + 1;
+        let zeros = pad <= self.around[0] && reach <= pad + g.x[2] + self.around[1];
         // SAFETY: the caller's promise; positions outside `from..to` are taken tap by tap, unless there are zeros.
         unsafe {
-            for o in (from..to).step_by(STRETCH) {
-                self.stretch::<S, K>(first, o, STRETCH.min(to - o));
+            let mut o = from;
+            while o + STRETCH < to {
+                self.stretches::<S, K>(first, [o..o + STRETCH, 0..0, 0..0]);
+                o += STRETCH;
             }
-            let reach = (g.y[2].max(1) - 1) * s + (g.k[2] - 1) * d + 1;
-            if pad <= self.around[0] && reach <= pad + g.x[2] + self.around[1] {
-                for edge in [0..from, to..g.y[2]] {
-                    if !edge.is_empty() {
-                        self.stretch::<S, K>(first, edge.start, edge.len());
-                    }
-                }
+            let edges = if zeros { [0..from, to..g.y[2]] } else { [0..0, 0..0] };
+            let [before, after] = edges;
+            self.stretches::<S, K>(first, [o..to, before, after]);
+            if zeros {
                 return;
             }
             for t in first..first + K {
                 let (a, b) = range(t);
-                if a < from.min(b) {
-                    self.stretch::<S, 1>(t, a, from.min(b) - a);
-                }
-                if to.max(a) < b {
-                    self.stretch::<S, 1>(t, to.max(a), b - to.max(a));
-                }
+                self.stretches::<S, 1>(t, [a..from.min(b), to.max(a)..b, 0..0]);
             }
         }
     }
 
+    /// Some taps of positions in this order.
     #[inline(always)]
-    unsafe fn stretch<S: Simd<Elem = T>, const K: usize>(&self, tap: usize, o: usize, count: usize) {
+    unsafe fn stretches<S: Simd<Elem = T>, const K: usize>(&self, tap: usize, stretches: [Range<usize>; 3]) {
         // Where a position's taps are its neighbours', each element of X is loaded once, if there are registers for that.
         let slides = K == 3 && S::ROWS.len() > 2 && self.g.stride[2] == self.g.dilation[2];
         // SAFETY: the caller's promise.
         unsafe {
             match slides {
-                true => self.channels::<S, K, true>(tap, o, count),
-                false => self.channels::<S, K, false>(tap, o, count),
+                true => self.channels::<S, K, true>(tap, &stretches),
+                false => self.channels::<S, K, false>(tap, &stretches),
             }
         }
     }
@@ -172,19 +171,18 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
     unsafe fn channels<S: Simd<Elem = T>, const K: usize, const SLIDES: bool>(
         &self,
         tap: usize,
-        o: usize,
-        count: usize,
+        stretches: &[Range<usize>; 3],
     ) {
         let c = self.g.c;
         let mut channel = 0;
         // SAFETY: the caller's promise; vectors end at the last channel.
         unsafe {
             while channel + S::LANES <= c {
-                self.vector::<S, K, true, SLIDES>(tap, o, count, channel, S::LANES);
+                self.vector::<S, K, true, SLIDES>(tap, stretches, channel, S::LANES);
                 channel += S::LANES;
             }
             if channel < c {
-                self.vector::<S, K, false, SLIDES>(tap, o, count, channel, c - channel);
+                self.vector::<S, K, false, SLIDES>(tap, stretches, channel, c - channel);
             }
         }
     }
@@ -193,25 +191,52 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
     unsafe fn vector<S: Simd<Elem = T>, const K: usize, const WHOLE: bool, const SLIDES: bool>(
         &self,
         tap: usize,
-        o: usize,
-        count: usize,
+        stretches: &[Range<usize>; 3],
         channel: usize,
         lanes: usize,
     ) {
+        let c = self.g.c;
+        let (sums, row) = (self.sum.wrapping_add(tap * c + channel), self.g.k[2] * c);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut acc = [[S::splat(T::zero()); K]; R];
+            for r in 0..R {
+                for k in 0..K {
+                    acc[r][k] = load_lanes::<S, WHOLE>(sums.wrapping_add(r * row + k * c), lanes);
+                }
+            }
+            for stretch in stretches {
+                if !stretch.is_empty() {
+                    acc = self.add::<S, K, WHOLE, SLIDES>(tap, stretch.clone(), channel, lanes, acc);
+                }
+            }
+            for r in 0..R {
+                for k in 0..K {
+                    store_lanes::<S, WHOLE>(sums.wrapping_add(r * row + k * c), acc[r][k], lanes);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add<S: Simd<Elem = T>, const K: usize, const WHOLE: bool, const SLIDES: bool>(
+        &self,
+        tap: usize,
+        positions: Range<usize>,
+        channel: usize,
+        lanes: usize,
+        mut acc: [[S::V; K]; R],
+    ) -> [[S::V; K]; R] {
         let g = self.g;
-        let c = g.c;
+        let (c, o, count) = (g.c, positions.start, positions.len());
         let i = (o * g.stride[2] + tap * g.dilation[2]).wrapping_sub(g.pad[2]);
         let first = i.wrapping_mul(c).wrapping_add(channel);
         let (x_step, dilation) = (g.stride[2] * c, g.dilation[2] * c);
         // SAFETY: the caller's promise.
         unsafe {
             let mut x = self.x;
-            let mut acc = [[S::splat(T::zero()); K]; R];
             for r in 0..R {
                 x[r] = x[r].wrapping_add(first);
-                for k in 0..K {
-                    acc[r][k] = load_lanes::<S, WHOLE>(self.sum(r, tap + k, channel), lanes);
-                }
             }
             let mut dy = self.dy.add(o * c + channel);
             // (Fetched in the order in which it lies, not in that in which it is read.)
@@ -245,18 +270,8 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
                     x[r] = x[r].wrapping_add(x_step);
                 }
             }
-            for r in 0..R {
-                for k in 0..K {
-                    let sum = self.sum(r, tap + k, channel);
-                    store_lanes::<S, WHOLE>(sum, acc[r][k], lanes);
-                }
-            }
+            acc
         }
-    }
-
-    #[inline(always)]
-    fn sum(&self, row: usize, tap: usize, channel: usize) -> *mut T {
-        self.sum.wrapping_add((row * self.g.k[2] + tap) * self.g.c + channel)
     }
 }
 

@@ -1,0 +1,333 @@
+//! A row of a depthwise convolution's results.
+
+use std::ops::Range;
+
+use crate::kernels::conv::{Epilogue, Residual};
+use crate::kernels::simd::{Simd, Vectors, load_lanes, store_lanes};
+
+/// Positions computed at a time.
+const POSITIONS: usize = 4;
+/// Elements from what is read or written to what is fetched meanwhile: rows of a position's channels are short runs,
+/// which do not look like a stream to the processor.
+pub(super) const AHEAD: usize = 1 << 10;
+
+/// One tap for a row of the target.
+#[derive(Clone, Copy)]
+pub(super) struct Tap<T> {
+    /// The tap's row of the source, from its first position on.
+    pub x: *const T,
+    /// Along the row, in positions.
+    pub offset: isize,
+    /// Elements to the tap's weights.
+    pub w: usize,
+}
+
+/// What to fetch while a row is computed: `each` vectors a position of some rows.
+pub(super) struct Soon<T> {
+    pub from: *const T,
+    pub rows: usize,
+    /// Elements from row to row, and for each position.
+    pub row: usize,
+    pub step: usize,
+    pub each: usize,
+}
+
+/// The results of one row (and residue).
+pub(super) struct Line<'a, T> {
+    pub taps: &'a [Tap<T>],
+    /// Each three of them are neighbours along a row.
+    pub triples: bool,
+    /// And can be added while the row slides by.
+    pub slides: bool,
+    pub w: *const T,
+    pub c: usize,
+    pub extent: isize,
+    pub step: usize,
+    pub soon: Soon<T>,
+    pub epilogue: &'a Epilogue<'a, T>,
+    pub y: *mut T,
+    pub y_row: usize,
+    pub y_step: usize,
+}
+
+impl<T: Vectors> Line<'_, T> {
+    /// Can so many rows of three taps slide by, by so many positions? Taps, elements and sums stay in registers then, if there are
+    /// enough.
+    pub fn slides<S: Simd>(rows: usize, step: usize) -> bool {
+        S::ROWS.len() > 2 && (1..=3).contains(&rows) && (1..=2).contains(&step)
+    }
+
+    /// All `count` positions, of which those `inside` have no tap outside.
+    ///
+    /// # Safety
+    /// The line must be as [`Sweep::row`](super::Sweep::row) makes it, and the processor have `S`'s instructions.
+    #[inline(always)]
+    pub unsafe fn all<S: Simd<Elem = T>>(&self, inside: Range<usize>, count: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            for q in (0..inside.start).chain(inside.end..count) {
+                self.positions::<S, 1, false>(q);
+            }
+            match (self.slides, self.taps.len() / 3, self.step) {
+                (true, 1, 1) => return self.sliding::<S, 1, 1>(inside),
+                (true, 2, 1) => return self.sliding::<S, 2, 1>(inside),
+                (true, _, 1) => return self.sliding::<S, 3, 1>(inside),
+                (true, 1, _) => return self.sliding::<S, 1, 2>(inside),
+                (true, 2, _) => return self.sliding::<S, 2, 2>(inside),
+                (true, ..) => return self.sliding::<S, 3, 2>(inside),
+                _ => {}
+            }
+            let (mut q, last) = (inside.start, inside.end);
+            while q + 2 * POSITIONS <= last {
+                self.positions::<S, { 2 * POSITIONS }, true>(q);
+                q += 2 * POSITIONS;
+            }
+            if q + POSITIONS <= last {
+                self.positions::<S, POSITIONS, true>(q);
+                q += POSITIONS;
+            }
+            if q + POSITIONS / 2 <= last {
+                self.positions::<S, { POSITIONS / 2 }, true>(q);
+                q += POSITIONS / 2;
+            }
+            if q < last {
+                self.positions::<S, 1, true>(q);
+            }
+        }
+    }
+
+    /// Positions of `R` rows of three taps, all of which lie inside: a vector of channels after the other, all along the row.
+    #[inline(always)]
+    unsafe fn sliding<S: Simd<Elem = T>, const R: usize, const STEP: usize>(&self, inside: Range<usize>) {
+        let mut channel = 0;
+        // SAFETY: the caller's promise: vectors end at the last channel.
+        unsafe {
+            while channel + S::LANES <= self.c {
+                self.slide::<S, R, STEP, true>(inside.clone(), channel, S::LANES);
+                channel += S::LANES;
+            }
+            if channel < self.c {
+                self.slide::<S, R, STEP, false>(inside, channel, self.c - channel);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn slide<S: Simd<Elem = T>, const R: usize, const STEP: usize, const WHOLE: bool>(
+        &self,
+        inside: Range<usize>,
+        channel: usize,
+        lanes: usize,
+    ) {
+        let c = self.c;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let zero = S::splat(T::zero());
+            let (mut w, mut x, mut near) = ([[zero; 3]; R], [self.w; R], [[zero; 3]; R]);
+            for r in 0..R {
+                let taps = &self.taps[3 * r..][..3];
+                let at = (inside.start * STEP) as isize + taps[0].offset;
+                x[r] = taps[0].x.offset(at * c as isize + channel as isize);
+                for k in 0..3 {
+                    w[r][k] = load_lanes::<S, WHOLE>(self.w.add(taps[k].w + channel), lanes);
+                }
+                for k in 0..3 - STEP {
+                    near[r][k] = load_lanes::<S, WHOLE>(x[r], lanes);
+                    x[r] = x[r].wrapping_add(c);
+                }
+            }
+            let bias = match self.epilogue.bias {
+                Some(b) => load_lanes::<S, WHOLE>(b.as_ptr().add(channel), lanes),
+                None => zero,
+            };
+            // (Copied, for what is written might lie where they do.)
+            let (finish, y_step, row) = (self.finish::<S>(), self.y_step, self.soon.row);
+            // In the order in which it lies, not in that in which it is read.
+            let before = channel / S::LANES * inside.len() * S::LANES;
+            let mut soon = self.soon.from.wrapping_add(before * STEP);
+            let mut y = self.y.wrapping_add(self.y_row + inside.start * y_step + channel);
+            let mut left = inside.len();
+            while left > 0 {
+                // Elements stay in the registers to which they are loaded, and taps go around.
+                for u in 0..3 {
+                    if u >= left {
+                        break;
+                    }
+                    for i in 0..STEP {
+                        S::prefetch(soon);
+                        if STEP > 1 {
+                            S::prefetch(soon.wrapping_add(row));
+                        }
+                        soon = soon.wrapping_add(S::LANES);
+                        let k = 3 - STEP + i;
+                        for r in 0..R {
+                            near[r][(k + u * STEP) % 3] = load_lanes::<S, WHOLE>(x[r], lanes);
+                            x[r] = x[r].wrapping_add(c);
+                        }
+                    }
+                    S::prefetch(y.wrapping_add(2 * POSITIONS * y_step));
+                    let mut sum = bias;
+                    for r in 0..R {
+                        for k in 0..3 {
+                            sum = S::fma(near[r][(k + u * STEP) % 3], w[r][k], sum);
+                        }
+                    }
+                    finish.put::<WHOLE>(sum, y, lanes);
+                    y = y.wrapping_add(y_step);
+                }
+                left = left.saturating_sub(3);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn finish<S: Simd<Elem = T>>(&self) -> Finish<S> {
+        let clamp = &self.epilogue.clamp;
+        let residual = match self.epilogue.residual {
+            Residual::None => None,
+            Residual::Of(r) => Some((r.as_ptr() as isize).wrapping_sub(self.y as isize)),
+            Residual::InOutput => Some(0),
+        };
+        // SAFETY: the caller's promise.
+        unsafe { Finish { residual, low: S::splat(clamp.low), high: S::splat(clamp.high) } }
+    }
+
+    /// `P` positions from `q` on; not all of their taps need lie inside unless `INSIDE`.
+    #[inline(always)]
+    unsafe fn positions<S: Simd<Elem = T>, const P: usize, const INSIDE: bool>(&self, q: usize) {
+        let mut channel = 0;
+        // SAFETY: the caller's promise: vectors end at the last channel.
+        unsafe {
+            while channel + S::LANES <= self.c {
+                self.vectors::<S, P, INSIDE, true>(q, channel, S::LANES);
+                channel += S::LANES;
+            }
+            if channel < self.c {
+                self.vectors::<S, P, INSIDE, false>(q, channel, self.c - channel);
+            }
+        }
+    }
+
+    /// Adds the taps one by one.
+    #[inline(always)]
+    unsafe fn each<S: Simd<Elem = T>, const P: usize, const INSIDE: bool, const WHOLE: bool>(
+        &self,
+        q: usize,
+        channel: usize,
+        lanes: usize,
+        mut acc: [S::V; P],
+    ) -> [S::V; P] {
+        let (first, step) = ((q * self.step) as isize, self.step * self.c);
+        for tap in self.taps {
+            let at = first + tap.offset;
+            if !INSIDE && (at < 0 || at >= self.extent) {
+                continue;
+            }
+            // SAFETY: the caller's promise.
+            unsafe {
+                let x = tap.x.offset(at * self.c as isize + channel as isize);
+                let w = load_lanes::<S, WHOLE>(self.w.add(tap.w + channel), lanes);
+                for i in 0..P {
+                    acc[i] = S::fma(load_lanes::<S, WHOLE>(x.add(i * step), lanes), w, acc[i]);
+                }
+            }
+        }
+        acc
+    }
+
+    /// Adds three neighbouring taps at a time, so that positions share what is loaded.
+    #[inline(always)]
+    unsafe fn triples<S: Simd<Elem = T>, const P: usize, const STEP: usize, const WHOLE: bool>(
+        &self,
+        q: usize,
+        channel: usize,
+        lanes: usize,
+        mut acc: [S::V; P],
+    ) -> [S::V; P] {
+        for t in (0..self.taps.len()).step_by(3) {
+            let taps = &self.taps[t..t + 3];
+            let at = (q * STEP) as isize + taps[0].offset;
+            // SAFETY: the caller's promise.
+            unsafe {
+                let x = taps[0].x.offset(at * self.c as isize + channel as isize);
+                let mut w = [S::splat(T::zero()); 3];
+                for k in 0..3 {
+                    w[k] = load_lanes::<S, WHOLE>(self.w.add(taps[k].w + channel), lanes);
+                }
+                for i in 0..P {
+                    for k in 0..3 {
+                        let x = load_lanes::<S, WHOLE>(x.add((i * STEP + k) * self.c), lanes);
+                        acc[i] = S::fma(x, w[k], acc[i]);
+                    }
+                }
+            }
+        }
+        acc
+    }
+
+    #[inline(always)]
+    unsafe fn vectors<S: Simd<Elem = T>, const P: usize, const INSIDE: bool, const WHOLE: bool>(
+        &self,
+        q: usize,
+        channel: usize,
+        lanes: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut acc = [match self.epilogue.bias {
+                Some(b) => load_lanes::<S, WHOLE>(b.as_ptr().add(channel), lanes),
+                None => S::splat(T::zero()),
+            }; P];
+            if INSIDE && P > 1 {
+                let soon = &self.soon;
+                let from = soon.from.wrapping_add(q * soon.step + channel);
+                for r in 0..soon.rows {
+                    for i in 0..P * soon.each {
+                        S::prefetch(from.wrapping_add(r * soon.row + i * (soon.step / soon.each)));
+                    }
+                }
+                let y = self.y.wrapping_add(self.y_row + q * self.y_step + AHEAD + channel);
+                for i in 0..P {
+                    S::prefetch(y.wrapping_add(i * self.y_step));
+                }
+            }
+            acc = match self.step {
+                1 if INSIDE && P > 1 && self.triples => {
+                    self.triples::<S, P, 1, WHOLE>(q, channel, lanes, acc)
+                }
+                2 if INSIDE && P > 1 && self.triples => {
+                    self.triples::<S, P, 2, WHOLE>(q, channel, lanes, acc)
+                }
+                _ => self.each::<S, P, INSIDE, WHOLE>(q, channel, lanes, acc),
+            };
+            let finish = self.finish::<S>();
+            let y = self.y.add(self.y_row + q * self.y_step + channel);
+            for i in 0..P {
+                finish.put::<WHOLE>(acc[i], y.add(i * self.y_step), lanes);
+            }
+        }
+    }
+}
+
+/// What is done with sums before they are written.
+struct Finish<S: Simd> {
+    /// Bytes from a result to what is added to it.
+    residual: Option<isize>,
+    low: S::V,
+    high: S::V,
+}
+
+impl<S: Simd> Finish<S> {
+    /// # Safety
+    /// `y` must be valid for `lanes` elements, as must what is added, and the processor have `S`'s instructions.
+    #[inline(always)]
+    unsafe fn put<const WHOLE: bool>(&self, mut sum: S::V, y: *mut S::Elem, lanes: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if let Some(bytes) = self.residual {
+                sum = S::add(sum, load_lanes::<S, WHOLE>(y.wrapping_byte_offset(bytes), lanes));
+            }
+            store_lanes::<S, WHOLE>(y, S::min(self.high, S::max(self.low, sum)), lanes);
+        }
+    }
+}
