@@ -25,6 +25,7 @@ BATCHES = {
     "alexnet": 8, "vgg11": 2, "squeezenet1_1": 8, "googlenet": 4, "resnet50": 4, "resnext50_32x4d": 2, "densenet121": 4, "shufflenet_v2_x1_0": 8,
     "mnasnet1_0": 4, "mobilenet_v3_small": 8, "mobilenet_v3_large": 8, "efficientnet_b0": 4, "regnet_x_400mf": 4, "regnet_y_400mf": 4,
     "resnet18 with GroupNorm": 8, "convnext_tiny": 2, "swin_t": 2, "vit of width 384": 4,
+    "deeplabv3_resnet50": 2,
 }  # fmt: skip
 
 
@@ -39,6 +40,9 @@ def network(name):
         net = models.resnet18(norm_layer=lambda channels: nn.GroupNorm(8, channels))
     elif name == "vit of width 384":
         net = models.VisionTransformer(SIDE, patch_size=16, num_layers=6, num_heads=6, hidden_dim=384, mlp_dim=1536)
+    elif name == "deeplabv3_resnet50":
+        net = models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=CLASSES)
+        net = averaged(net)
     elif name == "googlenet":
         net = models.googlenet(aux_logits=False, init_weights=False)
     else:
@@ -48,6 +52,21 @@ def network(name):
         if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
             module.p = 0.0
     return net.train()
+
+
+def averaged(segmentation):
+    """Scores of an image: the means of its positions' scores."""
+    import torch
+
+    class Averaged(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = segmentation
+
+        def forward(self, x):
+            return self.net(x)["out"].flatten(2).mean(2)
+
+    return Averaged()
 
 
 def export(name, net, folder):

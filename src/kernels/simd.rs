@@ -51,8 +51,6 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn round(p: *mut u16, v: Self::V);
     /// Brings the cache line at `p`, any address, to the second-level cache: the first holds what is computed with.
     unsafe fn prefetch(p: *const Self::Elem);
-    /// The same to the first-level cache.
-    unsafe fn prefetch_near(p: *const Self::Elem);
     /// Writes the transpose of `LANES` vectors, `ld` elements apart, as `LANES` vectors `ld_to` apart.
     #[inline(always)]
     unsafe fn transpose(p: *const Self::Elem, ld: usize, to: *mut Self::Elem, ld_to: usize) {
@@ -403,8 +401,6 @@ unsafe impl<T: Float> Simd for Plain<T> {
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const T) {}
-    #[inline(always)]
-    unsafe fn prefetch_near(_: *const T) {}
 }
 
 /// Implements [`Simd`] for `f32` by one intrinsic a method.
@@ -418,7 +414,6 @@ macro_rules! vectors {
      widen: |$wp:ident| $widen:expr,
      round: |$rp:ident, $rv:ident| $round:expr,
      prefetch: |$at:ident| $prefetch:expr,
-     prefetch_near: |$near:ident| $prefetch_near:expr,
      load_part: |$lp:ident, $ln:ident| $load_part:expr,
      store_part: |$sp:ident, $sv:ident, $sn:ident| $store_part:expr
      $(, transpose: $transpose:path)?) => {
@@ -517,11 +512,6 @@ macro_rules! vectors {
             unsafe fn prefetch($at: *const f32) {
                 // SAFETY: see `splat`.
                 unsafe { $prefetch }
-            }
-            #[inline(always)]
-            unsafe fn prefetch_near($near: *const f32) {
-                // SAFETY: see `splat`.
-                unsafe { $prefetch_near }
             }
             $(#[inline(always)]
             unsafe fn transpose(p: *const f32, ld: usize, to: *mut f32, ld_to: usize) {

@@ -7,15 +7,12 @@
 //! function of its own would be compiled without the instruction set.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
-use crate::kernels::ahead::{LINE, Steps};
+use crate::kernels::ahead::Steps;
 use crate::kernels::simd::{Kernel, Simd, Vectors};
 
 /// Steps of a round of the loops where B's rows are a known distance apart. A processor that two threads share can begin so
 /// few instructions for each that the loop's own cost a tenth of the time; more steps take longer to decode.
 pub const ROUND: usize = 4;
-
-/// Steps that the packed B of a matrix product is fetched ahead to the first-level cache, which its panel fills.
-pub const AHEAD: usize = 8;
 
 /// A tile's accumulators.
 pub type Acc<S, const M: usize, const N: usize> = [[<S as Simd>::V; N]; M];
@@ -150,12 +147,12 @@ unsafe impl<V: Simd> Terms for V {
 }
 
 /// `Σ` over the runs `(offset, steps)` of A's terms `a[i][offset..offset + steps]` times `N` vectors of B, which
-/// advances by `b_step` terms and is fetched `AHEAD` steps ahead (0: not).
+/// advances by `b_step` terms.
 ///
 /// # Safety
 /// `a[i]` must be valid at the runs' terms, `b` for `N` vectors at each step, and `D`'s instructions be there.
 #[inline(always)]
-pub unsafe fn along_rows<D: Terms, const M: usize, const N: usize, const AHEAD: usize>(
+pub unsafe fn along_rows<D: Terms, const M: usize, const N: usize>(
     runs: &[(isize, usize)],
     a: [*const D::Term; M],
     mut b: *const D::Term,
@@ -168,9 +165,7 @@ pub unsafe fn along_rows<D: Terms, const M: usize, const N: usize, const AHEAD: 
             let (mut o, end) = (offset, offset + steps as isize);
             while o + ROUND as isize <= end {
                 for u in 0..ROUND {
-                    let b = b.add(u * b_step);
-                    fetch::<D, N, AHEAD>(b, b_step);
-                    step_along::<D, M, N>(&mut acc, &a, o + u as isize, b);
+                    step_along::<D, M, N>(&mut acc, &a, o + u as isize, b.add(u * b_step));
                 }
                 b = b.wrapping_add(ROUND * b_step);
                 o += ROUND as isize;
@@ -182,22 +177,6 @@ pub unsafe fn along_rows<D: Terms, const M: usize, const N: usize, const AHEAD: 
             }
         }
         acc
-    }
-}
-
-/// Brings the step of B that comes `AHEAD` later near, if that is not 0.
-///
-/// # Safety
-/// `D`'s instructions must be there. (Fetching is allowed anywhere.)
-#[inline(always)]
-unsafe fn fetch<D: Terms, const N: usize, const AHEAD: usize>(b: *const D::Term, b_step: usize) {
-    if AHEAD == 0 {
-        return;
-    }
-    let line = LINE / size_of::<D::Term>();
-    for j in 0..(N * D::S::LANES).div_ceil(line) {
-        // SAFETY: the caller's promise.
-        unsafe { D::S::prefetch_near(b.wrapping_add(AHEAD * b_step + j * line).cast()) }
     }
 }
 
@@ -287,7 +266,7 @@ pub unsafe fn multiply<D: Terms, const M: usize, const N: usize>(
         for i in 0..M {
             rows[i] = a.add(i * a_row);
         }
-        let acc = along_rows::<D, M, N, 0>(runs, rows, b, 2 * D::S::LANES);
+        let acc = along_rows::<D, M, N>(runs, rows, b, 2 * D::S::LANES);
         put::<D::S, M, N>(&acc, c, [c_row as isize, D::S::LANES as isize], add);
     }
 }
@@ -348,18 +327,12 @@ pub struct Positions {
 }
 
 /// `Σ` over positions of `M` adjacent terms of A times `N` vectors of B, the last of which has `tail` lanes
-/// (`LANES`: a whole one). A round of the loop takes `ROUND` steps, at each of which B is fetched `AHEAD` steps ahead (0: not).
+/// (`LANES`: a whole one). A round of the loop takes `ROUND` steps.
 ///
 /// # Safety
 /// `a` and `b` must be valid at all positions, and `D`'s instructions be there.
 #[inline(always)]
-pub unsafe fn along_columns<
-    D: Terms,
-    const M: usize,
-    const N: usize,
-    const ROUND: usize,
-    const AHEAD: usize,
->(
+pub unsafe fn along_columns<D: Terms, const M: usize, const N: usize, const ROUND: usize>(
     p: &Positions,
     a: *const D::Term,
     b: *const D::Term,
@@ -368,21 +341,14 @@ pub unsafe fn along_columns<
     // SAFETY: the caller's promise. (Two loops rather than a test in one: the masked one is slower.)
     unsafe {
         match tail == D::S::LANES {
-            true => columns::<D, M, N, ROUND, AHEAD, true>(p, a, b, tail),
-            false => columns::<D, M, N, ROUND, AHEAD, false>(p, a, b, tail),
+            true => columns::<D, M, N, ROUND, true>(p, a, b, tail),
+            false => columns::<D, M, N, ROUND, false>(p, a, b, tail),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn columns<
-    D: Terms,
-    const M: usize,
-    const N: usize,
-    const ROUND: usize,
-    const AHEAD: usize,
-    const WHOLE: bool,
->(
+unsafe fn columns<D: Terms, const M: usize, const N: usize, const ROUND: usize, const WHOLE: bool>(
     p: &Positions,
     a: *const D::Term,
     b: *const D::Term,
@@ -399,7 +365,6 @@ unsafe fn columns<
                 for _ in 0..p.steps / ROUND {
                     for u in 0..ROUND {
                         let (a, b) = (a.add(u * p.a_step), b.add(u * p.b_step));
-                        fetch::<D, N, AHEAD>(b, p.b_step);
                         step_across::<D, M, N, WHOLE>(&mut acc, a, b, tail);
                     }
                     a = a.wrapping_add(ROUND * p.a_step);

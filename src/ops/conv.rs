@@ -452,6 +452,16 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         let op = Conv { window, groups: 1, normalises: None, clamp, layout: Layout::First, pairs: false };
         Case::of(op).named(name).input(&[2, 3, 5, 6]).input(&[4, 3, 3, 3])
     };
+    let attrs = Window {
+        pads: vec![2; 4],
+        dilations: vec![2; 2],
+        ..Window::of(&crate::ops::Attrs::default()).unwrap()
+    };
+    let clamp = Clamp { low: -0.5, high: 1.0 };
+    let dilated =
+        Conv { window: attrs, groups: 1, normalises: None, clamp, layout: Layout::First, pairs: false };
+    let dilated = Case::of(dilated).named("dilated, residual");
+    let dilated = dilated.input(&[1, 16, 5, 6]).input(&[16, 16, 3, 3]).input(&[16]).input(&[1, 16, 5, 6]);
     vec![
         clamped("relu", (0.0, f64::INFINITY)).absent(),
         clamped("clamp, residual", (-0.5, 1.0)).input(&[4]).input(&[2, 4, 3, 4]),
@@ -479,6 +489,26 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         conv("wide, dilated", &[2, 18, 9, 8], &[17, 18, 3, 3])
             .ints("pads", &[2; 4])
             .ints("dilations", &[2, 2]),
+        dilated,
+        conv("dilated rows", &[1, 17, 7, 6], &[16, 17, 3, 3])
+            .ints("pads", &[3, 1, 3, 1])
+            .ints("dilations", &[3, 1]),
+        conv("dilated by more than the image", &[2, 16, 5, 4], &[17, 16, 3, 3])
+            .ints("pads", &[6, 4, 6, 4])
+            .ints("dilations", &[6, 4])
+            .input(&[17]),
+        conv("dilated, stride 2, 1", &[1, 17, 9, 7], &[16, 17, 3, 3])
+            .ints("pads", &[2; 4])
+            .ints("dilations", &[2, 2])
+            .ints("strides", &[2, 1]),
+        conv("dilated groups", &[1, 32, 6, 7], &[34, 16, 3, 3])
+            .ints("pads", &[2; 4])
+            .ints("dilations", &[2, 2])
+            .int("group", 2),
+        conv("3-D dilated", &[1, 16, 3, 5, 4], &[16, 16, 2, 3, 2])
+            .ints("pads", &[2, 2, 0, 2, 2, 0])
+            .ints("dilations", &[2, 2, 1]),
+        conv("taps outside", &[2, 3, 1, 2], &[4, 3, 3, 5]).ints("pads", &[1, 2, 1, 2]).input(&[4]),
         conv("wide, no pads", &[2, 18, 6, 7], &[17, 18, 2, 3]),
         conv("wide, stride 2", &[2, 18, 7, 6], &[17, 18, 3, 3])
             .ints("pads", &[1; 4])

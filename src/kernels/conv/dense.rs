@@ -9,13 +9,16 @@
 
 use std::ops::Range;
 
+use smallvec::SmallVec;
+
 use crate::kernels::ahead::Ahead;
 use crate::kernels::conv::grids::{Grid, Plan, TILE};
 use crate::kernels::conv::load::{Load, Operand};
 use crate::kernels::conv::panels::Unpacked;
 use crate::kernels::conv::results::{Results, SharedResults, To, put_column};
 use crate::kernels::conv::way::{Packed, Packs, Way, line};
-use crate::kernels::conv::{Done, Epilogue, Geometry, folded, pointwise, split, strides, volume};
+use crate::kernels::conv::{Done, Epilogue, Geometry, Residual, folded, pointwise, split, strides, volume};
+use crate::kernels::elementwise::Clamp;
 use crate::kernels::half::{Elements, ElementsMut};
 use crate::kernels::par::{Shared, in_prepared_slots};
 use crate::kernels::simd::{Level, Simd, Vectors};
@@ -24,6 +27,8 @@ use crate::tile_sizes;
 
 /// Elements of packed weights that stay near while all of them are used for each tile.
 const NEAR: usize = 1 << 14;
+/// Elements of a panel of them that stay in the second-level cache while all positions pass by.
+const PASS: usize = 1 << 17;
 
 fn scaled(a: [usize; 3], b: [usize; 3]) -> [usize; 3] {
     [a[0] * b[0], a[1] * b[1], a[2] * b[2]]
@@ -161,57 +166,117 @@ impl<E: Copy, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
     /// The task's positions and weights must lie inside the plan's, and the processor have `D`'s instructions.
     #[inline(always)]
     unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(self) {
+        let panel = Level::of::<D::S>().panel(self.plan.co);
+        let together = self.together(panel);
+        for first in self.panels.clone().step_by(together) {
+            let panels = first..(first + together).min(self.panels.end);
+            for grid in self.grids() {
+                let steps: usize = grid.runs.iter().map(|run| run.1).sum();
+                // (Rounded results cannot be added to.)
+                let passes = match self.y {
+                    To::Whole(_) if !self.plan.slides(grid, D::S::LANES) => {
+                        (steps * panel).div_ceil(PASS).max(1)
+                    }
+                    _ => 1,
+                };
+                for i in 0..passes {
+                    let share = steps * i / passes..steps * (i + 1) / passes;
+                    let mut epilogue = self.epilogue;
+                    if i > 0 {
+                        (epilogue.bias, epilogue.residual) = (None, Residual::InOutput);
+                    }
+                    if i + 1 < passes {
+                        epilogue.clamp = Clamp::NONE.to();
+                    }
+                    let some;
+                    let runs = match passes {
+                        1 => &grid.runs[..],
+                        _ => {
+                            some = part(&grid.runs, share.clone());
+                            &some[..]
+                        }
+                    };
+                    // SAFETY: the caller's promise.
+                    unsafe { self.pass::<D>(grid, runs, share.start, panels.clone(), &epilogue) }
+                }
+            }
+        }
+    }
+}
+
+/// What runs have of steps of their sum.
+fn part(runs: &[(isize, usize)], steps: Range<usize>) -> SmallVec<[(isize, usize); 32]> {
+    let (mut found, mut at) = (SmallVec::new(), 0);
+    for &(offset, count) in runs {
+        let (from, to) = (steps.start.max(at), steps.end.min(at + count));
+        if from < to {
+            found.push((offset + (from - at) as isize, to - from));
+        }
+        at += count;
+    }
+    found
+}
+
+impl<E: Copy, T: Vectors> Task<'_, E, T> {
+    /// Some runs of a grid's positions, from step `before` of their sum on, by some panels.
+    ///
+    /// # Safety
+    /// As of [`run`](TermKernel::run).
+    #[inline(always)]
+    unsafe fn pass<D: Terms<Term = E, S: Simd<Elem = T>>>(
+        &self,
+        grid: &Grid,
+        runs: &[(isize, usize)],
+        before: usize,
+        panels: Range<usize>,
+        epilogue: &Epilogue<T>,
+    ) {
         let (plan, lanes) = (self.plan, D::S::LANES);
         let (ci, co, panel) = (plan.ci, plan.co, Level::of::<D::S>().panel(plan.co));
-        let per_group = plan.panels(panel);
-        let (oc, size, together) = (plan.groups * co, plan.steps() * panel, self.together(panel));
-        for first in self.panels.clone().step_by(together) {
-            for grid in self.grids() {
-                let (mut walk, y0) = self.walk(grid);
-                let total = self.images.len() * volume(walk.extents);
-                let mut tile = Tile {
-                    runs: &grid.runs,
-                    slides: plan.slides(grid, lanes).then_some(ci),
-                    b: self.weights,
-                    input: 0,
-                    to: Results::new(&self.epilogue, self.y),
-                };
-                // The first panel's group, and its place in that: without a division for each tile.
-                let start = (first / per_group, first % per_group);
-                let pieces = Pieces::of(total, Level::of::<D::S>().rows(panel));
-                let ahead = self.ahead.in_steps(pieces.count);
-                let mut next = self.rows_of(&mut walk, y0, pieces.len(0));
-                for i in 0..pieces.count {
-                    let m = pieces.len(i);
-                    let (a, y) = next;
-                    let after = if i + 1 < pieces.count { pieces.len(i + 1) } else { 0 };
-                    next = self.rows_of(&mut walk, y0, after);
-                    // SAFETY: the caller's promise.
-                    unsafe { ahead.fetch::<D::S>(i) }
-                    let (mut group, mut in_group) = start;
-                    for p in first..(first + together).min(self.panels.end) {
-                        let channel = in_group * panel;
-                        tile.to.set(&self.epilogue, group * co + channel, panel.min(co - channel));
-                        let row = tile.to.lanes.next_multiple_of(D::S::LANES);
-                        tile.input = group * ci;
-                        in_group += 1;
-                        if in_group == per_group {
-                            (group, in_group) = (group + 1, 0);
-                        }
-                        tile.b = self.weights.wrapping_add(p * size + grid.first * ci * row);
-                        // What the next tile will write is fetched meanwhile: it lies in short runs, far apart.
-                        for i in 0..if oc > panel { after } else { 0 } {
-                            for at in (0..tile.to.lanes).step_by(D::S::LANES) {
-                                let y = self.y.address(next.1[i] + tile.to.channel + at);
-                                // SAFETY: fetching is allowed anywhere.
-                                unsafe { D::S::prefetch(y) }
-                            }
-                        }
-                        let n = tile.to.lanes.div_ceil(D::S::LANES);
-                        // SAFETY: the walk stays inside the task's rows, whose windows `a` holds; see `tile_run`.
-                        unsafe { tile_sizes!(m, n, D, tile_run(&tile, &a, &y)) }
+        let (oc, size, per_group) = (plan.groups * co, plan.steps() * panel, plan.panels(panel));
+        let (mut walk, y0) = self.walk(grid);
+        let total = self.images.len() * volume(walk.extents);
+        let mut tile = Tile {
+            runs,
+            slides: plan.slides(grid, lanes).then_some(ci),
+            b: self.weights,
+            input: 0,
+            to: Results::new(epilogue, self.y),
+        };
+        // The first panel's group, and its place in that: without a division for each tile.
+        let start = (panels.start / per_group, panels.start % per_group);
+        let pieces = Pieces::of(total, Level::of::<D::S>().rows(panel));
+        let ahead = self.ahead.in_steps(pieces.count);
+        let mut next = self.rows_of(&mut walk, y0, pieces.len(0));
+        for i in 0..pieces.count {
+            let m = pieces.len(i);
+            let (a, y) = next;
+            let after = if i + 1 < pieces.count { pieces.len(i + 1) } else { 0 };
+            next = self.rows_of(&mut walk, y0, after);
+            // SAFETY: the caller's promise.
+            unsafe { ahead.fetch::<D::S>(i) }
+            let (mut group, mut in_group) = start;
+            for p in panels.clone() {
+                let channel = in_group * panel;
+                tile.to.set(epilogue, group * co + channel, panel.min(co - channel));
+                let row = tile.to.lanes.next_multiple_of(D::S::LANES);
+                tile.input = group * ci;
+                in_group += 1;
+                if in_group == per_group {
+                    (group, in_group) = (group + 1, 0);
+                }
+                tile.b = self.weights.wrapping_add(p * size + (grid.first * ci + before) * row);
+                // What the next tile will write is fetched meanwhile: it lies in short runs, far apart.
+                for i in 0..if oc > panel { after } else { 0 } {
+                    for at in (0..tile.to.lanes).step_by(D::S::LANES) {
+                        let y = self.y.address(next.1[i] + tile.to.channel + at);
+                        // SAFETY: fetching is allowed anywhere.
+                        unsafe { D::S::prefetch(y) }
                     }
                 }
+                let n = tile.to.lanes.div_ceil(D::S::LANES);
+                // SAFETY: the walk stays inside the task's rows, whose windows `a` holds; see `tile_run`.
+                unsafe { tile_sizes!(m, n, D, tile_run(&tile, &a, &y)) }
             }
         }
     }
@@ -252,7 +317,7 @@ unsafe fn tile_run<D: Terms, const M: usize, const N: usize>(
                 }
                 acc
             }
-            _ => along_rows::<D, M, N, 0>(t.runs, rows, t.b, N * D::S::LANES),
+            _ => along_rows::<D, M, N>(t.runs, rows, t.b, N * D::S::LANES),
         };
         for j in 0..N {
             let mut column = [acc[0][j]; M];

@@ -17,6 +17,7 @@ mod paired;
 mod panels;
 mod pointwise;
 mod results;
+mod simpler;
 mod statistics;
 mod way;
 mod weight;
@@ -237,6 +238,9 @@ pub fn forward_scratch<T: Vectors>(g: &Geometry, plain: bool) -> usize {
     if g.is_empty() {
         return 0;
     }
+    if let Some(simpler) = simpler::of(g) {
+        return g.copies() + simpler.scratch(|g| forward_scratch::<T>(g, plain));
+    }
     g.copies()
         + match () {
             _ if g.depthwise() => depthwise::forward_scratch(g, plain, true),
@@ -273,7 +277,9 @@ fn forward_blocks<T: Vectors>(
     }
     x.check();
     assert!(x.is_plain() || loads(g) || reads_half(g), "an input that is computed as it is read");
-    let kernel = |x: Operand<T>, epilogue: Epilogue<T>, y: &mut [T], scratch: &mut [T]| match () {
+    let simpler = simpler::of(g);
+    let kernel = |x: Operand<T>, epilogue: Epilogue<T>, y: &mut [T], scratch: &mut [T]| match &simpler {
+        Some(simpler) => simpler.forward(x.data, w, epilogue, y, scratch),
         _ if g.depthwise() => depthwise::forward(g, x, w, epilogue, Some(y), scratch, done),
         _ if winograd::applies_forward(g) => {
             winograd::forward(g, x.data, w, epilogue, ElementsMut::Whole(y), None, scratch)
@@ -314,6 +320,9 @@ pub fn input_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
     if g.is_empty() {
         return 0;
     }
+    if let Some(simpler) = simpler::of(g) {
+        return g.copies() + simpler.scratch(|g| input_grad_scratch::<T>(g, half));
+    }
     g.copies()
         + match () {
             _ if g.depthwise() => depthwise::input_grad_scratch(g),
@@ -348,12 +357,15 @@ pub fn transposed<T: Vectors>(
     if g.is_empty() {
         return epilogue.of_nothing(g.c.max(1), dx.whole());
     }
-    let kernel = |dy: Elements<T>, epilogue: Epilogue<T>, dx: ElementsMut<T>, scratch: &mut [T]| match () {
-        _ if g.depthwise() => depthwise::input_grad(g, dy.whole(), w, epilogue, dx.whole(), scratch),
-        _ if narrow::applies(g) => narrow::input_grad(g, dy.whole(), w, epilogue, dx.whole(), scratch),
-        _ if winograd::applies_back(g) => winograd::input_grad(g, dy, w, epilogue, dx, scratch),
-        _ => dense::input_grad(g, dy, w, epilogue, dx, scratch),
-    };
+    let simpler = simpler::of(g);
+    let kernel =
+        |dy: Elements<T>, epilogue: Epilogue<T>, dx: ElementsMut<T>, scratch: &mut [T]| match &simpler {
+            Some(simpler) => simpler.transposed(dy, w, epilogue, dx.whole(), scratch),
+            _ if g.depthwise() => depthwise::input_grad(g, dy.whole(), w, epilogue, dx.whole(), scratch),
+            _ if narrow::applies(g) => narrow::input_grad(g, dy.whole(), w, epilogue, dx.whole(), scratch),
+            _ if winograd::applies_back(g) => winograd::input_grad(g, dy, w, epilogue, dx, scratch),
+            _ => dense::input_grad(g, dy, w, epilogue, dx, scratch),
+        };
     if g.layout == Layout::Last {
         return kernel(dy, epilogue, dx, scratch);
     }
@@ -376,6 +388,10 @@ pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, computed: bool, half: [bool
     let g = &paired_images(g);
     if g.is_empty() {
         return 0;
+    }
+    if let Some(simpler) = simpler::of(g) {
+        let copy = if computed { g.inputs() } else { 0 };
+        return g.copies() + copy + simpler.scratch(|g| weight_grad_scratch::<T>(g, false, half));
     }
     g.copies()
         + match () {
@@ -410,7 +426,9 @@ pub fn weight_grad<T: Vectors>(
         return weight_grad(g, dy, Operand::plain(copy, g.c), dw, rest);
     }
     let x = x.data;
-    let kernel = |dy: Elements<T>, x: Elements<T>, dw: &mut [T], scratch: &mut [T]| match () {
+    let simpler = simpler::of(g);
+    let kernel = |dy: Elements<T>, x: Elements<T>, dw: &mut [T], scratch: &mut [T]| match &simpler {
+        Some(simpler) => simpler.weight_grad(dy, x, dw, scratch),
         _ if g.depthwise() => {
             let x = Operand { data: x, channels: g.c, load: Load::Plain };
             depthwise::weight_grad(g, dy.whole(), x, dw, scratch);

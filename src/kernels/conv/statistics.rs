@@ -3,7 +3,7 @@
 
 use super::{
     Epilogue, Geometry, Operand, dense, depthwise, forward_blocks, forward_scratch, loads, reads_half,
-    winograd,
+    simpler, winograd,
 };
 use crate::kernels::half::{ElementsMut, Half};
 use crate::kernels::layout::Layout;
@@ -30,6 +30,7 @@ fn blocks<T: Vectors>(g: &Geometry) -> Option<usize> {
     match () {
         _ if g.is_empty() || g.layout != Layout::Last => None,
         _ if g.depthwise() => Some(depthwise::forward_blocks(g)),
+        _ if simpler::of(g).is_some() => None,
         _ if winograd::gathers(g) => Some(winograd::forward_blocks::<T>(g)),
         _ if winograd::applies_forward(g) => None,
         _ => dense::forward_blocks::<T>(g),

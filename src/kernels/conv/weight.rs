@@ -266,7 +266,7 @@ unsafe fn tile_run<D: Terms, const M: usize, const N: usize>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let acc = along_columns::<D, M, N, 1, 0>(p, a, b, tail);
+        let acc = along_columns::<D, M, N, 1>(p, a, b, tail);
         put::<D::S, M, N>(&acc, c, [c_row as isize, D::S::LANES as isize], add);
     }
 }

@@ -3,7 +3,7 @@
 use super::{Plus, Product};
 use crate::kernels::ahead::Steps;
 use crate::kernels::simd::{Simd, load_lanes, store_lanes};
-use crate::kernels::tile::{AHEAD, Acc, Positions, ROUND, Terms, along_columns, along_rows};
+use crate::kernels::tile::{Acc, Positions, ROUND, Terms, along_columns, along_rows};
 use crate::tensor::Float;
 
 /// Of terms `E`, which are summed up in `T`.
@@ -44,10 +44,10 @@ pub(super) unsafe fn tile_run<D: Terms, const M: usize, const N: usize>(
                 ahead: Steps::NOTHING,
             };
             match t.ldb {
-                None => along_columns::<D, M, N, ROUND, AHEAD>(&positions, t.a, t.b, lanes),
+                None => along_columns::<D, M, N, ROUND>(&positions, t.a, t.b, lanes),
                 Some(b_step) => {
                     let tail = t.to.lanes - (N - 1) * lanes;
-                    along_columns::<D, M, N, 1, 0>(&Positions { b_step, ..positions }, t.a, t.b, tail)
+                    along_columns::<D, M, N, 1>(&Positions { b_step, ..positions }, t.a, t.b, tail)
                 }
             }
         } else {
@@ -55,7 +55,7 @@ pub(super) unsafe fn tile_run<D: Terms, const M: usize, const N: usize>(
             for i in 0..M {
                 rows[i] = t.a.wrapping_add(i * t.lda);
             }
-            along_rows::<D, M, N, AHEAD>(&[(0, t.steps)], rows, t.b, N * lanes)
+            along_rows::<D, M, N>(&[(0, t.steps)], rows, t.b, N * lanes)
         };
         t.to.write::<D::S, M, N>(&acc);
     }

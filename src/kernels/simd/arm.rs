@@ -34,9 +34,6 @@ vectors!(
     prefetch: |p| {
         std::arch::asm!("prfm pldl2keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))
     },
-    prefetch_near: |p| {
-        std::arch::asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))
-    },
     load_part: |p, n| {
         let mut all = [0.0f32; 4];
         std::ptr::copy_nonoverlapping(p, all.as_mut_ptr(), n);

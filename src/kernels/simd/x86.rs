@@ -33,7 +33,6 @@ vectors!(
         _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(near))
     },
     prefetch: |p| _mm_prefetch::<_MM_HINT_T1>(p.cast()),
-    prefetch_near: |p| _mm_prefetch::<_MM_HINT_T0>(p.cast()),
     load_part: |p, n| _mm512_maskz_loadu_ps((1u32 << n) as u16 - 1, p),
     store_part: |p, v, n| _mm512_mask_storeu_ps(p, (1u32 << n) as u16 - 1, v),
     transpose: transpose16
@@ -113,7 +112,6 @@ vectors!(
         _mm_storeu_si128(p.cast(), _mm256_castsi256_si128(beside))
     },
     prefetch: |p| _mm_prefetch::<_MM_HINT_T1>(p.cast()),
-    prefetch_near: |p| _mm_prefetch::<_MM_HINT_T0>(p.cast()),
     load_part: |p, n| _mm256_maskload_ps(p, below(n)),
     store_part: |p, v, n| _mm256_maskstore_ps(p, below(n), v),
     transpose: transpose8

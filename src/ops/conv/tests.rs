@@ -82,6 +82,30 @@ fn many_weights_few_positions() {
     assert!((dot(&dw, &w2) / dot(&dy, &y2) - 1.0).abs() < 1e-9);
 }
 
+/// Sums of many terms go over the positions several times.
+#[test]
+fn sums_of_many_terms() {
+    let (x, w) = (wave(&[1, 7, 8, 3000], 0.7), wave(&[5, 3000, 3, 3], 1.3));
+    let (bias, addend) = (wave(&[5], 0.4), wave(&[1, 4, 4, 5], 0.6));
+    let conv = Conv { clamp: Clamp { low: -2.0, high: 3.0 }, ..last(3, 2, 1) };
+    let y = eval(&conv, &[Some(&x), Some(&w), Some(&bias), Some(&addend)]).unwrap().remove(0);
+    // Parts of the channels, one after the other.
+    let plain = last(3, 2, 1);
+    let mut want = each(&addend, |_, c, y| y + bias.to_f64()[c]).to_f64();
+    let xs = x.to_f64();
+    for part in 0..20 {
+        let some: Vec<f64> = xs.chunks_exact(3000).flat_map(|x| &x[part * 150..][..150]).copied().collect();
+        let of = |o: usize| (o * 3000 + part * 150) * 9..(o * 3000 + part * 150 + 150) * 9;
+        let v: Vec<f64> = (0..5).flat_map(|o| w.to_f64()[of(o)].to_vec()).collect();
+        let x = Tensor::from_slice(&[1, 7, 8, 150], &some).unwrap();
+        let v = Tensor::from_slice(&[5, 150, 3, 3], &v).unwrap();
+        let y = eval(&plain, &[Some(&x), Some(&v)]).unwrap().remove(0).to_f64();
+        want.iter_mut().zip(y).for_each(|(want, y)| *want += y);
+    }
+    want.iter_mut().for_each(|y| *y = y.clamp(-2.0, 3.0));
+    close("Y", &y, &want);
+}
+
 #[test]
 fn bits_do_not_depend_on_threads() {
     let pools: Vec<_> =

@@ -174,7 +174,7 @@ unsafe fn slide_run<D: Terms, const M: usize, const N: usize>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let acc = along_columns::<D, M, N, 1, 0>(p, a, b, D::S::LANES);
+        let acc = along_columns::<D, M, N, 1>(p, a, b, D::S::LANES);
         put::<D::S, M, N>(&acc, last, [D::S::LANES as isize, -(tap as isize)], add);
     }
 }

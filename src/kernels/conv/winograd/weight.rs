@@ -202,7 +202,7 @@ unsafe fn multiply<D: Terms, const M: usize, const N: usize>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let acc = along_columns::<D, M, N, 1, 0>(positions, a, b, D::S::LANES);
+        let acc = along_columns::<D, M, N, 1>(positions, a, b, D::S::LANES);
         put::<D::S, M, N>(&acc, sum, [2 * D::S::LANES as isize, D::S::LANES as isize], add);
     }
 }
