@@ -68,6 +68,9 @@ impl<T: Vectors> Line<'_, T> {
             for q in (0..inside.start).chain(inside.end..count) {
                 self.positions::<S, 1, false>(q);
             }
+            if inside.is_empty() {
+                return;
+            }
             match (self.slides, self.taps.len() / 3, self.step) {
                 (true, 1, 1) => return self.sliding::<S, 1, 1>(inside),
                 (true, 2, 1) => return self.sliding::<S, 2, 1>(inside),
@@ -96,7 +99,7 @@ impl<T: Vectors> Line<'_, T> {
         }
     }
 
-    /// Positions of `R` rows of three taps, all of which lie inside: a vector of channels after the other, all along the row.
+    /// Some positions of `R` rows of three taps, all of which lie inside: a vector of channels after the other, all along the row.
     #[inline(always)]
     unsafe fn sliding<S: Simd<Elem = T>, const R: usize, const STEP: usize>(&self, inside: Range<usize>) {
         let mut channel = 0;
