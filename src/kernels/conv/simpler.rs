@@ -56,7 +56,9 @@ pub(super) fn of(g: &Geometry) -> Option<Simpler<'_>> {
     let copies = g.axis < 2 && simpler.pad.iter().any(|p| *p > 0) && g.c.min(g.oc) >= CHANNELS;
     for d in 0..3 {
         let by = simpler.dilation[d];
-        if copies && by > 1 && g.stride[d] == 1 && simpler.pad[d].is_multiple_of(by) {
+        // Residues of fewer positions than others are filled up with zeros.
+        let filled = 2 * g.x[d].next_multiple_of(by) <= 3 * g.x[d];
+        if copies && filled && by > 1 && g.stride[d] == 1 && simpler.pad[d].is_multiple_of(by) {
             apart[d] = by;
             simpler.dilation[d] = 1;
             simpler.pad[d] /= by;
