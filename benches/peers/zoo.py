@@ -19,7 +19,9 @@ import warnings
 import tables
 from peers import PAUSE, TUNED_MALLOC, scripts_parser
 
-SIDE, CLASSES, STEPS = 224, 1000, 4
+SIDE, STEPS = 224, 4
+# Labels are of the first classes, which all networks have.
+CLASSES = 21
 # Networks and the batch of each where none is asked for.
 BATCHES = {
     "alexnet": 8, "vgg11": 2, "squeezenet1_1": 8, "googlenet": 4, "resnet50": 4, "resnext50_32x4d": 2, "densenet121": 4, "shufflenet_v2_x1_0": 8,
@@ -41,7 +43,7 @@ def network(name):
     elif name == "vit of width 384":
         net = models.VisionTransformer(SIDE, patch_size=16, num_layers=6, num_heads=6, hidden_dim=384, mlp_dim=1536)
     elif name == "deeplabv3_resnet50":
-        net = models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=CLASSES)
+        net = models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None)
         net = averaged(net)
     elif name == "googlenet":
         net = models.googlenet(aux_logits=False, init_weights=False)
