@@ -446,22 +446,19 @@ pub(super) const ROWS: &[Row] = &[Row::new("Conv", 1, Conv::make)];
 pub(super) fn cases() -> Vec<super::cases::Case> {
     use super::cases::Case;
     let conv = |name: &str, x: &[usize], w: &[usize]| Case::new("Conv", 11).named(name).input(x).input(w);
-    let clamped = |name: &str, (low, high): (f64, f64)| {
-        let window = Window::of(&crate::ops::Attrs::default()).unwrap();
-        let clamp = Clamp { low, high };
+    let whole = Window::of(&crate::ops::Attrs::default()).unwrap();
+    let by = |n: i64| Window { pads: vec![n as usize; 4], dilations: vec![n as usize; 2], ..whole.clone() };
+    let fused = |name: &str, window: &Window, (low, high): (f64, f64)| {
+        let (window, clamp) = (window.clone(), Clamp { low, high });
         let op = Conv { window, groups: 1, normalises: None, clamp, layout: Layout::First, pairs: false };
-        Case::of(op).named(name).input(&[2, 3, 5, 6]).input(&[4, 3, 3, 3])
+        Case::of(op).named(name)
     };
-    let attrs = Window {
-        pads: vec![2; 4],
-        dilations: vec![2; 2],
-        ..Window::of(&crate::ops::Attrs::default()).unwrap()
+    let clamped =
+        |name: &str, clamp: (f64, f64)| fused(name, &whole, clamp).input(&[2, 3, 5, 6]).input(&[4, 3, 3, 3]);
+    let dilated = |name: &str, n: i64, [height, width]: [usize; 2]| {
+        let [x, w] = [[1, 16, height, width], [16, 16, 3, 3]];
+        fused(name, &by(n), (-0.5, 1.0)).input(&x).input(&w).input(&[16]).input(&x)
     };
-    let clamp = Clamp { low: -0.5, high: 1.0 };
-    let dilated =
-        Conv { window: attrs, groups: 1, normalises: None, clamp, layout: Layout::First, pairs: false };
-    let dilated = Case::of(dilated).named("dilated, residual");
-    let dilated = dilated.input(&[1, 16, 5, 6]).input(&[16, 16, 3, 3]).input(&[16]).input(&[1, 16, 5, 6]);
     vec![
         clamped("relu", (0.0, f64::INFINITY)).absent(),
         clamped("clamp, residual", (-0.5, 1.0)).input(&[4]).input(&[2, 4, 3, 4]),
@@ -486,22 +483,39 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
         conv("1×1 stride 2", &[2, 18, 5, 4], &[17, 18, 1, 1]).ints("strides", &[2, 2]),
         conv("1×1 padded", &[2, 18, 3, 4], &[17, 18, 1, 1]).ints("pads", &[0, 1, 0, 0]),
         conv("wide", &[3, 18, 6, 7], &[17, 18, 3, 3]).ints("pads", &[1; 4]).input(&[17]),
-        conv("wide, dilated", &[2, 18, 9, 8], &[17, 18, 3, 3])
+        conv("wide, dilated", &[2, 18, 12, 11], &[17, 18, 3, 3])
             .ints("pads", &[2; 4])
             .ints("dilations", &[2, 2]),
-        dilated,
-        conv("dilated rows", &[1, 17, 7, 6], &[16, 17, 3, 3])
+        dilated("dilated, residual", 2, [11, 12]),
+        dilated("dilated by much of the image, residual", 4, [5, 6]),
+        dilated("dilated rows that reach nothing, residual", 3, [1, 7]),
+        conv("dilated rows", &[1, 17, 13, 6], &[16, 17, 3, 3])
             .ints("pads", &[3, 1, 3, 1])
             .ints("dilations", &[3, 1]),
         conv("dilated by more than the image", &[2, 16, 5, 4], &[17, 16, 3, 3])
             .ints("pads", &[6, 4, 6, 4])
             .ints("dilations", &[6, 4])
             .input(&[17]),
+        conv("dilated by much of the image", &[2, 18, 7, 6], &[17, 18, 3, 3])
+            .ints("pads", &[5, 4, 4, 5])
+            .ints("dilations", &[5, 4])
+            .input(&[17]),
+        conv("padded by more than dilated", &[1, 16, 3, 4], &[16, 16, 2, 3])
+            .ints("pads", &[5, 7, 5, 6])
+            .ints("dilations", &[3, 4]),
+        conv("groups dilated by much of the image", &[2, 32, 6, 7], &[34, 16, 3, 2])
+            .ints("pads", &[4, 0, 4, 5])
+            .ints("dilations", &[4, 5])
+            .int("group", 2),
+        conv("1-D dilated by much", &[2, 16, 9], &[17, 16, 4]).ints("pads", &[12, 4]).ints("dilations", &[5]),
+        conv("3-D dilated by much", &[1, 16, 4, 5, 4], &[16, 16, 2, 3, 2])
+            .ints("pads", &[3, 4, 1, 3, 4, 2])
+            .ints("dilations", &[3, 4, 3]),
         conv("dilated, stride 2, 1", &[1, 17, 9, 7], &[16, 17, 3, 3])
             .ints("pads", &[2; 4])
             .ints("dilations", &[2, 2])
             .ints("strides", &[2, 1]),
-        conv("dilated groups", &[1, 32, 6, 7], &[34, 16, 3, 3])
+        conv("dilated groups", &[1, 32, 12, 11], &[34, 16, 3, 3])
             .ints("pads", &[2; 4])
             .ints("dilations", &[2, 2])
             .int("group", 2),

@@ -182,10 +182,10 @@ impl<E: Copy, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
                 for i in 0..passes {
                     let share = steps * i / passes..steps * (i + 1) / passes;
                     let mut epilogue = self.epilogue;
-                    if i > 0 {
+                    if i > 0 || !grid.begins {
                         (epilogue.bias, epilogue.residual) = (None, Residual::InOutput);
                     }
-                    if i + 1 < passes {
+                    if i + 1 < passes || !grid.ends {
                         epilogue.clamp = Clamp::NONE.to();
                     }
                     let some;
@@ -493,7 +493,8 @@ pub fn forward_blocks<T: Vectors>(g: &Geometry) -> Option<usize> {
     let plan = forward_plan(g);
     let panel = plan.panel::<T>();
     let [images, rows, panels] = plan.blocks(&plan.division(panel), panel);
-    (panels == 1).then_some(images * rows)
+    // (Rows of several grids are not neighbours.)
+    (panels == 1 && plan.grids.len() == 1).then_some(images * rows)
 }
 
 /// `y = clamp(conv(x, w) + bias + residual)` with x (N, spatial…, C) and y (N, spatial…, M), w (M, C/groups, k…); see [`Done`] for

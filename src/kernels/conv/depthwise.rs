@@ -16,7 +16,7 @@ use crate::kernels::conv::load::{Operand, Rows};
 use crate::kernels::conv::{Done, Epilogue, Geometry, slots, split};
 use crate::kernels::par::{LINE, Shared, in_prepared_slots};
 use crate::kernels::simd::{Kernel, Simd, Vectors};
-use line::{AHEAD, Line, Soon, Tap};
+use line::{AHEAD, Line, Soon, Tap, Taps};
 
 pub use both::{grads, grads_scratch, grads_slabs};
 pub use expanded::{Expansion, expands, forward_expanded, forward_expanded_scratch};
@@ -166,8 +166,11 @@ impl<T: Vectors> Sweep<'_, T> {
                 room if room < 0 => first,
                 room => (room as usize / step + 1).clamp(first, count),
             };
-            let triples = g.k[2] == 3 && g.dilation[2] == 1 && way.residues(2) == 1;
-            let slides = triples && Line::<T>::slides::<S>(taps.len() / 3, step);
+            let lie = match g.k[2] == 3 && g.dilation[2] == 1 && way.residues(2) == 1 {
+                true if Line::<T>::slides::<S>(taps.len() / 3, step) => Taps::Slides,
+                true => Taps::Triples,
+                false => Taps::Apart,
+            };
             let soon = match beside {
                 Some(from) => {
                     let step = way.residues(2) * g.c;
@@ -177,7 +180,7 @@ impl<T: Vectors> Sweep<'_, T> {
                 // the next, will be for the next row.
                 None => {
                     let rows = way.step(1);
-                    let (first, ahead) = match source.is_plain() && !slides {
+                    let (first, ahead) = match source.is_plain() && lie != Taps::Slides {
                         true => ((last_row + 1).saturating_sub(rows), AHEAD.next_multiple_of(g.c)),
                         false => (last_row + 1, 0),
                     };
@@ -191,8 +194,7 @@ impl<T: Vectors> Sweep<'_, T> {
             };
             let line = Line {
                 taps: &taps,
-                triples,
-                slides,
+                lie,
                 w: self.w.as_ptr(),
                 c: source.channels(),
                 extent: extent as isize,

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
-use crate::kernels::conv::{Geometry, split, strides, volume};
+use crate::kernels::conv::{Geometry, regions, split, strides, volume};
 use crate::kernels::simd::Vectors;
 use crate::kernels::tile::WINDOW;
 
@@ -28,6 +28,9 @@ pub(super) struct Grid {
     pub(super) first: usize,
     /// Offsets and lengths of the runs of A.
     pub(super) runs: SmallVec<[(isize, usize); 32]>,
+    /// Of several grids of the same positions, the first writes its sums, the others add to them, and the last finishes.
+    pub(super) begins: bool,
+    pub(super) ends: bool,
 }
 
 /// A convolution as this file computes it, forward or gradient.
@@ -84,10 +87,13 @@ impl Plan {
             order: (0..g.taps() as u32).collect(),
             grids: SmallVec::new(),
         };
-        let taps: SmallVec<[(u32, [usize; 3]); 64]> = (0..g.taps())
+        if regions::applies(g) {
+            return plan.by_regions(g);
+        }
+        let taps: SmallVec<[[usize; 3]; 64]> = (0..g.taps())
             .map(|t| {
                 let k = split(t, g.k);
-                (t as u32, std::array::from_fn(|d| k[d] * g.dilation[d]))
+                std::array::from_fn(|d| k[d] * g.dilation[d])
             })
             .collect();
         plan.grid(g.y, [0; 3], [1; 3], 0, &taps);
@@ -129,21 +135,24 @@ impl Plan {
             order: SmallVec::new(),
             grids: SmallVec::new(),
         };
+        if regions::applies(g) {
+            return plan.by_regions_back(g);
+        }
         let residues: [usize; 3] = std::array::from_fn(|d| g.stride[d].min(g.x[d]));
         for i in 0..volume(residues) {
             let r = split(i, residues);
-            let mut taps: SmallVec<[(u32, [usize; 3]); 64]> = SmallVec::new();
+            let mut taps: SmallVec<[[usize; 3]; 64]> = SmallVec::new();
+            let first = plan.order.len();
             // Last taps first: so they ascend in the input.
             for t in (0..g.taps()).rev() {
                 let k = split(t, g.k);
                 let o: [Option<isize>; 3] = std::array::from_fn(|d| at(d, r[d], k[d]));
                 if let [Some(a), Some(b), Some(c)] = o {
                     let o = [a, b, c];
-                    taps.push((t as u32, std::array::from_fn(|d| (o[d] + low[d] as isize) as usize)));
+                    plan.order.push(t as u32);
+                    taps.push(std::array::from_fn(|d| (o[d] + low[d] as isize) as usize));
                 }
             }
-            let first = plan.order.len();
-            plan.order.extend(taps.iter().map(|t| t.0));
             let extents = std::array::from_fn(|d| (g.x[d] - r[d]).div_ceil(g.stride[d]));
             plan.grid(extents, r, g.stride, first, &taps);
         }
@@ -151,17 +160,17 @@ impl Plan {
     }
 
     /// Adds the grid of positions `origin + q·step`, whose taps read the input at the given padded positions.
-    fn grid(
+    pub(super) fn grid(
         &mut self,
         extents: [usize; 3],
         origin: [usize; 3],
         step: [usize; 3],
         first: usize,
-        taps: &[(u32, [usize; 3])],
+        taps: &[[usize; 3]],
     ) {
         let c = self.groups * self.ci;
         let mut runs: SmallVec<[(isize, usize); 32]> = SmallVec::new();
-        for (_, at) in taps {
+        for at in taps {
             let o = (flat(*at, self.padded) * c) as isize;
             match runs.last_mut() {
                 Some(run) if self.groups == 1 && run.0 + run.1 as isize == o => run.1 += self.ci,
@@ -176,6 +185,8 @@ impl Plan {
             out_step: std::array::from_fn(|d| step[d] * strides[d]),
             first,
             runs,
+            begins: true,
+            ends: true,
         });
     }
 
@@ -251,7 +262,9 @@ impl Plan {
             * self.ci
             * self.in_step[self.axis].min(self.padded[self.axis])
             + volume(self.target) / rows.max(1) * self.groups * self.co;
-        let work = volume(self.target) * self.steps() * self.groups * self.co / self.grids.len().max(1);
+        let steps = |grid: &Grid| grid.runs.iter().map(|run| run.1).sum::<usize>();
+        let sums = self.grids.iter().map(|grid| volume(grid.extents) * steps(grid)).sum::<usize>();
+        let work = sums * self.groups * self.co;
         let tasks = (self.n * work / WORK).clamp(1, TASKS);
         let panels = self.groups * self.panels(panel);
         if tasks > 1 && panels > 1 && self.n * rows * per_row < self.packed(panel) {

@@ -16,6 +16,7 @@ mod near;
 mod paired;
 mod panels;
 mod pointwise;
+mod regions;
 mod results;
 mod simpler;
 mod statistics;
@@ -36,6 +37,9 @@ pub use both::{Both, Plain, Sums, fuses, grads, grads_scratch, sums_room};
 pub use depthwise::{Expansion, expands, forward_expanded, forward_expanded_scratch};
 pub use load::{Load, Norm, NormGrad, Operand};
 pub use statistics::{Statistics, forward_statistics, statistics_room, statistics_scratch};
+
+/// Channels from which on it pays to look for simpler convolutions.
+const CHANNELS: usize = 16;
 
 /// Sizes of a convolution. Fewer than three spatial dimensions are preceded by ones.
 #[derive(Debug, Clone, PartialEq, Eq)]

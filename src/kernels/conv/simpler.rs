@@ -6,14 +6,13 @@
 //! copied for each few rows of them, copying each position once costs less.
 #![allow(clippy::needless_range_loop)]
 
-use super::{Epilogue, Geometry, Operand, Residual, split, strides, volume};
+use super::{
+    CHANNELS, Epilogue, Geometry, Load, Operand, Residual, regions, split, strides, volume, winograd,
+};
 use crate::kernels::half::{Elements, ElementsMut};
 use crate::kernels::layout::Layout;
 use crate::kernels::par;
 use crate::kernels::simd::Vectors;
-
-/// Channels from which on it pays to copy positions.
-const CHANNELS: usize = 16;
 
 /// A simpler convolution.
 pub(super) struct Simpler<'a> {
@@ -43,7 +42,7 @@ pub(super) fn of(g: &Geometry) -> Option<Simpler<'_>> {
         return None;
     }
     let mut simpler = Geometry { layout: Layout::Last, ..g.clone() };
-    let (mut first, mut apart) = ([0; 3], [1; 3]);
+    let mut first = [0; 3];
     for d in 0..3 {
         let [from, to] = reaching(g, d)?;
         first[d] = from;
@@ -53,20 +52,34 @@ pub(super) fn of(g: &Geometry) -> Option<Simpler<'_>> {
             simpler.dilation[d] = 1;
         }
     }
-    let copies = g.axis < 2 && simpler.pad.iter().any(|p| *p > 0) && g.c.min(g.oc) >= CHANNELS;
+    let (apart, parts) = apart(&simpler);
+    // Fewest multiplications.
+    let all = match winograd::applies_forward(&parts) {
+        true => winograd::multiplications(&parts),
+        false => parts.n * volume(parts.y) * parts.taps(),
+    };
+    let by_regions = regions::applies(&simpler) && g.n * regions::multiplications(&simpler) <= all;
+    let (apart, simpler) = if by_regions { ([1; 3], simpler) } else { (apart, parts) };
+    (simpler.k != g.k || apart != [1; 3]).then_some(Simpler { of: g, g: simpler, first, apart })
+}
+
+/// Residues in each dimension, and the convolution of their images.
+fn apart(g: &Geometry) -> ([usize; 3], Geometry) {
+    let (mut apart, mut parts) = ([1; 3], g.clone());
+    let copies = g.axis < 2 && g.pad.iter().any(|p| *p > 0) && g.c.min(g.oc) >= CHANNELS;
     for d in 0..3 {
-        let by = simpler.dilation[d];
+        let by = g.dilation[d];
         // Residues of fewer positions than others are filled up with zeros.
         let filled = 2 * g.x[d].next_multiple_of(by) <= 3 * g.x[d];
-        if copies && filled && by > 1 && g.stride[d] == 1 && simpler.pad[d].is_multiple_of(by) {
+        if copies && filled && by > 1 && g.stride[d] == 1 && g.pad[d].is_multiple_of(by) {
             apart[d] = by;
-            simpler.dilation[d] = 1;
-            simpler.pad[d] /= by;
-            (simpler.x[d], simpler.y[d]) = (g.x[d].div_ceil(by), g.y[d].div_ceil(by));
+            parts.dilation[d] = 1;
+            parts.pad[d] /= by;
+            (parts.x[d], parts.y[d]) = (g.x[d].div_ceil(by), g.y[d].div_ceil(by));
         }
     }
-    simpler.n *= volume(apart);
-    (simpler.k != g.k || apart != [1; 3]).then_some(Simpler { of: g, g: simpler, first, apart })
+    parts.n *= volume(apart);
+    (apart, parts)
 }
 
 impl Simpler<'_> {
@@ -149,31 +162,53 @@ impl Simpler<'_> {
         });
     }
 
-    /// Runs a convolution, or its transpose, from images of `source` to images of `target`: (channels, whole and apart extents).
+    /// Images of (channels, whole and apart extents) as the simpler convolution takes them, and the scratch that is left.
+    fn take<'x, T: Vectors>(
+        &self,
+        x: Elements<'x, T>,
+        (c, extents): (usize, [[usize; 3]; 2]),
+        scratch: &'x mut [T],
+    ) -> (Elements<'x, T>, &'x mut [T]) {
+        if !self.is_apart() {
+            return (x, scratch);
+        }
+        let (own, rest) = scratch.split_at_mut(self.g.n * volume(extents[1]) * c);
+        self.part(x, c, extents, own);
+        (Elements::Whole(own), rest)
+    }
+
+    /// Runs a convolution, or its transpose, from images of `source` to images of `target`.
+    #[allow(clippy::too_many_arguments)]
     fn run<T: Vectors>(
         &self,
         x: Elements<T>,
+        w: &[T],
         epilogue: Epilogue<T>,
         y: &mut [T],
         scratch: &mut [T],
         [source, target]: [(usize, [[usize; 3]; 2]); 2],
-        kernel: impl FnOnce(Elements<T>, Epilogue<T>, &mut [T], &mut [T]),
+        kernel: impl FnOnce(Elements<T>, &[T], Epilogue<T>, &mut [T], &mut [T]),
     ) {
+        let (room, rest) = scratch.split_at_mut(self.weights());
+        let w = self.cut(w, room);
+        let (x, rest) = self.take(x, source, rest);
         if !self.is_apart() {
-            return kernel(x, epilogue, y, scratch);
+            return kernel(x, w, epilogue, y, rest);
         }
-        let elements = |(c, [_, extents]): (usize, [[usize; 3]; 2])| self.g.n * volume(extents) * c;
-        let (from, rest) = scratch.split_at_mut(elements(source));
-        let (to, rest) = rest.split_at_mut(elements(target));
-        self.part(x, source.0, source.1, from);
+        let (c, extents) = target;
+        let (to, rest) = rest.split_at_mut(self.g.n * volume(extents[1]) * c);
         let mut own = Epilogue { residual: Residual::InOutput, ..epilogue };
         match epilogue.residual {
             Residual::None => own.residual = Residual::None,
-            Residual::Of(r) => self.part(Elements::Whole(r), target.0, target.1, to),
-            Residual::InOutput => self.part(Elements::Whole(&*y), target.0, target.1, to),
+            Residual::Of(r) => self.part(Elements::Whole(r), c, extents, to),
+            Residual::InOutput => self.part(Elements::Whole(&*y), c, extents, to),
         }
-        kernel(Elements::Whole(from), own, to, rest);
-        self.join(to, target.0, target.1, y);
+        kernel(x, w, own, to, rest);
+        self.join(to, c, extents, y);
+    }
+
+    fn operand<'x, T>(&self, x: Elements<'x, T>) -> Operand<'x, T> {
+        Operand { data: x, channels: self.g.c, load: Load::Plain }
     }
 
     fn inputs(&self) -> (usize, [[usize; 3]; 2]) {
@@ -193,18 +228,17 @@ impl Simpler<'_> {
         y: &mut [T],
         scratch: &mut [T],
     ) {
-        let (room, rest) = scratch.split_at_mut(self.weights());
-        let w = self.cut(w, room);
-        self.run(x, epilogue, y, rest, [self.inputs(), self.outputs()], |x, epilogue, y, scratch| {
-            super::forward(
-                &self.g,
-                Operand { data: x, ..Operand::plain(&[], self.g.c) },
-                w,
-                epilogue,
-                y,
-                scratch,
-            );
-        });
+        self.run(
+            x,
+            w,
+            epilogue,
+            y,
+            scratch,
+            [self.inputs(), self.outputs()],
+            |x, w, epilogue, y, scratch| {
+                super::forward(&self.g, self.operand(x), w, epilogue, y, scratch);
+            },
+        );
     }
 
     /// See [`transposed`](super::transposed).
@@ -216,11 +250,17 @@ impl Simpler<'_> {
         dx: &mut [T],
         scratch: &mut [T],
     ) {
-        let (room, rest) = scratch.split_at_mut(self.weights());
-        let w = self.cut(w, room);
-        self.run(dy, epilogue, dx, rest, [self.outputs(), self.inputs()], |dy, epilogue, dx, scratch| {
-            super::transposed(&self.g, dy, w, epilogue, ElementsMut::Whole(dx), scratch);
-        });
+        self.run(
+            dy,
+            w,
+            epilogue,
+            dx,
+            scratch,
+            [self.outputs(), self.inputs()],
+            |dy, w, epilogue, dx, scratch| {
+                super::transposed(&self.g, dy, w, epilogue, ElementsMut::Whole(dx), scratch);
+            },
+        );
     }
 
     /// See [`weight_grad`](super::weight_grad).
@@ -233,17 +273,9 @@ impl Simpler<'_> {
     ) {
         let (cut, rest) = scratch.split_at_mut(self.weights());
         let own = if self.trims() { &mut *cut } else { &mut *dw };
-        let plain = |x| Operand { data: x, ..Operand::plain(&[], self.g.c) };
-        match self.is_apart() {
-            false => super::weight_grad(&self.g, dy, plain(x), own, rest),
-            true => {
-                let (xs, rest) = rest.split_at_mut(self.g.inputs());
-                let (dys, rest) = rest.split_at_mut(self.g.outputs());
-                self.part(x, self.g.c, self.inputs().1, xs);
-                self.part(dy, self.g.oc, self.outputs().1, dys);
-                super::weight_grad(&self.g, Elements::Whole(dys), plain(Elements::Whole(xs)), own, rest);
-            }
-        }
+        let (x, rest) = self.take(x, self.inputs(), rest);
+        let (dy, rest) = self.take(dy, self.outputs(), rest);
+        super::weight_grad(&self.g, dy, self.operand(x), own, rest);
         if self.trims() {
             dw.fill(T::zero());
             for (dw, cut) in dw.chunks_exact_mut(self.of.taps()).zip(cut.chunks_exact(self.g.taps())) {

@@ -71,6 +71,11 @@ pub(super) fn gathers(g: &Geometry) -> bool {
     g.pairs && applies_forward(g)
 }
 
+/// Multiplications of all images, of one input by one output channel.
+pub(super) fn multiplications(g: &Geometry) -> usize {
+    Tiles::of(g.n, g.y).total * PRODUCTS
+}
+
 /// See [`applies`], of the input gradient.
 pub(super) fn applies_back(g: &Geometry) -> bool {
     applies(g, [g.oc, g.terms(g.oc)], g.c, g.x)

@@ -32,13 +32,20 @@ pub(super) struct Soon<T> {
     pub each: usize,
 }
 
+/// How the taps lie.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Taps {
+    Apart,
+    /// Each three of them are neighbours along a row.
+    Triples,
+    /// So few of those that they are added while the row slides by.
+    Slides,
+}
+
 /// The results of one row (and residue).
 pub(super) struct Line<'a, T> {
     pub taps: &'a [Tap<T>],
-    /// Each three of them are neighbours along a row.
-    pub triples: bool,
-    /// And can be added while the row slides by.
-    pub slides: bool,
+    pub lie: Taps,
     pub w: *const T,
     pub c: usize,
     pub extent: isize,
@@ -71,14 +78,15 @@ impl<T: Vectors> Line<'_, T> {
             if inside.is_empty() {
                 return;
             }
-            match (self.slides, self.taps.len() / 3, self.step) {
-                (true, 1, 1) => return self.sliding::<S, 1, 1>(inside),
-                (true, 2, 1) => return self.sliding::<S, 2, 1>(inside),
-                (true, _, 1) => return self.sliding::<S, 3, 1>(inside),
-                (true, 1, _) => return self.sliding::<S, 1, 2>(inside),
-                (true, 2, _) => return self.sliding::<S, 2, 2>(inside),
-                (true, ..) => return self.sliding::<S, 3, 2>(inside),
-                _ => {}
+            if self.lie == Taps::Slides {
+                return match (self.taps.len() / 3, self.step) {
+                    (1, 1) => self.sliding::<S, 1, 1>(inside),
+                    (2, 1) => self.sliding::<S, 2, 1>(inside),
+                    (_, 1) => self.sliding::<S, 3, 1>(inside),
+                    (1, _) => self.sliding::<S, 1, 2>(inside),
+                    (2, _) => self.sliding::<S, 2, 2>(inside),
+                    _ => self.sliding::<S, 3, 2>(inside),
+                };
             }
             let (mut q, last) = (inside.start, inside.end);
             while q + 2 * POSITIONS <= last {
@@ -99,18 +107,23 @@ impl<T: Vectors> Line<'_, T> {
         }
     }
 
+    /// Vectors of channels: their first, and how many they hold.
+    #[inline(always)]
+    fn vectors<S: Simd<Elem = T>>(&self) -> impl Iterator<Item = (usize, usize)> {
+        let c = self.c;
+        (0..c).step_by(S::LANES).map(move |channel| (channel, S::LANES.min(c - channel)))
+    }
+
     /// Some positions of `R` rows of three taps, all of which lie inside: a vector of channels after the other, all along the row.
     #[inline(always)]
     unsafe fn sliding<S: Simd<Elem = T>, const R: usize, const STEP: usize>(&self, inside: Range<usize>) {
-        let mut channel = 0;
-        // SAFETY: the caller's promise: vectors end at the last channel.
-        unsafe {
-            while channel + S::LANES <= self.c {
-                self.slide::<S, R, STEP, true>(inside.clone(), channel, S::LANES);
-                channel += S::LANES;
-            }
-            if channel < self.c {
-                self.slide::<S, R, STEP, false>(inside, channel, self.c - channel);
+        for (channel, lanes) in self.vectors::<S>() {
+            // SAFETY: the caller's promise: vectors end at the last channel.
+            unsafe {
+                match lanes == S::LANES {
+                    true => self.slide::<S, R, STEP, true>(inside.clone(), channel, lanes),
+                    false => self.slide::<S, R, STEP, false>(inside.clone(), channel, lanes),
+                }
             }
         }
     }
@@ -148,7 +161,7 @@ impl<T: Vectors> Line<'_, T> {
             // In the order in which it lies, not in that in which it is read.
             let before = channel / S::LANES * inside.len() * S::LANES;
             let mut soon = self.soon.from.wrapping_add(before * STEP);
-            let mut y = self.y.wrapping_add(self.y_row + inside.start * y_step + channel);
+            let mut at = self.y_row + inside.start * y_step + channel;
             let mut left = inside.len();
             while left > 0 {
                 // Elements stay in the registers to which they are loaded, and taps go around.
@@ -168,15 +181,15 @@ impl<T: Vectors> Line<'_, T> {
                             x[r] = x[r].wrapping_add(c);
                         }
                     }
-                    S::prefetch(y.wrapping_add(2 * POSITIONS * y_step));
+                    S::prefetch(finish.y.wrapping_add(at + 2 * POSITIONS * y_step));
                     let mut sum = bias;
                     for r in 0..R {
                         for k in 0..3 {
                             sum = S::fma(near[r][(k + u * STEP) % 3], w[r][k], sum);
                         }
                     }
-                    finish.put::<WHOLE>(sum, y, lanes);
-                    y = y.wrapping_add(y_step);
+                    finish.put::<WHOLE>(sum, at, lanes);
+                    at += y_step;
                 }
                 left = left.saturating_sub(3);
             }
@@ -188,25 +201,23 @@ impl<T: Vectors> Line<'_, T> {
         let clamp = &self.epilogue.clamp;
         let residual = match self.epilogue.residual {
             Residual::None => None,
-            Residual::Of(r) => Some((r.as_ptr() as isize).wrapping_sub(self.y as isize)),
-            Residual::InOutput => Some(0),
+            Residual::Of(r) => Some(r.as_ptr()),
+            Residual::InOutput => Some(self.y.cast_const()),
         };
         // SAFETY: the caller's promise.
-        unsafe { Finish { residual, low: S::splat(clamp.low), high: S::splat(clamp.high) } }
+        unsafe { Finish { y: self.y, residual, low: S::splat(clamp.low), high: S::splat(clamp.high) } }
     }
 
     /// `P` positions from `q` on; not all of their taps need lie inside unless `INSIDE`.
     #[inline(always)]
     unsafe fn positions<S: Simd<Elem = T>, const P: usize, const INSIDE: bool>(&self, q: usize) {
-        let mut channel = 0;
-        // SAFETY: the caller's promise: vectors end at the last channel.
-        unsafe {
-            while channel + S::LANES <= self.c {
-                self.vectors::<S, P, INSIDE, true>(q, channel, S::LANES);
-                channel += S::LANES;
-            }
-            if channel < self.c {
-                self.vectors::<S, P, INSIDE, false>(q, channel, self.c - channel);
+        for (channel, lanes) in self.vectors::<S>() {
+            // SAFETY: the caller's promise: vectors end at the last channel.
+            unsafe {
+                match lanes == S::LANES {
+                    true => self.tile::<S, P, INSIDE, true>(q, channel, lanes),
+                    false => self.tile::<S, P, INSIDE, false>(q, channel, lanes),
+                }
             }
         }
     }
@@ -269,7 +280,7 @@ impl<T: Vectors> Line<'_, T> {
     }
 
     #[inline(always)]
-    unsafe fn vectors<S: Simd<Elem = T>, const P: usize, const INSIDE: bool, const WHOLE: bool>(
+    unsafe fn tile<S: Simd<Elem = T>, const P: usize, const INSIDE: bool, const WHOLE: bool>(
         &self,
         q: usize,
         channel: usize,
@@ -294,43 +305,43 @@ impl<T: Vectors> Line<'_, T> {
                     S::prefetch(y.wrapping_add(i * self.y_step));
                 }
             }
+            let triples = INSIDE && P > 1 && self.lie != Taps::Apart;
             acc = match self.step {
-                1 if INSIDE && P > 1 && self.triples => {
-                    self.triples::<S, P, 1, WHOLE>(q, channel, lanes, acc)
-                }
-                2 if INSIDE && P > 1 && self.triples => {
-                    self.triples::<S, P, 2, WHOLE>(q, channel, lanes, acc)
-                }
+                1 if triples => self.triples::<S, P, 1, WHOLE>(q, channel, lanes, acc),
+                2 if triples => self.triples::<S, P, 2, WHOLE>(q, channel, lanes, acc),
                 _ => self.each::<S, P, INSIDE, WHOLE>(q, channel, lanes, acc),
             };
             let finish = self.finish::<S>();
-            let y = self.y.add(self.y_row + q * self.y_step + channel);
+            let at = self.y_row + q * self.y_step + channel;
             for i in 0..P {
-                finish.put::<WHOLE>(acc[i], y.add(i * self.y_step), lanes);
+                finish.put::<WHOLE>(acc[i], at + i * self.y_step, lanes);
             }
         }
     }
 }
 
-/// What is done with sums before they are written.
+/// Where sums go, and what is done with them before they are written.
 struct Finish<S: Simd> {
-    /// Bytes from a result to what is added to it.
-    residual: Option<isize>,
+    y: *mut S::Elem,
+    /// What is added to the results, as they lie.
+    residual: Option<*const S::Elem>,
     low: S::V,
     high: S::V,
 }
 
 impl<S: Simd> Finish<S> {
+    /// The results from element `at` on. (`y` itself may lie before the block of results that it points into.)
+    ///
     /// # Safety
-    /// `y` must be valid for `lanes` elements, as must what is added, and the processor have `S`'s instructions.
+    /// `lanes` elements of the results must be the caller's, what is added be as large, and the processor have `S`'s instructions.
     #[inline(always)]
-    unsafe fn put<const WHOLE: bool>(&self, mut sum: S::V, y: *mut S::Elem, lanes: usize) {
+    unsafe fn put<const WHOLE: bool>(&self, mut sum: S::V, at: usize, lanes: usize) {
         // SAFETY: the caller's promise.
         unsafe {
-            if let Some(bytes) = self.residual {
-                sum = S::add(sum, load_lanes::<S, WHOLE>(y.wrapping_byte_offset(bytes), lanes));
+            if let Some(residual) = self.residual {
+                sum = S::add(sum, load_lanes::<S, WHOLE>(residual.wrapping_add(at), lanes));
             }
-            store_lanes::<S, WHOLE>(y, S::min(self.high, S::max(self.low, sum)), lanes);
+            store_lanes::<S, WHOLE>(self.y.wrapping_add(at), S::min(self.high, S::max(self.low, sum)), lanes);
         }
     }
 }
