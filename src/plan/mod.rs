@@ -3,6 +3,7 @@
 mod arena;
 mod order;
 mod recompute;
+mod repeats;
 mod report;
 
 use std::collections::HashMap;
@@ -20,6 +21,8 @@ pub use arena::{Block, assign};
 pub(crate) use order::order;
 pub use recompute::{Again, all_work, plan_within, work};
 pub use report::{Kind, Peak};
+
+use repeats::Wiring;
 
 /// What a plan must compute.
 #[derive(Debug, Default, Clone)]
@@ -130,19 +133,17 @@ enum Home {
 /// Orders the nodes, decides what shares memory, and assigns the arena.
 pub fn plan(graph: &Graph, request: &Request) -> Result<Plan> {
     let order = order::order(graph, request)?;
-    Planner::new(graph, request, &order)?.finish(None)
+    Planner::new(Wiring { graph, repeats: None }, request, &order, None)?.finish(None)
 }
 
 /// The same, where each node's bytes of scratch memory are known, in as small an arena as is found.
 pub fn plan_with(graph: &Graph, request: &Request, scratch: &[usize]) -> Result<Plan> {
     let order = order::order(graph, request)?;
-    let mut planner = Planner::new(graph, request, &order)?;
-    planner.scratch = Some(scratch);
-    planner.finish(Some(0))
+    Planner::new(Wiring { graph, repeats: None }, request, &order, Some(scratch))?.finish(Some(0))
 }
 
 struct Planner<'a> {
-    graph: &'a Graph,
+    graph: Wiring<'a>,
     request: &'a Request,
     order: &'a [NodeId],
     homes: Vec<Option<Home>>,
@@ -173,23 +174,28 @@ fn time(position: usize) -> usize {
 }
 
 impl<'a> Planner<'a> {
-    fn new(graph: &'a Graph, request: &'a Request, order: &'a [NodeId]) -> Result<Self> {
+    fn new(
+        graph: Wiring<'a>,
+        request: &'a Request,
+        order: &'a [NodeId],
+        scratch: Option<&'a [usize]>,
+    ) -> Result<Self> {
         let mut planner = Planner {
             graph,
             request,
             order,
-            homes: vec![None; graph.values.len()],
+            homes: vec![None; graph.values()],
             blocks: Vec::new(),
             constants: Vec::new(),
             constant_of: HashMap::new(),
-            last_use: vec![0; graph.values.len()],
+            last_use: vec![0; graph.values()],
             hidden: vec![SmallVec::new(); order.len()],
-            scratch: None,
+            scratch,
         };
         planner.find_last_uses();
-        for v in &graph.inputs {
+        for v in &graph.graph.inputs {
             let used = planner.last_use[v.index()] > 0;
-            if used && matches!(graph.value(*v).source, Source::Input) {
+            if used && matches!(graph.source(*v), Source::Input) {
                 let block = planner.new_block(*v, 0)?;
                 planner.homes[v.index()] = Some(Home::Block(block));
             }
@@ -235,13 +241,12 @@ impl<'a> Planner<'a> {
         if let Some(home) = self.homes[v.index()] {
             return Ok(home);
         }
-        let value = self.graph.value(v);
-        let home = match &value.source {
+        let home = match self.graph.source(v) {
             Source::State(s) => Home::State(*s),
             Source::Constant(t) => Home::Constant(self.constant(v, Constant::Tensor(t.clone()))),
             Source::Weight(w) => Home::Constant(self.constant(v, Constant::Weight(*w))),
             Source::Input | Source::Node(..) => {
-                return Err(Error::value(&value.name, "read before it is computed"));
+                return Err(Error::value(self.graph.name(v), "read before it is computed"));
             }
         };
         self.homes[v.index()] = Some(home);
@@ -268,7 +273,7 @@ impl<'a> Planner<'a> {
         }
         for (o, y) in node.outputs.iter().enumerate() {
             let Some(y) = y else { continue };
-            if matches!(self.graph.value(*y).source, Source::Constant(_)) {
+            if matches!(self.graph.source(*y), Source::Constant(_)) {
                 continue;
             }
             let home = self.output_home(position, o, *y, &inputs)?;
@@ -328,8 +333,8 @@ impl<'a> Planner<'a> {
         for (position, id) in self.order.iter().enumerate() {
             let node = self.graph.node(*id);
             let bytes = match self.scratch {
-                Some(known) => known[self.graph.again.get(id).unwrap_or(id).index()],
-                None => scratch_of(self.graph, node),
+                Some(known) => known[self.graph.first(*id).index()],
+                None => scratch_of(self.graph.graph, node),
             };
             if bytes > 0 {
                 let name = node.outputs.iter().flatten().next().copied().unwrap_or(ValueId(0));
@@ -356,7 +361,7 @@ impl<'a> Planner<'a> {
             }
         }
         let mut inputs = Vec::new();
-        for v in &self.graph.inputs {
+        for v in &self.graph.graph.inputs {
             if let Some(Home::Block(b)) = self.homes[v.index()] {
                 inputs.push((*v, self.meta(*v)?.clone(), self.range(b, self.meta(*v)?.bytes())));
             }
@@ -393,7 +398,7 @@ impl<'a> Planner<'a> {
     fn step(&mut self, position: usize, scratch: Option<usize>) -> Result<Option<Step>> {
         let id = self.order[position];
         let node = self.graph.node(id);
-        if node.outputs.iter().flatten().all(|v| matches!(self.graph.value(*v).source, Source::Constant(_))) {
+        if node.outputs.iter().flatten().all(|v| matches!(self.graph.source(*v), Source::Constant(_))) {
             return Ok(None);
         }
         let mut operands: Vec<(bool, usize, Meta, Home)> = Vec::new();
@@ -462,7 +467,7 @@ impl<'a> Planner<'a> {
             }
         }
         let scratch = scratch.and_then(|b| cut_of(b, self.blocks[b].bytes));
-        let draws_as = self.graph.again.get(&id).copied().unwrap_or(id);
+        let draws_as = self.graph.first(id);
         Ok(Some(Step { op: node.op.clone(), node: id, x, y, arena, store, scratch, draws_as }))
     }
 

@@ -14,8 +14,9 @@ mod schedule;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
+use super::repeats::Wiring;
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Node, NodeId, Source, ValueId};
 use crate::ops::batch_norm::BatchNormalization;
@@ -61,15 +62,14 @@ pub fn plan_within(graph: &mut Graph, request: &Request, limit: usize, scratch: 
     let search = Search::new(graph, request, scratch)?;
     let cuts = search.run(limit)?;
     let built = search
-        .build(graph, &cuts)
+        .build(&cuts)
         .ok_or_else(|| Error::Config("a plan within the memory asked for cannot be made".into()))?;
-    check_updates(&built.graph, &built.order)?;
-    let mut planner = Planner::new(&built.graph, request, &built.order)?;
-    planner.scratch = Some(scratch);
-    let mut plan = planner.finish(Some(limit))?;
-    plan.again = Again { kernels: built.copies, work: built.extra / search.work.max(1.0), chains: 0 };
-    *graph = built.graph;
-    Ok(plan)
+    let again = Again { kernels: built.copies, work: built.extra / search.work.max(1.0), chains: 0 };
+    let order = built.order;
+    built.repeats.write(graph);
+    check_updates(graph, &order)?;
+    let planner = Planner::new(Wiring { graph, repeats: None }, request, &order, Some(scratch))?;
+    Ok(Plan { again, ..planner.finish(Some(limit))? })
 }
 
 /// Can output `o` of the node be computed once more, without an effect on states?
@@ -151,11 +151,10 @@ pub fn all_work(graph: &Graph, request: &Request) -> Result<f64> {
 /// A value is dropped after an event, the running of one node of the original order and of what is computed again for
 /// it.
 type Cut = (ValueId, u32);
-type Cuts = HashSet<Cut>;
+type Cuts = BTreeSet<Cut>;
 
 struct Search<'a> {
-    /// Without names.
-    graph: Graph,
+    graph: &'a Graph,
     request: &'a Request,
     /// Without nodes whose values are `fixed`.
     order: Vec<NodeId>,
@@ -219,7 +218,7 @@ struct Candidate {
 }
 
 impl<'a> Search<'a> {
-    fn new(graph: &mut Graph, request: &'a Request, scratch: &'a [usize]) -> Result<Self> {
+    fn new(graph: &'a Graph, request: &'a Request, scratch: &'a [usize]) -> Result<Self> {
         let order = order(graph, request)?;
         let fixed = fixed(graph, request, &order);
         let made = |id: &NodeId| {
@@ -229,16 +228,13 @@ impl<'a> Search<'a> {
         let cost: Vec<f64> = graph.nodes.iter().map(|n| cost(graph, n)).collect();
         let work = order.iter().map(|id| cost[id.index()]).sum();
         let order: Vec<NodeId> = order.into_iter().filter(|id| !made(id)).collect();
-        let mut slim = graph.clone();
-        slim.values.iter_mut().for_each(|v| v.name = String::new());
-        slim.nodes.iter_mut().for_each(|n| n.name = String::new());
-        Ok(Search { graph: slim, request, order, cost, fixed, work, scratch })
+        Ok(Search { graph, request, order, cost, fixed, work, scratch })
     }
 
     /// What to drop so that the plan fits `limit`, or so that it is as small as was found.
     fn run(&self, limit: usize) -> Result<Cuts> {
         let mut cuts = Cuts::new();
-        let Some(mut built) = self.build(&self.graph, &cuts) else { return Ok(cuts) };
+        let Some(mut built) = self.build(&cuts) else { return Ok(cuts) };
         let mut profile = self.profile(&built)?;
         let mut best = Best { arena: profile.arena(limit), cuts: cuts.clone() };
         if self.request.no_reuse {
@@ -290,8 +286,9 @@ impl<'a> Search<'a> {
         for b in profile.blocks.iter().filter(|b| b.kind == Kind::Scratch) {
             scratch[b.born] += aligned(b.bytes);
         }
+        let graph = built.wiring(self.graph);
         let taken = built.order.iter().enumerate().map(|(position, id)| {
-            let node = built.graph.node(*id);
+            let node = graph.node(*id);
             let mut blocks: Vec<usize> = Vec::new();
             // A result that may come to lie where an operand does takes nothing of its own.
             let apart = |o: &usize| node.op.in_place().iter().all(|p| p.1 != *o);
@@ -345,11 +342,11 @@ impl<'a> Search<'a> {
             }
             let mut more = cuts.clone();
             more.extend(&c.cuts);
-            let Some(mut next) = self.build(&self.graph, &more) else { continue };
+            let Some(mut next) = self.build(&more) else { continue };
             let mut after = self.profile(&next)?;
             if after.excess(target) >= excess {
                 more.extend(self.on_the_way(&next, c));
-                let Some(lean) = self.build(&self.graph, &more) else { continue };
+                let Some(lean) = self.build(&more) else { continue };
                 next = lean;
                 after = self.profile(&next)?;
             }
@@ -373,10 +370,10 @@ impl<'a> Search<'a> {
         };
         let mut all: Vec<Cut> = cuts.iter().copied().collect();
         all.sort_by(|a, b| cost(b).total_cmp(&cost(a)).then(a.cmp(b)));
-        let Some(mut extra) = self.build(&self.graph, cuts).map(|b| b.extra) else { return Ok(()) };
+        let Some(mut extra) = self.build(cuts).map(|b| b.extra) else { return Ok(()) };
         for c in all {
             cuts.remove(&c);
-            let less = match self.build(&self.graph, cuts) {
+            let less = match self.build(cuts) {
                 Some(b) if b.extra < extra && self.profile(&b)?.fits(limit) => Some(b.extra),
                 _ => None,
             };
@@ -393,7 +390,7 @@ impl<'a> Search<'a> {
         let (peak, _) = profile.peak();
         let Some(here) = peak.checked_sub(1).filter(|p| *p < built.order.len()) else { return Vec::new() };
         let event = built.events[here];
-        let graph = &built.graph;
+        let graph = built.wiring(self.graph);
         let home = |v: &ValueId| match profile.homes[v.index()] {
             Some(Home::Block(b)) => Some(b),
             _ => None,
@@ -401,8 +398,8 @@ impl<'a> Search<'a> {
         let node = graph.node(built.order[here]);
         let busy: HashSet<usize> =
             node.inputs.iter().chain(&node.outputs).flatten().filter_map(home).collect();
-        let mut made_at = vec![usize::MAX; graph.values.len()];
-        let mut next = vec![usize::MAX; graph.values.len()];
+        let mut made_at = vec![usize::MAX; graph.values()];
+        let mut next = vec![usize::MAX; graph.values()];
         for (position, id) in built.order.iter().enumerate().rev() {
             let node = graph.node(*id);
             node.outputs.iter().flatten().for_each(|v| made_at[v.index()] = position);
@@ -415,18 +412,17 @@ impl<'a> Search<'a> {
         for v in &self.request.outputs {
             barred.extend(home(v));
         }
-        for i in 0..graph.values.len() {
+        for i in 0..graph.values() {
             let v = ValueId(i as u32);
             let Some(b) = home(&v) else { continue };
-            if !matches!(graph.values[i].source, Source::Node(..)) {
+            if !matches!(graph.source(v), Source::Node(..)) {
                 barred.insert(b);
             } else if made_at[i] <= here && next[i] != usize::MAX {
                 waiting.entry(b).or_default().push(v);
             }
         }
         // What is there anyway when it is wanted again.
-        let at_hand: HashSet<ValueId> =
-            waiting.values().flatten().map(|v| built.origins[v.index()]).collect();
+        let at_hand: HashSet<ValueId> = waiting.values().flatten().map(|v| graph.origin(*v)).collect();
         let mut found = Vec::new();
         for (b, values) in &waiting {
             let block = &profile.blocks[*b];
@@ -435,7 +431,7 @@ impl<'a> Search<'a> {
             }
             let soonest = values.iter().map(|v| next[v.index()]).min().unwrap_or(here);
             let seen = values.iter().map(|v| made_at[v.index()]).max().unwrap_or(here);
-            let origins: Vec<ValueId> = values.iter().map(|v| built.origins[v.index()]).collect();
+            let origins: Vec<ValueId> = values.iter().map(|v| graph.origin(*v)).collect();
             let dropping = self.dropping(origins.clone(), &at_hand, built, event);
             let Some((cuts_here, cost)) = dropping else { continue };
             if cuts_here.iter().all(|c| cuts.contains(c)) {
@@ -468,7 +464,7 @@ impl<'a> Search<'a> {
             if !done.insert(v) {
                 continue;
             }
-            let last = built.touched.get(&v).and_then(|t| t.iter().rev().find(|e| **e <= event));
+            let last = built.last_touch(v, event);
             let source = match self.graph.value(v).source {
                 Source::Node(n, o) if repeatable(self.graph.node(n), o) => Some(n),
                 _ => None,
@@ -480,7 +476,7 @@ impl<'a> Search<'a> {
                 }
                 continue;
             };
-            list.push((v, *last));
+            list.push((v, last));
             let node = self.graph.node(n);
             cost += if node.op.is_view() { 0.0 } else { self.cost[n.index()] };
             let inputs = node.op.again(node).map_or_else(|| node.inputs.clone(), |again| again.1);
@@ -497,16 +493,16 @@ impl<'a> Search<'a> {
     /// The cuts that drop, once a dropped value is there again, what was only computed again to compute that.
     fn on_the_way(&self, built: &Built, dropped: &Candidate) -> Vec<Cut> {
         let of_it = dropped.cuts.iter().filter(|c| dropped.values.contains(&c.0));
-        let again = of_it.filter_map(|(v, last)| built.touched.get(v)?.iter().find(|e| *e > last));
-        let again: HashSet<u32> = again.copied().collect();
+        let again: HashSet<u32> = of_it.filter_map(|(v, last)| built.next_touch(*v, *last)).collect();
+        let graph = built.wiring(self.graph);
         let mut cuts = Vec::new();
         for (id, event) in built.order.iter().zip(&built.events) {
             if id.index() < self.graph.nodes.len() || !again.contains(event) {
                 continue;
             }
             let reader = self.graph.node(self.order[*event as usize]);
-            for v in built.graph.node(*id).outputs.iter().flatten() {
-                let origin = built.origins[v.index()];
+            for v in graph.node(*id).outputs.iter().flatten() {
+                let origin = graph.origin(*v);
                 let wanted = reader.inputs.contains(&Some(origin)) || dropped.values.contains(&origin);
                 let large = self.graph.value(origin).meta.as_ref().is_some_and(|m| m.bytes() >= LEAST);
                 if large && !wanted {
@@ -518,8 +514,8 @@ impl<'a> Search<'a> {
     }
 
     fn profile(&self, built: &Built) -> Result<Profile> {
-        let mut planner = Planner::new(&built.graph, self.request, &built.order)?;
-        planner.scratch = Some(self.scratch);
+        let graph = built.wiring(self.graph);
+        let mut planner = Planner::new(graph, self.request, &built.order, Some(self.scratch))?;
         planner.close();
         let end = time(built.order.len());
         let mut change = vec![0isize; end + 2];

@@ -1,63 +1,82 @@
 //! A schedule in which some values are computed again.
 
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::{Cuts, Search};
 use crate::graph::{Graph, Node, NodeId, Source, StateId, ValueId};
 use crate::ops::Op;
+use crate::plan::repeats::{Repeats, Wiring};
 
 /// A schedule.
 pub(super) struct Built {
-    pub graph: Graph,
+    pub repeats: Repeats,
     pub order: Vec<NodeId>,
     /// Per place in the order.
     pub events: Vec<u32>,
-    /// Per value: what it is a copy of, or itself.
-    pub origins: Vec<ValueId>,
-    /// Per original value: the events that compute or read it.
-    pub touched: HashMap<ValueId, Vec<u32>>,
+    /// The events that compute or read each original value, sorted.
+    touched: Vec<(ValueId, u32)>,
     pub copies: usize,
     /// Work of the copies.
     pub extra: f64,
 }
 
+impl Built {
+    pub(super) fn wiring<'a>(&'a self, graph: &'a Graph) -> Wiring<'a> {
+        Wiring { graph, repeats: Some(&self.repeats) }
+    }
+
+    /// The last event up to this one that computes or reads an original value.
+    pub(super) fn last_touch(&self, v: ValueId, event: u32) -> Option<u32> {
+        let after = self.touched.partition_point(|t| *t <= (v, event));
+        self.touched[..after].last().filter(|t| t.0 == v).map(|t| t.1)
+    }
+
+    /// The first one after this one.
+    pub(super) fn next_touch(&self, v: ValueId, event: u32) -> Option<u32> {
+        let after = self.touched.partition_point(|t| *t <= (v, event));
+        self.touched[after..].first().filter(|t| t.0 == v).map(|t| t.1)
+    }
+}
+
 impl Search<'_> {
-    /// The schedule for some cuts; `None`: a state would be read after its update. `base` is the search's graph, or the
-    /// one that it is of.
-    pub(super) fn build(&self, base: &Graph, cuts: &Cuts) -> Option<Built> {
-        let values = base.values.len();
+    /// The schedule for some cuts; `None`: a state would be read after its update.
+    pub(super) fn build(&self, cuts: &Cuts) -> Option<Built> {
+        let values = self.graph.values.len();
         let mut w = Writer {
             search: self,
             built: Built {
-                graph: base.clone(),
+                repeats: Repeats::new(self.graph),
                 order: Vec::with_capacity(self.order.len()),
                 events: Vec::with_capacity(self.order.len()),
-                origins: (0..values as u32).map(ValueId).collect(),
-                touched: HashMap::new(),
+                touched: Vec::with_capacity(3 * self.order.len()),
                 copies: 0,
                 extra: 0.0,
             },
             present: (0..values as u32).map(|v| Some(ValueId(v))).collect(),
-            updated: HashSet::new(),
+            last: vec![NEVER; values],
+            updated: Vec::new(),
             event: 0,
-            recent: Vec::new(),
         };
         for (v, _) in self.fixed.iter().enumerate().filter(|f| *f.1) {
             w.present[v] = None;
         }
         for (event, id) in self.order.iter().enumerate() {
             w.event = event as u32;
+            let before = w.built.touched.len();
             w.run(*id)?;
-            for v in std::mem::take(&mut w.recent) {
-                if self.fixed[v.index()] || cuts.contains(&(v, w.event)) {
+            for &(v, event) in &w.built.touched[before..] {
+                if self.fixed[v.index()] || cuts.contains(&(v, event)) {
                     w.present[v.index()] = None;
                 }
             }
         }
+        w.built.touched.sort_unstable();
         Some(w.built)
     }
 }
+
+/// No event.
+const NEVER: u32 = u32::MAX;
 
 /// Writes a schedule down, event by event.
 struct Writer<'a, 'b> {
@@ -65,10 +84,10 @@ struct Writer<'a, 'b> {
     built: Built,
     /// Per original value: what holds it now; `None`: it was dropped.
     present: Vec<Option<ValueId>>,
-    updated: HashSet<StateId>,
+    /// Per original value: the last event that computed or read it.
+    last: Vec<u32>,
+    updated: Vec<StateId>,
     event: u32,
-    /// The original values that the present event has computed or read.
-    recent: Vec<ValueId>,
 }
 
 impl Writer<'_, '_> {
@@ -77,28 +96,29 @@ impl Writer<'_, '_> {
     }
 
     fn touch(&mut self, v: ValueId) {
-        let events = self.built.touched.entry(v).or_default();
-        if events.last() != Some(&self.event) {
-            events.push(self.event);
-            self.recent.push(v);
+        if std::mem::replace(&mut self.last[v.index()], self.event) != self.event {
+            self.built.touched.push((v, self.event));
         }
     }
 
     /// Runs an original node.
     fn run(&mut self, id: NodeId) -> Option<()> {
-        let node = self.search.graph.node(id);
+        let graph = self.search.graph;
+        let node = graph.node(id);
         for (slot, v) in node.inputs.iter().enumerate() {
             let Some(v) = v.filter(|v| self.computed(*v)) else { continue };
             let held = self.hold(v)?;
-            self.built.graph.nodes[id.index()].inputs[slot] = Some(held);
+            if held != v {
+                self.built.repeats.rewire(graph, id, slot, held);
+            }
         }
         for v in node.outputs.iter().flatten() {
             self.touch(*v);
         }
         for &(input, output) in node.op.updates() {
-            let state = node.inputs.get(input).copied().flatten().map(|v| &self.search.graph.value(v).source);
+            let state = node.inputs.get(input).copied().flatten().map(|v| &graph.value(v).source);
             if let (Some(Source::State(s)), Some(Some(_))) = (state, node.outputs.get(output)) {
-                self.updated.insert(*s);
+                self.updated.push(*s);
             }
         }
         self.push(id);
@@ -164,16 +184,12 @@ impl Writer<'_, '_> {
             }
             mine.push(Some(u));
         }
-        let again = NodeId(self.built.graph.nodes.len() as u32);
+        let again = self.built.repeats.next(search.graph);
         let own = node.op.again(node).is_some();
         let mut outputs = Vec::with_capacity(node.outputs.len());
         for (o, old) in node.outputs.iter().enumerate() {
             let Some(old) = old.filter(|_| o == 0 || !own) else { continue };
-            let value = self.built.graph.value(old);
-            let (name, meta) = (value.name.clone(), value.meta.clone());
-            let new = self.built.graph.add_value(name, Source::Node(again, o));
-            self.built.graph.value_mut(new).meta = meta;
-            self.built.origins.push(old);
+            let new = self.built.repeats.add_value(search.graph, old, o);
             outputs.resize(o, None);
             outputs.push(Some(new));
             if self.present[old.index()].is_none() {
@@ -181,9 +197,7 @@ impl Writer<'_, '_> {
                 self.touch(old);
             }
         }
-        let name = self.built.graph.node(id).name.clone();
-        self.built.graph.nodes.push(Node { name, op, inputs: mine, outputs });
-        self.built.graph.again.insert(again, id);
+        self.built.repeats.add_node(Node { name: String::new(), op, inputs: mine, outputs }, id);
         if !node.op.is_view() && !search.fixed[v.index()] {
             self.built.copies += 1;
             self.built.extra += search.cost[id.index()];
