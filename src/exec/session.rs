@@ -311,9 +311,10 @@ impl Session {
         if self.options.arena.is_some() {
             super::frozen::load_where_read(&self.model, &mut graph, &half)?;
         }
-        // On the session's threads: scratch memory depends on their number.
+        graph.values.shrink_to_fit();
+        graph.nodes.shrink_to_fit();
         let plan = match self.options.arena {
-            None => self.pool.install(|| plan::plan(&graph, &request))?,
+            None => plan::plan(&graph, &request, &self.scratch(&graph), None)?,
             Some(limit) => self.plan_within(&mut graph, &request, limit)?,
         };
         let mut constants = Vec::with_capacity(plan.constants.len());
@@ -335,30 +336,32 @@ impl Session {
         Ok(Program { id: self.programs, graph, plan, constants })
     }
 
+    /// Scratch memory depends on the number of the session's threads. (All else is planned on this one: what another has freed, the
+    /// system does not get back.)
+    fn scratch(&self, graph: &Graph) -> Vec<usize> {
+        self.pool.install(|| plan::scratch(graph))
+    }
+
     /// A plan in an arena of at most `limit` bytes, or in the smallest that was found.
     fn plan_within(&self, graph: &mut Graph, request: &Request, limit: usize) -> Result<Plan> {
-        // The search is on this thread: what another has freed, the system does not get back.
-        // (Scratch memory depends on the number of the session's.)
-        let scratch = |graph: &Graph| self.pool.install(|| plan::scratch(graph));
-        let within = |graph: &mut Graph| {
-            let scratch = scratch(graph);
-            plan::plan_within(graph, request, limit, &scratch)
-        };
-        let whole = graph.clone();
-        let plan = within(graph)?;
-        if plan.arena_bytes <= limit {
-            return Ok(plan);
+        let scratch = |graph: &Graph| self.scratch(graph);
+        plan::keep_statistics(graph, request)?;
+        let whole = scratch(graph);
+        let dropped = plan::drop_within(graph, request, limit, &whole)?;
+        let cut = if dropped.arena <= limit { None } else { pieces::cut(graph, request, &scratch)? };
+        if let Some(mut cut) = cut {
+            let apart = scratch(&cut);
+            let tighter = plan::drop_within(&cut, request, limit, &apart)?;
+            if tighter.arena < dropped.arena {
+                let more = plan::all_work(&cut, request)? / plan::all_work(graph, request)?.max(1.0);
+                let mut plan = plan::plan_dropping(&mut cut, request, limit, &apart, &tighter)?;
+                plan.again.work = ((1.0 + plan.again.work) * more - 1.0).max(0.0);
+                plan.again.chains = pieces::count(&plan);
+                *graph = cut;
+                return Ok(plan);
+            }
         }
-        let Some(mut cut) = pieces::cut(&whole, request, &scratch)? else { return Ok(plan) };
-        let more = plan::all_work(&cut, request)? / plan::all_work(&whole, request)?.max(1.0);
-        let mut tighter = within(&mut cut)?;
-        if tighter.arena_bytes >= plan.arena_bytes {
-            return Ok(plan);
-        }
-        tighter.again.work = ((1.0 + tighter.again.work) * more - 1.0).max(0.0);
-        tighter.again.chains = pieces::count(&tighter);
-        *graph = cut;
-        Ok(tighter)
+        plan::plan_dropping(graph, request, limit, &whole, &dropped)
     }
 
     /// Folds normalisations into weights once where neither changes.

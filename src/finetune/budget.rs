@@ -27,10 +27,10 @@ use crate::train::step::{self, Evaluation, Network, Norm, Recipe, Shapes};
 pub use fitted::{Fitted, Kept};
 
 /// Of [`process`]: threads, the model's graph, and what planning leaves behind. Measured for five networks of 280 to 1,000 kernel
-/// calls (2 to 6 MiB in all), with a little more to be safe.
-const PROCESS: usize = 6 << 19;
+/// calls (1.5 to 4 MiB in all), with a little more to be safe.
+const PROCESS: usize = 7 << 18;
 /// The same for each kernel call.
-const PER_KERNEL: usize = 5 << 10;
+const PER_KERNEL: usize = 4 << 10;
 /// A model's graph, for each node: of a file that was edited there are two. Measured with an encoder's 354 (0.5 MiB beyond
 /// what was counted), with twice that to be safe.
 const PER_NODE: usize = 3 << 10;

@@ -93,32 +93,44 @@ fn outstanding_earlier(blocks: &[Block], order: &[usize], offsets: &[usize], lim
     ranked.into_iter().map(|r| r.2).collect()
 }
 
+/// Placed blocks that are compared at once.
+const COMPARED: usize = 16;
+
 /// The arena's size and the offsets, blocks being placed in an order.
 fn place(blocks: &[Block], order: &[usize]) -> (usize, Vec<usize>) {
-    struct Placed {
-        offset: usize,
-        end: usize,
-        born: usize,
-        dies: usize,
-    }
+    let moment = |t: usize| u32::try_from(t).unwrap_or(u32::MAX);
     let mut offsets = vec![0; blocks.len()];
-    // Kept sorted by offset.
-    let mut placed: Vec<Placed> = Vec::with_capacity(blocks.len());
+    // Of those that are placed, sorted by offset: where they lie, and from when to when.
+    let mut places: Vec<[usize; 2]> = Vec::with_capacity(blocks.len());
+    let (mut births, mut deaths) = (Vec::with_capacity(blocks.len()), Vec::with_capacity(blocks.len()));
     let mut total = 0;
     for &i in order {
-        let Block { bytes, born, dies, .. } = blocks[i];
-        let size = aligned(bytes);
+        let (born, dies) = (moment(blocks[i].born), moment(blocks[i].dies));
+        let size = aligned(blocks[i].bytes);
         let mut offset = 0;
-        for other in placed.iter().filter(|o| o.born <= dies && born <= o.dies) {
-            if offset + size <= other.offset {
-                break;
+        'found: for first in (0..places.len()).step_by(COMPARED) {
+            let some = first..places.len().min(first + COMPARED);
+            let (births, deaths): (&[u32], &[u32]) = (&births[some.clone()], &deaths[some.clone()]);
+            let meets = |(b, d): (&u32, &u32)| (*b <= dies) & (born <= *d);
+            // (Without a branch for each.)
+            if !births.iter().zip(deaths).fold(false, |any, other| any | meets(other)) {
+                continue;
             }
-            offset = offset.max(other.end);
+            for (other, [from, to]) in births.iter().zip(deaths).zip(&places[some]) {
+                if meets(other) {
+                    if offset + size <= *from {
+                        break 'found;
+                    }
+                    offset = offset.max(*to);
+                }
+            }
         }
         offsets[i] = offset;
         total = total.max(offset + size);
-        let at = placed.partition_point(|o| o.offset <= offset);
-        placed.insert(at, Placed { offset, end: offset + size, born, dies });
+        let at = places.partition_point(|[from, _]| *from <= offset);
+        places.insert(at, [offset, offset + size]);
+        births.insert(at, born);
+        deaths.insert(at, dies);
     }
     (total, offsets)
 }

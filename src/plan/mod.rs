@@ -19,7 +19,7 @@ use crate::tensor::{ALIGN, DType, Dims, Meta};
 
 pub use arena::{Block, assign};
 pub(crate) use order::order;
-pub use recompute::{Again, all_work, plan_within, work};
+pub use recompute::{Again, all_work, drop_within, keep_statistics, plan_dropping, work};
 pub use report::{Kind, Peak};
 
 use repeats::Wiring;
@@ -130,16 +130,13 @@ enum Home {
     Constant(usize),
 }
 
-/// Orders the nodes, decides what shares memory, and assigns the arena.
-pub fn plan(graph: &Graph, request: &Request) -> Result<Plan> {
+/// Orders the nodes, decides what shares memory, and assigns the arena; within a limit, in as small an arena as that asks for, or
+/// as is found.
+///
+/// `scratch`: bytes for each node, see [`scratch`].
+pub fn plan(graph: &Graph, request: &Request, scratch: &[usize], limit: Option<usize>) -> Result<Plan> {
     let order = order::order(graph, request)?;
-    Planner::new(Wiring { graph, repeats: None }, request, &order, None)?.finish(None)
-}
-
-/// The same, where each node's bytes of scratch memory are known, in as small an arena as is found.
-pub fn plan_with(graph: &Graph, request: &Request, scratch: &[usize]) -> Result<Plan> {
-    let order = order::order(graph, request)?;
-    Planner::new(Wiring { graph, repeats: None }, request, &order, Some(scratch))?.finish(Some(0))
+    Planner::new(Wiring { graph, repeats: None }, request, &order, scratch)?.finish(limit)
 }
 
 struct Planner<'a> {
@@ -154,18 +151,14 @@ struct Planner<'a> {
     last_use: Vec<usize>,
     /// Per step: the input handed over in an output's buffer.
     hidden: Vec<SmallVec<[usize; 2]>>,
-    /// Per node, bytes of scratch memory, where they are known already: those of what is computed again are the first time's.
-    scratch: Option<&'a [usize]>,
+    /// Per node, bytes of scratch memory: those of what is computed again are the first time's.
+    scratch: &'a [usize],
 }
 
 /// Bytes of scratch memory of each node.
 pub fn scratch(graph: &Graph) -> Vec<usize> {
-    graph.nodes.iter().map(|n| scratch_of(graph, n)).collect()
-}
-
-fn scratch_of(graph: &Graph, node: &Node) -> usize {
-    let metas = graph.metas(&node.inputs);
-    if node.op.is_view() { 0 } else { node.op.scratch(&metas) }
+    let of = |n: &Node| if n.op.is_view() { 0 } else { n.op.scratch(&graph.metas(&n.inputs)) };
+    graph.nodes.iter().map(of).collect()
 }
 
 /// Step 0 is the feeding of inputs; node `i` of the order runs at `i + 1`.
@@ -178,7 +171,7 @@ impl<'a> Planner<'a> {
         graph: Wiring<'a>,
         request: &'a Request,
         order: &'a [NodeId],
-        scratch: Option<&'a [usize]>,
+        scratch: &'a [usize],
     ) -> Result<Self> {
         let mut planner = Planner {
             graph,
@@ -332,10 +325,7 @@ impl<'a> Planner<'a> {
         let mut scratch = vec![None; self.order.len()];
         for (position, id) in self.order.iter().enumerate() {
             let node = self.graph.node(*id);
-            let bytes = match self.scratch {
-                Some(known) => known[self.graph.first(*id).index()],
-                None => scratch_of(self.graph.graph, node),
-            };
+            let bytes = self.scratch[self.graph.first(*id).index()];
             if bytes > 0 {
                 let name = node.outputs.iter().flatten().next().copied().unwrap_or(ValueId(0));
                 let at = time(position);

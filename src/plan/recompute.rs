@@ -51,24 +51,39 @@ pub struct Again {
     pub chains: usize,
 }
 
-/// As [`super::plan`], in an arena of at most `limit` bytes: where it would be larger, values are computed again rather
-/// than kept. If that cannot be, in the smallest one that was found (so with a limit of 0).
+/// What a plan computes again rather than keeps, and the arena that it so needs.
+pub struct Dropped {
+    cuts: Cuts,
+    pub arena: usize,
+}
+
+/// What [`plan_dropping`] may drop so that its arena takes at most `limit` bytes, or, if that cannot be, the least that was found
+/// (so with a limit of 0).
 ///
 /// What follows from frozen weights alone is computed anew wherever it is read.
 ///
 /// `scratch`: bytes for each node, see [`super::scratch`].
-pub fn plan_within(graph: &mut Graph, request: &Request, limit: usize, scratch: &[usize]) -> Result<Plan> {
-    keep_statistics(graph, request)?;
+pub fn drop_within(graph: &Graph, request: &Request, limit: usize, scratch: &[usize]) -> Result<Dropped> {
+    Search::new(graph, request, scratch)?.run(limit)
+}
+
+/// As [`super::plan`], where some values are computed again: what was found for the same arguments.
+pub fn plan_dropping(
+    graph: &mut Graph,
+    request: &Request,
+    limit: usize,
+    scratch: &[usize],
+    dropped: &Dropped,
+) -> Result<Plan> {
     let search = Search::new(graph, request, scratch)?;
-    let cuts = search.run(limit)?;
     let built = search
-        .build(&cuts)
+        .build(&dropped.cuts)
         .ok_or_else(|| Error::Config("a plan within the memory asked for cannot be made".into()))?;
     let again = Again { kernels: built.copies, work: built.extra / search.work.max(1.0), chains: 0 };
     let order = built.order;
     built.repeats.write(graph);
     check_updates(graph, &order)?;
-    let planner = Planner::new(Wiring { graph, repeats: None }, request, &order, Some(scratch))?;
+    let planner = Planner::new(Wiring { graph, repeats: None }, request, &order, scratch)?;
     Ok(Plan { again, ..planner.finish(Some(limit))? })
 }
 
@@ -81,7 +96,7 @@ fn repeatable(node: &Node, o: usize) -> bool {
 }
 
 /// Lets normalisations by the batch's statistics keep these (C), so that only the normalising need be done again.
-fn keep_statistics(graph: &mut Graph, request: &Request) -> Result<()> {
+pub fn keep_statistics(graph: &mut Graph, request: &Request) -> Result<()> {
     for id in order(graph, request)? {
         let node = graph.node(id);
         let Some(norm) = node.op.as_a::<BatchNormalization>() else { continue };
@@ -195,16 +210,11 @@ impl Profile {
     }
 }
 
-/// The smallest arena found so far, and what it takes.
-struct Best {
-    arena: usize,
-    cuts: Cuts,
-}
-
-impl Best {
+impl Dropped {
+    /// Less memory than was found so far.
     fn keep(&mut self, arena: usize, cuts: &Cuts) {
         if arena < self.arena {
-            *self = Best { arena, cuts: cuts.clone() };
+            *self = Dropped { arena, cuts: cuts.clone() };
         }
     }
 }
@@ -232,17 +242,15 @@ impl<'a> Search<'a> {
     }
 
     /// What to drop so that the plan fits `limit`, or so that it is as small as was found.
-    fn run(&self, limit: usize) -> Result<Cuts> {
+    fn run(&self, limit: usize) -> Result<Dropped> {
         let mut cuts = Cuts::new();
-        let Some(mut built) = self.build(&cuts) else { return Ok(cuts) };
+        let mut best = Dropped { arena: usize::MAX, cuts: cuts.clone() };
+        let Some(mut built) = self.build(&cuts) else { return Ok(best) };
         let mut profile = self.profile(&built)?;
-        let mut best = Best { arena: profile.arena(limit), cuts: cuts.clone() };
-        if self.request.no_reuse {
-            return Ok(cuts);
-        }
+        best.arena = profile.arena(limit);
         let least = self.one_kernel(&built, &profile);
-        if limit > 0 && least > limit {
-            return Ok(cuts);
+        if self.request.no_reuse || limit > 0 && least > limit {
+            return Ok(best);
         }
         let mut target = limit.max(least);
         if limit == 0 {
@@ -273,11 +281,10 @@ impl<'a> Search<'a> {
                 break;
             }
         }
-        let Best { arena, mut cuts } = best;
-        if arena <= limit {
-            self.prune(&mut cuts, limit)?;
+        if best.arena <= limit {
+            self.prune(&mut best.cuts, limit)?;
         }
-        Ok(cuts)
+        Ok(best)
     }
 
     /// What the kernel call that takes the most takes: no plan needs less.
@@ -515,7 +522,7 @@ impl<'a> Search<'a> {
 
     fn profile(&self, built: &Built) -> Result<Profile> {
         let graph = built.wiring(self.graph);
-        let mut planner = Planner::new(graph, self.request, &built.order, Some(self.scratch))?;
+        let mut planner = Planner::new(graph, self.request, &built.order, self.scratch)?;
         planner.close();
         let end = time(built.order.len());
         let mut change = vec![0isize; end + 2];

@@ -55,6 +55,8 @@ impl Repeats {
         for (id, node) in self.readers {
             graph.nodes[id.index()].inputs = node.inputs;
         }
+        graph.values.reserve_exact(self.values.len());
+        graph.nodes.reserve_exact(self.nodes.len());
         for (source, of) in self.values {
             let Value { name, meta, .. } = graph.value(of);
             graph.values.push(Value { name: name.clone(), source, declared: None, meta: meta.clone() });

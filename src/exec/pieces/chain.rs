@@ -233,7 +233,7 @@ impl<'a> Finder<'a> {
             made.push(Output { meta, cut });
         }
         let scratch = scratch(&nested.graph);
-        let plan = plan::plan_with(&nested.graph, &nested.request, &scratch)
+        let plan = plan::plan(&nested.graph, &nested.request, &scratch, Some(0))
             .map_err(|e| OpError::Internal(e.to_string()))?;
         let constants = plan.constants.iter().filter_map(|c| match c {
             Constant::Tensor(t) => Some(Frozen::Owned(t.clone())),

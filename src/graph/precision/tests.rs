@@ -63,7 +63,7 @@ fn what_is_read_late_is_rounded_once_and_widened_for_neighbours_together() {
     }
     assert_ne!(exact.bytes(), rounded.bytes());
     // The plan is smaller, and nothing that must be there after the run is rounded.
-    let plan = crate::plan::plan(&graph, &request).unwrap();
+    let plan = crate::plan::plan(&graph, &request, &crate::plan::scratch(&graph), None).unwrap();
     assert!(plan.outputs[&out].0.dtype == DType::F32);
 }
 
@@ -89,7 +89,7 @@ fn a_copy_is_numbered_before_all_that_read_it() {
             assert!(before, "{} is read before it is computed: {graph}", graph.value(*v).name);
         }
     }
-    crate::plan::plan(&graph, &request).unwrap();
+    crate::plan::plan(&graph, &request, &crate::plan::scratch(&graph), None).unwrap();
 }
 
 /// Channels come first where there is no convolution: a normalisation then leaves rounding to others.
@@ -207,7 +207,7 @@ fn a_parameter_in_half_is_widened_where_it_is_read_and_updated_as_it_is() {
     let update = graph.nodes.iter().find(|n| n.op.name() == "Sgd").unwrap();
     let param = update.inputs[0].unwrap();
     assert_eq!(graph.value(param).meta.as_ref().unwrap().dtype, DType::BF16);
-    crate::plan::plan(&graph, &request).unwrap();
+    crate::plan::plan(&graph, &request, &crate::plan::scratch(&graph), None).unwrap();
 }
 
 #[test]
