@@ -487,8 +487,8 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
             .ints("pads", &[2; 4])
             .ints("dilations", &[2, 2]),
         dilated("dilated, residual", 2, [11, 12]),
-        dilated("dilated by much of the image, residual", 4, [5, 6]),
-        dilated("dilated rows that reach nothing, residual", 3, [1, 7]),
+        dilated("dilated by much of the image, residual", 6, [9, 10]),
+        dilated("dilated rows that reach nothing, residual", 4, [3, 7]),
         conv("dilated rows", &[1, 17, 13, 6], &[16, 17, 3, 3])
             .ints("pads", &[3, 1, 3, 1])
             .ints("dilations", &[3, 1]),
@@ -496,21 +496,26 @@ pub(super) fn cases() -> Vec<super::cases::Case> {
             .ints("pads", &[6, 4, 6, 4])
             .ints("dilations", &[6, 4])
             .input(&[17]),
-        conv("dilated by much of the image", &[2, 18, 7, 6], &[17, 18, 3, 3])
+        conv("dilated by much of the image", &[2, 18, 10, 9], &[17, 18, 3, 3])
             .ints("pads", &[5, 4, 4, 5])
             .ints("dilations", &[5, 4])
             .input(&[17]),
-        conv("padded by more than dilated", &[1, 16, 3, 4], &[16, 16, 2, 3])
+        conv("padded by more than dilated", &[1, 16, 6, 8], &[16, 16, 2, 3])
             .ints("pads", &[5, 7, 5, 6])
             .ints("dilations", &[3, 4]),
-        conv("groups dilated by much of the image", &[2, 32, 6, 7], &[34, 16, 3, 2])
+        conv("groups dilated by much of the image", &[2, 32, 9, 10], &[34, 16, 3, 2])
             .ints("pads", &[4, 0, 4, 5])
             .ints("dilations", &[4, 5])
             .int("group", 2),
-        conv("1-D dilated by much", &[2, 16, 9], &[17, 16, 4]).ints("pads", &[12, 4]).ints("dilations", &[5]),
-        conv("3-D dilated by much", &[1, 16, 4, 5, 4], &[16, 16, 2, 3, 2])
+        conv("1-D dilated by much", &[2, 16, 40], &[17, 16, 4])
+            .ints("pads", &[36, 18])
+            .ints("dilations", &[18]),
+        conv("3-D dilated by much", &[1, 16, 4, 8, 4], &[16, 16, 2, 3, 2])
             .ints("pads", &[3, 4, 1, 3, 4, 2])
             .ints("dilations", &[3, 4, 3]),
+        conv("3-D dilated, most positions outside", &[1, 16, 3, 5, 4], &[16, 16, 2, 3, 2])
+            .ints("pads", &[5; 6])
+            .ints("dilations", &[2, 2, 1]),
         conv("dilated, stride 2, 1", &[1, 17, 9, 7], &[16, 17, 3, 3])
             .ints("pads", &[2; 4])
             .ints("dilations", &[2, 2])

@@ -73,6 +73,8 @@ impl<T: Vectors> Packs<T> for T {
                 (slot.as_ptr(), window)
             }
             (false, true) => {
+                // (Of rows beyond the input, nothing is read.)
+                let row = row.min(plan.source[plan.axis]);
                 let start = images.start * volume(plan.source) + row * strides(plan.source, 1)[plan.axis];
                 (x.data.whole()[start * plan.groups * plan.ci..].as_ptr(), plan.source)
             }
