@@ -93,8 +93,16 @@ fn outstanding_earlier(blocks: &[Block], order: &[usize], offsets: &[usize], lim
     ranked.into_iter().map(|r| r.2).collect()
 }
 
-/// Placed blocks that are compared at once.
-const COMPARED: usize = 16;
+/// A bit for each of the placed blocks that are compared at once.
+const BITS: [u32; 16] = {
+    let mut bits = [1; 16];
+    let mut i = 0;
+    while i < bits.len() {
+        bits[i] <<= i;
+        i += 1;
+    }
+    bits
+};
 
 /// The arena's size and the offsets, blocks being placed in an order.
 fn place(blocks: &[Block], order: &[usize]) -> (usize, Vec<usize>) {
@@ -108,21 +116,21 @@ fn place(blocks: &[Block], order: &[usize]) -> (usize, Vec<usize>) {
         let (born, dies) = (moment(blocks[i].born), moment(blocks[i].dies));
         let size = aligned(blocks[i].bytes);
         let mut offset = 0;
-        'found: for first in (0..places.len()).step_by(COMPARED) {
-            let some = first..places.len().min(first + COMPARED);
-            let (births, deaths): (&[u32], &[u32]) = (&births[some.clone()], &deaths[some.clone()]);
-            let meets = |(b, d): (&u32, &u32)| (*b <= dies) & (born <= *d);
-            // (Without a branch for each.)
-            if !births.iter().zip(deaths).fold(false, |any, other| any | meets(other)) {
-                continue;
+        'found: for first in (0..places.len()).step_by(BITS.len()) {
+            let some = first..places.len().min(first + BITS.len());
+            let times: (&[u32], &[u32]) = (&births[some.clone()], &deaths[some]);
+            // Without a branch for each: few are alive at the same time.
+            let mut meet = 0;
+            for ((b, d), bit) in times.0.iter().zip(times.1).zip(&BITS) {
+                meet |= bit & u32::from((*b <= dies) & (born <= *d)).wrapping_neg();
             }
-            for (other, [from, to]) in births.iter().zip(deaths).zip(&places[some]) {
-                if meets(other) {
-                    if offset + size <= *from {
-                        break 'found;
-                    }
-                    offset = offset.max(*to);
+            while meet != 0 {
+                let [from, to] = places[first + meet.trailing_zeros() as usize];
+                if offset + size <= from {
+                    break 'found;
                 }
+                offset = offset.max(to);
+                meet &= meet - 1;
             }
         }
         offsets[i] = offset;
