@@ -65,8 +65,8 @@ fn every_encoding() -> Vec<u8> {
     let constant = |a: AttributeProto, out: &str| with(node("Constant", &[], &[out]), a);
     let half = TensorProto { int32_data: Chunks(vec![varints(&[0x3c00, 0x4000])]), ..empty("", 2, 10) };
     let nodes = vec![
-        constant(AttributeProto { t: Some(ramp("", &[2])), ..attr("value", 4) }, "tensor"),
-        constant(AttributeProto { t: Some(half), ..attr("value", 4) }, "half_node"),
+        constant(AttributeProto { t: Some(Box::new(ramp("", &[2]))), ..attr("value", 4) }, "tensor"),
+        constant(AttributeProto { t: Some(Box::new(half)), ..attr("value", 4) }, "half_node"),
         constant(
             AttributeProto { floats: Chunks(vec![le(&[1.0, 2.0])]), ..attr("value_floats", 6) },
             "floats",

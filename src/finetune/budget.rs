@@ -32,7 +32,7 @@ const PROCESS: usize = 7 << 18;
 /// The same for each kernel call.
 const PER_KERNEL: usize = 4 << 10;
 /// A model's graph, for each node: of a file that was edited there are two. Measured with an encoder's 354 (0.5 MiB beyond
-/// what was counted), with twice that to be safe.
+/// what was counted) and a Swin transformer's 4,000 (11 MiB), with a little more to be safe.
 const PER_NODE: usize = 3 << 10;
 /// Kernel calls that computing again adds, about.
 const MORE_KERNELS: usize = 24;
@@ -46,9 +46,10 @@ const MUCH: f64 = 0.2;
 /// Samples of a channel that the statistics of a part of a batch must at least be over.
 const LEAST_SAMPLES: usize = 16;
 
-/// Bytes that a process takes beside what a session holds, for plans of so many kernel calls in all.
-pub fn process(kernels: usize) -> usize {
-    PROCESS + PER_KERNEL * kernels
+/// Bytes that a process takes beside what a session holds, for plans of so many kernel calls in all. Files of many nodes, most of
+/// which compute shapes, take more to read, and their graphs to hold, than there are calls.
+pub fn process(model: &Model, kernels: usize) -> usize {
+    PROCESS + (PER_KERNEL * kernels).max(PER_NODE * model.graph.nodes.len())
 }
 
 /// The shapes of `n` samples. An input that is fed whole with every batch keeps its own.
@@ -208,7 +209,7 @@ impl Job<'_> {
             beside = beside.max(bytes(&with_batch(self.shapes, n)));
         }
         let nodes = if self.edited { session.model().graph.nodes.len() } else { 0 };
-        let process = process(kernels) + PER_NODE * nodes;
+        let process = process(session.model(), kernels) + PER_NODE * nodes;
         let changing = session.changing();
         let copies = self.copies * changing.iter().map(|w| self.bytes_of(*w)).sum::<usize>();
         // Those that are not held as the file stores them are written one after the other: what the value is put together

@@ -35,11 +35,11 @@ pub(super) struct Built {
 
 pub(super) fn build(
     model: &ModelProto,
-    proto: &GraphProto,
+    graph: GraphProto,
     opsets: &Opsets,
     files: &mut Files,
 ) -> Result<Built> {
-    let mut flat = flatten(model, proto, opsets).map_err(|e| damaged(files, e))?;
+    let mut flat = flatten(model, graph, opsets).map_err(|e| damaged(files, e))?;
     sequences::resolve(&mut flat);
     let Flat { graph: flat, origins } = flat;
     let proto = &flat;

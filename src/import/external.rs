@@ -110,7 +110,7 @@ impl Files {
             .iter()
             .flat_map(|f| f.attribute_proto.iter().chain(f.node.iter().flat_map(|n| &n.attribute)));
         for a in inside {
-            found.extend(a.t.iter().chain(&a.tensors));
+            found.extend(a.t.as_deref().into_iter().chain(&a.tensors));
             graphs.extend(a.g.as_deref().into_iter().chain(&a.graphs));
         }
         found.extend(tensors(graphs));
@@ -139,7 +139,7 @@ fn tensors(mut graphs: Vec<&GraphProto>) -> Vec<&TensorProto> {
             out.extend(s.values.iter().chain(&s.indices));
         }
         for a in g.node.iter().flat_map(|n| &n.attribute) {
-            out.extend(a.t.iter().chain(&a.tensors));
+            out.extend(a.t.as_deref().into_iter().chain(&a.tensors));
             graphs.extend(a.g.as_deref().into_iter().chain(&a.graphs));
         }
     }

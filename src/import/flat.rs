@@ -36,7 +36,7 @@ pub(super) struct Flat {
 }
 
 /// The main graph of a model with everything expanded.
-pub(super) fn flatten(model: &ModelProto, graph: &GraphProto, opsets: &Opsets) -> Result<Flat, String> {
+pub(super) fn flatten(model: &ModelProto, mut graph: GraphProto, opsets: &Opsets) -> Result<Flat, String> {
     let functions = model.functions.iter().map(|f| (key(&f.domain, &f.name, &f.overload), f)).collect();
     let mut taken: HashSet<String> = HashSet::new();
     taken.extend(graph.input.iter().map(|i| i.name.clone()));
@@ -64,10 +64,10 @@ pub(super) fn flatten(model: &ModelProto, graph: &GraphProto, opsets: &Opsets) -
         depth: 0,
     };
     flat.expand(&graph.node, &mut scope, true)?;
-    let mut out = GraphProto { node: flat.nodes, ..graph.clone() };
-    out.initializer.extend(flat.constants);
-    out.sparse_initializer.extend(flat.sparse);
-    Ok(Flat { graph: out, origins: flat.origins })
+    graph.node = flat.nodes;
+    graph.initializer.extend(flat.constants);
+    graph.sparse_initializer.extend(flat.sparse);
+    Ok(Flat { graph, origins: flat.origins })
 }
 
 type Key = (String, String, String);
@@ -226,6 +226,7 @@ impl<'a> Flattener<'a> {
         if scope.in_function && standard && n.op_type == "Constant" && self.seen(&new, &attributes, scope) {
             return Ok(());
         }
+        new.attribute.reserve_exact(attributes.len());
         for a in attributes {
             let mut a = a.into_owned();
             let single = kind(&a) == 5;

@@ -116,13 +116,14 @@ fn folder(path: &Path) -> &Path {
 
 fn from_source(file: SourceFile, folder: Option<PathBuf>) -> Result<Model> {
     let path = file.path.clone();
-    let proto = ModelProto::decode(file.bytes.clone())
+    let mut proto = ModelProto::decode(file.bytes.clone())
         .map_err(|e| Error::file(&path, format!("is damaged, or not an ONNX model: {e}")))?;
-    let Some(graph) = &proto.graph else {
+    let Some(graph) = proto.graph.take() else {
         return Err(Error::file(&path, "has no graph: is it an ONNX model?"));
     };
+    let graph_name = graph.name.clone();
     let mut files = Files::new(file, folder);
-    files.open_all(&proto, graph)?;
+    files.open_all(&proto, &graph)?;
     let mut opsets = BTreeMap::new();
     for o in &proto.opset_import {
         let domain = if o.domain == "ai.onnx" { "" } else { o.domain.as_str() };
@@ -142,7 +143,7 @@ fn from_source(file: SourceFile, folder: Option<PathBuf>) -> Result<Model> {
         producer: (proto.producer_name.clone(), proto.producer_version.clone()),
         domain: proto.domain.clone(),
         model_version: proto.model_version,
-        graph_name: graph.name.clone(),
+        graph_name,
         metadata: proto.metadata_props.iter().map(|e| (e.key.clone(), e.value.clone())).collect(),
         ops: built.ops,
         blockers: built.blockers,

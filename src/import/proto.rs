@@ -353,7 +353,8 @@ pub struct AttributeProto {
     pub f: Option<Bytes>,
     pub i: i64,
     pub s: Bytes,
-    pub t: Option<TensorProto>,
+    // (Few attributes have one: most of what a file decodes to would be room for it.)
+    pub t: Option<Box<TensorProto>>,
     pub g: Option<Box<GraphProto>>,
     pub floats: Chunks,
     pub ints: Vec<i64>,
@@ -381,7 +382,7 @@ impl Message for AttributeProto {
             encoding::bytes::encode(4, &self.s, buf);
         }
         if let Some(t) = &self.t {
-            encoding::message::encode(5, t, buf);
+            encoding::message::encode(5, t.as_ref(), buf);
         }
         if let Some(g) = &self.g {
             encoding::message::encode(6, g.as_ref(), buf);
@@ -417,7 +418,7 @@ impl Message for AttributeProto {
             }
             3 => encoding::int64::merge(wire, &mut self.i, buf, ctx),
             4 => encoding::bytes::merge(wire, &mut self.s, buf, ctx),
-            5 => encoding::message::merge(wire, self.t.get_or_insert_default(), buf, ctx),
+            5 => encoding::message::merge(wire, self.t.get_or_insert_default().as_mut(), buf, ctx),
             6 => encoding::message::merge(wire, self.g.get_or_insert_default().as_mut(), buf, ctx),
             7 => self.floats.merge(wire, buf, ctx),
             8 => encoding::int64::merge_repeated(wire, &mut self.ints, buf, ctx),

@@ -185,7 +185,7 @@ fn positions(flat: &Flat) -> HashMap<String, i64> {
     found.extend(flat.graph.initializer.iter().filter_map(|t| Some((t.name.clone(), value(t)?))));
     for n in flat.graph.node.iter().filter(|n| op(n) == "Constant") {
         let constant = n.attribute.iter().find_map(|a| match a.name.as_str() {
-            "value" => a.t.as_ref().and_then(value),
+            "value" => a.t.as_deref().and_then(value),
             "value_int" => Some(a.i),
             _ => None,
         });

@@ -47,7 +47,7 @@ impl Constant {
 
     fn node(self, name: String) -> NodeProto {
         let output = vec![self.name.clone()];
-        let t = Some(self.tensor());
+        let t = Some(Box::new(self.tensor()));
         let value = AttributeProto { name: "value".into(), r#type: TENSOR, t, ..Default::default() };
         NodeProto { op_type: "Constant".into(), name, output, attribute: vec![value], ..Default::default() }
     }

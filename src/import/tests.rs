@@ -92,7 +92,7 @@ fn constants_of_every_spelling() {
     let le = |v: &[f32]| Chunks::from(v.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>());
     let constant = |a: AttributeProto, out: &str| with(node("Constant", &[], &[out]), a);
     let nodes = vec![
-        constant(AttributeProto { t: Some(ramp("", &[2])), ..attr("value", 4) }, "tensor"),
+        constant(AttributeProto { t: Some(Box::new(ramp("", &[2]))), ..attr("value", 4) }, "tensor"),
         constant(AttributeProto { floats: le(&[1.0, 2.0, 3.0]), ..attr("value_floats", 6) }, "floats"),
         constant(
             AttributeProto { f: Some(2.5f32.to_le_bytes().to_vec().into()), ..attr("value_float", 1) },
@@ -382,7 +382,10 @@ fn a_network_that_was_never_trained_has_all_its_norms_merged() {
 fn constant_of_shape_in_a_weight_slot_is_a_weight_and_elsewhere_a_node() {
     let fill = |input: &str, out: &str| {
         let t = floats("", &[1], &[0.5]);
-        with(node("ConstantOfShape", &[input], &[out]), AttributeProto { t: Some(t), ..attr("value", 4) })
+        with(
+            node("ConstantOfShape", &[input], &[out]),
+            AttributeProto { t: Some(Box::new(t)), ..attr("value", 4) },
+        )
     };
     let nodes = vec![
         fill("wshape", "w"),
@@ -451,7 +454,7 @@ fn damaged_files_are_errors() {
         vec![
             with(
                 node("Constant", &[], &["k"]),
-                AttributeProto { t: Some(ramp("", &[2])), ..attr("value", 4) },
+                AttributeProto { t: Some(Box::new(ramp("", &[2]))), ..attr("value", 4) },
             ),
             with(node("ConstantOfShape", &["shape"], &["w2"]), attr("other", 2)),
             node("MatMul", &["x", "w"], &["h"]),

@@ -106,7 +106,7 @@ pub fn rows(model: &Arc<Model>, config: &Config, asked: &Asked, speed: &Speed) -
                     }
                     let Ok(planned) = super::training(model, &inputs, name, &own, speed) else { continue };
                     let kernels = planned.report.programs.iter().map(|p| p.kernels).sum();
-                    let held = planned.report.peak_bytes + process(kernels);
+                    let held = planned.report.peak_bytes + process(model, kernels);
                     rows.push(Row {
                         batch,
                         precision,

@@ -28,7 +28,7 @@ fn graph_attr(name: &str, g: GraphProto) -> AttributeProto {
 fn functions_are_inlined_with_names_attributes_and_shared_constants() {
     let constant = with(
         node("Constant", &[], &["w"]),
-        AttributeProto { t: Some(ramp("", &[3, 3])), ..attr("value", 4) },
+        AttributeProto { t: Some(Box::new(ramp("", &[3, 3]))), ..attr("value", 4) },
     );
     let leaky = with(
         node("LeakyRelu", &["h"], &["y"]),

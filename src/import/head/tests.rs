@@ -101,7 +101,7 @@ fn weights_in_nodes_and_in_old_files() {
     // Constant nodes, and an IR version in which initializers are inputs as well.
     let constant = with(
         node("Constant", &[], &["w"]),
-        AttributeProto { t: Some(ramp("", &[3, 5])), ..attr("value", 4) },
+        AttributeProto { t: Some(Box::new(ramp("", &[3, 5]))), ..attr("value", 4) },
     );
     let nodes = vec![constant, node("MatMul", &["x", "w"], &["h"]), node("Add", &["h", "b"], &["y"])];
     let mut m = classifier(nodes, vec![ramp("b", &[5])], 5);
