@@ -140,7 +140,7 @@ def peers(case, args, stack):
     for w in workers:  # none loads its libraries while another is timed
         with contextlib.suppress(Failed):
             w.wait_ready()
-    return found, workers
+    return {name: turn for name, turn in found.items() if name not in args.without}, workers
 
 
 def processor_seconds(workers):
@@ -349,6 +349,7 @@ def arguments():
     parser.add_argument("--avx2", action="store_true", help="hold every peer to AVX2")
     parser.add_argument("--only", nargs="+", choices=models, default=models, metavar="MODEL")
     parser.add_argument("--modes", nargs="+", choices=["train", "forward", "icp"], default=["train", "forward", "icp"])
+    parser.add_argument("--without", nargs="+", default=[], metavar="PEER", help="as bf16, where a processor has no instructions for it")
     parser.add_argument("--threads", nargs="+", type=int)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.5, help="of steps in a turn (2 to 400 of them)")

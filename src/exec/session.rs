@@ -354,14 +354,14 @@ impl Session {
             let tighter = plan::drop_within(&cut, request, limit, &apart)?;
             if tighter.arena < dropped.arena {
                 let more = plan::all_work(&cut, request)? / plan::all_work(graph, request)?.max(1.0);
-                let mut plan = plan::plan_dropping(&mut cut, request, limit, &apart, &tighter)?;
+                let mut plan = plan::plan_dropping(&mut cut, request, limit, &apart, tighter)?;
                 plan.again.work = ((1.0 + plan.again.work) * more - 1.0).max(0.0);
                 plan.again.chains = pieces::count(&plan);
                 *graph = cut;
                 return Ok(plan);
             }
         }
-        plan::plan_dropping(graph, request, limit, &whole, &dropped)
+        plan::plan_dropping(graph, request, limit, &whole, dropped)
     }
 
     /// Folds normalisations into weights once where neither changes.

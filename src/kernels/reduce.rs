@@ -94,6 +94,8 @@ pub trait Reducer<T>: Sync {
 
 /// Results computed side by side where the innermost axis is kept.
 pub const TILE: usize = 128;
+/// Tasks that are enough: what fewer results side by side are made from lies in shorter runs, which are read more slowly.
+const TASKS: usize = 16;
 
 /// Reduces `x` to `y` (kept axes in order).
 pub fn reduce<T: Math>(y: &mut [T], x: &[T], plan: &Plan, r: &impl Reducer<T>) {
@@ -112,7 +114,13 @@ pub fn reduce<T: Math>(y: &mut [T], x: &[T], plan: &Plan, r: &impl Reducer<T>) {
             )
         });
     } else {
-        let grain = grain.next_multiple_of(16);
+        // Whole tiles, about equally wide, where there are enough results.
+        let (even, share) =
+            (plan.inner.div_ceil(plan.inner.div_ceil(TILE).max(1)), grain.max(y.len() / TASKS));
+        let (tile, grain) = match share >= even.max(1) {
+            true => (even.max(1), share.next_multiple_of(even.max(1))),
+            false => (TILE, share.next_multiple_of(16)),
+        };
         par::rows(y, 1, grain, |first, y| {
             T::wide(
                 #[inline(always)]
@@ -120,7 +128,7 @@ pub fn reduce<T: Math>(y: &mut [T], x: &[T], plan: &Plan, r: &impl Reducer<T>) {
                     let mut at = 0;
                     while at < y.len() {
                         let (o, k) = ((first + at) / plan.inner, (first + at) % plan.inner);
-                        let n = (plan.inner - k).min(y.len() - at).min(TILE);
+                        let n = (tile - k % tile).min(plan.inner - k).min(y.len() - at);
                         let base = plan.base(o) + k;
                         r.tile(plan.offsets().map(|o| &x[base + o..base + o + n]), &mut y[at..at + n]);
                         at += n;

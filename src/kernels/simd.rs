@@ -2,6 +2,7 @@
 //! generic over [`Simd`], and compiled for each level.
 #![allow(unsafe_code)]
 
+use crate::kernels::ahead;
 use crate::kernels::half::{to_bf16, wide_bf16};
 use crate::kernels::isa::{Isa, has_pair_products, isa};
 use crate::kernels::pairs::{self, PairKernel};
@@ -20,6 +21,8 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     type Elem: Float;
     type V: Copy;
     const LANES: usize;
+    /// Elements of a cache line: what is fetched ahead is fetched once for each.
+    const LINE: usize = ahead::LINE / size_of::<Self::Elem>();
     /// Rows of a register tile of one, two … vectors a row: all accumulators, the vectors of B and a broadcast of A
     /// stay in registers. The nearer to a square, the fewer elements are loaded for each multiplication.
     const ROWS: &'static [usize];
@@ -51,6 +54,11 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn round(p: *mut u16, v: Self::V);
     /// Brings the cache line at `p`, any address, to the second-level cache: the first holds what is computed with.
     unsafe fn prefetch(p: *const Self::Elem);
+    /// Does a vector so many elements after a line's first begin a line?
+    #[inline(always)]
+    fn begins_line(at: usize) -> bool {
+        Self::LANES >= Self::LINE || at.is_multiple_of(Self::LINE)
+    }
     /// Writes the transpose of `LANES` vectors, `ld` elements apart, as `LANES` vectors `ld_to` apart.
     #[inline(always)]
     unsafe fn transpose(p: *const Self::Elem, ld: usize, to: *mut Self::Elem, ld_to: usize) {
@@ -209,6 +217,12 @@ impl Level {
         let narrow = wide - self.lanes;
         let divides = narrow > 0 && columns.is_multiple_of(narrow);
         if divides && self.rows(narrow) * narrow == self.rows(wide) * wide { narrow } else { wide }
+    }
+
+    /// Has it registers for tiles of more than two vectors: 32 of them?
+    #[inline(always)]
+    pub fn is_roomy(&self) -> bool {
+        self.rows.len() > 2
     }
 
     /// Width of panels of two vectors.

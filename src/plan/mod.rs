@@ -136,7 +136,7 @@ enum Home {
 /// `scratch`: bytes for each node, see [`scratch`].
 pub fn plan(graph: &Graph, request: &Request, scratch: &[usize], limit: Option<usize>) -> Result<Plan> {
     let order = order::order(graph, request)?;
-    Planner::new(Wiring { graph, repeats: None }, request, &order, scratch)?.finish(limit)
+    Planner::new(Wiring::of(graph), request, &order, scratch)?.finish(limit)
 }
 
 struct Planner<'a> {

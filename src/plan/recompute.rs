@@ -53,7 +53,9 @@ pub struct Again {
 
 /// What a plan computes again rather than keeps, and the arena that it so needs.
 pub struct Dropped {
-    cuts: Cuts,
+    /// `None`: nothing that can be planned.
+    schedule: Option<Built>,
+    work: f64,
     pub arena: usize,
 }
 
@@ -64,7 +66,9 @@ pub struct Dropped {
 ///
 /// `scratch`: bytes for each node, see [`super::scratch`].
 pub fn drop_within(graph: &Graph, request: &Request, limit: usize, scratch: &[usize]) -> Result<Dropped> {
-    Search::new(graph, request, scratch)?.run(limit)
+    let search = Search::new(graph, request, scratch)?;
+    let Least { cuts, arena } = search.run(limit)?;
+    Ok(Dropped { schedule: search.build(&cuts), work: search.work, arena })
 }
 
 /// As [`super::plan`], where some values are computed again: what was found for the same arguments.
@@ -73,17 +77,15 @@ pub fn plan_dropping(
     request: &Request,
     limit: usize,
     scratch: &[usize],
-    dropped: &Dropped,
+    dropped: Dropped,
 ) -> Result<Plan> {
-    let search = Search::new(graph, request, scratch)?;
-    let built = search
-        .build(&dropped.cuts)
-        .ok_or_else(|| Error::Config("a plan within the memory asked for cannot be made".into()))?;
-    let again = Again { kernels: built.copies, work: built.extra / search.work.max(1.0), chains: 0 };
-    let order = built.order;
-    built.repeats.write(graph);
+    let Dropped { schedule, work, .. } = dropped;
+    let Built { repeats, order, copies, extra, .. } =
+        schedule.ok_or_else(|| Error::Config("a plan within the memory asked for cannot be made".into()))?;
+    let again = Again { kernels: copies, work: extra / work.max(1.0), chains: 0 };
+    repeats.write(graph);
     check_updates(graph, &order)?;
-    let planner = Planner::new(Wiring { graph, repeats: None }, request, &order, scratch)?;
+    let planner = Planner::new(Wiring::of(graph), request, &order, scratch)?;
     Ok(Plan { again, ..planner.finish(Some(limit))? })
 }
 
@@ -210,11 +212,17 @@ impl Profile {
     }
 }
 
-impl Dropped {
+/// What to drop for the smallest arena that was found.
+struct Least {
+    cuts: Cuts,
+    arena: usize,
+}
+
+impl Least {
     /// Less memory than was found so far.
     fn keep(&mut self, arena: usize, cuts: &Cuts) {
         if arena < self.arena {
-            *self = Dropped { arena, cuts: cuts.clone() };
+            *self = Least { arena, cuts: cuts.clone() };
         }
     }
 }
@@ -242,9 +250,9 @@ impl<'a> Search<'a> {
     }
 
     /// What to drop so that the plan fits `limit`, or so that it is as small as was found.
-    fn run(&self, limit: usize) -> Result<Dropped> {
+    fn run(&self, limit: usize) -> Result<Least> {
         let mut cuts = Cuts::new();
-        let mut best = Dropped { arena: usize::MAX, cuts: cuts.clone() };
+        let mut best = Least { arena: usize::MAX, cuts: cuts.clone() };
         let Some(mut built) = self.build(&cuts) else { return Ok(best) };
         let mut profile = self.profile(&built)?;
         best.arena = profile.arena(limit);

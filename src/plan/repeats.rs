@@ -77,6 +77,11 @@ pub(super) struct Wiring<'a> {
 }
 
 impl<'a> Wiring<'a> {
+    /// A graph as it is written down.
+    pub(super) fn of(graph: &'a Graph) -> Self {
+        Wiring { graph, repeats: None }
+    }
+
     fn copy<T>(&self, index: usize, written: usize, of: impl Fn(&'a Repeats) -> &'a [T]) -> Option<&'a T> {
         of(self.repeats?).get(index.checked_sub(written)?)
     }

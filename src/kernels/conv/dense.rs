@@ -49,6 +49,8 @@ pub(super) struct Task<'a, E, T> {
     pub(super) y: To<T>,
     /// What is fetched meanwhile.
     pub(super) ahead: Ahead,
+    /// Results go to memory that is far, in short runs unless a panel has all channels.
+    far: bool,
 }
 
 /// Walks over the positions of a grid in order.
@@ -267,8 +269,8 @@ impl<E: Copy, T: Vectors> Task<'_, E, T> {
                 }
                 tile.b = self.weights.wrapping_add(p * size + (grid.first * ci + before) * row);
                 // What the next tile will write is fetched meanwhile: it lies in short runs, far apart.
-                for i in 0..if oc > panel { after } else { 0 } {
-                    for at in (0..tile.to.lanes).step_by(D::S::LANES) {
+                for i in 0..if self.far && oc > panel { after } else { 0 } {
+                    for at in (0..tile.to.lanes).step_by(D::S::LINE) {
                         let y = self.y.address(next.1[i] + tile.to.channel + at);
                         // SAFETY: fetching is allowed anywhere.
                         unsafe { D::S::prefetch(y) }
@@ -330,13 +332,13 @@ unsafe fn tile_run<D: Terms, const M: usize, const N: usize>(
 }
 
 /// `result = clamp(W·a + bias + residual)` of some rows of a pointwise plan of one image, its weights packed; `ahead` is fetched
-/// meanwhile.
+/// meanwhile, and the results' places, if they are `far`.
 pub(super) fn positions<E: Packs<T>, T: Vectors>(
     plan: &Plan,
     a: &[E],
     weights: &[E],
     epilogue: Epilogue<T>,
-    y: &mut [T],
+    (y, far): (&mut [T], bool),
     ahead: Ahead,
 ) {
     let per_row = volume(plan.source) / plan.source[plan.axis].max(1);
@@ -361,6 +363,7 @@ pub(super) fn positions<E: Packs<T>, T: Vectors>(
         epilogue,
         y: To::Whole(y.as_mut_ptr()),
         ahead,
+        far,
     };
     // SAFETY: each of these positions has its elements in `a` and `y`.
     unsafe { E::compute(task) }
@@ -456,7 +459,9 @@ fn run_form<E: Packs<T>, T: Vectors>(
         let y = y.unwrap_or(To::Whole(results.as_mut_ptr().wrapping_sub(first)));
         // SAFETY: the slices have the plan's extents (checked by the callers), so all windows of the task's
         // positions lie in `a`; no two tasks write the same elements of `y`, unless it is memory of their own.
-        unsafe { E::compute(Task { plan, a, window, weights, panels, images, rows, epilogue, y, ahead }) }
+        unsafe {
+            E::compute(Task { plan, a, window, weights, panels, images, rows, epilogue, y, ahead, far: true })
+        }
         if let Some(done) = done {
             // SAFETY: with all panels in one task, this one has written all of these results, and it alone.
             done(i * blocks[1] + r, first, unsafe {

@@ -19,7 +19,7 @@ const SMALL: usize = 1 << 14;
 const SLABS: usize = 16;
 /// Elements of X, dX and dY that a chunk of positions has, to stay in the second-level cache with weights and sums.
 const CHUNK: usize = 1 << 15;
-/// Positions between which the weights' gradient fetches what is needed next.
+/// Positions between which the weights' gradient fetches what is needed next: twice as many of tiles half as large.
 const ROW: usize = 8;
 /// Positions below which a chunk is not worth its while.
 const FEW: usize = 64;
@@ -34,11 +34,12 @@ pub fn of(g: &Geometry, positions: usize) -> Geometry {
     Geometry { n: 1, axis: 2, x: [1, 1, positions], y: [1, 1, positions], ..g.clone() }
 }
 
-/// The same in rows of [`ROW`], where they fill them.
-fn in_rows(g: &Geometry, positions: usize) -> Geometry {
-    match positions.is_multiple_of(ROW) {
+/// The same in rows, where they fill them: see [`ROW`].
+fn in_rows<T: Vectors>(g: &Geometry, positions: usize) -> Geometry {
+    let row = if T::level().is_roomy() { ROW } else { 2 * ROW };
+    match positions.is_multiple_of(row) {
         true => {
-            let extents = [1, positions / ROW, ROW];
+            let extents = [1, positions / row, row];
             Geometry { n: 1, axis: 1, x: extents, y: extents, ..g.clone() }
         }
         false => of(g, positions),
@@ -140,7 +141,7 @@ fn grads_of<E: Near<T>, T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: 
             // SAFETY: the positions' elements of dX are this chunk's alone.
             let dx = unsafe { std::slice::from_raw_parts_mut(to.ptr().add(start * g.c), n * g.c) };
             let ahead = b.x.ahead(start..start + n);
-            dense::positions(&back, a, own, epilogue.from(start * g.c, n * g.c), dx, ahead);
+            dense::positions(&back, a, own, epilogue.from(start * g.c, n * g.c), (dx, true), ahead);
             if let Some((sums, part)) = &mut part {
                 sums.add(start * g.c, dx, part);
             }
@@ -149,7 +150,7 @@ fn grads_of<E: Near<T>, T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: 
                 true => b.dy.ahead(start + n..start + n + chunks.len(i + 1)),
                 false => Ahead::NOTHING,
             };
-            weight::add_positions(&in_rows(&whole, n.div_ceil(E::EACH)), x, dy, i > first, sum, ahead);
+            weight::add_positions(&in_rows::<T>(&whole, n.div_ceil(E::EACH)), x, dy, i > first, sum, ahead);
         }
     });
     weight::finish(&whole, sums, dw);
@@ -201,6 +202,6 @@ impl<'a, T: Vectors> Panel<'a, T> {
         let (x, rest) = self.x[first * self.plan.ci..].split_at(band);
         let next = (rest.as_ptr().cast(), size_of_val(&rest[..band.min(rest.len())]));
         let ahead = Ahead::new([next, (std::ptr::null(), 0)]);
-        dense::positions(&self.plan, x, self.weights, self.epilogue, out, ahead);
+        dense::positions(&self.plan, x, self.weights, self.epilogue, (out, false), ahead);
     }
 }

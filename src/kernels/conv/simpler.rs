@@ -14,6 +14,9 @@ use crate::kernels::layout::Layout;
 use crate::kernels::par;
 use crate::kernels::simd::Vectors;
 
+/// Channels of images, and their extents whole and apart.
+type Images = (usize, [[usize; 3]; 2]);
+
 /// A simpler convolution.
 pub(super) struct Simpler<'a> {
     of: &'a Geometry,
@@ -97,7 +100,10 @@ impl Simpler<'_> {
 
     /// Elements of scratch, `inner` being those that the simpler convolution needs.
     pub(super) fn scratch(&self, inner: impl Fn(&Geometry) -> usize) -> usize {
-        let images = if self.is_apart() { self.g.inputs() + self.g.outputs() } else { 0 };
+        let images = match self.is_apart() {
+            true => self.room(self.inputs()) + self.room(self.outputs()),
+            false => 0,
+        };
         self.weights() + images + inner(&self.g)
     }
 
@@ -127,8 +133,8 @@ impl Simpler<'_> {
         image * volume(extents) + (0..3).map(|d| at[d] / a[d] * inside[d]).sum::<usize>()
     }
 
-    /// Takes images (N, `whole`…, `c`) apart, with zeros where the residues have fewer positions than others.
-    fn part<T: Vectors>(&self, x: Elements<T>, c: usize, [whole, extents]: [[usize; 3]; 2], out: &mut [T]) {
+    /// Takes images (N, whole…, C) apart, with zeros where the residues have fewer positions than others.
+    fn part<T: Vectors>(&self, x: Elements<T>, (c, [whole, extents]): Images, out: &mut [T]) {
         let (a, line) = (self.apart, extents[2] * c);
         par::rows(out, line.max(1), par::GRAIN, |start, out| {
             for (i, out) in out.chunks_exact_mut(line.max(1)).enumerate() {
@@ -151,7 +157,7 @@ impl Simpler<'_> {
     }
 
     /// Puts images together again.
-    fn join<T: Vectors>(&self, parts: &[T], c: usize, [whole, extents]: [[usize; 3]; 2], y: &mut [T]) {
+    fn join<T: Vectors>(&self, parts: &[T], (c, [whole, extents]): Images, y: &mut [T]) {
         par::rows(y, (whole[2] * c).max(1), par::GRAIN, |start, y| {
             for (i, y) in y.chunks_exact_mut(c.max(1)).enumerate() {
                 let [row, at] = [start + i / whole[2], i % whole[2]];
@@ -162,18 +168,23 @@ impl Simpler<'_> {
         });
     }
 
-    /// Images of (channels, whole and apart extents) as the simpler convolution takes them, and the scratch that is left.
+    /// Elements of all images taken apart.
+    fn room(&self, (c, [_, extents]): Images) -> usize {
+        self.g.n * volume(extents) * c
+    }
+
+    /// Images as the simpler convolution takes them, and the scratch that is left.
     fn take<'x, T: Vectors>(
         &self,
         x: Elements<'x, T>,
-        (c, extents): (usize, [[usize; 3]; 2]),
+        source: Images,
         scratch: &'x mut [T],
     ) -> (Elements<'x, T>, &'x mut [T]) {
         if !self.is_apart() {
             return (x, scratch);
         }
-        let (own, rest) = scratch.split_at_mut(self.g.n * volume(extents[1]) * c);
-        self.part(x, c, extents, own);
+        let (own, rest) = scratch.split_at_mut(self.room(source));
+        self.part(x, source, own);
         (Elements::Whole(own), rest)
     }
 
@@ -186,7 +197,7 @@ impl Simpler<'_> {
         epilogue: Epilogue<T>,
         y: &mut [T],
         scratch: &mut [T],
-        [source, target]: [(usize, [[usize; 3]; 2]); 2],
+        [source, target]: [Images; 2],
         kernel: impl FnOnce(Elements<T>, &[T], Epilogue<T>, &mut [T], &mut [T]),
     ) {
         let (room, rest) = scratch.split_at_mut(self.weights());
@@ -195,27 +206,26 @@ impl Simpler<'_> {
         if !self.is_apart() {
             return kernel(x, w, epilogue, y, rest);
         }
-        let (c, extents) = target;
-        let (to, rest) = rest.split_at_mut(self.g.n * volume(extents[1]) * c);
+        let (to, rest) = rest.split_at_mut(self.room(target));
         let mut own = Epilogue { residual: Residual::InOutput, ..epilogue };
         match epilogue.residual {
             Residual::None => own.residual = Residual::None,
-            Residual::Of(r) => self.part(Elements::Whole(r), c, extents, to),
-            Residual::InOutput => self.part(Elements::Whole(&*y), c, extents, to),
+            Residual::Of(r) => self.part(Elements::Whole(r), target, to),
+            Residual::InOutput => self.part(Elements::Whole(&*y), target, to),
         }
         kernel(x, w, own, to, rest);
-        self.join(to, c, extents, y);
+        self.join(to, target, y);
     }
 
     fn operand<'x, T>(&self, x: Elements<'x, T>) -> Operand<'x, T> {
         Operand { data: x, channels: self.g.c, load: Load::Plain }
     }
 
-    fn inputs(&self) -> (usize, [[usize; 3]; 2]) {
+    fn inputs(&self) -> Images {
         (self.g.c, [self.of.x, self.g.x])
     }
 
-    fn outputs(&self) -> (usize, [[usize; 3]; 2]) {
+    fn outputs(&self) -> Images {
         (self.g.oc, [self.of.y, self.g.y])
     }
 

@@ -28,11 +28,15 @@ pub(super) unsafe trait Term<T: Float> {
     /// These rows are next.
     fn prepare(&mut self, _: Rows) {}
 
-    /// Of element `i` in column `j`, the `k`th of those that were prepared, and the `n − 1` after it.
-    unsafe fn of<S: Simd<Elem = T>>(&mut self, at: [usize; 3], n: usize, x: S::V) -> S::V;
+    /// Are all of its matrices whole?
+    fn is_whole(&self) -> bool;
+
+    /// Of element `i` in column `j`, the `k`th of those that were prepared, and the `n − 1` after it; `WHOLE`: as
+    /// [`is_whole`](Self::is_whole) says.
+    unsafe fn of<S: Simd<Elem = T>, const WHOLE: bool>(&mut self, at: [usize; 3], n: usize, x: S::V) -> S::V;
 
     /// Fetches what lies at element `i`, if there is such an element.
-    unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize);
+    unsafe fn fetch<S: Simd<Elem = T>, const WHOLE: bool>(&self, i: usize);
 }
 
 /// `x − at` itself.
@@ -43,12 +47,15 @@ unsafe impl<T: Float> Term<T> for Centred {
     fn holds(&self, _: usize) -> bool {
         true
     }
+    fn is_whole(&self) -> bool {
+        true
+    }
     #[inline(always)]
-    unsafe fn of<S: Simd<Elem = T>>(&mut self, _: [usize; 3], _: usize, x: S::V) -> S::V {
+    unsafe fn of<S: Simd<Elem = T>, const WHOLE: bool>(&mut self, _: [usize; 3], _: usize, x: S::V) -> S::V {
         x
     }
     #[inline(always)]
-    unsafe fn fetch<S: Simd<Elem = T>>(&self, _: usize) {}
+    unsafe fn fetch<S: Simd<Elem = T>, const WHOLE: bool>(&self, _: usize) {}
 }
 
 /// The elements of a matrix like `x`.
@@ -71,18 +78,26 @@ unsafe impl<T: Float> Term<T> for Given<'_, T> {
     fn holds(&self, elements: usize) -> bool {
         elements <= self.dy.len()
     }
+    fn is_whole(&self) -> bool {
+        self.dy.is_whole()
+    }
     fn prepare(&mut self, rows: Rows) {
         rows.widen(self.dy, self.near);
     }
     #[inline(always)]
-    unsafe fn of<S: Simd<Elem = T>>(&mut self, [i, _, k]: [usize; 3], n: usize, _: S::V) -> S::V {
+    unsafe fn of<S: Simd<Elem = T>, const WHOLE: bool>(
+        &mut self,
+        [i, _, k]: [usize; 3],
+        n: usize,
+        _: S::V,
+    ) -> S::V {
         // SAFETY: the caller's promise.
-        unsafe { vector::<S>(self.dy, i, self.near.as_ptr(), k, n) }
+        unsafe { vector::<S, WHOLE>(self.dy, i, self.near.as_ptr(), k, n) }
     }
     #[inline(always)]
-    unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize) {
+    unsafe fn fetch<S: Simd<Elem = T>, const WHOLE: bool>(&self, i: usize) {
         // SAFETY: fetching is allowed anywhere.
-        unsafe { S::prefetch(self.dy.address(i)) }
+        unsafe { S::prefetch(address::<_, WHOLE>(self.dy, i)) }
     }
 }
 
@@ -108,26 +123,34 @@ unsafe impl<T: Float> Term<T> for Passed<'_, T> {
     fn holds(&self, elements: usize) -> bool {
         elements <= self.dy.len()
     }
+    fn is_whole(&self) -> bool {
+        self.dy.is_whole()
+    }
     fn turn_to(&mut self, strip: Strip) {
         for (values, spread) in self.coefficients.iter().zip(&mut self.spread) {
             strip.spread(values, spread);
         }
     }
     #[inline(always)]
-    unsafe fn of<S: Simd<Elem = T>>(&mut self, [i, j, _]: [usize; 3], n: usize, x: S::V) -> S::V {
+    unsafe fn of<S: Simd<Elem = T>, const WHOLE: bool>(
+        &mut self,
+        [i, j, _]: [usize; 3],
+        n: usize,
+        x: S::V,
+    ) -> S::V {
         // SAFETY: the caller's promise.
         unsafe {
             let [factor, shift] = [self.spread[0].as_ptr().add(j), self.spread[1].as_ptr().add(j)];
             // Rounded twice, as the forward sweep rounds.
             let y = S::add(S::mul(x, load_up_to::<S>(factor, n)), load_up_to::<S>(shift, n));
-            let dy = vector::<S>(self.dy, i, std::ptr::null(), 0, n);
+            let dy = vector::<S, WHOLE>(self.dy, i, std::ptr::null(), 0, n);
             S::pass(y, S::splat(self.clamp.low), S::splat(self.clamp.high), dy)
         }
     }
     #[inline(always)]
-    unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize) {
+    unsafe fn fetch<S: Simd<Elem = T>, const WHOLE: bool>(&self, i: usize) {
         // SAFETY: fetching is allowed anywhere.
-        unsafe { S::prefetch(self.dy.address(i)) }
+        unsafe { S::prefetch(address::<_, WHOLE>(self.dy, i)) }
     }
 }
 
@@ -146,26 +169,34 @@ unsafe impl<T: Float> Term<T> for Written<'_, T> {
     fn holds(&self, elements: usize) -> bool {
         elements <= self.y.len() && elements <= self.dz.len() && self.dy.is_none_or(|dy| elements <= dy.len())
     }
+    fn is_whole(&self) -> bool {
+        self.y.is_whole()
+    }
     fn prepare(&mut self, rows: Rows) {
         rows.widen(self.y, self.near);
     }
     #[inline(always)]
-    unsafe fn of<S: Simd<Elem = T>>(&mut self, [i, _, k]: [usize; 3], n: usize, _: S::V) -> S::V {
+    unsafe fn of<S: Simd<Elem = T>, const WHOLE: bool>(
+        &mut self,
+        [i, _, k]: [usize; 3],
+        n: usize,
+        _: S::V,
+    ) -> S::V {
         // SAFETY: the caller's promise.
         unsafe {
             let dz = self.dz.as_mut_ptr();
             let dy = load_up_to::<S>(self.dy.map_or(dz.cast_const(), |dy| dy.as_ptr()).add(i), n);
-            let y = vector::<S>(self.y, i, self.near.as_ptr(), k, n);
+            let y = vector::<S, WHOLE>(self.y, i, self.near.as_ptr(), k, n);
             let passed = S::pass(y, S::splat(self.clamp.low), S::splat(self.clamp.high), dy);
             store_up_to::<S>(dz.add(i), passed, n);
             passed
         }
     }
     #[inline(always)]
-    unsafe fn fetch<S: Simd<Elem = T>>(&self, i: usize) {
+    unsafe fn fetch<S: Simd<Elem = T>, const WHOLE: bool>(&self, i: usize) {
         // SAFETY: fetching is allowed anywhere.
         unsafe {
-            S::prefetch(self.y.address(i));
+            S::prefetch(address::<_, WHOLE>(self.y, i));
             S::prefetch(self.dz.as_ptr().wrapping_add(i));
             if let Some(dy) = self.dy {
                 S::prefetch(dy.as_ptr().wrapping_add(i));
@@ -201,16 +232,39 @@ impl Rows {
 /// `n` elements from the `i`th on, or, where rows were widened, from the `k`th of those.
 ///
 /// # Safety
-/// They must be there, and the processor have `S`'s instructions.
+/// They must be there, `WHOLE` only if they are, and the processor have `S`'s instructions.
 #[inline(always)]
-unsafe fn vector<S: Simd>(x: Elements<S::Elem>, i: usize, near: *const S::Elem, k: usize, n: usize) -> S::V {
+unsafe fn vector<S: Simd, const WHOLE: bool>(
+    x: Elements<S::Elem>,
+    i: usize,
+    near: *const S::Elem,
+    k: usize,
+    n: usize,
+) -> S::V {
     // SAFETY: the caller's promise.
     unsafe {
+        if WHOLE {
+            return load_up_to::<S>(address::<_, true>(x, i), n);
+        }
         match x {
             Elements::Whole(x) => load_up_to::<S>(x.as_ptr().add(i), n),
             Elements::Half(Half::Bf16, x) => widen_up_to::<S>(x.as_ptr().add(i), n),
             Elements::Half(Half::F16, _) => load_up_to::<S>(near.add(k), n),
         }
+    }
+}
+
+/// Where an element, perhaps none of these, lies: without a question about their form where it is known.
+///
+/// # Safety
+/// `WHOLE` only if they are.
+#[inline(always)]
+unsafe fn address<T, const WHOLE: bool>(x: Elements<T>, i: usize) -> *const T {
+    match x {
+        Elements::Whole(x) => x.as_ptr().wrapping_add(i),
+        // SAFETY: the caller's promise.
+        Elements::Half(..) if WHOLE => unsafe { std::hint::unreachable_unchecked() },
+        Elements::Half(_, x) => x.as_ptr().wrapping_add(i).cast(),
     }
 }
 
@@ -255,7 +309,7 @@ impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Fold<'_, T, F, PRODUCTS> {
 
     /// `V` vectors of columns from `j` on, each of `n` lanes, down some rows; `near`: those of `x` that were widened.
     #[inline(always)]
-    unsafe fn tile<S: Simd<Elem = T>, const V: usize>(
+    unsafe fn tile<S: Simd<Elem = T>, const V: usize, const WHOLE: bool>(
         &mut self,
         rows: Rows,
         near: *const T,
@@ -277,15 +331,21 @@ impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Fold<'_, T, F, PRODUCTS> {
                     let i = rows.start + row * self.step + j;
                     let at = [i, j, row * rows.columns + j];
                     let ahead = i + ROWS * self.step;
-                    self.term.fetch::<S>(ahead);
+                    // (Each line once.)
+                    let fetches = S::begins_line(v * S::LANES);
+                    if fetches {
+                        self.term.fetch::<S, WHOLE>(ahead);
+                    }
                     if PRODUCTS {
-                        S::prefetch(self.x.address(ahead));
-                        let x = S::add(vector::<S>(self.x, i, near, at[2], n), less[v]);
-                        let dz = self.term.of::<S>(at, n, x);
+                        if fetches {
+                            S::prefetch(address::<_, WHOLE>(self.x, ahead));
+                        }
+                        let x = S::add(vector::<S, WHOLE>(self.x, i, near, at[2], n), less[v]);
+                        let dz = self.term.of::<S, WHOLE>(at, n, x);
                         products[v] = S::fma(dz, x, products[v]);
                         plain[v] = S::add(plain[v], dz);
                     } else {
-                        plain[v] = S::add(plain[v], self.term.of::<S>(at, n, zero));
+                        plain[v] = S::add(plain[v], self.term.of::<S, WHOLE>(at, n, zero));
                     }
                 }
             }
@@ -305,7 +365,20 @@ impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Fold<'_, T, F, PRODUCTS> {
 
 impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Kernel<T> for Fold<'_, T, F, PRODUCTS> {
     #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(mut self) {
+    unsafe fn run<S: Simd<Elem = T>>(self) {
+        // SAFETY: as `sum` checked. (Decided here: in the loop it takes as long as the sums.)
+        unsafe {
+            match self.term.is_whole() && (!PRODUCTS || self.x.is_whole()) {
+                true => self.all::<S, true>(),
+                false => self.all::<S, false>(),
+            }
+        }
+    }
+}
+
+impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Fold<'_, T, F, PRODUCTS> {
+    #[inline(always)]
+    unsafe fn all<S: Simd<Elem = T>, const WHOLE: bool>(mut self) {
         let (whole, part) = (self.columns / S::LANES, self.columns % S::LANES);
         let mut room;
         let near: &mut [T] = match PRODUCTS && self.x.half() == Some(Half::F16) {
@@ -330,18 +403,18 @@ impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Kernel<T> for Fold<'_, T, F, 
             // SAFETY: the vectors are within the columns, the last one cut to what is left of them.
             unsafe {
                 while v + 4 <= whole {
-                    self.tile::<S, 4>(rows, near, v * S::LANES, S::LANES);
+                    self.tile::<S, 4, WHOLE>(rows, near, v * S::LANES, S::LANES);
                     v += 4;
                 }
                 // Together, since a sum waits for its last addition.
                 match whole - v {
-                    3 => self.tile::<S, 3>(rows, near, v * S::LANES, S::LANES),
-                    2 => self.tile::<S, 2>(rows, near, v * S::LANES, S::LANES),
-                    1 => self.tile::<S, 1>(rows, near, v * S::LANES, S::LANES),
+                    3 => self.tile::<S, 3, WHOLE>(rows, near, v * S::LANES, S::LANES),
+                    2 => self.tile::<S, 2, WHOLE>(rows, near, v * S::LANES, S::LANES),
+                    1 => self.tile::<S, 1, WHOLE>(rows, near, v * S::LANES, S::LANES),
                     _ => {}
                 }
                 if part > 0 {
-                    self.tile::<S, 1>(rows, near, whole * S::LANES, part);
+                    self.tile::<S, 1, WHOLE>(rows, near, whole * S::LANES, part);
                 }
             }
         }

@@ -251,6 +251,7 @@ fn expanded_as_it_is_read() {
         (1, 3, 64, 5, 60, 7, 1),
         (4, 8, 16, 1, 14, 3, 1),
         (1, 8, 33, 14, 1, 3, 2),
+        (2, 4, 404, 6, 7, 3, 1),
     ];
     for (n, c, middle, rows, positions, kernel, stride) in shapes {
         let before = Conv { clamp: Clamp { low: 0.0, high: 0.7 }, ..last(1, 1, 1) };

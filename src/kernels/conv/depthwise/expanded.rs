@@ -32,6 +32,10 @@ pub struct Expansion<'a, T> {
     pub epilogue: Epilogue<'a, T>,
 }
 
+/// Channels that are computed together, and tasks that each of several threads should have nevertheless.
+const TOGETHER: usize = 192;
+const EACH: usize = 4;
+
 /// How the work is divided.
 struct Division<'a> {
     way: Direction<'a>,
@@ -39,6 +43,8 @@ struct Division<'a> {
     g: Geometry,
     plan: Plan,
     panel: usize,
+    /// Panels that are computed together.
+    together: usize,
     /// Rows of the source that are computed together, and bands of them that a window spans.
     band: usize,
     bands: usize,
@@ -63,16 +69,41 @@ impl<'a> Division<'a> {
         let panel = plan.panel::<T>();
         let band = POSITIONS.div_ceil(g.x[2]).min(g.x[1]);
         let bands = ((way.window()[1] - 1).div_ceil(band) + 1).min(g.x[1].div_ceil(band));
-        let parts = (g.x[1] / ROWS).min(TASKS.div_ceil(g.n * plan.panels(panel)));
-        Division {
-            way,
-            g: before,
-            band,
-            bands,
-            parts: Pieces::of(g.y[1], g.y[1].div_ceil(parts.max(1))),
-            panel,
-            plan,
+        let parts = Pieces::of(g.y[1], g.y[1]);
+        let mut division = Division { way, g: before, plan, panel, together: 1, band, bands, parts };
+        division.together = division.most_together::<T>();
+        let parts = (g.x[1] / ROWS).min(TASKS.div_ceil(g.n * division.groups()));
+        division.parts = Pieces::of(g.y[1], g.y[1].div_ceil(parts.max(1)));
+        division
+    }
+
+    /// Panels to be computed together. Narrow ones make short rows, each of which reads all of what they are computed from.
+    fn most_together<T: Vectors>(&self) -> usize {
+        let (panel, panels) = (self.panel, self.plan.panels(self.panel));
+        // (Panels of more vectors are wide enough.)
+        if T::level().is_roomy() {
+            return 1;
         }
+        let tasks = self.g.n * (self.g.x[1] / ROWS).max(1) * panels;
+        let wanted = match rayon::current_num_threads() {
+            1 => 1,
+            threads => EACH * threads,
+        };
+        let most = (TOGETHER / panel).min(NEAR / self.ring()).min(tasks / wanted);
+        let together = panels.div_ceil(panels.div_ceil(most.max(1)));
+        // By themselves, they must be divided alike.
+        let last = self.g.oc - (panels.div_ceil(together) - 1) * together * panel;
+        let alike = |channels: &usize| *channels <= panel || T::level().panel(*channels) == panel;
+        if [together * panel, last].iter().all(alike) { together } else { 1 }
+    }
+
+    /// Channels of a task, and tasks that share the positions among them.
+    fn channels(&self) -> usize {
+        self.together * self.panel
+    }
+
+    fn groups(&self) -> usize {
+        self.plan.panels(self.panel).div_ceil(self.together)
     }
 
     /// Elements from a row of the ring to the next, and of the whole ring, for so many channels.
@@ -81,11 +112,11 @@ impl<'a> Division<'a> {
     }
 
     fn ring(&self) -> usize {
-        self.bands * self.band * self.step(self.panel)
+        self.bands * self.band * self.step(self.channels())
     }
 
     fn tasks(&self) -> usize {
-        self.g.n * self.parts.count * self.plan.panels(self.panel)
+        self.g.n * self.parts.count * self.groups()
     }
 
     /// Who packs the weights of the pointwise convolution.
@@ -103,7 +134,7 @@ impl<'a> Division<'a> {
         let weights = match self.packs() {
             Packed::Once => 0,
             Packed::InSlots => self.plan.packed(self.panel),
-            Packed::InTasks => self.plan.steps() * self.panel,
+            Packed::InTasks => self.plan.steps() * self.channels(),
         };
         let g = self.way.g;
         [weights, g.taps() * g.c, self.ring()].map(|elements| elements.next_multiple_of(LINE))
@@ -143,35 +174,38 @@ pub fn forward_expanded<T: Vectors>(
         of.pack(packed);
     }
     let packed: &[T] = packed;
-    let (panels, size) = (d.plan.panels(d.panel), d.plan.steps() * d.panel);
+    let size = d.plan.steps() * d.panel;
     let [own, by_tap, ring] = d.slot();
+    let pack = |first: usize, out: &mut [T]| {
+        let panels = out.chunks_exact_mut(size).zip(first..d.plan.panels(d.panel));
+        panels.for_each(|(out, p)| of.pack_panel(p, out));
+    };
     let prepare = |slot: &mut [T]| {
         let (own, rest) = slot.split_at_mut(own);
         in_tap_order(g, w, rest);
         if packs == Packed::InSlots {
-            for (p, own) in own.chunks_exact_mut(size).enumerate() {
-                of.pack_panel(p, own);
-            }
+            pack(0, own);
         }
     };
     let y = Shared::new(y);
     in_prepared_slots(d.tasks(), own + by_tap + ring, slots, prepare, |task, slot| {
         let (own, rest) = slot.split_at_mut(own);
         let (by_tap, ring) = rest.split_at_mut(by_tap);
-        let (p, part) = (task % panels, task / panels);
+        let (group, part) = (task % d.groups(), task / d.groups());
         let (image, part) = (part / d.parts.count, part % d.parts.count);
+        let first = group * d.together;
         let packed = match packs {
-            Packed::Once => &packed[p * size..],
-            Packed::InSlots => &own[p * size..],
+            Packed::Once => &packed[first * size..],
+            Packed::InSlots => &own[first * size..],
             Packed::InTasks => {
-                of.pack_panel(p, own);
+                pack(first, own);
                 &*own
             }
         };
-        let channels = p * d.panel..g.c.min((p + 1) * d.panel);
+        let channels = group * d.channels()..g.c.min((group + 1) * d.channels());
         let (first, count) = (channels.start, channels.len());
         let layout = [d.band, d.step(count)];
-        let panel = Panel::new(&d.g, from.x, &packed[..size], from.epilogue, channels, layout);
+        let panel = Panel::new(&d.g, from.x, packed, from.epilogue, channels, layout);
         let ring = &mut ring[..d.bands * d.band * d.step(count)];
         let source = Rows::of_panel(&panel, d.way.source, d.bands, d.way.around(), ring);
         let epilogue = Epilogue { bias: epilogue.bias.map(|bias| &bias[first..first + count]), ..epilogue };

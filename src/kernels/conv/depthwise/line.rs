@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::kernels::conv::{Epilogue, Residual};
-use crate::kernels::simd::{Simd, Vectors, load_lanes, store_lanes};
+use crate::kernels::simd::{Level, Simd, Vectors, load_lanes, store_lanes};
 
 /// Positions computed at a time.
 const POSITIONS: usize = 4;
@@ -61,7 +61,7 @@ impl<T: Vectors> Line<'_, T> {
     /// Can so many rows of three taps slide by, by so many positions? Taps, elements and sums stay in registers then, if there are
     /// enough.
     pub fn slides<S: Simd>(rows: usize, step: usize) -> bool {
-        S::ROWS.len() > 2 && (1..=3).contains(&rows) && (1..=2).contains(&step)
+        Level::of::<S>().is_roomy() && (1..=3).contains(&rows) && (1..=2).contains(&step)
     }
 
     /// All `count` positions, of which those `inside` have no tap outside.
@@ -292,7 +292,7 @@ impl<T: Vectors> Line<'_, T> {
                 Some(b) => load_lanes::<S, WHOLE>(b.as_ptr().add(channel), lanes),
                 None => S::splat(T::zero()),
             }; P];
-            if INSIDE && P > 1 {
+            if INSIDE && P > 1 && S::begins_line(channel) {
                 let soon = &self.soon;
                 let from = soon.from.wrapping_add(q * soon.step + channel);
                 for r in 0..soon.rows {

@@ -7,7 +7,7 @@ use super::{Direction, WORK};
 use crate::kernels::conv::load::{Operand, Rows};
 use crate::kernels::conv::{Geometry, in_slots, split};
 use crate::kernels::par::Shared;
-use crate::kernels::simd::{Kernel, Simd, Vectors, load_lanes, store_lanes};
+use crate::kernels::simd::{Kernel, Level, Simd, Vectors, load_lanes, store_lanes};
 
 /// Sums, each over a share of the rows.
 const SLABS: usize = 8;
@@ -157,7 +157,7 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
     #[inline(always)]
     unsafe fn stretches<S: Simd<Elem = T>, const K: usize>(&self, tap: usize, stretches: [Range<usize>; 3]) {
         // Where a position's taps are its neighbours', each element of X is loaded once, if there are registers for that.
-        let slides = K == 3 && S::ROWS.len() > 2 && self.g.stride[2] == self.g.dilation[2];
+        let slides = K == 3 && Level::of::<S>().is_roomy() && self.g.stride[2] == self.g.dilation[2];
         // SAFETY: the caller's promise.
         unsafe {
             match slides {
@@ -239,8 +239,9 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
                 x[r] = x[r].wrapping_add(first);
             }
             let mut dy = self.dy.add(o * c + channel);
-            // (Fetched in the order in which it lies, not in that in which it is read.)
-            let soon = (o * c).wrapping_add(channel / S::LANES * count * S::LANES);
+            // (Fetched in the order in which it lies, not in that in which it is read, and a line by one of its vectors.)
+            let fetches = S::begins_line(channel);
+            let soon = (o * c).wrapping_add(channel * count);
             let mut soon = self.soon.map(|from| from.wrapping_add(soon));
             let mut near = [[S::splat(T::zero()); K]; R];
             if SLIDES {
@@ -254,9 +255,11 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
             for _ in 0..count {
                 let v = load_lanes::<S, WHOLE>(dy, lanes);
                 dy = dy.wrapping_add(c);
-                for i in 0..2 {
-                    S::prefetch(soon[i]);
-                    soon[i] = soon[i].wrapping_add(S::LANES);
+                if fetches {
+                    for i in 0..2 {
+                        S::prefetch(soon[i]);
+                        soon[i] = soon[i].wrapping_add(S::LINE);
+                    }
                 }
                 for r in 0..R {
                     for k in 0..K {
