@@ -31,6 +31,8 @@ const LEAST: usize = 24;
 const SUMS: usize = 3 << 17;
 const SUMS_OF_PAIRS: usize = 9 << 17;
 const TASKS: usize = 8;
+/// Output channels of a task for the sake of which its inputs are transformed once.
+const TOGETHER: usize = 128;
 /// Elements of all tiles, transformed, that stay in the last-level cache, and input channels (of whole vectors) whose sums do in
 /// the second.
 const NEAR: usize = 3 << 20;
@@ -56,11 +58,13 @@ impl Division {
         let most = if each > 1 { SUMS_OF_PAIRS } else { SUMS };
         let slabs = (most / size).clamp(1, TASKS.min(tiles.total.div_ceil(8)));
         let slabs = Pieces::of(tiles.total, tiles.total.div_ceil(slabs));
-        // (Each transforms the inputs anew.)
         let groups = (TASKS / slabs.count).clamp(1, all);
-        let panels = all.div_ceil(groups);
-        let chunk = each * CHUNK / (PRODUCTS * (g.c + panels * panel));
+        // (By the sizes alone: sums are added up chunk by chunk.)
+        let chunk = each * CHUNK / (PRODUCTS * (g.c + all.div_ceil(groups) * panel));
         let chunk = chunk.clamp(LEAST * each, 128).min(slabs.len(0));
+        // Each group of panels transforms the inputs anew: no more groups than give every thread a task.
+        let threads = rayon::current_num_threads().div_ceil(slabs.count);
+        let panels = all.div_ceil(groups.min(threads.max((all * panel).div_ceil(TOGETHER))));
         Division { tiles, slabs, chunk, all, panels }
     }
 
