@@ -18,10 +18,8 @@ mod vector;
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use crate::kernels::half::Elements;
-use crate::kernels::par::Shared;
+use crate::kernels::par::{self, Shared};
 use crate::kernels::simd::{Kernel, Level, Simd, Vectors};
 use crate::kernels::tile::Pieces;
 use crate::tensor::Float;
@@ -60,7 +58,7 @@ const NARROW: usize = 32;
 /// Strips of A that pass by a B that is near, of so many elements at most: so that C is written in long runs.
 const FEW_STRIPS: usize = 4;
 const NEAR_ELEMENTS: usize = 1 << 17;
-/// Tasks that pack something of their own at a time.
+/// Tasks that pack something of their own.
 const SLOTS: usize = 8;
 
 /// `C = alpha · op(A) · op(B) + beta · C` with `op(A)` of M×K, `op(B)` of K×N, row-major; `ld*` is the distance
@@ -219,9 +217,9 @@ impl<T: Vectors> Product<T> {
         }
     }
 
-    /// How many of so many tasks run at a time, where they need scratch of their own.
-    fn slots(&self, tasks: usize) -> usize {
-        if self.alone { 1 } else { SLOTS.min(tasks) }
+    /// Elements of scratch for as many of so many tasks as run at a time, `own` each.
+    fn slots(&self, tasks: usize, own: usize) -> usize {
+        if self.alone { own } else { par::slots(tasks, own) }
     }
 
     /// How many pieces the strips and the panels of C are divided into.
@@ -299,7 +297,7 @@ pub fn room<T: Vectors>(p: &Product<T>, batch: usize) -> usize {
     match () {
         _ if p.is_vector() => 0,
         _ if batch == 1 || p.work() >= LARGE => room_divided(p, true),
-        _ => p.packed(p.packs()) * p.slots(batch),
+        _ => p.slots(batch, p.packed(p.packs())),
     }
 }
 
@@ -307,7 +305,7 @@ pub fn room<T: Vectors>(p: &Product<T>, batch: usize) -> usize {
 fn room_divided<T: Vectors>(p: &Product<T>, a_is_whole: bool) -> usize {
     let packs = p.divided_packs();
     let (rows, cols) = p.pieces(packs);
-    p.packed(packs) + p.near(packs, a_is_whole) * p.slots(rows * cols)
+    p.packed(packs) + p.slots(rows * cols, p.near(packs, a_is_whole))
 }
 
 /// `batch` products of equal extents, plus something: the `i`th reads A and B from the offsets `at(i)` and writes C at
@@ -354,7 +352,7 @@ pub fn many<T: Vectors>(
     } else {
         let shared = Shared::new(c);
         let packs = p.packs();
-        tasks(batch, p.slots(batch), p.packed(packs), scratch, |i, packed| {
+        tasks(batch, p.alone, p.packed(packs), scratch, |i, packed| {
             let (a, b) = elements(i);
             pack_shared(&Product { alone: true, ..*p }, packs, a, b, packed);
             let c = shared.ptr().wrapping_add(i * c_stride);
@@ -404,7 +402,7 @@ fn shared_out<T: Vectors>(
 ) {
     let (rows, cols) = p.pieces(packs);
     let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
-    tasks(rows * cols, p.slots(rows * cols), p.near(packs, a.is_whole()), rest, |task, near| {
+    tasks(rows * cols, p.alone, p.near(packs, a.is_whole()), rest, |task, near| {
         let strips = share(task / cols, rows, p.strips().count);
         let panels = share(task % cols, cols, p.panels());
         let part = Part { p, packs, a, b, packed, near, plus, c: c.ptr(), strips, panels };
@@ -413,23 +411,18 @@ fn shared_out<T: Vectors>(
     });
 }
 
-/// Calls `run(task, own)` for each task, where tasks need scratch of their own as many at a time as there are slots.
+/// Calls `run(task, own)` for each task, with so many elements of scratch of its own; `alone`: on this thread.
 fn tasks<T: Send>(
     count: usize,
-    slots: usize,
+    alone: bool,
     own: usize,
     scratch: &mut [T],
     run: impl Fn(usize, &mut [T]) + Sync,
 ) {
-    if slots == 1 {
-        return (0..count).for_each(|task| run(task, &mut scratch[..own]));
+    match alone {
+        true => (0..count).for_each(|task| run(task, &mut scratch[..own])),
+        false => par::in_slots(count, own, scratch, run),
     }
-    if own == 0 {
-        return (0..count).into_par_iter().for_each(|task| run(task, &mut []));
-    }
-    scratch.par_chunks_exact_mut(own).take(slots).enumerate().for_each(|(s, own)| {
-        (count * s / slots..count * (s + 1) / slots).for_each(|task| run(task, own));
-    });
 }
 
 /// Some strips and panels of one product.

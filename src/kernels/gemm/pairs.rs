@@ -221,7 +221,7 @@ fn multiply_packed<T: Vectors>(
     let tasks = if p.alone { 1 } else { (p.work() / worth).clamp(1, TASKS) };
     let (rows, cols) = p.in_squares(tasks, strips, panels);
     let share = |i: usize, of: usize, total: usize| total * i / of..total * (i + 1) / of;
-    super::tasks::<T>(rows * cols, rows * cols, 0, &mut [], |task, _| {
+    super::tasks::<T>(rows * cols, false, 0, &mut [], |task, _| {
         let (strips, panels) = (share(task / cols, rows, strips), share(task % cols, cols, panels));
         let part = Part { p, order, a, b, plus, c: c.ptr(), strips, panels };
         // SAFETY: the extents were checked; no two tasks share elements of C.
