@@ -115,10 +115,10 @@ pub fn reduce<T: Math>(y: &mut [T], x: &[T], plan: &Plan, r: &impl Reducer<T>) {
         });
     } else {
         // Whole tiles, about equally wide, where there are enough results.
-        let (even, share) =
-            (plan.inner.div_ceil(plan.inner.div_ceil(TILE).max(1)), grain.max(y.len() / TASKS));
-        let (tile, grain) = match share >= even.max(1) {
-            true => (even.max(1), share.next_multiple_of(even.max(1))),
+        let even = plan.inner.div_ceil(plan.inner.div_ceil(TILE).max(1)).max(1);
+        let share = grain.max(y.len() / TASKS);
+        let (tile, grain) = match share >= even {
+            true => (even, share.next_multiple_of(even)),
             false => (TILE, share.next_multiple_of(16)),
         };
         par::rows(y, 1, grain, |first, y| {

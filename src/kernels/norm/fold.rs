@@ -16,7 +16,7 @@ pub(super) const NEAR: usize = ROWS * WIDTH;
 /// What is summed: `dz` of an element, given its `x − at`.
 ///
 /// # Safety
-/// Where `holds(i + n)` and `j + n ≤ WIDTH`, and `prepare` was told of the rows, `of` touches nothing but memory that is
+/// Where `holds(i + n)` and `j + n ≤ WIDTH`, `prepare` was told of the rows, and `WHOLE` only if `is_whole`, `of` touches nothing but memory that is
 /// the term's own.
 pub(super) unsafe trait Term<T: Float> {
     /// Are there so many elements?
@@ -35,7 +35,7 @@ pub(super) unsafe trait Term<T: Float> {
     /// [`is_whole`](Self::is_whole) says.
     unsafe fn of<S: Simd<Elem = T>, const WHOLE: bool>(&mut self, at: [usize; 3], n: usize, x: S::V) -> S::V;
 
-    /// Fetches what lies at element `i`, if there is such an element.
+    /// Fetches what lies at element `i`, if there is such an element; `WHOLE`: as [`is_whole`](Self::is_whole) says.
     unsafe fn fetch<S: Simd<Elem = T>, const WHOLE: bool>(&self, i: usize);
 }
 
@@ -96,7 +96,7 @@ unsafe impl<T: Float> Term<T> for Given<'_, T> {
     }
     #[inline(always)]
     unsafe fn fetch<S: Simd<Elem = T>, const WHOLE: bool>(&self, i: usize) {
-        // SAFETY: fetching is allowed anywhere.
+        // SAFETY: fetching is allowed anywhere; the caller's promise about the form.
         unsafe { S::prefetch(address::<_, WHOLE>(self.dy, i)) }
     }
 }
@@ -149,7 +149,7 @@ unsafe impl<T: Float> Term<T> for Passed<'_, T> {
     }
     #[inline(always)]
     unsafe fn fetch<S: Simd<Elem = T>, const WHOLE: bool>(&self, i: usize) {
-        // SAFETY: fetching is allowed anywhere.
+        // SAFETY: fetching is allowed anywhere; the caller's promise about the form.
         unsafe { S::prefetch(address::<_, WHOLE>(self.dy, i)) }
     }
 }
@@ -194,7 +194,7 @@ unsafe impl<T: Float> Term<T> for Written<'_, T> {
     }
     #[inline(always)]
     unsafe fn fetch<S: Simd<Elem = T>, const WHOLE: bool>(&self, i: usize) {
-        // SAFETY: fetching is allowed anywhere.
+        // SAFETY: fetching is allowed anywhere; the caller's promise about the form.
         unsafe {
             S::prefetch(address::<_, WHOLE>(self.y, i));
             S::prefetch(self.dz.as_ptr().wrapping_add(i));
@@ -316,7 +316,7 @@ impl<T: Vectors, F: Term<T>, const PRODUCTS: bool> Fold<'_, T, F, PRODUCTS> {
         j: usize,
         n: usize,
     ) {
-        // SAFETY: rows and columns are inside, as `sum` checked.
+        // SAFETY: rows and columns are inside, as `sum` checked; `WHOLE` is what `run` asked.
         unsafe {
             let zero = S::splat(T::zero());
             let (mut products, mut plain, mut less) = ([zero; V], [zero; V], [zero; V]);
