@@ -386,7 +386,9 @@ impl Job<'_> {
                 return Ok(None);
             }
             let excess = tight.total() - budget + MORE_KERNELS * PER_KERNEL / 2;
-            let Some(less) = arena.checked_sub(excess).filter(|a| *a > 0) else { break };
+            let Some(less) = arena.min(tight.usage.arena).checked_sub(excess).filter(|a| *a > 0) else {
+                break;
+            };
             arena = less;
         }
         Ok(None)

@@ -4,17 +4,19 @@
 //! more, just before the later reader, with the same results to the last bit. What to drop is chosen by a search over
 //! real lifetimes: at the moment when the most memory is in use, of all that only waits there, what frees most for the
 //! least additional work; until everything fits, or nothing helps any more. What is computed again may be dropped
-//! again, so that long chains are recomputed from ever fewer values.
+//! again, so that long chains are recomputed from ever fewer values. Where several values are computed of the same, which
+//! nobody else waits for, they may be dropped together and that be kept.
 //!
 //! Recomputing forward passes from chosen values is of Chen et al., *Training Deep Nets with Sublinear Memory Cost*,
 //! 2016; the measure by which candidates are sorted, size and time to the next reader against the cost, of Kirisame et
 //! al., *Dynamic Tensor Rematerialization*, 2021, here of a schedule that is known in advance.
 
+mod candidates;
 mod schedule;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashSet};
 
 use super::repeats::Wiring;
 use crate::error::{Error, Result};
@@ -24,6 +26,7 @@ use crate::plan::arena::assign;
 use crate::plan::order::{check_updates, order};
 use crate::plan::{Home, Kind, Plan, Planner, Request, aligned, time};
 use crate::tensor::Meta;
+use candidates::Candidate;
 use schedule::Built;
 
 /// Multiply-adds that take about as long as it takes to read or write one byte.
@@ -32,12 +35,13 @@ const WORK_OF_BYTE: f64 = 4.0;
 const TRIED: usize = 6;
 /// A plan never takes more than this much longer, as a share of the work.
 const MOST: f64 = 3.0;
-/// Values below this many bytes are never dropped.
-const LEAST: usize = 1 << 12;
 /// What the search for the smallest arena aims at next, of what it has reached.
 const NEXT: f64 = 0.92;
-/// Attempts to make up for gaps in the arena.
-const ATTEMPTS: usize = 6;
+/// Attempts to make up for gaps in the arena, of which each gives up at least this share of the limit.
+const ATTEMPTS: usize = 8;
+const STEP: usize = 200;
+/// Arenas with gaps that pruning lays out in vain before it stops: each takes many rounds.
+const IN_VAIN: usize = 24;
 
 /// What a plan computes more than once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, serde::Serialize)]
@@ -87,14 +91,6 @@ pub fn plan_dropping(
     check_updates(graph, &order)?;
     let planner = Planner::new(Wiring::of(graph), request, &order, scratch)?;
     Ok(Plan { again, ..planner.finish(Some(limit))? })
-}
-
-/// Can output `o` of the node be computed once more, without an effect on states?
-fn repeatable(node: &Node, o: usize) -> bool {
-    match node.op.again(node) {
-        Some(_) => o == 0,
-        None => node.op.updates().is_empty(),
-    }
 }
 
 /// Lets normalisations by the batch's statistics keep these (C), so that only the normalising need be done again.
@@ -206,10 +202,6 @@ impl Profile {
     fn arena(&self, limit: usize) -> usize {
         assign(&mut self.blocks.clone(), Some(limit))
     }
-
-    fn fits(&self, limit: usize) -> bool {
-        self.peak().1 <= limit && self.arena(limit) <= limit
-    }
 }
 
 /// What to drop for the smallest arena that was found.
@@ -225,14 +217,6 @@ impl Least {
             *self = Least { arena, cuts: cuts.clone() };
         }
     }
-}
-
-/// A block that may be dropped over the moment of the peak.
-struct Candidate {
-    /// What it holds, of the original values.
-    values: Vec<ValueId>,
-    cuts: Vec<Cut>,
-    score: f64,
 }
 
 impl<'a> Search<'a> {
@@ -278,8 +262,8 @@ impl<'a> Search<'a> {
                     break;
                 }
                 attempts += 1;
-                // Gaps that the layout cannot fill: a little less than fits.
-                target = target.saturating_sub((arena - limit).max(limit / 200));
+                // Gaps that the layout cannot fill: a little less than fits, and not much less, as that may cost far more.
+                target = target.saturating_sub(((arena - limit) / 2).max(limit / STEP));
             }
             let improved = self.improve(&mut cuts, &mut built, &mut profile, target)?;
             if limit == 0 || !improved {
@@ -386,146 +370,25 @@ impl<'a> Search<'a> {
         let mut all: Vec<Cut> = cuts.iter().copied().collect();
         all.sort_by(|a, b| cost(b).total_cmp(&cost(a)).then(a.cmp(b)));
         let Some(mut extra) = self.build(cuts).map(|b| b.extra) else { return Ok(()) };
+        let mut in_vain = 0;
         for c in all {
-            cuts.remove(&c);
-            let less = match self.build(cuts) {
-                Some(b) if b.extra < extra && self.profile(&b)?.fits(limit) => Some(b.extra),
-                _ => None,
-            };
-            match less {
-                Some(less) => extra = less,
-                None => drop(cuts.insert(c)),
+            if in_vain == IN_VAIN {
+                break;
             }
+            cuts.remove(&c);
+            if let Some(b) = self.build(cuts).filter(|b| b.extra < extra) {
+                let profile = self.profile(&b)?;
+                if profile.peak().1 <= limit {
+                    if profile.arena(limit) <= limit {
+                        extra = b.extra;
+                        continue;
+                    }
+                    in_vain += 1;
+                }
+            }
+            cuts.insert(c);
         }
         Ok(())
-    }
-
-    /// What waits at the fullest moment and could be computed again.
-    fn candidates(&self, built: &Built, profile: &Profile, cuts: &Cuts) -> Vec<Candidate> {
-        let (peak, _) = profile.peak();
-        let Some(here) = peak.checked_sub(1).filter(|p| *p < built.order.len()) else { return Vec::new() };
-        let event = built.events[here];
-        let graph = built.wiring(self.graph);
-        let home = |v: &ValueId| match profile.homes[v.index()] {
-            Some(Home::Block(b)) => Some(b),
-            _ => None,
-        };
-        let node = graph.node(built.order[here]);
-        let busy: HashSet<usize> =
-            node.inputs.iter().chain(&node.outputs).flatten().filter_map(home).collect();
-        let mut made_at = vec![usize::MAX; graph.values()];
-        let mut next = vec![usize::MAX; graph.values()];
-        for (position, id) in built.order.iter().enumerate().rev() {
-            let node = graph.node(*id);
-            node.outputs.iter().flatten().for_each(|v| made_at[v.index()] = position);
-            if position > here {
-                node.inputs.iter().flatten().for_each(|v| next[v.index()] = position);
-            }
-        }
-        let mut waiting: HashMap<usize, Vec<ValueId>> = HashMap::new();
-        let mut barred = busy;
-        for v in &self.request.outputs {
-            barred.extend(home(v));
-        }
-        for i in 0..graph.values() {
-            let v = ValueId(i as u32);
-            let Some(b) = home(&v) else { continue };
-            if !matches!(graph.source(v), Source::Node(..)) {
-                barred.insert(b);
-            } else if made_at[i] <= here && next[i] != usize::MAX {
-                waiting.entry(b).or_default().push(v);
-            }
-        }
-        // What is there anyway when it is wanted again.
-        let at_hand: HashSet<ValueId> = waiting.values().flatten().map(|v| graph.origin(*v)).collect();
-        let mut found = Vec::new();
-        for (b, values) in &waiting {
-            let block = &profile.blocks[*b];
-            if barred.contains(b) || block.bytes < LEAST || block.dies < peak {
-                continue;
-            }
-            let soonest = values.iter().map(|v| next[v.index()]).min().unwrap_or(here);
-            let seen = values.iter().map(|v| made_at[v.index()]).max().unwrap_or(here);
-            let origins: Vec<ValueId> = values.iter().map(|v| graph.origin(*v)).collect();
-            let dropping = self.dropping(origins.clone(), &at_hand, built, event);
-            let Some((cuts_here, cost)) = dropping else { continue };
-            if cuts_here.iter().all(|c| cuts.contains(c)) {
-                continue;
-            }
-            let waits = (soonest - seen.min(here)) as f64;
-            found.push(Candidate {
-                values: origins,
-                cuts: cuts_here,
-                score: block.bytes as f64 * waits / cost.max(1.0),
-            });
-        }
-        // In an order that does not depend on the map's.
-        found.sort_by(|a, b| a.cuts.cmp(&b.cuts));
-        found
-    }
-
-    /// The cuts that drop original values at an event, and with them what they are computed of and nobody else waits for: it
-    /// is computed again too rather than kept for their sake. And what that costs; `None`: it cannot be.
-    fn dropping(
-        &self,
-        mut values: Vec<ValueId>,
-        at_hand: &HashSet<ValueId>,
-        built: &Built,
-        event: u32,
-    ) -> Option<(Vec<Cut>, f64)> {
-        let (mut list, mut cost, mut done) = (Vec::new(), 0.0, HashSet::new());
-        let wanted = values.len();
-        while let Some(v) = values.pop() {
-            if !done.insert(v) {
-                continue;
-            }
-            let last = built.last_touch(v, event);
-            let source = match self.graph.value(v).source {
-                Source::Node(n, o) if repeatable(self.graph.node(n), o) => Some(n),
-                _ => None,
-            };
-            let (Some(last), Some(n)) = (last, source) else {
-                // What it is computed of has to wait then.
-                if list.len() < wanted {
-                    return None;
-                }
-                continue;
-            };
-            list.push((v, last));
-            let node = self.graph.node(n);
-            cost += if node.op.is_view() { 0.0 } else { self.cost[n.index()] };
-            let inputs = node.op.again(node).map_or_else(|| node.inputs.clone(), |again| again.1);
-            values.extend(inputs.into_iter().flatten().filter(|u| {
-                let large = self.graph.value(*u).meta.as_ref().is_some_and(|m| m.bytes() >= LEAST);
-                let computed = matches!(self.graph.value(*u).source, Source::Node(..));
-                large && computed && !self.fixed[u.index()] && !at_hand.contains(u)
-            }));
-        }
-        list.sort();
-        Some((list, cost))
-    }
-
-    /// The cuts that drop, once a dropped value is there again, what was only computed again to compute that.
-    fn on_the_way(&self, built: &Built, dropped: &Candidate) -> Vec<Cut> {
-        let of_it = dropped.cuts.iter().filter(|c| dropped.values.contains(&c.0));
-        let again: HashSet<u32> = of_it.filter_map(|(v, last)| built.next_touch(*v, *last)).collect();
-        let graph = built.wiring(self.graph);
-        let mut cuts = Vec::new();
-        for (id, event) in built.order.iter().zip(&built.events) {
-            if id.index() < self.graph.nodes.len() || !again.contains(event) {
-                continue;
-            }
-            let reader = self.graph.node(self.order[*event as usize]);
-            for v in graph.node(*id).outputs.iter().flatten() {
-                let origin = graph.origin(*v);
-                let wanted = reader.inputs.contains(&Some(origin)) || dropped.values.contains(&origin);
-                let large = self.graph.value(origin).meta.as_ref().is_some_and(|m| m.bytes() >= LEAST);
-                if large && !wanted {
-                    cuts.push((origin, *event));
-                }
-            }
-        }
-        cuts
     }
 
     fn profile(&self, built: &Built) -> Result<Profile> {

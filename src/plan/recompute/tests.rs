@@ -2,7 +2,8 @@ use std::sync::Arc;
 
 use crate::exec::{Options, Session};
 use crate::import::Model;
-use crate::import::make::{floats, import, ints, model, node, ramp};
+use crate::import::make::{attr, floats, import, ints, model, node, ramp, with};
+use crate::import::proto::AttributeProto;
 use crate::plan::Plan;
 use crate::tensor::{DType, Meta, Tensor};
 use crate::train::optimizer::Optimizer;
@@ -80,6 +81,36 @@ fn what_is_computed_again_reads_the_same_weights() {
         assert!(again.again.kernels > 0 || again.arena_bytes > arena, "{arena}: {:?}", again.again);
         assert!(usual == within, "{arena} bytes, {:?}", again.again);
     }
+}
+
+/// Layers that read all layers before them, as a DenseNet's do: their results are kept, and joined again for each gradient.
+#[test]
+fn what_several_are_computed_of_is_kept() {
+    let (mut nodes, mut weights) = (Vec::new(), Vec::new());
+    let mut made = vec!["x".to_string()];
+    for i in 0..8 {
+        let [w, c] = ["w", "c"].map(|s| format!("{s}{i}"));
+        let y = if i == 7 { "y".to_string() } else { format!("y{i}") };
+        let rows = 64 * made.len();
+        let values: Vec<f32> = (0..rows * 64).map(|k| ((k * (i + 3)) as f32 * 0.7).sin() * 0.2).collect();
+        weights.push(floats(&w, &[rows as i64, 64], &values));
+        let all: Vec<&str> = made.iter().map(String::as_str).collect();
+        let axis = AttributeProto { i: 1, ..attr("axis", 2) };
+        nodes.push(with(node("Concat", &all, &[&c]), axis));
+        nodes.push(node("MatMul", &[&c, &w], &[&y]));
+        made.push(y);
+    }
+    let m = Arc::new(import(&model(nodes, weights, "y")).unwrap());
+    let meta = Meta::new(DType::F32, &[512, 64]);
+    let run = |arena| trained(&m, &meta, Optimizer::sgd(), arena, 1e-2, 2);
+    let (usual, plan) = run(None);
+    let limit = plan.arena_bytes * 3 / 4;
+    let (small, within) = run(Some(limit));
+    assert!(within.arena_bytes <= limit, "{} of {limit}", within.arena_bytes);
+    let again: Vec<&str> =
+        within.steps.iter().filter(|s| s.draws_as != s.node).map(|s| s.op.name()).collect();
+    assert!(again.len() > 2 && again.iter().all(|name| *name == "Concat"), "{again:?}");
+    assert!(usual == small);
 }
 
 /// Gradients are followed one by one, not all at the end.
