@@ -21,7 +21,7 @@ pub(super) struct Candidate {
 }
 
 /// What it takes to drop some values.
-struct Drop {
+struct Dropping {
     cuts: Vec<Cut>,
     cost: f64,
     /// Values that are then kept for it, sorted.
@@ -31,7 +31,7 @@ struct Drop {
 /// A block that is computed of what nobody else waits for, were that kept.
 struct Apart {
     values: Vec<ValueId>,
-    drop: Drop,
+    dropping: Dropping,
     bytes: usize,
     waits: f64,
 }
@@ -93,13 +93,13 @@ impl Search<'_> {
             let seen = values.iter().map(|v| made_at[v.index()]).max().unwrap_or(here);
             let waits = (soonest - seen.min(here)) as f64;
             let values: Vec<ValueId> = values.iter().map(|v| graph.origin(*v)).collect();
-            if let Some(drop) = self.dropping(values.clone(), &at_hand, built, event, false) {
-                let score = block.bytes as f64 * waits / drop.cost.max(1.0);
-                found.push(Candidate { values: values.clone(), cuts: drop.cuts, score });
+            let of = |keeping| self.dropping(values.clone(), &at_hand, built, event, keeping);
+            if let Some(Dropping { cuts, cost, .. }) = of(false) {
+                let score = block.bytes as f64 * waits / cost.max(1.0);
+                found.push(Candidate { values: values.clone(), cuts, score });
             }
-            let keeping = self.dropping(values.clone(), &at_hand, built, event, true);
-            if let Some(drop) = keeping.filter(|drop| !drop.kept.is_empty()) {
-                apart.push(Apart { values, drop, bytes: block.bytes, waits });
+            if let Some(dropping) = of(true).filter(|d| !d.kept.is_empty()) {
+                apart.push(Apart { values, dropping, bytes: block.bytes, waits });
             }
         }
         found.extend(self.computed_of_the_same(apart));
@@ -118,8 +118,8 @@ impl Search<'_> {
         built: &Built,
         event: u32,
         keeping: bool,
-    ) -> Option<Drop> {
-        let mut drop = Drop { cuts: Vec::new(), cost: 0.0, kept: Vec::new() };
+    ) -> Option<Dropping> {
+        let mut found = Dropping { cuts: Vec::new(), cost: 0.0, kept: Vec::new() };
         let (mut done, wanted) = (HashSet::new(), values.clone());
         while let Some(v) = values.pop() {
             if !done.insert(v) {
@@ -137,41 +137,44 @@ impl Search<'_> {
                 if is_wanted {
                     return None;
                 }
-                drop.kept.push(v);
+                found.kept.push(v);
                 continue;
             };
-            drop.cuts.push((v, last));
+            found.cuts.push((v, last));
             let node = self.graph.node(n);
-            drop.cost += if view { 0.0 } else { self.cost[n.index()] };
+            found.cost += if view { 0.0 } else { self.cost[n.index()] };
             let inputs = node.op.again(node).map_or_else(|| node.inputs.clone(), |again| again.1);
             values.extend(inputs.into_iter().flatten().filter(|u| {
                 let computed = matches!(self.graph.value(*u).source, Source::Node(..));
                 self.is_large(*u) && computed && !self.fixed[u.index()] && !at_hand.contains(u)
             }));
         }
-        drop.cuts.sort();
-        drop.kept.sort();
-        Some(drop)
+        found.cuts.sort();
+        found.kept.sort();
+        Some(found)
     }
 
     /// Blocks that are dropped together, and what all of them are computed of is kept instead: inputs that one of them alone
     /// would not be worth keeping for. (So the growing concatenations of a DenseNet, for the layers' results.)
     fn computed_of_the_same(&self, mut apart: Vec<Apart>) -> Vec<Candidate> {
-        apart.sort_by(|a, b| a.drop.kept.cmp(&b.drop.kept).then_with(|| a.drop.cuts.cmp(&b.drop.cuts)));
+        apart.sort_by(|a, b| {
+            let by_kept = a.dropping.kept.cmp(&b.dropping.kept);
+            by_kept.then_with(|| a.dropping.cuts.cmp(&b.dropping.cuts))
+        });
         let mut found = Vec::new();
         for (i, first) in apart.iter().enumerate() {
-            let kept = &first.drop.kept;
-            if i > 0 && apart[i - 1].drop.kept == *kept {
+            let kept = &first.dropping.kept;
+            if i > 0 && apart[i - 1].dropping.kept == *kept {
                 continue;
             }
-            let within = |a: &&Apart| a.drop.kept.iter().all(|v| kept.binary_search(v).is_ok());
+            let within = |a: &&Apart| a.dropping.kept.iter().all(|v| kept.binary_search(v).is_ok());
             let (mut values, mut cuts) = (Vec::new(), Vec::new());
             let (mut area, mut cost, mut longest) = (0.0, 0.0, 0.0f64);
             for a in apart.iter().filter(within) {
                 values.extend(&a.values);
-                cuts.extend(&a.drop.cuts);
+                cuts.extend(&a.dropping.cuts);
                 area += a.bytes as f64 * a.waits;
-                cost += a.drop.cost;
+                cost += a.dropping.cost;
                 longest = longest.max(a.waits);
             }
             let instead: usize = kept.iter().map(|v| self.meta(*v).map_or(0, |m| aligned(m.bytes()))).sum();
