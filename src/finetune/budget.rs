@@ -386,6 +386,7 @@ impl Job<'_> {
                 return Ok(None);
             }
             let excess = tight.total() - budget + MORE_KERNELS * PER_KERNEL / 2;
+            // (Of what it took: any bound that is not below that finds the same plan.)
             let Some(less) = arena.min(tight.usage.arena).checked_sub(excess).filter(|a| *a > 0) else {
                 break;
             };

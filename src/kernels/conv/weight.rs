@@ -21,7 +21,6 @@ use crate::kernels::conv::grids::Lines;
 use crate::kernels::conv::{Geometry, in_slots, pointwise, slots, split, strides, volume};
 use crate::kernels::gemm::{self, Product};
 use crate::kernels::half::Elements;
-use crate::kernels::isa::vectorize_sweep;
 use crate::kernels::par::{self, Shared};
 use crate::kernels::simd::{Kernel, Level, Simd, Vectors};
 use crate::kernels::tile::{Form, Pieces, Positions, TermKernel, Terms, along_columns, put};
@@ -462,15 +461,9 @@ fn pad<T: Vectors>(g: &Geometry, p: &Plan, x: Elements<T>, out: &mut [T]) {
 fn add<T: Vectors>(sums: &mut [T], size: usize) {
     let (first, rest) = sums.split_at_mut(size);
     par::pieces(first, |start, piece| {
-        vectorize_sweep(
-            #[inline(always)]
-            || {
-                for more in rest.chunks_exact(size) {
-                    for (a, b) in piece.iter_mut().zip(&more[start..]) {
-                        *a += *b;
-                    }
-                }
-            },
-        );
+        for more in rest.chunks_exact(size) {
+            let more = &more[start..][..piece.len()];
+            piece.iter_mut().zip(more).for_each(|(a, b)| *a += *b);
+        }
     });
 }

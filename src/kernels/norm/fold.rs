@@ -16,8 +16,8 @@ pub(super) const NEAR: usize = ROWS * WIDTH;
 /// What is summed: `dz` of an element, given its `x − at`.
 ///
 /// # Safety
-/// Where `holds(i + n)` and `j + n ≤ WIDTH`, `prepare` was told of the rows, and `WHOLE` only if `is_whole`, `of` touches nothing but memory that is
-/// the term's own.
+/// Where `holds(i + n)` and `j + n ≤ WIDTH`, `prepare` was told of the rows, and `WHOLE` only if `is_whole`, `of` touches
+/// nothing but memory that is the term's own.
 pub(super) unsafe trait Term<T: Float> {
     /// Are there so many elements?
     fn holds(&self, elements: usize) -> bool;

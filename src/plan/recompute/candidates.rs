@@ -16,7 +16,7 @@ pub(super) struct Candidate {
     /// What they hold, of the original values.
     values: Vec<ValueId>,
     pub(super) cuts: Vec<Cut>,
-    /// Bytes times how long they wait, against the cost.
+    /// Bytes times how long they wait, less those that are kept for it, against the cost.
     pub(super) score: f64,
 }
 
