@@ -467,6 +467,16 @@ impl Pieces {
         (self.short + usize::from(i < self.longer)).min(self.total - self.start(i))
     }
 
+    /// Pieces from the `i`th on that are as long.
+    #[inline(always)]
+    pub fn alike(&self, i: usize) -> usize {
+        match i < self.longer {
+            true => self.longer - i,
+            false if i + 1 < self.count && self.len(self.count - 1) < self.short => self.count - 1 - i,
+            false => self.count - i,
+        }
+    }
+
     #[inline(always)]
     pub fn start(&self, i: usize) -> usize {
         i * self.short + i.min(self.longer)

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
-use crate::kernels::ahead::Ahead;
+use crate::kernels::ahead::{Ahead, Steps};
 use crate::kernels::conv::grids::{Grid, Plan, TILE};
 use crate::kernels::conv::load::{Load, Operand};
 use crate::kernels::conv::panels::Unpacked;
@@ -136,31 +136,41 @@ impl<E: Copy, T: Vectors> Task<'_, E, T> {
         self.images.len()
     }
 
-    /// Where a tile of `m` positions begins in A and in the result.
+    /// The next tiles of `m` positions, at most so many: those of one line, or one that goes over its end.
     #[inline(always)]
-    fn rows_of(&self, walk: &mut Walk, y0: usize, m: usize) -> ([*const E; 8], [usize; 8]) {
-        let (mut a, mut y) = ([self.a; 8], [0usize; 8]);
-        if walk.at[2] + m <= walk.extents[2] {
-            // All in one row.
+    fn places(&self, walk: &mut Walk, y0: usize, m: usize, most: usize) -> Places<E> {
+        let step = [m * walk.a_step[2], m * walk.y_step[2]];
+        let mut places = Places { a: [self.a; 8], y: [0; 8], tiles: 1, step };
+        let left = walk.extents[2] - walk.at[2];
+        if m <= left {
+            places.tiles = if left < 2 * m { 1 } else { most.min(left / m) };
             for i in 0..8 {
-                a[i] = self.a.wrapping_add(walk.a + i * walk.a_step[2]);
-                y[i] = y0 + walk.y + i * walk.y_step[2];
+                places.a[i] = self.a.wrapping_add(walk.a + i * walk.a_step[2]);
+                places.y[i] = y0 + walk.y + i * walk.y_step[2];
             }
-            walk.at[2] += m;
-            walk.a += m * walk.a_step[2];
-            walk.y += m * walk.y_step[2];
+            walk.at[2] += places.tiles * m;
+            walk.a += places.tiles * step[0];
+            walk.y += places.tiles * step[1];
             if walk.at[2] == walk.extents[2] {
                 walk.next_line();
             }
-            return (a, y);
+            return places;
         }
         for i in 0..m {
-            a[i] = self.a.wrapping_add(walk.a);
-            y[i] = y0 + walk.y;
+            places.a[i] = self.a.wrapping_add(walk.a);
+            places.y[i] = y0 + walk.y;
             walk.next();
         }
-        (a, y)
+        places
     }
+}
+
+/// Where the positions of tiles begin in A and in the results: those of the first one, and how far it is to the next.
+struct Places<E> {
+    a: [*const E; 8],
+    y: [usize; 8],
+    tiles: usize,
+    step: [usize; 2],
 }
 
 impl<E: Copy, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
@@ -170,8 +180,11 @@ impl<E: Copy, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
     unsafe fn run<D: Terms<Term = E, S: Simd<Elem = T>>>(self) {
         let panel = Level::of::<D::S>().panel(self.plan.co);
         let together = self.together(panel);
-        for first in self.panels.clone().step_by(together) {
+        let times = self.panels.len().div_ceil(together);
+        for (time, first) in self.panels.clone().step_by(together).enumerate() {
             let panels = first..(first + together).min(self.panels.end);
+            // What is fetched meanwhile is so once.
+            let mut share = Some((time, times));
             for grid in self.grids() {
                 let steps: usize = grid.runs.iter().map(|run| run.1).sum();
                 // (Rounded results cannot be added to.)
@@ -182,7 +195,7 @@ impl<E: Copy, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
                     _ => 1,
                 };
                 for i in 0..passes {
-                    let share = steps * i / passes..steps * (i + 1) / passes;
+                    let some_steps = steps * i / passes..steps * (i + 1) / passes;
                     let mut epilogue = self.epilogue;
                     if i > 0 || !grid.begins {
                         (epilogue.bias, epilogue.residual) = (None, Residual::InOutput);
@@ -194,12 +207,13 @@ impl<E: Copy, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
                     let runs = match passes {
                         1 => &grid.runs[..],
                         _ => {
-                            some = part(&grid.runs, share.clone());
+                            some = part(&grid.runs, some_steps.clone());
                             &some[..]
                         }
                     };
+                    let part = Part { grid, runs, before: some_steps.start, panels: panels.clone(), share: share.take() };
                     // SAFETY: the caller's promise.
-                    unsafe { self.pass::<D>(grid, runs, share.start, panels.clone(), &epilogue) }
+                    unsafe { self.pass::<D>(part, &epilogue) }
                 }
             }
         }
@@ -219,114 +233,143 @@ fn part(runs: &[(isize, usize)], steps: Range<usize>) -> SmallVec<[(isize, usize
     found
 }
 
+/// Some runs of a grid's positions, from step `before` of their sum on, by some panels.
+struct Part<'a> {
+    grid: &'a Grid,
+    runs: &'a [(isize, usize)],
+    before: usize,
+    panels: Range<usize>,
+    /// Which of how many shares of what is fetched meanwhile, if any.
+    share: Option<(usize, usize)>,
+}
+
 impl<E: Copy, T: Vectors> Task<'_, E, T> {
-    /// Some runs of a grid's positions, from step `before` of their sum on, by some panels.
-    ///
     /// # Safety
     /// As of [`run`](TermKernel::run).
     #[inline(always)]
-    unsafe fn pass<D: Terms<Term = E, S: Simd<Elem = T>>>(
-        &self,
-        grid: &Grid,
-        runs: &[(isize, usize)],
-        before: usize,
-        panels: Range<usize>,
-        epilogue: &Epilogue<T>,
-    ) {
-        let (plan, lanes) = (self.plan, D::S::LANES);
-        let (ci, co, panel) = (plan.ci, plan.co, Level::of::<D::S>().panel(plan.co));
-        let (oc, size, per_group) = (plan.groups * co, plan.steps() * panel, plan.panels(panel));
+    unsafe fn pass<D: Terms<Term = E, S: Simd<Elem = T>>>(&self, part: Part, epilogue: &Epilogue<T>) {
+        let (plan, lanes, grid) = (self.plan, D::S::LANES, part.grid);
+        let (co, panel) = (plan.co, Level::of::<D::S>().panel(plan.co));
+        let (size, per_group) = (plan.steps() * panel, plan.panels(panel));
         let (mut walk, y0) = self.walk(grid);
         let total = self.images.len() * volume(walk.extents);
-        let mut tile = Tile {
-            runs,
-            slides: plan.slides(grid, lanes).then_some(ci),
-            b: self.weights,
-            input: 0,
-            to: Results::new(epilogue, self.y),
-        };
-        // The first panel's group, and its place in that: without a division for each tile.
-        let start = (panels.start / per_group, panels.start % per_group);
         let pieces = Pieces::of(total, Level::of::<D::S>().rows(panel));
-        let ahead = self.ahead.in_steps(pieces.count);
-        let mut next = self.rows_of(&mut walk, y0, pieces.len(0));
-        for i in 0..pieces.count {
+        let ahead = match part.share {
+            Some((nth, of)) => self.ahead.in_steps(pieces.count * of).after(nth * pieces.count),
+            None => Steps::NOTHING,
+        };
+        // Panels of a group that are equally wide: all but perhaps its last one.
+        let wide = co / panel;
+        let stretch = |p: usize| {
+            let in_group = p % per_group;
+            let end = if in_group < wide { p - in_group + wide } else { p + 1 };
+            (p / per_group, in_group * panel, end.min(part.panels.end))
+        };
+        let alike = stretch(part.panels.start).2 == part.panels.end;
+        let mut i = 0;
+        while i < pieces.count {
             let m = pieces.len(i);
-            let (a, y) = next;
-            let after = if i + 1 < pieces.count { pieces.len(i + 1) } else { 0 };
-            next = self.rows_of(&mut walk, y0, after);
-            // SAFETY: the caller's promise.
-            unsafe { ahead.fetch::<D::S>(i) }
-            let (mut group, mut in_group) = start;
-            for p in panels.clone() {
-                let channel = in_group * panel;
-                tile.to.set(epilogue, group * co + channel, panel.min(co - channel));
-                let row = tile.to.lanes.next_multiple_of(D::S::LANES);
-                tile.input = group * ci;
-                in_group += 1;
-                if in_group == per_group {
-                    (group, in_group) = (group + 1, 0);
-                }
-                tile.b = self.weights.wrapping_add(p * size + (grid.first * ci + before) * row);
-                // What the next tile will write is fetched meanwhile: it lies in short runs, far apart.
-                for i in 0..if self.far && oc > panel { after } else { 0 } {
-                    for at in (0..tile.to.lanes).step_by(D::S::LINE) {
-                        let y = self.y.address(next.1[i] + tile.to.channel + at);
-                        // SAFETY: fetching is allowed anywhere.
-                        unsafe { D::S::prefetch(y) }
-                    }
-                }
-                let n = tile.to.lanes.div_ceil(D::S::LANES);
-                // SAFETY: the walk stays inside the task's rows, whose windows `a` holds; see `tile_run`.
-                unsafe { tile_sizes!(m, n, D, tile_run(&tile, &a, &y)) }
+            // All panels for a tile before the next one.
+            let places = self.places(&mut walk, y0, m, if alike { pieces.alike(i) } else { 1 });
+            let mut p = part.panels.start;
+            while p < part.panels.end {
+                let (group, channel, end) = stretch(p);
+                let lanes_here = panel.min(co - channel);
+                let row = lanes_here.next_multiple_of(lanes);
+                let mut to = Results::new(epilogue, self.y);
+                to.set(epilogue, group * co + channel, lanes_here);
+                let tiles = Tiles {
+                    places: &places,
+                    runs: part.runs,
+                    slides: plan.slides(grid, lanes).then_some(plan.ci),
+                    b: self.weights.wrapping_add(p * size + (grid.first * plan.ci + part.before) * row),
+                    b_panel: size,
+                    panels: end - p,
+                    input: group * plan.ci,
+                    to,
+                    far: self.far && plan.groups * co > panel,
+                    ahead: if p == part.panels.start { ahead.after(i) } else { Steps::NOTHING },
+                };
+                // SAFETY: the walk stays inside the task's rows, whose windows A holds; see `tiles_run`.
+                unsafe { tile_sizes!(m, row / lanes, D, tiles_run(&tiles)) }
+                p = end;
             }
+            i += places.tiles;
         }
     }
 }
 
-struct Tile<'a, E, T> {
+/// Tiles, each by some panels of a group that are equally wide.
+struct Tiles<'a, E, T> {
+    places: &'a Places<E>,
     runs: &'a [(isize, usize)],
     /// See [`Plan::slides`]: elements from a position to the next.
     slides: Option<usize>,
+    /// The first panel, from one to the next, and their number.
     b: *const E,
+    b_panel: usize,
+    panels: usize,
     /// The group's first input channel.
     input: usize,
+    /// Of the first panel.
     to: Results<T>,
+    /// Results go to memory that is far, in short runs.
+    far: bool,
+    /// What is fetched at each tile.
+    ahead: Steps,
 }
 
-/// One register tile: `M` positions by `N` vectors.
+/// Tiles of `M` positions by `N` vectors. (What is decided for all of them would take a quarter of a short sum's time if it were for
+/// each.)
 ///
 /// # Safety
-/// `a` must be readable at all runs, `y` writable (and the residual readable) at each offset for `lanes` elements.
+/// A must be readable at all runs, Y writable (and the residual readable) at each position for the panels' channels.
 #[inline(always)]
-unsafe fn tile_run<D: Terms, const M: usize, const N: usize>(
-    t: &Tile<D::Term, <D::S as Simd>::Elem>,
-    a: &[*const D::Term; 8],
-    y: &[usize; 8],
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut rows = [a[0]; M];
-        for i in 0..M {
-            rows[i] = a[i].wrapping_add(t.input);
-        }
-        let acc = match t.slides {
-            Some(step) if M == TILE && N == 1 => {
-                let mut acc = [[D::S::splat(num_traits::zero()); N]; M];
-                let sums = slide::<D, M>(t.runs, rows[0], step, t.b);
-                for i in 0..M {
-                    acc[i][0] = sums[i];
+unsafe fn tiles_run<D: Terms, const M: usize, const N: usize>(t: &Tiles<D::Term, <D::S as Simd>::Elem>) {
+    let (lanes, places) = (t.to.lanes, t.places);
+    let (mut rows, mut y) = ([places.a[0]; M], [0; M]);
+    for i in 0..M {
+        (rows[i], y[i]) = (places.a[i].wrapping_add(t.input), places.y[i]);
+    }
+    for tile in 0..places.tiles {
+        let (mut to, mut b) = (t.to, t.b);
+        // SAFETY: the caller's promise.
+        unsafe {
+            t.ahead.fetch::<D::S>(tile);
+            for _ in 0..t.panels {
+                // What the next tile will write is fetched meanwhile: it lies in short runs, far apart.
+                if t.far {
+                    for i in 0..M {
+                        for at in (0..lanes).step_by(D::S::LINE) {
+                            D::S::prefetch(to.address(y[i] + places.step[1] + at));
+                        }
+                    }
                 }
-                acc
+                let acc = match t.slides {
+                    Some(step) if M == TILE && N == 1 => {
+                        let mut acc = [[D::S::splat(num_traits::zero()); N]; M];
+                        let sums = slide::<D, M>(t.runs, rows[0], step, b);
+                        for i in 0..M {
+                            acc[i][0] = sums[i];
+                        }
+                        acc
+                    }
+                    _ => along_rows::<D, M, N>(t.runs, rows, b, N * D::S::LANES),
+                };
+                for j in 0..N {
+                    let mut column = [acc[0][j]; M];
+                    for i in 0..M {
+                        column[i] = acc[i][j];
+                    }
+                    put_column::<D, M>(&to, column, &y, j * D::S::LANES);
+                }
+                to.advance();
+                b = b.wrapping_add(t.b_panel);
             }
-            _ => along_rows::<D, M, N>(t.runs, rows, t.b, N * D::S::LANES),
-        };
-        for j in 0..N {
-            let mut column = [acc[0][j]; M];
-            for i in 0..M {
-                column[i] = acc[i][j];
-            }
-            put_column::<D, M>(&t.to, column, y, j * D::S::LANES);
+        }
+        for i in 0..M {
+            rows[i] = rows[i].wrapping_add(places.step[0]);
+            y[i] += places.step[1];
         }
     }
 }

@@ -30,6 +30,7 @@ use crate::kernels::layout::Layout;
 use crate::kernels::par::{in_slots, slots};
 use crate::kernels::simd::Vectors;
 use crate::kernels::strided;
+use crate::tensor::Float;
 
 use statistics::Done;
 
@@ -85,7 +86,7 @@ pub struct Epilogue<'a, T> {
     pub clamp: Clamp<T>,
 }
 
-impl<T: Vectors> Epilogue<'_, T> {
+impl<T: Float> Epilogue<'_, T> {
     /// Results as they are.
     pub fn none() -> Self {
         Epilogue { bias: None, residual: Residual::None, clamp: Clamp::NONE.to() }

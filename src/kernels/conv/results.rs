@@ -4,8 +4,9 @@
 use crate::kernels::conv::{Epilogue, Residual};
 use crate::kernels::half::ElementsMut;
 use crate::kernels::par::Shared;
-use crate::kernels::simd::{Simd, Vectors, load_lanes, store_lanes};
+use crate::kernels::simd::{Simd, load_lanes, store_lanes};
 use crate::kernels::tile::{Terms, round_up_to};
+use crate::tensor::Float;
 
 /// Where results begin.
 #[derive(Clone, Copy)]
@@ -56,6 +57,7 @@ impl<'a, T> SharedResults<'a, T> {
 }
 
 /// Where sums go, and what happens to them before.
+#[derive(Clone, Copy)]
 pub(super) struct Results<T> {
     bias: Option<*const T>,
     residual: Option<*const T>,
@@ -69,7 +71,7 @@ pub(super) struct Results<T> {
     pub(super) lanes: usize,
 }
 
-impl<T: Vectors> Results<T> {
+impl<T: Float> Results<T> {
     pub(super) fn new(epilogue: &Epilogue<T>, y: To<T>) -> Self {
         Results {
             bias: None,
@@ -101,6 +103,19 @@ impl<T: Vectors> Results<T> {
         self.bias = epilogue.bias.map(|b| b.as_ptr().wrapping_add(channel));
         (self.channel, self.lanes) = (channel, lanes);
     }
+
+    /// To the channels that follow.
+    #[inline(always)]
+    pub(super) fn advance(&mut self) {
+        self.bias = self.bias.map(|b| b.wrapping_add(self.lanes));
+        self.channel += self.lanes;
+    }
+
+    /// Where the first channel's result of a position lies.
+    #[inline(always)]
+    pub(super) fn address(&self, position: usize) -> *const T {
+        self.y.address(position + self.channel)
+    }
 }
 
 /// The epilogue of a tile's column of vectors, which begins `at` so many channels after the first, and its results.
@@ -111,7 +126,7 @@ impl<T: Vectors> Results<T> {
 pub(super) unsafe fn put_column<D: Terms, const M: usize>(
     to: &Results<<D::S as Simd>::Elem>,
     column: [<D::S as Simd>::V; M],
-    y: &[usize; 8],
+    y: &[usize; M],
     at: usize,
 ) {
     let part = (to.lanes - at).min(D::S::LANES);
@@ -135,7 +150,7 @@ pub(super) unsafe fn put_column<D: Terms, const M: usize>(
 unsafe fn put<D: Terms, const M: usize, const WHOLE: bool>(
     t: &Results<<D::S as Simd>::Elem>,
     mut column: [<D::S as Simd>::V; M],
-    y: &[usize; 8],
+    y: &[usize; M],
     at: usize,
     part: usize,
     low: <D::S as Simd>::V,

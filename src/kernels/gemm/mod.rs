@@ -28,7 +28,7 @@ use crate::tile_sizes;
 pub use self::halves::{gemm_halves, room_halves};
 pub use self::near::Near;
 pub use self::pairs::{gemm_pairs, room_pairs};
-use self::tile::{Target, Tile, tile_run};
+use self::tile::{Target, Tiles, tiles_run};
 
 /// Multiply-adds worth a task of their own.
 const WORK: usize = 1 << 19;
@@ -49,7 +49,8 @@ const AT_ONCE: usize = 1 << 16;
 /// accurate and B's panel stays in the cache. Fewer when A is read across its rows as they lie.
 const STEPS: usize = 512;
 const STEPS_ACROSS: usize = 128;
-const STEPS_NEAR: usize = 128;
+/// Steps of a B that several strips pass by, and elements of it that stay near.
+const STEPS_NEAR: Range<usize> = 128..256;
 /// Elements between strips: strips that are written together would otherwise be a power of two apart and share the
 /// same few lines of the cache.
 const GAP: usize = 16;
@@ -458,24 +459,27 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
             Packs::BThenA => {
                 (STEPS, if p.n * p.k.min(STEPS) <= NEAR_ELEMENTS { FEW_STRIPS } else { self.strips.len() })
             }
-            Packs::AThenB => (STEPS_NEAR, FEW_STRIPS),
+            Packs::AThenB => {
+                let at_once = AT_ONCE / p.in_panels(p.panels().div_ceil(p.pieces(packs).1), 1);
+                (at_once.clamp(STEPS_NEAR.start, STEPS_NEAR.end), FEW_STRIPS)
+            }
         };
         let own = p.packed_by_task(packs, self.strips.len(), self.panels.len());
         let (near, widened) = self.near.split_at_mut(own);
         let near = near.as_mut_ptr();
         let mut k = 0;
         while k < p.k || k == 0 {
-            let count = steps.min(p.k - k);
+            let taken = steps.min(p.k - k);
             let (beta, plus) = if k == 0 { (p.beta, self.plus) } else { (T::one(), Plus::NOTHING) };
             // SAFETY: A and B have the product's extents; `near` is made for the part's strips or panels.
             unsafe {
                 match packs {
                     Packs::BThenA => {
-                        pack::strips::<S>(p, self.a, self.strips.clone(), k..k + count, near, count);
+                        pack::strips::<S>(p, self.a, self.strips.clone(), k..k + taken, near, taken);
                     }
                     Packs::AThenB | Packs::EachB => {
-                        let place = pack::Place { out: near, room: count, before: 0 };
-                        pack::panels::<S>(p, self.b, self.panels.clone(), k..k + count, place);
+                        let place = pack::Place { out: near, room: taken, before: 0 };
+                        pack::panels::<S>(p, self.b, self.panels.clone(), k..k + taken, place);
                     }
                     _ => {}
                 }
@@ -483,10 +487,10 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
             let mut from = self.strips.start;
             while from < self.strips.end {
                 let to = (from + block.max(1)).min(self.strips.end);
-                if widens && count > 0 {
+                if widens && taken > 0 {
                     for row in strips.start(from)..strips.start(to - 1) + strips.len(to - 1) {
-                        let at = (row - strips.start(from)) * (count + GAP);
-                        self.a.copy(row * p.lda + k, &mut widened[at..at + count]);
+                        let at = (row - strips.start(from)) * (taken + GAP);
+                        self.a.copy(row * p.lda + k, &mut widened[at..at + taken]);
                     }
                 }
                 for q in self.panels.clone() {
@@ -498,40 +502,47 @@ impl<T: Vectors> Kernel<T> for Part<'_, T> {
                             self.packed.as_ptr().wrapping_add(q * p.k * panel + k * row)
                         }
                         Packs::AThenB | Packs::EachB => {
-                            near.cast_const().wrapping_add((q - self.panels.start) * count * panel)
+                            near.cast_const().wrapping_add((q - self.panels.start) * taken * panel)
                         }
                     };
-                    for i in from..to {
-                        let (row, m) = (strips.start(i), strips.len(i));
-                        let (a, lda) = match packs {
+                    let mut i = from;
+                    while i < to {
+                        let (row, m, count) = (strips.start(i), strips.len(i), strips.alike(i).min(to - i));
+                        let (a, a_tile, lda) = match packs {
                             Packs::B | Packs::EachB if widens => {
-                                let at = (row - strips.start(from)) * (count + GAP);
-                                (widened.as_ptr().wrapping_add(at), count + GAP)
+                                let at = (row - strips.start(from)) * (taken + GAP);
+                                (widened.as_ptr().wrapping_add(at), m * (taken + GAP), taken + GAP)
+                            }
+                            Packs::Nothing | Packs::B | Packs::EachB if p.trans_a => {
+                                (self.a.address(k * p.lda + row), m, p.lda)
                             }
                             Packs::Nothing | Packs::B | Packs::EachB => {
-                                let at = if p.trans_a { k * p.lda + row } else { row * p.lda + k };
-                                (self.a.address(at), p.lda)
+                                (self.a.address(row * p.lda + k), m * p.lda, p.lda)
                             }
                             Packs::BThenA => {
-                                let at = (i - self.strips.start) * p.in_strip(count);
-                                (near.cast_const().wrapping_add(at), height)
+                                let strip = p.in_strip(taken);
+                                let at = (i - self.strips.start) * strip;
+                                (near.cast_const().wrapping_add(at), strip, height)
                             }
                             Packs::AThenB => {
-                                let at = i * p.in_strip(p.k) + k * height;
-                                (self.packed.as_ptr().wrapping_add(at), height)
+                                let strip = p.in_strip(p.k);
+                                (self.packed.as_ptr().wrapping_add(i * strip + k * height), strip, height)
                             }
                         };
-                        let tile = Tile {
+                        let tiles = Tiles {
+                            count,
                             across: p.trans_a,
                             a,
+                            a_tile,
                             lda,
                             b,
                             ldb: (packs == Packs::Nothing).then_some(p.ldb),
-                            steps: count,
+                            steps: taken,
                             to: Target::of(p, plus, self.c, row, first, panel, beta),
                         };
                         // SAFETY: the part lies inside the product, whose operands have its extents.
-                        unsafe { tile_sizes!(m, tile.to.lanes.div_ceil(S::LANES), S, tile_run(&tile)) }
+                        unsafe { tile_sizes!(m, tiles.to.lanes.div_ceil(S::LANES), S, tiles_run(&tiles)) }
+                        i += count;
                     }
                 }
                 from = to;

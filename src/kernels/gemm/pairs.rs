@@ -10,7 +10,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::blocks::Blocks;
-use super::tile::{Target, Tile, tile_run};
+use super::tile::{Target, Tiles, tiles_run};
 use super::{GAP, Plus, Product, TASKS, WORK};
 use crate::kernels::half::{Elements, Half};
 use crate::kernels::matrix::{BLOCK, SIDE, by_blocks};
@@ -505,28 +505,33 @@ impl<T: Vectors> PairKernel<T> for Part<'_, T> {
         let (strips, steps, panel) = (order.strips(p), order.steps, order.panel);
         let mut k = 0;
         while k < steps {
-            let count = STEPS.min(steps - k);
+            let taken = STEPS.min(steps - k);
             let (beta, plus) = if k == 0 { (p.beta, self.plus) } else { (T::one(), Plus::NOTHING) };
             for q in self.panels.clone() {
                 let (first, width) = (q * panel, order.row(p, q));
                 let b = self.b.as_ptr().wrapping_add(q * steps * panel + k * width);
-                for i in self.strips.clone() {
-                    let row = strips.start(i);
-                    let (a, lda) = match p.trans_a {
-                        true => (i * order.strip() + k * order.height, order.height),
-                        false => (row * self.a.lda + k, self.a.lda),
+                let mut i = self.strips.start;
+                while i < self.strips.end {
+                    let (row, m) = (strips.start(i), strips.len(i));
+                    let count = strips.alike(i).min(self.strips.end - i);
+                    let (a, a_tile, lda) = match p.trans_a {
+                        true => (i * order.strip() + k * order.height, order.strip(), order.height),
+                        false => (row * self.a.lda + k, m * self.a.lda, self.a.lda),
                     };
-                    let tile = Tile {
+                    let tiles = Tiles {
+                        count,
                         across: p.trans_a,
                         a: self.a.a.wrapping_add(a),
+                        a_tile,
                         lda,
                         b,
                         ldb: None,
-                        steps: count,
+                        steps: taken,
                         to: Target::of(p, plus, self.c, row, first, panel, beta),
                     };
                     // SAFETY: the part lies inside the product; its operands are packed.
-                    unsafe { tile_sizes!(strips.len(i), width / D::S::LANES, D, tile_run(&tile)) }
+                    unsafe { tile_sizes!(m, width / D::S::LANES, D, tiles_run(&tiles)) }
+                    i += count;
                 }
             }
             k += STEPS;

@@ -6,65 +6,79 @@ use crate::kernels::simd::{Simd, load_lanes, store_lanes};
 use crate::kernels::tile::{Acc, Positions, ROUND, Terms, along_columns, along_rows};
 use crate::tensor::Float;
 
-/// Of terms `E`, which are summed up in `T`.
-pub(super) struct Tile<'a, E, T> {
+/// Tiles below each other, of terms `E` that are summed up in `T`.
+pub(super) struct Tiles<E, T> {
+    pub count: usize,
     /// A's elements of one step are neighbours.
     pub across: bool,
+    /// A of the first one, and from one to the next.
     pub a: *const E,
+    pub a_tile: usize,
     pub lda: usize,
     pub b: *const E,
     /// From one of B's rows to the next, where they are read as they lie.
     pub ldb: Option<usize>,
     pub steps: usize,
-    pub to: Target<'a, T>,
+    /// Of the first one.
+    pub to: Target<T>,
 }
 
+/// Tiles of `M` rows by `N` vectors. (What is decided or known for all of them would take a tenth of a short sum's time if it were
+/// for each.)
+///
 /// # Safety
-/// `a` must be valid for `M` rows of `steps`, `b` for as many rows of `N` vectors (if packed) or of `to.lanes`
-/// elements, and the target for `M` rows.
+/// `a` must be valid for each tile's `M` rows of `steps`, `b` for as many rows of `N` vectors (if packed) or of `to.lanes`
+/// elements, and the target for all rows.
 #[inline(always)]
-pub(super) unsafe fn tile_run<D: Terms, const M: usize, const N: usize>(
-    t: &Tile<D::Term, <D::S as Simd>::Elem>,
+pub(super) unsafe fn tiles_run<D: Terms, const M: usize, const N: usize>(
+    t: &Tiles<D::Term, <D::S as Simd>::Elem>,
 ) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let lanes = D::S::LANES;
-        t.to.fetch::<D::S, M, N>();
-        let acc = if t.across {
-            let positions = Positions {
-                blocks: 1,
-                rows: 1,
-                steps: t.steps,
-                a_block: 0,
-                a_row: 0,
-                a_step: t.lda,
-                b_block: 0,
-                b_row: 0,
-                b_step: N * lanes,
-                ahead: Steps::NOTHING,
-            };
-            match t.ldb {
-                None => along_columns::<D, M, N, ROUND>(&positions, t.a, t.b, lanes),
-                Some(b_step) => {
-                    let tail = t.to.lanes - (N - 1) * lanes;
-                    along_columns::<D, M, N, 1>(&Positions { b_step, ..positions }, t.a, t.b, tail)
+    let (lanes, mut a, mut to) = (D::S::LANES, t.a, t.to);
+    let (b, steps, lda) = (t.b, t.steps, t.lda);
+    for _ in 0..t.count {
+        // SAFETY: the caller's promise.
+        unsafe {
+            to.fetch::<D::S, M, N>();
+            let acc = if t.across {
+                let positions = Positions {
+                    blocks: 1,
+                    rows: 1,
+                    steps,
+                    a_block: 0,
+                    a_row: 0,
+                    a_step: lda,
+                    b_block: 0,
+                    b_row: 0,
+                    b_step: N * lanes,
+                    ahead: Steps::NOTHING,
+                };
+                match t.ldb {
+                    None => along_columns::<D, M, N, ROUND>(&positions, a, b, lanes),
+                    Some(b_step) => {
+                        let tail = to.lanes - (N - 1) * lanes;
+                        along_columns::<D, M, N, 1>(&Positions { b_step, ..positions }, a, b, tail)
+                    }
                 }
-            }
-        } else {
-            let mut rows = [t.a; M];
-            for i in 0..M {
-                rows[i] = t.a.wrapping_add(i * t.lda);
-            }
-            along_rows::<D, M, N>(&[(0, t.steps)], rows, t.b, N * lanes)
-        };
-        t.to.write::<D::S, M, N>(&acc);
+            } else {
+                let mut rows = [a; M];
+                for i in 0..M {
+                    rows[i] = a.wrapping_add(i * lda);
+                }
+                along_rows::<D, M, N>(&[(0, steps)], rows, b, N * lanes)
+            };
+            to.write::<D::S, M, N>(&acc);
+        }
+        a = a.wrapping_add(t.a_tile);
+        to.advance(M);
     }
 }
 
 /// Where a tile's sums go, and what is added to them.
-pub(super) struct Target<'a, T> {
-    p: &'a Product<T>,
+#[derive(Clone, Copy)]
+pub(super) struct Target<T> {
+    alpha: T,
     beta: T,
+    ldc: usize,
     /// What is added: `lanes` elements, and rows of them as C's.
     row: Option<*const T>,
     all: Option<*const T>,
@@ -72,11 +86,11 @@ pub(super) struct Target<'a, T> {
     pub lanes: usize,
 }
 
-impl<'a, T: Float> Target<'a, T> {
+impl<T: Float> Target<T> {
     /// Of the tile at `row` and column `first` of C.
     #[inline(always)]
     pub fn of(
-        p: &'a Product<T>,
+        p: &Product<T>,
         plus: Plus<T>,
         c: *mut T,
         row: usize,
@@ -86,13 +100,22 @@ impl<'a, T: Float> Target<'a, T> {
     ) -> Self {
         let at = row * p.ldc + first;
         Target {
-            p,
+            alpha: p.alpha,
             beta,
+            ldc: p.ldc,
             row: plus.row.map(|r| r.as_ptr().wrapping_add(first)),
             all: plus.all.map(|x| x.as_ptr().wrapping_add(at)),
             c: c.wrapping_add(at),
             lanes: panel.min(p.n - first),
         }
+    }
+
+    /// To the rows that follow so many.
+    #[inline(always)]
+    fn advance(&mut self, rows: usize) {
+        let step = rows * self.ldc;
+        self.all = self.all.map(|x| x.wrapping_add(step));
+        self.c = self.c.wrapping_add(step);
     }
 
     /// Brings C near, while sums are added up.
@@ -104,7 +127,7 @@ impl<'a, T: Float> Target<'a, T> {
         for i in 0..M {
             for j in 0..N {
                 // SAFETY: the caller's promise.
-                unsafe { S::prefetch(self.c.wrapping_add(i * self.p.ldc + j * S::LANES)) }
+                unsafe { S::prefetch(self.c.wrapping_add(i * self.ldc + j * S::LANES)) }
             }
         }
     }
@@ -142,7 +165,7 @@ impl<'a, T: Float> Target<'a, T> {
     ) {
         // SAFETY: the caller's promise.
         unsafe {
-            let alpha = S::splat(self.p.alpha);
+            let alpha = S::splat(self.alpha);
             for i in 0..M {
                 column[i] = S::mul(column[i], alpha);
             }
@@ -154,18 +177,18 @@ impl<'a, T: Float> Target<'a, T> {
             }
             if let Some(all) = self.all {
                 for i in 0..M {
-                    column[i] = S::add(column[i], load_lanes::<S, WHOLE>(all.add(i * self.p.ldc + j), part));
+                    column[i] = S::add(column[i], load_lanes::<S, WHOLE>(all.add(i * self.ldc + j), part));
                 }
             }
             if self.beta != num_traits::zero() {
                 let beta = S::splat(self.beta);
                 for i in 0..M {
-                    let c = load_lanes::<S, WHOLE>(self.c.add(i * self.p.ldc + j), part);
+                    let c = load_lanes::<S, WHOLE>(self.c.add(i * self.ldc + j), part);
                     column[i] = S::fma(c, beta, column[i]);
                 }
             }
             for i in 0..M {
-                store_lanes::<S, WHOLE>(self.c.add(i * self.p.ldc + j), column[i], part);
+                store_lanes::<S, WHOLE>(self.c.add(i * self.ldc + j), column[i], part);
             }
         }
     }
