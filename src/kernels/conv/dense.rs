@@ -15,7 +15,7 @@ use crate::kernels::ahead::{Ahead, Steps};
 use crate::kernels::conv::grids::{Grid, Plan, TILE};
 use crate::kernels::conv::load::{Load, Operand};
 use crate::kernels::conv::panels::Unpacked;
-use crate::kernels::conv::results::{Results, SharedResults, To, put_column};
+use crate::kernels::conv::results::{Results, SharedResults, To, put_tile};
 use crate::kernels::conv::way::{Packed, Packs, Way, line};
 use crate::kernels::conv::{Done, Epilogue, Geometry, Residual, folded, pointwise, split, strides, volume};
 use crate::kernels::elementwise::Clamp;
@@ -287,7 +287,7 @@ impl<E: Copy, T: Vectors> Task<'_, E, T> {
                     panels: end - p,
                     input: group * plan.ci,
                     to,
-                    far: self.far && plan.groups * co > panel,
+                    next: (self.far && plan.groups * co > panel).then(|| self.y.bytes(places.step[1])),
                     ahead: if p == part.panels.start { ahead.after(i) } else { Steps::NOTHING },
                 };
                 // SAFETY: the walk stays inside the task's rows, whose windows A holds; see `tiles_run`.
@@ -313,8 +313,8 @@ struct Tiles<'a, E, T> {
     input: usize,
     /// Of the first panel.
     to: Results<T>,
-    /// Results go to memory that is far, in short runs.
-    far: bool,
+    /// If results go to memory that is far, in short runs: where those of the tiles that follow lie, and their size's logarithm.
+    next: Option<(*const u8, u32)>,
     /// What is fetched at each tile.
     ahead: Steps,
 }
@@ -326,7 +326,7 @@ struct Tiles<'a, E, T> {
 /// A must be readable at all runs, Y writable (and the residual readable) at each position for the panels' channels.
 #[inline(always)]
 unsafe fn tiles_run<D: Terms, const M: usize, const N: usize>(t: &Tiles<D::Term, <D::S as Simd>::Elem>) {
-    let (lanes, places) = (t.to.lanes, t.places);
+    let places = t.places;
     let (mut rows, mut y) = ([places.a[0]; M], [0; M]);
     for i in 0..M {
         (rows[i], y[i]) = (places.a[i].wrapping_add(t.input), places.y[i]);
@@ -338,10 +338,11 @@ unsafe fn tiles_run<D: Terms, const M: usize, const N: usize>(t: &Tiles<D::Term,
             t.ahead.fetch::<D::S>(tile);
             for _ in 0..t.panels {
                 // What the next tile will write is fetched meanwhile: it lies in short runs, far apart.
-                if t.far {
+                if let Some((first, shift)) = t.next {
                     for i in 0..M {
-                        for at in (0..lanes).step_by(D::S::LINE) {
-                            D::S::prefetch(to.address(y[i] + places.step[1] + at));
+                        for at in (0..N * D::S::LANES).step_by(D::S::LINE) {
+                            let at = y[i] + to.channel + at;
+                            D::S::prefetch(first.wrapping_add(at << shift).cast());
                         }
                     }
                 }
@@ -356,13 +357,7 @@ unsafe fn tiles_run<D: Terms, const M: usize, const N: usize>(t: &Tiles<D::Term,
                     }
                     _ => along_rows::<D, M, N>(t.runs, rows, b, N * D::S::LANES),
                 };
-                for j in 0..N {
-                    let mut column = [acc[0][j]; M];
-                    for i in 0..M {
-                        column[i] = acc[i][j];
-                    }
-                    put_column::<D, M>(&to, column, &y, j * D::S::LANES);
-                }
+                put_tile::<D, M, N>(&to, acc, &y);
                 to.advance();
                 b = b.wrapping_add(t.b_panel);
             }

@@ -5,7 +5,7 @@ use crate::kernels::conv::{Epilogue, Residual};
 use crate::kernels::half::ElementsMut;
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Simd, load_lanes, store_lanes};
-use crate::kernels::tile::{Terms, round_up_to};
+use crate::kernels::tile::{Acc, Terms, round_up_to};
 use crate::tensor::Float;
 
 /// Where results begin.
@@ -23,6 +23,13 @@ impl<T> To<T> {
             To::Whole(y) => y.wrapping_add(i),
             To::Bf16(y) => y.wrapping_add(i).cast(),
         }
+    }
+
+    /// The same, and the logarithm of a result's size.
+    #[inline(always)]
+    pub(super) fn bytes(self, i: usize) -> (*const u8, u32) {
+        let size = if let To::Whole(_) = self { size_of::<T>() } else { size_of::<u16>() };
+        (self.address(i).cast(), size.ilog2())
     }
 
     /// Those that a residual lies in.
@@ -111,10 +118,61 @@ impl<T: Float> Results<T> {
         self.channel += self.lanes;
     }
 
-    /// Where the first channel's result of a position lies.
-    #[inline(always)]
-    pub(super) fn address(&self, position: usize) -> *const T {
-        self.y.address(position + self.channel)
+}
+
+/// The epilogue of a tile of `M` positions by `N` vectors, and its results.
+///
+/// # Safety
+/// As of [`put_column`].
+#[inline(always)]
+pub(super) unsafe fn put_tile<D: Terms, const M: usize, const N: usize>(
+    to: &Results<<D::S as Simd>::Elem>,
+    mut acc: Acc<D::S, M, N>,
+    y: &[usize; M],
+) {
+    let lanes = D::S::LANES;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (To::Whole(results), true) = (to.y, to.lanes == N * lanes) else {
+            for j in 0..N {
+                let mut column = [acc[0][j]; M];
+                for i in 0..M {
+                    column[i] = acc[i][j];
+                }
+                put_column::<D, M>(to, column, y, j * lanes);
+            }
+            return;
+        };
+        // Nearly always: short loops, which are unrolled, so that sums stay in registers.
+        if !to.plain {
+            if let Some(bias) = to.bias {
+                for j in 0..N {
+                    let v = D::S::load(bias.add(j * lanes));
+                    for i in 0..M {
+                        acc[i][j] = D::S::add(acc[i][j], v);
+                    }
+                }
+            }
+            if let Some(r) = to.residual {
+                for i in 0..M {
+                    for j in 0..N {
+                        let v = D::S::load(r.add(y[i] + to.channel + j * lanes));
+                        acc[i][j] = D::S::add(acc[i][j], v);
+                    }
+                }
+            }
+            let (low, high) = (D::S::splat(to.low), D::S::splat(to.high));
+            for i in 0..M {
+                for j in 0..N {
+                    acc[i][j] = D::S::min(high, D::S::max(low, acc[i][j]));
+                }
+            }
+        }
+        for i in 0..M {
+            for j in 0..N {
+                D::S::store(results.add(y[i] + to.channel + j * lanes), acc[i][j]);
+            }
+        }
     }
 }
 

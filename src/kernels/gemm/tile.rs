@@ -136,6 +136,10 @@ impl<T: Float> Target<T> {
     /// `row` must be valid for `lanes` elements, `all` and `c` for `M` rows of as many.
     #[inline(always)]
     pub unsafe fn write<S: Simd<Elem = T>, const M: usize, const N: usize>(&self, acc: &Acc<S, M, N>) {
+        if self.lanes == N * S::LANES {
+            // SAFETY: the caller's promise.
+            return unsafe { self.whole::<S, M, N>(*acc) };
+        }
         for j in 0..N {
             let mut column = [acc[0][j]; M];
             for i in 0..M {
@@ -147,6 +151,52 @@ impl<T: Float> Target<T> {
                 match part == S::LANES {
                     true => self.column::<S, M, true>(column, j * S::LANES, part),
                     false => self.column::<S, M, false>(column, j * S::LANES, part),
+                }
+            }
+        }
+    }
+
+    /// A tile of whole vectors: short loops, which are unrolled, so that sums stay in registers.
+    ///
+    /// # Safety
+    /// As of [`write`](Self::write).
+    #[inline(always)]
+    unsafe fn whole<S: Simd<Elem = T>, const M: usize, const N: usize>(&self, mut acc: Acc<S, M, N>) {
+        let at = |i: usize, j: usize| i * self.ldc + j * S::LANES;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let alpha = S::splat(self.alpha);
+            for i in 0..M {
+                for j in 0..N {
+                    acc[i][j] = S::mul(acc[i][j], alpha);
+                }
+            }
+            if let Some(row) = self.row {
+                for j in 0..N {
+                    let v = S::load(row.add(j * S::LANES));
+                    for i in 0..M {
+                        acc[i][j] = S::add(acc[i][j], v);
+                    }
+                }
+            }
+            if let Some(all) = self.all {
+                for i in 0..M {
+                    for j in 0..N {
+                        acc[i][j] = S::add(acc[i][j], S::load(all.add(at(i, j))));
+                    }
+                }
+            }
+            if self.beta != num_traits::zero() {
+                let beta = S::splat(self.beta);
+                for i in 0..M {
+                    for j in 0..N {
+                        acc[i][j] = S::fma(S::load(self.c.add(at(i, j))), beta, acc[i][j]);
+                    }
+                }
+            }
+            for i in 0..M {
+                for j in 0..N {
+                    S::store(self.c.add(at(i, j)), acc[i][j]);
                 }
             }
         }
