@@ -22,40 +22,46 @@ impl Ahead {
     #[inline(always)]
     pub fn in_steps(self, steps: usize) -> Steps {
         let each = |(_, bytes): (*const u8, usize)| bytes.div_ceil(steps.max(1));
-        Steps { at: [self.0[0].0, self.0[1].0], bytes: [each(self.0[0]), each(self.0[1])] }
+        let bytes = [each(self.0[0]), each(self.0[1])];
+        Steps { at: [self.0[0].0, self.0[1].0], bytes, next: [0; 2], end: [0; 2] }
     }
 }
 
-/// Bytes that are fetched at each step.
+/// Bytes that are fetched at each step, in order.
 #[derive(Debug, Clone, Copy)]
 pub struct Steps {
     at: [*const u8; 2],
     bytes: [usize; 2],
+    /// The next line's first byte, and the end of the steps so far.
+    next: [usize; 2],
+    end: [usize; 2],
 }
 
 impl Steps {
-    pub const NOTHING: Steps = Steps { at: [std::ptr::null(); 2], bytes: [0; 2] };
+    pub const NOTHING: Steps = Steps { at: [std::ptr::null(); 2], bytes: [0; 2], next: [0; 2], end: [0; 2] };
 
-    /// Those from step `i` on.
+    /// Those that follow so many.
     #[inline(always)]
-    pub fn after(self, i: usize) -> Steps {
-        let at = [0, 1].map(|k| self.at[k].wrapping_add(i * self.bytes[k]));
-        Steps { at, ..self }
+    pub fn after(mut self, steps: usize) -> Steps {
+        for k in 0..2 {
+            self.end[k] += steps * self.bytes[k];
+            self.next[k] = self.end[k].next_multiple_of(LINE);
+        }
+        self
     }
 
-    /// Fetches the lines that begin within step `i`, to the second-level cache.
+    /// Fetches the lines that begin within the next step, to the second-level cache.
     ///
     /// # Safety
     /// The processor must have `S`'s instructions. (Fetching is allowed anywhere.)
     #[inline(always)]
-    pub unsafe fn fetch<S: Simd>(&self, i: usize) {
+    pub unsafe fn fetch<S: Simd>(&mut self) {
         for k in 0..2 {
-            let end = (i + 1) * self.bytes[k];
-            let mut o = (i * self.bytes[k]).next_multiple_of(LINE);
-            while o < end {
+            self.end[k] += self.bytes[k];
+            while self.next[k] < self.end[k] {
                 // SAFETY: the caller's promise.
-                unsafe { S::prefetch(self.at[k].wrapping_add(o).cast()) }
-                o += LINE;
+                unsafe { S::prefetch(self.at[k].wrapping_add(self.next[k]).cast()) }
+                self.next[k] += LINE;
             }
         }
     }

@@ -357,11 +357,12 @@ unsafe fn columns<D: Terms, const M: usize, const N: usize, const ROUND: usize, 
     // SAFETY: the caller's promise.
     unsafe {
         let mut acc = [[D::S::splat(num_traits::zero()); N]; M];
+        let mut ahead = p.ahead;
         for block in 0..p.blocks {
             for row in 0..p.rows {
                 let mut a = a.add(block * p.a_block + row * p.a_row);
                 let mut b = b.add(block * p.b_block + row * p.b_row);
-                p.ahead.fetch::<D::S>(block * p.rows + row);
+                ahead.fetch::<D::S>();
                 for _ in 0..p.steps / ROUND {
                     for u in 0..ROUND {
                         let (a, b) = (a.add(u * p.a_step), b.add(u * p.b_step));

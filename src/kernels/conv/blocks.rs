@@ -133,7 +133,7 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                 let mut to = Results::new(&task.epilogue, task.y);
                 // Where there are few channels, as many squares of rows keep the registers busy.
                 let high = if plan.row(panel, first, D::S::LANES) == SIDE { SQUARES } else { 2 };
-                let ahead = task.ahead.in_steps(total.div_ceil(high));
+                let mut ahead = task.ahead.in_steps(total.div_ceil(high));
                 let mut taken = [Square::NONE; SQUARES];
                 for i in (0..total).step_by(high) {
                     let count = high.min(total - i);
@@ -141,7 +141,7 @@ impl<T: Vectors> PairKernel<T> for Blocks<'_, T> {
                     let taken = &taken[..count];
                     let whole = to.plain().filter(|_| taken.iter().all(|square| square.is_whole(rows)));
                     // SAFETY: `D`'s instructions are there.
-                    unsafe { ahead.fetch::<D::S>(i / high) }
+                    unsafe { ahead.fetch::<D::S>() }
                     for p in first..(first + together).min(task.panels.end) {
                         let (channel, row) = (p * panel, plan.row(panel, p, D::S::LANES));
                         let b = task.weights.wrapping_add(p * size + grid.first * plan.ci * row);

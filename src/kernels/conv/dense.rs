@@ -211,7 +211,13 @@ impl<E: Copy, T: Vectors> TermKernel<E, T> for Task<'_, E, T> {
                             &some[..]
                         }
                     };
-                    let part = Part { grid, runs, before: some_steps.start, panels: panels.clone(), share: share.take() };
+                    let part = Part {
+                        grid,
+                        runs,
+                        before: some_steps.start,
+                        panels: panels.clone(),
+                        share: share.take(),
+                    };
                     // SAFETY: the caller's promise.
                     unsafe { self.pass::<D>(part, &epilogue) }
                 }
@@ -326,16 +332,16 @@ struct Tiles<'a, E, T> {
 /// A must be readable at all runs, Y writable (and the residual readable) at each position for the panels' channels.
 #[inline(always)]
 unsafe fn tiles_run<D: Terms, const M: usize, const N: usize>(t: &Tiles<D::Term, <D::S as Simd>::Elem>) {
-    let places = t.places;
+    let (places, mut ahead) = (t.places, t.ahead);
     let (mut rows, mut y) = ([places.a[0]; M], [0; M]);
     for i in 0..M {
         (rows[i], y[i]) = (places.a[i].wrapping_add(t.input), places.y[i]);
     }
-    for tile in 0..places.tiles {
+    for _ in 0..places.tiles {
         let (mut to, mut b) = (t.to, t.b);
         // SAFETY: the caller's promise.
         unsafe {
-            t.ahead.fetch::<D::S>(tile);
+            ahead.fetch::<D::S>();
             for _ in 0..t.panels {
                 // What the next tile will write is fetched meanwhile: it lies in short runs, far apart.
                 if let Some((first, shift)) = t.next {

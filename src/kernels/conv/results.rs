@@ -117,7 +117,6 @@ impl<T: Float> Results<T> {
         self.bias = self.bias.map(|b| b.wrapping_add(self.lanes));
         self.channel += self.lanes;
     }
-
 }
 
 /// The epilogue of a tile of `M` positions by `N` vectors, and its results.
