@@ -155,7 +155,8 @@ fn along<T: Copy, Y>(s: usize, x: &[T], y: &mut [Y], f: impl Fn(&mut Y, T)) {
 #[inline(always)]
 #[allow(clippy::eq_op)]
 fn beats<T: PartialOrd + Copy>(x: T, y: T) -> bool {
-    x > y || x != x
+    // (Both compared, so that loops over it are of vectors.)
+    (x > y) | (x != x)
 }
 
 #[inline(always)]

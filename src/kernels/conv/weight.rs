@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::kernels::ahead::{Ahead, Steps};
+use crate::kernels::ahead::Ahead;
 use crate::kernels::conv::grids::Lines;
 use crate::kernels::conv::{Geometry, in_slots, pointwise, slots, split, strides, volume};
 use crate::kernels::gemm::{self, Product};
@@ -167,6 +167,21 @@ impl<T: Vectors> Kernel<T> for Direct<'_, T> {
     }
 }
 
+/// Taps whose positions are found before they are added up.
+const AT_ONCE: usize = 32;
+
+/// A tap's positions in a chunk, or in a plane of it: where they begin in X and dY.
+#[derive(Clone, Copy, Default)]
+struct Part {
+    tap: usize,
+    x: usize,
+    y: usize,
+    blocks: usize,
+    rows: usize,
+    steps: usize,
+    add: bool,
+}
+
 impl<T: Vectors> Task<'_, T> {
     /// Adds a chunk's positions to the sum, or, unless `more`, writes their sum.
     ///
@@ -174,78 +189,108 @@ impl<T: Vectors> Task<'_, T> {
     /// The sides must have the chunk's positions, and the processor `D`'s instructions.
     #[inline(always)]
     unsafe fn add_up<D: Terms<S: Simd<Elem = T>>>(&self, chunk: &Chunk<D::Term>, more: bool) {
+        let p = self.plan;
+        // One block an image, unless there are three dimensions: then one a plane of one image.
+        let planes = if p.axis == 0 { chunk.images * self.division.rows } else { 1 };
+        for plane in 0..planes {
+            for first in self.taps.clone().step_by(AT_ONCE) {
+                let (mut parts, mut count) = ([Part::default(); AT_ONCE], 0);
+                for tap in first..self.taps.end.min(first + AT_ONCE) {
+                    if let Some(part) = self.part(chunk, tap, plane, more) {
+                        parts[count] = part;
+                        count += 1;
+                    }
+                }
+                // SAFETY: the caller's promise.
+                unsafe { self.add_parts::<D>(chunk, &parts[..count]) }
+            }
+        }
+    }
+
+    /// The positions of a plane for which a tap lies inside. Without any, a sum that is not there yet is of nothing.
+    #[inline(always)]
+    fn part<E>(&self, chunk: &Chunk<E>, t: usize, plane: usize, more: bool) -> Option<Part> {
         let (p, d) = (self.plan, self.division);
+        let (xs, ys) = (strides(p.x, 1), strides(p.y, 1));
+        let &Chunk { image, images, first_row, origins, .. } = chunk;
+        let tap = split(t, p.k);
+        let (mut lo, mut hi) = ([0usize; 3], p.y);
+        lo[p.axis] = first_row;
+        hi[p.axis] = (first_row + d.rows).min(p.y[p.axis]);
+        let mut x_at = [0usize; 3];
+        for i in 0..3 {
+            let o = tap[i] * p.dilation[i];
+            lo[i] = lo[i].max(p.pad[i].saturating_sub(o).div_ceil(p.stride[i]));
+            hi[i] = hi[i].min((p.x[i] + p.pad[i]).saturating_sub(o).div_ceil(p.stride[i])).max(lo[i]);
+            x_at[i] = (lo[i] * p.stride[i] + o).saturating_sub(p.pad[i]);
+        }
+        let count = [hi[0] - lo[0], hi[1] - lo[1], hi[2] - lo[2]];
+        let empty = volume(count) == 0;
+        if empty {
+            let none = Part { tap: t, ..Part::default() };
+            return (plane == 0 && !more && !self.add).then_some(none);
+        }
+        let (im, depth) = match p.axis {
+            0 if plane >= images * count[0] => return None,
+            0 => (image + plane / count[0], plane % count[0]),
+            _ => (image, 0),
+        };
+        let x = im * volume(p.x) + dot(x_at, xs) + depth * p.stride[0] * xs[0];
+        let y = im * volume(p.y) + dot(lo, ys) + depth * ys[0];
+        Some(Part {
+            tap: t,
+            x: x - origins[0],
+            y: y - origins[1],
+            blocks: if p.axis == 0 { 1 } else { images },
+            rows: count[1],
+            steps: count[2],
+            add: self.add || more || plane > 0,
+        })
+    }
+
+    /// All parts of a tile before the next tile: what they read of X and dY, most of which they share, stays near.
+    ///
+    /// # Safety
+    /// As of [`add_up`](Self::add_up).
+    #[inline(always)]
+    unsafe fn add_parts<D: Terms<S: Simd<Elem = T>>>(&self, chunk: &Chunk<D::Term>, parts: &[Part]) {
+        let p = self.plan;
         let (lanes, level) = (D::S::LANES, Level::of::<D::S>());
         let panel = level.panel(p.og);
         let per_group = p.og.div_ceil(panel);
         let (xs, ys) = (strides(p.x, 1), strides(p.y, 1));
-        let &Chunk { image, images, first_row, x, dy, origins } = chunk;
-        for t in self.taps.clone() {
-            let tap = split(t, p.k);
-            // Output positions for which the tap lies inside.
-            let (mut lo, mut hi) = ([0usize; 3], p.y);
-            lo[p.axis] = first_row;
-            hi[p.axis] = (first_row + d.rows).min(p.y[p.axis]);
-            let mut x_at = [0usize; 3];
-            for i in 0..3 {
-                let o = tap[i] * p.dilation[i];
-                lo[i] = lo[i].max(p.pad[i].saturating_sub(o).div_ceil(p.stride[i]));
-                hi[i] = hi[i].min((p.x[i] + p.pad[i]).saturating_sub(o).div_ceil(p.stride[i])).max(lo[i]);
-                x_at[i] = (lo[i] * p.stride[i] + o).saturating_sub(p.pad[i]);
-            }
-            let count = [hi[0] - lo[0], hi[1] - lo[1], hi[2] - lo[2]];
-            let empty = volume(count) == 0;
-            if empty && (more || self.add) {
-                continue;
-            }
-            // One block an image, unless there are three dimensions: then one a plane of one image.
-            for plane in 0..if p.axis == 0 { images * count[0].max(1) } else { 1 } {
-                let (im, depth) = match p.axis {
-                    0 => (image + plane / count[0].max(1), plane % count[0].max(1)),
-                    _ => (image, 0),
-                };
-                let positions = Positions {
-                    blocks: if empty {
-                        0
-                    } else if p.axis == 0 {
-                        1
-                    } else {
-                        images
-                    },
-                    rows: count[1],
-                    steps: count[2],
-                    a_block: volume(p.x) * x.step,
-                    a_row: xs[1] * p.stride[1] * x.step,
-                    a_step: p.stride[2] * x.step,
-                    b_block: volume(p.y) * dy.step,
-                    b_row: ys[1] * dy.step,
-                    b_step: dy.step,
-                    ahead: Steps::NOTHING,
-                };
-                let x0 = im * volume(p.x) + dot(x_at, xs) + depth * p.stride[0] * xs[0];
-                let y0 = im * volume(p.y) + dot(lo, ys) + depth * ys[0];
-                // (Before what is near where there is no position.)
-                let (x0, y0) = (x0.saturating_sub(origins[0]), y0.saturating_sub(origins[1]));
-                let pieces = Pieces::of(p.m, level.rows(panel));
-                let ahead = self.ahead.in_steps(self.panels.len() * pieces.count * count[1]);
-                for q in self.panels.clone() {
-                    let (group, col) = (q / per_group, q % per_group * panel);
-                    let columns = panel.min(p.og - col);
-                    let n = columns.div_ceil(lanes);
-                    // Packed rows are whole.
-                    let tail = if dy.packed.is_some() { lanes } else { columns - (n - 1) * lanes };
-                    for i in 0..pieces.count {
-                        let (row, m) = (pieces.start(i), pieces.len(i));
-                        let nth = (q - self.panels.start) * pieces.count + i;
-                        let positions = Positions { ahead: ahead.after(nth * count[1]), ..positions };
-                        let a = x.at(i, group * p.m + row, x0);
-                        let b = dy.at(q, group * p.og + col, y0);
-                        let c = self.sum.wrapping_add(((q * p.taps() + t) * p.m + row) * panel);
-                        let add = self.add || more || plane > 0;
-                        // SAFETY: `lo..hi` are positions whose operands lie inside; the sum's elements are
-                        // this task's.
-                        unsafe { tile_sizes!(m, n, D, tile_run(&positions, a, b, c, panel, tail, add)) }
-                    }
+        let (x, dy) = (chunk.x, chunk.dy);
+        let pieces = Pieces::of(p.m, level.rows(panel));
+        let rows: usize = parts.iter().map(|part| part.rows).sum();
+        let ahead = self.ahead.in_steps(self.panels.len() * pieces.count * rows);
+        for q in self.panels.clone() {
+            let (group, col) = (q / per_group, q % per_group * panel);
+            let columns = panel.min(p.og - col);
+            let n = columns.div_ceil(lanes);
+            // Packed rows are whole.
+            let tail = if dy.packed.is_some() { lanes } else { columns - (n - 1) * lanes };
+            for i in 0..pieces.count {
+                let (row, m) = (pieces.start(i), pieces.len(i));
+                let mut ahead = ahead.after(((q - self.panels.start) * pieces.count + i) * rows);
+                for part in parts {
+                    let positions = Positions {
+                        blocks: part.blocks,
+                        rows: part.rows,
+                        steps: part.steps,
+                        a_block: volume(p.x) * x.step,
+                        a_row: xs[1] * p.stride[1] * x.step,
+                        a_step: p.stride[2] * x.step,
+                        b_block: volume(p.y) * dy.step,
+                        b_row: ys[1] * dy.step,
+                        b_step: dy.step,
+                        ahead,
+                    };
+                    ahead = ahead.after(part.rows);
+                    let a = x.at(i, group * p.m + row, part.x);
+                    let b = dy.at(q, group * p.og + col, part.y);
+                    let c = self.sum.wrapping_add(((q * p.taps() + part.tap) * p.m + row) * panel);
+                    // SAFETY: positions whose operands lie inside; the sum's elements are this task's.
+                    unsafe { tile_sizes!(m, n, D, tile_run(&positions, a, b, c, panel, tail, part.add)) }
                 }
             }
         }

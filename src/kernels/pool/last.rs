@@ -63,46 +63,93 @@ fn each_row<T: Send>(
     });
 }
 
+/// Channels whose maxima stay in registers while a window passes by.
+const TOGETHER: usize = 8;
+
+/// The maxima of `N` channels of a plane from channel `first` on, at some of its positions, and where they first occur.
+#[inline(always)]
+fn largest<T: Ordered, const N: usize>(
+    x: &[T],
+    c: usize,
+    first: usize,
+    window: &[usize],
+) -> ([T; N], [u32; N]) {
+    let (mut most, mut at) = ([T::LOWEST; N], [NOWHERE; N]);
+    if let Some((&p, rest)) = window.split_first() {
+        // A window of nothing but the lowest value has a maximum too: its first element.
+        most.copy_from_slice(&x[p * c + first..][..N]);
+        at.fill(p as u32);
+        for &p in rest {
+            let x = &x[p * c + first..][..N];
+            for i in 0..N {
+                let take = beats(x[i], most[i]);
+                most[i] = if take { x[i] } else { most[i] };
+                at[i] = if take { p as u32 } else { at[i] };
+            }
+        }
+    }
+    (most, at)
+}
+
+/// [`largest`] of all channels of a position's window.
+#[inline(always)]
+fn largest_of_all<T: Ordered>(x: &[T], window: &[usize], y: &mut [T], mut argmax: Option<&mut [u32]>) {
+    let c = y.len();
+    let mut first = 0;
+    while first + TOGETHER <= c {
+        let (most, at) = largest::<T, TOGETHER>(x, c, first, window);
+        y[first..first + TOGETHER].copy_from_slice(&most);
+        if let Some(argmax) = &mut argmax {
+            argmax[first..first + TOGETHER].copy_from_slice(&at);
+        }
+        first += TOGETHER;
+    }
+    for first in first..c {
+        let ([most], [at]) = largest::<T, 1>(x, c, first, window);
+        y[first] = most;
+        if let Some(argmax) = &mut argmax {
+            argmax[first] = at;
+        }
+    }
+}
+
 /// The maximum of each window and, if wanted, where in the plane it first occurs. NaN wins.
 pub fn max<T: Ordered>(g: &Geometry, c: usize, x: &[T], y: &mut [T], argmax: Option<&mut [u32]>) {
     let [px, py] = g.planes();
     if y.is_empty() {
         return;
     }
+    // Of output `at`, counted through all images: its plane, and the positions of its window.
+    let plane = |at: usize| &x[at / py * px * c..][..px * c];
+    let window = |at: usize, window: &mut SmallVec<[usize; 64]>| {
+        window.clear();
+        taps(g, coordinates(at % py, g.y), |p| window.push(p));
+    };
+    let task = (grain(g.taps()) / c).max(1);
     let Some(argmax) = argmax else {
-        each_row(y, c, g.y, g.taps(), |n, o, y| {
+        return par::rows(y, c, grain(g.taps()), |first, y| {
             vectorize(
                 #[inline(always)]
                 || {
-                    y.fill(T::LOWEST);
-                    taps(g, o, |p| {
-                        let x = &x[(n * px + p) * c..][..c];
-                        y.iter_mut().zip(x).for_each(|(y, &x)| *y = if beats(x, *y) { x } else { *y });
-                    });
+                    let mut positions = SmallVec::new();
+                    for (r, y) in y.chunks_exact_mut(c).enumerate() {
+                        window(first + r, &mut positions);
+                        largest_of_all(plane(first + r), &positions, y, None);
+                    }
                 },
             )
         });
-        return;
     };
-    let task = (grain(g.taps()) / c).max(1);
     let pieces = y.par_chunks_mut(task * c).zip(argmax.par_chunks_mut(task * c));
     pieces.enumerate().for_each(|(i, (y, argmax))| {
         vectorize(
             #[inline(always)]
             || {
-                for (r, (y, arg)) in y.chunks_exact_mut(c).zip(argmax.chunks_exact_mut(c)).enumerate() {
+                let mut positions = SmallVec::new();
+                for (r, (y, argmax)) in y.chunks_exact_mut(c).zip(argmax.chunks_exact_mut(c)).enumerate() {
                     let at = i * task + r;
-                    let x = &x[at / py * px * c..][..px * c];
-                    y.fill(T::LOWEST);
-                    arg.fill(NOWHERE);
-                    taps(g, coordinates(at % py, g.y), |p| {
-                        for ((y, arg), &x) in y.iter_mut().zip(&mut *arg).zip(&x[p * c..][..c]) {
-                            // A window of nothing but the lowest value has a maximum too: its first element.
-                            let take = beats(x, *y) || *arg == NOWHERE;
-                            *y = if take { x } else { *y };
-                            *arg = if take { p as u32 } else { *arg };
-                        }
-                    });
+                    window(at, &mut positions);
+                    largest_of_all(plane(at), &positions, y, Some(argmax));
                 }
             },
         )
