@@ -244,30 +244,35 @@ pub unsafe fn slide<D: Terms, const M: usize>(
     }
 }
 
-/// One register tile of C: `M` rows, evenly spaced in A and in C, by `N` vectors of a packed panel of two. With `add`
-/// it is added to what C holds.
+/// Some register tiles of C below each other: `M` rows each, evenly spaced in A and in C, by `N` vectors of a packed panel of
+/// two. With `add` they are added to what C holds.
 ///
 /// # Safety
 /// `a` must be readable for the runs' terms at each row, `b` for two vectors at each step, `c` writable for `N`
 /// vectors at each row, and `D`'s instructions be there.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 pub unsafe fn multiply<D: Terms, const M: usize, const N: usize>(
+    tiles: usize,
     runs: &[(isize, usize)],
-    a: *const D::Term,
+    mut a: *const D::Term,
     a_row: usize,
     b: *const D::Term,
-    c: *mut <D::S as Simd>::Elem,
+    mut c: *mut <D::S as Simd>::Elem,
     c_row: usize,
     add: bool,
 ) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut rows = [a; M];
-        for i in 0..M {
-            rows[i] = a.add(i * a_row);
+    for _ in 0..tiles {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut rows = [a; M];
+            for i in 0..M {
+                rows[i] = a.add(i * a_row);
+            }
+            let acc = along_rows::<D, M, N>(runs, rows, b, 2 * D::S::LANES);
+            put::<D::S, M, N>(&acc, c, [c_row as isize, D::S::LANES as isize], add);
         }
-        let acc = along_rows::<D, M, N>(runs, rows, b, 2 * D::S::LANES);
-        put::<D::S, M, N>(&acc, c, [c_row as isize, D::S::LANES as isize], add);
+        (a, c) = (a.wrapping_add(M * a_row), c.wrapping_add(M * c_row));
     }
 }
 

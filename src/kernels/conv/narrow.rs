@@ -119,7 +119,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
                         let n = if p.columns - q * panel > S::LANES { 2 } else { 1 };
                         let b = self.weights.as_ptr().add(q * g.oc * panel);
                         let z = self.z.as_mut_ptr().add(q * panel);
-                        tile_sizes!(m, n, S, multiply(&runs, dy, g.oc, b, z, z_row, false));
+                        tile_sizes!(m, n, S, multiply(1, &runs, dy, g.oc, b, z, z_row, false));
                     }
                     for j in 0..m {
                         for k in taps.clone() {

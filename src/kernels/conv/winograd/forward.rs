@@ -181,11 +181,18 @@ impl<E: Copy, T: Vectors> Multiply<E, T> {
             // SAFETY: the caller's promise.
             unsafe {
                 let b = self.weights.add(product * self.weights_product);
-                for i in 0..pieces.count {
-                    let (start, rows) = (pieces.start(i), pieces.len(i));
+                let mut i = 0;
+                while i < pieces.count {
+                    let (start, rows, some) = (pieces.start(i), pieces.len(i), pieces.alike(i));
                     let a = self.x.add(product * x.product + start * x.tile);
                     let c = self.to.add(product * to.product + start * to.tile);
-                    tile_sizes!(rows, self.vectors, D, multiply(&runs, a, x.tile, b, c, to.tile, self.add));
+                    tile_sizes!(
+                        rows,
+                        self.vectors,
+                        D,
+                        multiply(some, &runs, a, x.tile, b, c, to.tile, self.add)
+                    );
+                    i += some;
                 }
             }
         }

@@ -183,31 +183,39 @@ impl<E: Copy, T: Vectors> Sum<E, T> {
             // SAFETY: the caller's promise.
             unsafe {
                 let b = self.dy.add(product * dy.product);
-                for i in 0..pieces.count {
-                    let (row, m) = (pieces.start(i), pieces.len(i));
+                let mut i = 0;
+                while i < pieces.count {
+                    let (row, m, some) = (pieces.start(i), pieces.len(i), pieces.alike(i));
                     let a = self.x.add(product * x.product + row);
                     let to = self.to.add((product * self.channels + row) * 2 * D::S::LANES);
-                    tile_sizes!(m, self.vectors, D, multiply(&positions, a, b, to, self.add));
+                    tile_sizes!(m, self.vectors, D, multiply(some, &positions, a, b, to, self.add));
+                    i += some;
                 }
             }
         }
     }
 }
 
+/// Some tiles of `M` neighbouring channels each.
+///
 /// # Safety
-/// `a` and `b` must be valid at all positions, `sum` for `M` rows of two vectors.
+/// `a` and `b` must be valid at all positions, `sum` for `M` rows of two vectors a tile.
 #[inline(always)]
 unsafe fn multiply<D: Terms, const M: usize, const N: usize>(
+    tiles: usize,
     positions: &Positions,
     a: *const D::Term,
     b: *const D::Term,
     sum: *mut <D::S as Simd>::Elem,
     add: bool,
 ) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let acc = along_columns::<D, M, N, 1>(positions, a, b, D::S::LANES);
-        put::<D::S, M, N>(&acc, sum, [2 * D::S::LANES as isize, D::S::LANES as isize], add);
+    let row = 2 * D::S::LANES;
+    for i in 0..tiles {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let acc = along_columns::<D, M, N, 1>(positions, a.add(i * M), b, D::S::LANES);
+            put::<D::S, M, N>(&acc, sum.add(i * M * row), [row as isize, D::S::LANES as isize], add);
+        }
     }
 }
 
