@@ -256,7 +256,7 @@ impl<E: Copy, T: Vectors> Task<'_, E, T> {
     unsafe fn pass<D: Terms<Term = E, S: Simd<Elem = T>>>(&self, part: Part, epilogue: &Epilogue<T>) {
         let (plan, lanes, grid) = (self.plan, D::S::LANES, part.grid);
         let (co, panel) = (plan.co, Level::of::<D::S>().panel(plan.co));
-        let (size, per_group) = (plan.steps() * panel, plan.panels(panel));
+        let (size, per_group, wide) = (plan.steps() * panel, plan.panels(panel), co / panel);
         let (mut walk, y0) = self.walk(grid);
         let total = self.images.len() * volume(walk.extents);
         let pieces = Pieces::of(total, Level::of::<D::S>().rows(panel));
@@ -264,33 +264,32 @@ impl<E: Copy, T: Vectors> Task<'_, E, T> {
             Some((nth, of)) => self.ahead.in_steps(pieces.count * of).after(nth * pieces.count),
             None => Steps::NOTHING,
         };
-        // Panels of a group that are equally wide: all but perhaps its last one.
-        let wide = co / panel;
-        let stretch = |p: usize| {
-            let in_group = p % per_group;
-            let end = if in_group < wide { p - in_group + wide } else { p + 1 };
-            (p / per_group, in_group * panel, end.min(part.panels.end))
-        };
-        let alike = stretch(part.panels.start).2 == part.panels.end;
+        // The first panel's group, and its place in that: without a division for each tile.
+        let start = (part.panels.start / per_group, part.panels.start % per_group);
+        // Of so many panels, those of one group that are equally wide: all but perhaps its last one.
+        let stretch =
+            |in_group: usize, left: usize| if in_group < wide { left.min(wide - in_group) } else { 1 };
+        let alike = stretch(start.1, part.panels.len()) == part.panels.len();
         let mut i = 0;
         while i < pieces.count {
             let m = pieces.len(i);
             // All panels for a tile before the next one.
             let places = self.places(&mut walk, y0, m, if alike { pieces.alike(i) } else { 1 });
-            let mut p = part.panels.start;
+            let (mut p, (mut group, mut in_group)) = (part.panels.start, start);
             while p < part.panels.end {
-                let (group, channel, end) = stretch(p);
-                let lanes_here = panel.min(co - channel);
-                let row = lanes_here.next_multiple_of(lanes);
+                let panels = stretch(in_group, part.panels.end - p);
+                let channel = in_group * panel;
+                let wide = panel.min(co - channel);
+                let row = wide.next_multiple_of(lanes);
                 let mut to = Results::new(epilogue, self.y);
-                to.set(epilogue, group * co + channel, lanes_here);
+                to.set(epilogue, group * co + channel, wide);
                 let tiles = Tiles {
                     places: &places,
                     runs: part.runs,
                     slides: plan.slides(grid, lanes).then_some(plan.ci),
                     b: self.weights.wrapping_add(p * size + (grid.first * plan.ci + part.before) * row),
                     b_panel: size,
-                    panels: end - p,
+                    panels,
                     input: group * plan.ci,
                     to,
                     next: (self.far && plan.groups * co > panel).then(|| self.y.bytes(places.step[1])),
@@ -298,7 +297,10 @@ impl<E: Copy, T: Vectors> Task<'_, E, T> {
                 };
                 // SAFETY: the walk stays inside the task's rows, whose windows A holds; see `tiles_run`.
                 unsafe { tile_sizes!(m, row / lanes, D, tiles_run(&tiles)) }
-                p = end;
+                (p, in_group) = (p + panels, in_group + panels);
+                if in_group == per_group {
+                    (group, in_group) = (group + 1, 0);
+                }
             }
             i += places.tiles;
         }
