@@ -161,6 +161,35 @@ pub unsafe fn store_lanes<S: Simd, const WHOLE: bool>(p: *mut S::Elem, v: S::V, 
     unsafe { if WHOLE { S::store(p, v) } else { S::store_part(p, v, n) } }
 }
 
+/// Of `N` vectors the one with the number `j`, at `p`: whole, but for the last one unless all are `WHOLE`, which has `tail` lanes.
+///
+/// # Safety
+/// As of the methods.
+#[inline(always)]
+pub unsafe fn load_nth<S: Simd, const N: usize, const WHOLE: bool>(
+    p: *const S::Elem,
+    j: usize,
+    tail: usize,
+) -> S::V {
+    // SAFETY: the caller's promise.
+    unsafe { if WHOLE || j + 1 < N { S::load(p) } else { S::load_part(p, tail) } }
+}
+
+/// As [`load_nth`], of one that is written.
+///
+/// # Safety
+/// As of the methods.
+#[inline(always)]
+pub unsafe fn store_nth<S: Simd, const N: usize, const WHOLE: bool>(
+    p: *mut S::Elem,
+    j: usize,
+    v: S::V,
+    tail: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe { if WHOLE || j + 1 < N { S::store(p, v) } else { S::store_part(p, v, tail) } }
+}
+
 /// A loop nest to be compiled for each instruction set. Write `run` as `#[inline(always)]`.
 pub trait Kernel<T> {
     /// # Safety

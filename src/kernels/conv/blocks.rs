@@ -225,9 +225,9 @@ unsafe fn put_run<D: Pairs, const M: usize, const N: usize>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let (mut sums, mut y) = ([D::S::load(from); M], [first; M]);
+        let (mut sums, mut y) = ([[D::S::load(from)]; M], [first; M]);
         for i in 1..M {
-            sums[i] = D::S::load(from.add(i * row));
+            sums[i] = [D::S::load(from.add(i * row))];
             y[i] = first + i * step;
         }
         put_column::<D, M>(to, sums, &y, at);

@@ -270,6 +270,7 @@ impl<E: Copy, T: Vectors> Task<'_, E, T> {
         let stretch =
             |in_group: usize, left: usize| if in_group < wide { left.min(wide - in_group) } else { 1 };
         let alike = stretch(start.1, part.panels.len()) == part.panels.len();
+        let (slides, mut to) = (plan.slides(grid, lanes).then_some(plan.ci), Results::new(epilogue, self.y));
         let mut i = 0;
         while i < pieces.count {
             let m = pieces.len(i);
@@ -281,12 +282,11 @@ impl<E: Copy, T: Vectors> Task<'_, E, T> {
                 let channel = in_group * panel;
                 let wide = panel.min(co - channel);
                 let row = wide.next_multiple_of(lanes);
-                let mut to = Results::new(epilogue, self.y);
                 to.set(epilogue, group * co + channel, wide);
                 let tiles = Tiles {
                     places: &places,
                     runs: part.runs,
-                    slides: plan.slides(grid, lanes).then_some(plan.ci),
+                    slides,
                     b: self.weights.wrapping_add(p * size + (grid.first * plan.ci + part.before) * row),
                     b_panel: size,
                     panels,

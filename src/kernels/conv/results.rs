@@ -1,10 +1,10 @@
-//! Where the sums of dense convolutions go, and what happens to them before: the epilogue, a column of vectors at a time.
+//! Where the sums of dense convolutions go, and what happens to them before: the epilogue, a tile at a time.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
 use crate::kernels::conv::{Epilogue, Residual};
 use crate::kernels::half::ElementsMut;
 use crate::kernels::par::Shared;
-use crate::kernels::simd::{Simd, load_lanes, store_lanes};
+use crate::kernels::simd::{Simd, load_nth, store_nth};
 use crate::kernels::tile::{Acc, Terms, round_up_to};
 use crate::tensor::Float;
 
@@ -122,31 +122,56 @@ impl<T: Float> Results<T> {
 /// The epilogue of a tile of `M` positions by `N` vectors, and its results.
 ///
 /// # Safety
-/// As of [`put_column`].
+/// The results at each offset in `y` must be writable (and the residual readable) for `to.lanes` elements.
 #[inline(always)]
 pub(super) unsafe fn put_tile<D: Terms, const M: usize, const N: usize>(
+    to: &Results<<D::S as Simd>::Elem>,
+    acc: Acc<D::S, M, N>,
+    y: &[usize; M],
+) {
+    let whole = to.lanes == N * D::S::LANES;
+    // SAFETY: the caller's promise.
+    unsafe { if whole { put::<D, M, N, true>(to, acc, y) } else { put::<D, M, N, false>(to, acc, y) } }
+}
+
+/// The same of a column of vectors of a wider tile, which begins `at` so many channels after the first.
+///
+/// # Safety
+/// As of [`put_tile`].
+#[inline(always)]
+pub(super) unsafe fn put_column<D: Terms, const M: usize>(
+    to: &Results<<D::S as Simd>::Elem>,
+    column: Acc<D::S, M, 1>,
+    y: &[usize; M],
+    at: usize,
+) {
+    let to = Results {
+        bias: to.bias.map(|b| b.wrapping_add(at)),
+        channel: to.channel + at,
+        lanes: (to.lanes - at).min(D::S::LANES),
+        ..*to
+    };
+    // SAFETY: the caller's promise.
+    unsafe { put_tile::<D, M, 1>(&to, column, y) }
+}
+
+/// Short loops, which are unrolled, so that sums stay in registers.
+///
+/// # Safety
+/// As of [`put_tile`]; are all vectors `WHOLE`?
+#[inline(always)]
+unsafe fn put<D: Terms, const M: usize, const N: usize, const WHOLE: bool>(
     to: &Results<<D::S as Simd>::Elem>,
     mut acc: Acc<D::S, M, N>,
     y: &[usize; M],
 ) {
-    let lanes = D::S::LANES;
+    let (lanes, tail) = (D::S::LANES, to.lanes - (N - 1) * D::S::LANES);
     // SAFETY: the caller's promise.
     unsafe {
-        let (To::Whole(results), true) = (to.y, to.lanes == N * lanes) else {
-            for j in 0..N {
-                let mut column = [acc[0][j]; M];
-                for i in 0..M {
-                    column[i] = acc[i][j];
-                }
-                put_column::<D, M>(to, column, y, j * lanes);
-            }
-            return;
-        };
-        // Nearly always: short loops, which are unrolled, so that sums stay in registers.
         if !to.plain {
             if let Some(bias) = to.bias {
                 for j in 0..N {
-                    let v = D::S::load(bias.add(j * lanes));
+                    let v = load_nth::<D::S, N, WHOLE>(bias.add(j * lanes), j, tail);
                     for i in 0..M {
                         acc[i][j] = D::S::add(acc[i][j], v);
                     }
@@ -155,8 +180,8 @@ pub(super) unsafe fn put_tile<D: Terms, const M: usize, const N: usize>(
             if let Some(r) = to.residual {
                 for i in 0..M {
                     for j in 0..N {
-                        let v = D::S::load(r.add(y[i] + to.channel + j * lanes));
-                        acc[i][j] = D::S::add(acc[i][j], v);
+                        let r = r.add(y[i] + to.channel + j * lanes);
+                        acc[i][j] = D::S::add(acc[i][j], load_nth::<D::S, N, WHOLE>(r, j, tail));
                     }
                 }
             }
@@ -167,84 +192,21 @@ pub(super) unsafe fn put_tile<D: Terms, const M: usize, const N: usize>(
                 }
             }
         }
-        for i in 0..M {
-            for j in 0..N {
-                D::S::store(results.add(y[i] + to.channel + j * lanes), acc[i][j]);
-            }
-        }
-    }
-}
-
-/// The epilogue of a tile's column of vectors, which begins `at` so many channels after the first, and its results.
-///
-/// # Safety
-/// The results at each offset in `y` must be writable (and the residual readable) for `to.lanes` elements.
-#[inline(always)]
-pub(super) unsafe fn put_column<D: Terms, const M: usize>(
-    to: &Results<<D::S as Simd>::Elem>,
-    column: [<D::S as Simd>::V; M],
-    y: &[usize; M],
-    at: usize,
-) {
-    let part = (to.lanes - at).min(D::S::LANES);
-    // SAFETY: the caller's promise.
-    unsafe {
-        let (low, high) = (D::S::splat(to.low), D::S::splat(to.high));
-        // Decided once for a column, not for each vector: sums of few terms take no longer than that.
-        match part == D::S::LANES {
-            true => put::<D, M, true>(to, column, y, at, part, low, high),
-            false => put::<D, M, false>(to, column, y, at, part, low, high),
-        }
-    }
-}
-
-/// Of whole vectors, or of their first `part` lanes.
-///
-/// # Safety
-/// As of [`put_column`].
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn put<D: Terms, const M: usize, const WHOLE: bool>(
-    t: &Results<<D::S as Simd>::Elem>,
-    mut column: [<D::S as Simd>::V; M],
-    y: &[usize; M],
-    at: usize,
-    part: usize,
-    low: <D::S as Simd>::V,
-    high: <D::S as Simd>::V,
-) {
-    let to = t.channel + at;
-    // SAFETY: the caller's promise.
-    unsafe {
-        if !t.plain {
-            if let Some(bias) = t.bias {
-                let v = load_lanes::<D::S, WHOLE>(bias.add(at), part);
-                for i in 0..M {
-                    column[i] = D::S::add(column[i], v);
-                }
-            }
-            if let Some(r) = t.residual {
-                for i in 0..M {
-                    column[i] = D::S::add(column[i], load_lanes::<D::S, WHOLE>(r.add(y[i] + to), part));
-                }
-            }
-            for i in 0..M {
-                column[i] = D::S::min(high, D::S::max(low, column[i]));
-            }
-        }
-        match t.y {
+        match to.y {
             To::Whole(results) => {
                 for i in 0..M {
-                    store_lanes::<D::S, WHOLE>(results.add(y[i] + to), column[i], part);
+                    for j in 0..N {
+                        let results = results.add(y[i] + to.channel + j * lanes);
+                        store_nth::<D::S, N, WHOLE>(results, j, acc[i][j], tail);
+                    }
                 }
             }
             To::Bf16(results) => {
                 for i in 0..M {
-                    round_up_to::<D>(
-                        results.add(y[i] + to),
-                        column[i],
-                        if WHOLE { D::S::LANES } else { part },
-                    );
+                    for j in 0..N {
+                        let n = if WHOLE || j + 1 < N { lanes } else { tail };
+                        round_up_to::<D>(results.add(y[i] + to.channel + j * lanes), acc[i][j], n);
+                    }
                 }
             }
         }

@@ -2,7 +2,7 @@
 
 use super::{Plus, Product};
 use crate::kernels::ahead::Steps;
-use crate::kernels::simd::{Simd, load_lanes, store_lanes};
+use crate::kernels::simd::{Simd, load_nth, store_nth};
 use crate::kernels::tile::{Acc, Positions, ROUND, Terms, along_columns, along_rows};
 use crate::tensor::Float;
 
@@ -136,33 +136,21 @@ impl<T: Float> Target<T> {
     /// `row` must be valid for `lanes` elements, `all` and `c` for `M` rows of as many.
     #[inline(always)]
     pub unsafe fn write<S: Simd<Elem = T>, const M: usize, const N: usize>(&self, acc: &Acc<S, M, N>) {
-        if self.lanes == N * S::LANES {
-            // SAFETY: the caller's promise.
-            return unsafe { self.whole::<S, M, N>(*acc) };
-        }
-        for j in 0..N {
-            let mut column = [acc[0][j]; M];
-            for i in 0..M {
-                column[i] = acc[i][j];
-            }
-            let part = (self.lanes - j * S::LANES).min(S::LANES);
-            // SAFETY: the caller's promise.
-            unsafe {
-                match part == S::LANES {
-                    true => self.column::<S, M, true>(column, j * S::LANES, part),
-                    false => self.column::<S, M, false>(column, j * S::LANES, part),
-                }
-            }
-        }
+        let whole = self.lanes == N * S::LANES;
+        // SAFETY: the caller's promise.
+        unsafe { if whole { self.put::<S, M, N, true>(*acc) } else { self.put::<S, M, N, false>(*acc) } }
     }
 
-    /// A tile of whole vectors: short loops, which are unrolled, so that sums stay in registers.
+    /// Short loops, which are unrolled, so that sums stay in registers.
     ///
     /// # Safety
-    /// As of [`write`](Self::write).
+    /// As of [`write`](Self::write); are all vectors `WHOLE`?
     #[inline(always)]
-    unsafe fn whole<S: Simd<Elem = T>, const M: usize, const N: usize>(&self, mut acc: Acc<S, M, N>) {
-        let at = |i: usize, j: usize| i * self.ldc + j * S::LANES;
+    unsafe fn put<S: Simd<Elem = T>, const M: usize, const N: usize, const WHOLE: bool>(
+        &self,
+        mut acc: Acc<S, M, N>,
+    ) {
+        let (ldc, lanes, tail) = (self.ldc, S::LANES, self.lanes - (N - 1) * S::LANES);
         // SAFETY: the caller's promise.
         unsafe {
             let alpha = S::splat(self.alpha);
@@ -173,7 +161,7 @@ impl<T: Float> Target<T> {
             }
             if let Some(row) = self.row {
                 for j in 0..N {
-                    let v = S::load(row.add(j * S::LANES));
+                    let v = load_nth::<S, N, WHOLE>(row.add(j * lanes), j, tail);
                     for i in 0..M {
                         acc[i][j] = S::add(acc[i][j], v);
                     }
@@ -182,7 +170,8 @@ impl<T: Float> Target<T> {
             if let Some(all) = self.all {
                 for i in 0..M {
                     for j in 0..N {
-                        acc[i][j] = S::add(acc[i][j], S::load(all.add(at(i, j))));
+                        let v = load_nth::<S, N, WHOLE>(all.add(i * ldc + j * lanes), j, tail);
+                        acc[i][j] = S::add(acc[i][j], v);
                     }
                 }
             }
@@ -190,55 +179,15 @@ impl<T: Float> Target<T> {
                 let beta = S::splat(self.beta);
                 for i in 0..M {
                     for j in 0..N {
-                        acc[i][j] = S::fma(S::load(self.c.add(at(i, j))), beta, acc[i][j]);
+                        let c = load_nth::<S, N, WHOLE>(self.c.add(i * ldc + j * lanes), j, tail);
+                        acc[i][j] = S::fma(c, beta, acc[i][j]);
                     }
                 }
             }
             for i in 0..M {
                 for j in 0..N {
-                    S::store(self.c.add(at(i, j)), acc[i][j]);
+                    store_nth::<S, N, WHOLE>(self.c.add(i * ldc + j * lanes), j, acc[i][j], tail);
                 }
-            }
-        }
-    }
-
-    /// A column of vectors, or of their first `part` lanes, from column `j` of the tile on.
-    ///
-    /// # Safety
-    /// As of [`write`](Self::write).
-    #[inline(always)]
-    unsafe fn column<S: Simd<Elem = T>, const M: usize, const WHOLE: bool>(
-        &self,
-        mut column: [S::V; M],
-        j: usize,
-        part: usize,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let alpha = S::splat(self.alpha);
-            for i in 0..M {
-                column[i] = S::mul(column[i], alpha);
-            }
-            if let Some(r) = self.row {
-                let row = load_lanes::<S, WHOLE>(r.add(j), part);
-                for i in 0..M {
-                    column[i] = S::add(column[i], row);
-                }
-            }
-            if let Some(all) = self.all {
-                for i in 0..M {
-                    column[i] = S::add(column[i], load_lanes::<S, WHOLE>(all.add(i * self.ldc + j), part));
-                }
-            }
-            if self.beta != num_traits::zero() {
-                let beta = S::splat(self.beta);
-                for i in 0..M {
-                    let c = load_lanes::<S, WHOLE>(self.c.add(i * self.ldc + j), part);
-                    column[i] = S::fma(c, beta, column[i]);
-                }
-            }
-            for i in 0..M {
-                store_lanes::<S, WHOLE>(self.c.add(i * self.ldc + j), column[i], part);
             }
         }
     }
