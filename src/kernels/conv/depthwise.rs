@@ -10,6 +10,8 @@ mod expanded;
 mod line;
 mod weight;
 
+use std::ops::Range;
+
 use smallvec::SmallVec;
 
 use crate::kernels::conv::load::{Operand, Rows};
@@ -109,11 +111,87 @@ impl<'a> Direction<'a> {
         (at.rem_euclid(s) == 0).then(|| at.div_euclid(s))
     }
 
+    /// Rows of the source that a row of the target is computed from, each with the number of its first weight.
+    ///
+    /// # Safety
+    /// As of [`Rows::at`].
+    #[inline(always)]
+    unsafe fn read<T: Vectors>(
+        &self,
+        source: &mut Rows<T>,
+        [image, i0, i1]: [usize; 3],
+    ) -> SmallVec<[(*const T, usize); 16]> {
+        let k = self.g.k;
+        let mut rows = SmallVec::new();
+        for t0 in 0..k[0] {
+            for t1 in 0..k[1] {
+                if let (Some(a), Some(b)) = (self.inside(0, i0, t0), self.inside(1, i1, t1)) {
+                    // SAFETY: the caller's promise.
+                    rows.push((unsafe { source.at(image, a, b) }, (t0 * k[1] + t1) * k[2]));
+                }
+            }
+        }
+        rows
+    }
+
+    /// The taps of a class of positions, those of a row ascending in the source.
+    fn taps<T>(&self, rows: &[(*const T, usize)], r: usize) -> SmallVec<[Tap<T>; 64]> {
+        let (k, c) = (self.g.k[2], self.g.c);
+        let of_row = |&(x, first): &(*const T, usize)| {
+            let ascending = (0..k).map(move |t| if self.gradient { k - 1 - t } else { t });
+            ascending.filter_map(move |t| {
+                Some(Tap { x, offset: self.offset(2, r, t)?, w: (first + t) * c })
+            })
+        };
+        rows.iter().flat_map(of_row).collect()
+    }
+
+    /// Positions, counted within their class, of which no tap falls outside of the row and the zeros around it.
+    fn within<T>(&self, taps: &[Tap<T>], around: [usize; 2], count: usize) -> Range<usize> {
+        let [before, after] = around.map(|zeros| zeros as isize);
+        let least = taps.iter().map(|t| t.offset).min().unwrap_or(0) + before;
+        let most = taps.iter().map(|t| t.offset).max().unwrap_or(0) - after;
+        let step = self.step(2);
+        let first = ((-least).max(0) as usize).div_ceil(step).min(count);
+        first..match self.source[2] as isize - 1 - most {
+            room if room < 0 => first,
+            room => (room as usize / step + 1).clamp(first, count),
+        }
+    }
+
+    /// Of a gradient of stride two and three taps, those results that can be computed in pairs.
+    fn pairs(&self, around: [usize; 2]) -> Option<Pairs> {
+        let g = self.g;
+        if !self.gradient || g.stride[2] != 2 || g.k[2] != 3 || g.dilation[2] != 1 {
+            return None;
+        }
+        // The tap in the middle belongs to every other position, from this one on.
+        let first = 1 - g.pad[2] % 2;
+        let source = (first + g.pad[2] - 1) / 2;
+        let results = self.target[2].saturating_sub(first) / 2;
+        Some(Pairs { first, source, count: results.min((self.source[2] + around[1]).saturating_sub(source + 1)) })
+    }
+
     /// The source position of tap `t` for target position `i`, if it lies inside.
     fn inside(&self, d: usize, i: usize, t: usize) -> Option<usize> {
         let n = self.residues(d);
         let at = (i / n * self.step(d)) as isize + self.offset(d, i % n, t)?;
         (at >= 0 && at < self.source[d] as isize).then_some(at as usize)
+    }
+}
+
+/// Pairs of neighbouring results, from position `first` on, that read a position of the source and the next, from `source` on.
+struct Pairs {
+    first: usize,
+    source: usize,
+    count: usize,
+}
+
+impl Pairs {
+    /// Their positions in the class of residue `r`.
+    fn of(&self, r: usize) -> Range<usize> {
+        let first = usize::from(r < self.first);
+        first..first + self.count
     }
 }
 
@@ -129,85 +207,91 @@ struct Sweep<'a, T> {
 }
 
 impl<T: Vectors> Sweep<'_, T> {
-    /// `beside`: what will be read soon, as many elements as the row has, where that is not more of the source.
-    ///
     /// # Safety
     /// The row must lie inside, its results be the caller's, and the processor have `S`'s instructions.
     #[inline(always)]
-    unsafe fn row<S: Simd<Elem = T>>(&self, source: &mut Rows<T>, row: usize, beside: Option<*const T>) {
+    unsafe fn row<S: Simd<Elem = T>>(&self, source: &mut Rows<T>, row: usize) {
         let (way, g) = (self.way, self.way.g);
-        let (extent, step) = (way.source[2], way.step(2));
         let [image, i0, i1] = split(row, [g.n, way.target[0], way.target[1]]);
-        for r in 0..way.residues(2).min(way.target[2]) {
-            let mut taps: SmallVec<[Tap<T>; 64]> = SmallVec::new();
-            let mut last_row = 0;
-            for t0 in 0..g.k[0] {
-                for t1 in 0..g.k[1] {
-                    let (Some(a), Some(b)) = (way.inside(0, i0, t0), way.inside(1, i1, t1)) else { continue };
-                    last_row = last_row.max(b);
-                    // SAFETY: the caller's promise.
-                    let x = unsafe { source.at(image, a, b) };
-                    for t2 in 0..g.k[2] {
-                        // Ascending in the source.
-                        let t2 = if way.gradient { g.k[2] - 1 - t2 } else { t2 };
-                        if let Some(offset) = way.offset(2, r, t2) {
-                            taps.push(Tap { x, offset, w: ((t0 * g.k[1] + t1) * g.k[2] + t2) * g.c });
-                        }
-                    }
-                }
-            }
-            // Positions for which no tap falls outside of the row and the zeros around it.
-            let [before, after] = source.around().map(|zeros| zeros as isize);
-            let least = taps.iter().map(|t| t.offset).min().unwrap_or(0) + before;
-            let most = taps.iter().map(|t| t.offset).max().unwrap_or(0) - after;
-            let count = (way.target[2] - r).div_ceil(way.residues(2));
-            let first = ((-least).max(0) as usize).div_ceil(step).min(count);
-            let last = match extent as isize - 1 - most {
-                room if room < 0 => first,
-                room => (room as usize / step + 1).clamp(first, count),
-            };
-            let lie = match g.k[2] == 3 && g.dilation[2] == 1 && way.residues(2) == 1 {
-                true if Line::<T>::slides::<S>(taps.len() / 3, step) => Taps::Slides,
-                true => Taps::Triples,
-                false => Taps::Apart,
-            };
-            let soon = match beside {
-                Some(from) => {
-                    let step = way.residues(2) * g.c;
-                    Soon { from: from.wrapping_add(r * g.c), rows: 1, row: 0, step, each: 1 }
-                }
-                // Rows that are read for the first time, or, where they are computed first or all of a row is read before
-                // the next, will be for the next row.
-                None => {
-                    let rows = way.step(1);
-                    let (first, ahead) = match source.is_plain() && lie != Taps::Slides {
-                        true => ((last_row + 1).saturating_sub(rows), AHEAD.next_multiple_of(g.c)),
-                        false => (last_row + 1, 0),
-                    };
-                    let (from, rows) = match source.raw(image, 0, first) {
-                        Some([from, _]) => (from.wrapping_add(ahead), rows),
-                        // (Something that is near.)
-                        None => (taps.first().map_or(std::ptr::null(), |t| t.x), 0),
-                    };
-                    Soon { from, rows, row: extent * g.c, step: step * g.c, each: step }
-                }
-            };
+        // SAFETY: the caller's promise.
+        let rows = unsafe { way.read(source, [image, i0, i1]) };
+        let triples = g.k[2] == 3 && g.dilation[2] == 1;
+        let lie = match way.step(2) {
+            _ if !triples || way.residues(2) > 1 => Taps::Apart,
+            step if Line::<T>::slides::<S>(rows.len(), step) => Taps::Slides,
+            1 | 2 => Taps::Triples,
+            _ => Taps::Apart,
+        };
+        let next = (0..g.k[1]).filter_map(|t| way.inside(1, i1, t)).max().map_or(0, |last| last + 1);
+        let soon = self.soon(source, image, next, lie);
+        let y_row = row * way.target[2] * g.c;
+        let line = Line {
+            taps: &[],
+            lie,
+            w: self.w.as_ptr(),
+            c: source.channels(),
+            extent: way.source[2] as isize,
+            step: way.step(2),
+            soon,
+            epilogue: &self.epilogue,
+            y: self.y,
+            y_row,
+            y_step: g.c,
+        };
+        let around = source.around();
+        let pairs = way.pairs(around);
+        if let Some(pairs) = &pairs {
+            let taps: SmallVec<[Tap<T>; 64]> = rows
+                .iter()
+                .flat_map(|&(x, first)| [2, 1, 0].map(|t| (x, first + t)))
+                .map(|(x, w)| Tap { x, offset: pairs.source as isize, w: w * g.c })
+                .collect();
+            let first = pairs.first * g.c;
             let line = Line {
                 taps: &taps,
-                lie,
-                w: self.w.as_ptr(),
-                c: source.channels(),
-                extent: extent as isize,
-                step,
-                soon,
-                epilogue: &self.epilogue,
-                y: self.y,
-                y_row: (row * way.target[2] + r) * g.c,
-                y_step: way.residues(2) * g.c,
+                lie: Taps::Spread,
+                soon: soon.of(first, 1),
+                y_row: y_row + first,
+                ..line
+            };
+            // SAFETY: no tap of a pair falls outside; the row's results are the caller's.
+            unsafe { line.inside::<S>(0..2 * pairs.count) }
+        }
+        for r in 0..way.residues(2).min(way.target[2]) {
+            let taps = way.taps(&rows, r);
+            let residues = way.residues(2);
+            let (soon, y_row) = (soon.of(r * g.c, residues), y_row + r * g.c);
+            let line = Line { taps: &taps, soon, y_row, y_step: residues * g.c, ..line };
+            let count = (way.target[2] - r).div_ceil(residues);
+            let inside = match &pairs {
+                Some(pairs) => pairs.of(r),
+                None => way.within(&taps, around, count),
             };
             // SAFETY: taps that fall outside are left out; the row's results are the caller's.
-            unsafe { line.all::<S>(first..last, count) }
+            unsafe {
+                line.edges::<S>(inside.clone(), count);
+                if pairs.is_none() {
+                    line.inside::<S>(inside);
+                }
+            }
         }
+    }
+
+    /// What to fetch of the source meanwhile: rows that are read for the first time, or, where they are computed first or all of
+    /// a row is read before the next, will be for the next row, from `next` on.
+    fn soon(&self, source: &Rows<T>, image: usize, next: usize, lie: Taps) -> Soon<T> {
+        let (way, c) = (self.way, self.way.g.c);
+        let rows = way.step(1);
+        let (first, ahead) = match source.is_plain() && lie != Taps::Slides {
+            true => (next.saturating_sub(rows), AHEAD.next_multiple_of(c)),
+            false => (next, 0),
+        };
+        let (from, rows) = match source.raw(image, 0, first) {
+            Some([from, _]) => (from.wrapping_add(ahead), rows),
+            // (Something that is near.)
+            None => (self.w.as_ptr(), 0),
+        };
+        Soon { from, rows, row: way.source[2] * c, step: c.div_ceil(way.residues(2)), each: way.step(2) }
     }
 }
 
@@ -215,7 +299,7 @@ impl<T: Vectors> Sweep<'_, T> {
 struct Task<'a, T> {
     sweep: Sweep<'a, T>,
     source: Rows<'a, T>,
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
 }
 
 impl<T: Vectors> Kernel<T> for Task<'_, T> {
@@ -223,7 +307,7 @@ impl<T: Vectors> Kernel<T> for Task<'_, T> {
     unsafe fn run<S: Simd<Elem = T>>(mut self) {
         for row in self.rows.clone() {
             // SAFETY: the rows are this task's.
-            unsafe { self.sweep.row::<S>(&mut self.source, row, None) }
+            unsafe { self.sweep.row::<S>(&mut self.source, row) }
         }
     }
 }

@@ -39,6 +39,48 @@ pub struct Norm<'a, T> {
     pub clamp: Clamp<T>,
 }
 
+impl<T: Vectors> Norm<'_, T> {
+    /// Those of a vector of channels, or of its first `n` lanes.
+    ///
+    /// # Safety
+    /// There must be such channels, and the processor have `S`'s instructions.
+    #[inline(always)]
+    pub unsafe fn lanes<S: Simd<Elem = T>>(&self, channel: usize, n: usize) -> NormLanes<S> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            NormLanes {
+                mean: load_up_to::<S>(self.mean.as_ptr().add(channel), n),
+                factor: load_up_to::<S>(self.factor.as_ptr().add(channel), n),
+                shift: load_up_to::<S>(self.shift.as_ptr().add(channel), n),
+                low: S::splat(self.clamp.low),
+                high: S::splat(self.clamp.high),
+            }
+        }
+    }
+}
+
+/// Coefficients of a vector of channels.
+pub struct NormLanes<S: Simd> {
+    pub mean: S::V,
+    factor: S::V,
+    shift: S::V,
+    pub low: S::V,
+    pub high: S::V,
+}
+
+impl<S: Simd> NormLanes<S> {
+    /// # Safety
+    /// The processor must have `S`'s instructions.
+    #[inline(always)]
+    pub unsafe fn of(&self, x: S::V) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let y = S::add(S::mul(S::sub(x, self.mean), self.factor), self.shift);
+            S::min(self.high, S::max(self.low, y))
+        }
+    }
+}
+
 /// Coefficients of a normalisation's gradient.
 #[derive(Debug, Clone, Copy)]
 pub struct NormGrad<'a, T> {
@@ -266,14 +308,7 @@ impl<'a, T: Vectors> Operand<'a, T> {
             S::prefetch(from.wrapping_add(AHEAD).cast());
             match &self.load {
                 Load::Plain => D::load::<S>(from, n),
-                Load::Norm(f) => {
-                    let mean = load_up_to::<S>(f.mean.as_ptr().add(channel), n);
-                    let factor = load_up_to::<S>(f.factor.as_ptr().add(channel), n);
-                    let shift = load_up_to::<S>(f.shift.as_ptr().add(channel), n);
-                    let x = S::sub(D::load::<S>(from, n), mean);
-                    let y = S::add(S::mul(x, factor), shift);
-                    S::min(S::splat(f.clamp.high), S::max(S::splat(f.clamp.low), y))
-                }
+                Load::Norm(f) => f.lanes::<S>(channel, n).of(D::load::<S>(from, n)),
                 Load::NormGrad(f) => {
                     S::prefetch(x.wrapping_add(AHEAD).cast());
                     let mean = load_up_to::<S>(f.mean.as_ptr().add(channel), n);

@@ -1,105 +1,396 @@
 //! Both gradients of a depthwise convolution in one pass over its tensors.
-#![allow(unsafe_code)]
+//!
+//! A position of X takes part in dW with the positions of dY that its own gradient is summed from: these are loaded once for
+//! both. X is normalised in registers, and what the normalisation's own gradients sum up is added while dX is there as well.
+#![allow(unsafe_code, clippy::needless_range_loop)]
 
-use super::weight::{add_row, finish};
-use super::{Direction, Sweep, in_tap_order};
-use crate::kernels::conv::both::{Both, Plain, Sums};
-use crate::kernels::conv::load::Rows;
-use crate::kernels::conv::{Epilogue, Geometry, slots, split};
+use std::ops::Range;
+
+use smallvec::SmallVec;
+
+use super::line::Tap;
+use super::weight::finish;
+use super::{Direction, in_tap_order};
+use crate::kernels::conv::both::{Both, Plain};
+use crate::kernels::conv::load::{Load, Norm, Operand, Rows};
+use crate::kernels::conv::{Geometry, Residual, slots, split};
+use crate::kernels::half::Half;
 use crate::kernels::par::{LINE, Shared, in_prepared_slots};
-use crate::kernels::simd::{Kernel, Simd, Vectors};
+use crate::kernels::simd::{Bf16, Kernel, Level, Simd, Stored, Vectors, Whole, load_lanes, store_lanes};
 
-/// Sums of dW, each over a share of the rows of dY.
+/// Sums of dW, each over a share of the rows of X.
 const SLABS: usize = 16;
+/// Neighbouring taps whose weights and sums are in registers.
+const TAPS: usize = 3;
 
+/// Positions computed at a time, at most: twice as many vectors are in registers besides those.
+#[inline(always)]
+fn most<S: Simd>() -> usize {
+    if Level::of::<S>().is_roomy() { 8 } else { 4 }
+}
+
+/// Some rows of X, all images' counted.
 struct Task<'a, T> {
-    back: Sweep<'a, T>,
-    dy: Rows<'a, T>,
-    x: Rows<'a, T>,
-    /// Rows of dY, all images' counted.
-    rows: std::ops::Range<usize>,
+    /// From dY to dX.
+    way: Direction<'a>,
+    /// (k…, C), as their gradient.
+    w: &'a [T],
     dw: &'a mut [T],
-    sums: Option<(&'a Sums<'a, T>, &'a mut [f64])>,
+    dy: Rows<'a, T>,
+    x: Operand<'a, T>,
+    /// A row of X that is stored in float16.
+    near: &'a mut [T],
+    addend: Residual<'a, T>,
+    dx: *mut T,
+    sums: Option<Sums<'a, T>>,
+    rows: Range<usize>,
+}
+
+/// Of the normalisation's gradients: sums over a row, and over all of them, of the scale, then of the shift.
+struct Sums<'a, T> {
+    row: &'a mut [T],
+    all: &'a mut [f64],
+}
+
+/// Neighbouring taps of a row of dY, in its order.
+struct Group<T> {
+    /// What the first position of X in its class reads for the first of them.
+    dy: *const T,
+    /// Elements to their weights, and how many they are.
+    w: [usize; TAPS],
+    len: usize,
+}
+
+type Groups<T> = SmallVec<[Group<T>; 6]>;
+
+/// Positions a stride apart.
+struct Class<T> {
+    taps: SmallVec<[Tap<T>; 64]>,
+    groups: Groups<T>,
+    count: usize,
 }
 
 impl<T: Vectors> Kernel<T> for Task<'_, T> {
     #[inline(always)]
-    unsafe fn run<S: Simd<Elem = T>>(mut self) {
-        let g = self.back.way.g;
+    unsafe fn run<S: Simd<Elem = T>>(self) {
+        // SAFETY: the caller's promise; the forms are those of X, or of what float16 is widened to.
+        unsafe {
+            match self.x.data.half() {
+                Some(Half::Bf16) => self.all::<S, Bf16>(),
+                _ => self.all::<S, Whole>(),
+            }
+        }
+    }
+}
+
+impl<T: Vectors> Task<'_, T> {
+    #[inline(always)]
+    unsafe fn all<S: Simd<Elem = T>, D: Stored<T>>(mut self) {
         self.dw.fill(T::zero());
-        let line = g.x[2] * g.c;
         for row in self.rows.clone() {
-            let [image, _, o1] = split(row, [g.n, 1, g.y[1]]);
-            // The rows of X that belong to this one of dY, and the first of X and of dY that only the next will need.
-            let last = if o1 + 1 == g.y[1] { g.x[1] } else { ((o1 + 1) * g.stride[1]).min(g.x[1]) };
-            let own = (o1 * g.stride[1]).min(last)..last;
-            let x_next = o1 * g.stride[1] + (g.k[1] - 1) * g.dilation[1] + 1;
-            let dy_next = (own.end.saturating_sub(1) + g.pad[1]) / g.stride[1] + 1;
-            // SAFETY: rows that there are; those of dX are this task's, and written when they are read.
-            unsafe {
-                let dy = self.dy.at(image, 0, o1);
-                let soon = self.dy.raw(image, 0, dy_next).unwrap_or([std::ptr::null(); 2]);
-                add_row::<S>(g, row, dy, soon, &mut self.x, self.dw);
-                for i1 in own.clone() {
-                    let start = (image * g.x[1] + i1) * line;
-                    let soon = (x_next + i1 - own.start).saturating_sub(g.pad[1]);
-                    let soon = self.x.raw(image, 0, soon).map(|x| x[0]);
-                    self.back.row::<S>(&mut self.dy, image * g.x[1] + i1, soon);
-                    let dx = std::slice::from_raw_parts(self.back.y.add(start), line);
-                    if let Some((sums, part)) = &mut self.sums {
-                        sums.add(start, dx, part);
-                    }
+            // SAFETY: rows that there are, of which dX's is this task's.
+            unsafe { self.row::<S, D>(row) }
+            if let Some(sums) = &mut self.sums {
+                sums.all.iter_mut().zip(&*sums.row).for_each(|(all, row)| *all += row.to64());
+                sums.row.fill(T::zero());
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn row<S: Simd<Elem = T>, D: Stored<T>>(&mut self, row: usize) {
+        let (way, g) = (self.way, self.way.g);
+        let [image, _, i1] = split(row, [g.n, 1, g.x[1]]);
+        // SAFETY: the caller's promise.
+        let rows = unsafe { way.read(&mut self.dy, [image, 0, i1]) };
+        let line = g.x[2] * g.c;
+        let x = match self.x.data.half() {
+            Some(Half::F16) => {
+                self.x.data.copy(row * line, &mut self.near[..line]);
+                self.near.as_ptr().cast()
+            }
+            _ => self.x.data.address(row * line).cast(),
+        };
+        let start = row * line;
+        let at = Line::<T, D> {
+            c: g.c,
+            // (In neighbouring classes positions are neighbours.)
+            step: way.residues(2) * g.c,
+            x,
+            norm: match &self.x.load {
+                Load::Norm(norm) => Some(*norm),
+                _ => None,
+            },
+            w: self.w.as_ptr(),
+            dw: self.dw.as_mut_ptr(),
+            dx: self.dx.wrapping_add(start),
+            addend: match self.addend {
+                Residual::None => None,
+                Residual::Of(r) => Some(r.as_ptr().wrapping_add(start)),
+                Residual::InOutput => Some(self.dx.wrapping_add(start).cast_const()),
+            },
+            sums: self.sums.as_mut().map(|sums| sums.row.as_mut_ptr()),
+        };
+        // Positions, counted within their class, of which in no class a tap falls outside.
+        let around = self.dy.around();
+        let mut inside = 0..usize::MAX;
+        let mut classes: SmallVec<[Class<T>; 2]> = SmallVec::new();
+        for r in 0..way.residues(2).min(g.x[2]) {
+            let count = (g.x[2] - r).div_ceil(way.residues(2));
+            let taps = way.taps(&rows, r);
+            let of_class = way.within(&taps, around, count);
+            inside = inside.start.max(of_class.start)..inside.end.min(of_class.end);
+            classes.push(Class { groups: groups(&taps, g.c), taps, count });
+        }
+        inside.end = inside.end.max(inside.start);
+        let extent = g.y[2] as isize;
+        // SAFETY: taps lie inside, or are left out.
+        unsafe {
+            at.tiles::<S>(inside.clone(), &classes);
+            for (r, class) in classes.iter().enumerate() {
+                let (first, last) = (inside.start.min(class.count), inside.end.min(class.count));
+                for q in (0..first).chain(last..class.count) {
+                    let mut taps = class.taps.clone();
+                    taps.retain(|tap| (0..extent).contains(&(q as isize + tap.offset)));
+                    at.tile_of::<S, 1>(q, r, &groups(&taps, g.c));
                 }
             }
         }
     }
 }
 
+/// Taps of which three can be neighbours, in the order of dY, whose positions have `c` channels.
+fn groups<T>(taps: &[Tap<T>], c: usize) -> Groups<T> {
+    let mut groups = Groups::<T>::new();
+    let mut next = None;
+    for tap in taps {
+        match groups.last_mut() {
+            Some(group) if next == Some((tap.x, tap.offset)) && group.len < TAPS => {
+                group.w[group.len] = tap.w;
+                group.len += 1;
+            }
+            _ => {
+                let dy = tap.x.wrapping_offset(tap.offset * c as isize);
+                groups.push(Group { dy, w: [tap.w; TAPS], len: 1 });
+            }
+        }
+        next = Some((tap.x, tap.offset + 1));
+    }
+    groups
+}
+
+/// A row of X and dX.
+struct Line<'a, T, D: Stored<T>> {
+    c: usize,
+    /// Elements from a position to the next of its class.
+    step: usize,
+    x: *const D::Bits,
+    norm: Option<Norm<'a, T>>,
+    w: *const T,
+    dw: *mut T,
+    dx: *mut T,
+    addend: Option<*const T>,
+    sums: Option<*mut T>,
+}
+
+impl<T: Vectors, D: Stored<T>> Line<'_, T, D> {
+    /// Positions of all classes that have no tap outside, in tiles of about equal size.
+    #[inline(always)]
+    unsafe fn tiles<S: Simd<Elem = T>>(&self, inside: Range<usize>, classes: &[Class<T>]) {
+        let most = most::<S>();
+        let tiles = inside.len().div_ceil(most);
+        let mut q = inside.start;
+        for tile in 0..tiles {
+            let size = inside.len() / tiles + usize::from(tile < inside.len() % tiles);
+            for (r, class) in classes.iter().enumerate() {
+                let groups = &class.groups;
+                // SAFETY: the caller's promise.
+                unsafe {
+                    match size {
+                        8 if most == 8 => self.tile_of::<S, 8>(q, r, groups),
+                        7 if most == 8 => self.tile_of::<S, 7>(q, r, groups),
+                        6 if most == 8 => self.tile_of::<S, 6>(q, r, groups),
+                        5 if most == 8 => self.tile_of::<S, 5>(q, r, groups),
+                        4 => self.tile_of::<S, 4>(q, r, groups),
+                        3 => self.tile_of::<S, 3>(q, r, groups),
+                        2 => self.tile_of::<S, 2>(q, r, groups),
+                        _ => self.tile_of::<S, 1>(q, r, groups),
+                    }
+                }
+            }
+            q += size;
+        }
+    }
+
+    /// `P` positions from the one of number `q` of class `r` on.
+    #[inline(always)]
+    unsafe fn tile_of<S: Simd<Elem = T>, const P: usize>(&self, q: usize, r: usize, groups: &[Group<T>]) {
+        let (first, mut channel) = (q * self.step + r * self.c, 0);
+        // SAFETY: the caller's promise; vectors end at the last channel.
+        unsafe {
+            while channel + S::LANES <= self.c {
+                self.tile::<S, P, true>(first, q, groups, channel, S::LANES);
+                channel += S::LANES;
+            }
+            if channel < self.c {
+                self.tile::<S, P, false>(first, q, groups, channel, self.c - channel);
+            }
+        }
+    }
+
+    /// Those from element `first` of the row on.
+    #[inline(always)]
+    unsafe fn tile<S: Simd<Elem = T>, const P: usize, const WHOLE: bool>(
+        &self,
+        first: usize,
+        q: usize,
+        groups: &[Group<T>],
+        channel: usize,
+        lanes: usize,
+    ) {
+        let (step, first) = (self.step, first + channel);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let from = self.x.add(first);
+            if S::begins_line(channel) {
+                let ahead = first + most::<S>() * step;
+                let (mut x, mut dx) = (self.x.wrapping_add(ahead), self.dx.wrapping_add(ahead));
+                for _ in 0..P {
+                    S::prefetch(x.cast());
+                    S::prefetch(dx);
+                    (x, dx) = (x.wrapping_add(step), dx.wrapping_add(step));
+                }
+            }
+            let mut x = [S::splat(T::zero()); P];
+            for i in 0..P {
+                x[i] = D::load::<S>(from.add(i * step), lanes);
+            }
+            if let Some(norm) = &self.norm {
+                let norm = norm.lanes::<S>(channel, lanes);
+                for i in 0..P {
+                    x[i] = norm.of(x[i]);
+                }
+            }
+            let mut dx = [S::splat(T::zero()); P];
+            for group in groups {
+                let dy = group.dy.wrapping_add(q * self.c + channel);
+                match group.len {
+                    3 => self.add::<S, 3, P, WHOLE>(dy, &group.w, channel, lanes, &x, &mut dx),
+                    2 => self.add::<S, 2, P, WHOLE>(dy, &group.w, channel, lanes, &x, &mut dx),
+                    _ => self.add::<S, 1, P, WHOLE>(dy, &group.w, channel, lanes, &x, &mut dx),
+                }
+            }
+            if let Some(addend) = self.addend {
+                for i in 0..P {
+                    dx[i] = S::add(dx[i], load_lanes::<S, WHOLE>(addend.add(first + i * step), lanes));
+                }
+            }
+            for i in 0..P {
+                store_lanes::<S, WHOLE>(self.dx.add(first + i * step), dx[i], lanes);
+            }
+            if let (Some(sums), Some(norm)) = (self.sums, &self.norm) {
+                let norm = norm.lanes::<S>(channel, lanes);
+                let (scale, shift) = (sums.add(channel), sums.add(self.c + channel));
+                let mut sum = [load_lanes::<S, WHOLE>(scale, lanes), load_lanes::<S, WHOLE>(shift, lanes)];
+                for i in 0..P {
+                    // What the clamp changed lies on its ends.
+                    let dz = S::pass(x[i], norm.low, norm.high, dx[i]);
+                    let less = S::sub(D::load::<S>(from.add(i * step), lanes), norm.mean);
+                    sum = [S::fma(dz, less, sum[0]), S::add(sum[1], dz)];
+                }
+                store_lanes::<S, WHOLE>(scale, sum[0], lanes);
+                store_lanes::<S, WHOLE>(shift, sum[1], lanes);
+            }
+        }
+    }
+
+    /// Adds `K` neighbouring taps, the first of which reads `dy` for the first position.
+    #[inline(always)]
+    unsafe fn add<S: Simd<Elem = T>, const K: usize, const P: usize, const WHOLE: bool>(
+        &self,
+        mut dy: *const T,
+        at: &[usize; TAPS],
+        channel: usize,
+        lanes: usize,
+        x: &[S::V; P],
+        dx: &mut [S::V; P],
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let zero = S::splat(T::zero());
+            let (mut w, mut dw) = ([zero; K], [zero; K]);
+            for k in 0..K {
+                w[k] = load_lanes::<S, WHOLE>(self.w.add(at[k] + channel), lanes);
+                dw[k] = load_lanes::<S, WHOLE>(self.dw.add(at[k] + channel), lanes);
+            }
+            let mut load = || {
+                let v = load_lanes::<S, WHOLE>(dy, lanes);
+                dy = dy.wrapping_add(self.c);
+                v
+            };
+            // Neighbouring positions share what is loaded. (By names: an array whose elements move lies in memory.)
+            let mut first = if K > 2 { load() } else { zero };
+            let mut second = if K > 1 { load() } else { zero };
+            for i in 0..P {
+                let third = load();
+                for (k, near) in [first, second, third].into_iter().skip(3 - K).enumerate() {
+                    dx[i] = S::fma(near, w[k], dx[i]);
+                    dw[k] = S::fma(near, x[i], dw[k]);
+                }
+                (first, second) = (second, third);
+            }
+            for k in 0..K {
+                store_lanes::<S, WHOLE>(self.dw.add(at[k] + channel), dw[k], lanes);
+            }
+        }
+    }
+}
+
 pub fn grads_slabs(g: &Geometry) -> usize {
-    (g.n * g.y[1]).min(SLABS)
+    (g.n * g.x[1]).min(SLABS)
 }
 
-/// Elements of a task's rings of dY and of X.
-fn rings(g: &Geometry, [dy, x]: Plain) -> [usize; 2] {
-    [Direction::back(g).ring(dy), Direction::forward(g).ring(x)]
-}
-
-/// Elements of room for the weights of a task, in whole lines.
-fn weights(g: &Geometry) -> usize {
-    (g.taps() * g.c).next_multiple_of(LINE)
+/// Elements of a task's room: of the weights, of the ring of dY, of a row of X, and of sums over a row.
+fn room(g: &Geometry, [dy, x]: Plain) -> [usize; 4] {
+    let near = if x { 0 } else { g.x[2] * g.c };
+    [g.taps() * g.c, Direction::back(g).ring(dy), near, 2 * g.c].map(|elements| elements.next_multiple_of(LINE))
 }
 
 /// Elements of scratch that [`grads`] needs.
 pub fn grads_scratch(g: &Geometry, plain: Plain) -> usize {
     let slabs = grads_slabs(g);
-    slabs * g.taps() * g.c + slots(slabs, weights(g) + rings(g, plain).iter().sum::<usize>())
+    slabs * g.taps() * g.c + slots(slabs, room(g, plain).iter().sum())
 }
 
 /// dX (N, spatial…, C) and dW (C, 1, k…), over at most two dimensions.
 pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], scratch: &mut [T]) {
-    let (size, slabs, total) = (g.taps() * g.c, grads_slabs(g), g.n * g.y[1]);
+    let (size, slabs, total) = (g.taps() * g.c, grads_slabs(g), g.n * g.x[1]);
     let (sums, slots) = scratch.split_at_mut(slabs * size);
-    let [dy_ring, x_ring] = rings(g, b.plain());
+    let [weights, ring, near, of_row] = room(g, b.plain());
     let way = Direction::back(g);
-    let epilogue = Epilogue { residual: b.addend, ..Epilogue::none() };
     let (shared, dx) = (Shared::new(sums), Shared::new(dx));
-    let weights = weights(g);
     let prepare = |slot: &mut [T]| in_tap_order(g, b.w, slot);
-    in_prepared_slots(slabs, weights + dy_ring + x_ring, slots, prepare, |slab, slot| {
+    in_prepared_slots(slabs, weights + ring + near + of_row, slots, prepare, |slab, slot| {
         let (w, rest) = slot.split_at_mut(weights);
-        let (dy, x) = rest.split_at_mut(dy_ring);
-        // SAFETY: the slab's own sum.
-        let dw = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(slab * size), size) };
+        let (dy, rest) = rest.split_at_mut(ring);
+        let (near, row) = rest.split_at_mut(near);
+        let row = &mut row[..2 * g.c];
+        row.fill(T::zero());
         let task = Task {
-            back: Sweep { way, w, epilogue, y: dx.ptr() },
+            way,
+            w,
+            // SAFETY: the slab's own sum.
+            dw: unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(slab * size), size) },
             dy: way.rows(b.dy, dy),
-            x: Direction::forward(g).rows(b.x, x),
-            rows: total * slab / slabs..total * (slab + 1) / slabs,
-            dw,
+            x: b.x,
+            near,
+            addend: b.addend,
+            dx: dx.ptr(),
             // SAFETY: asked for here alone.
-            sums: b.sums.as_ref().map(|sums| (sums, unsafe { sums.part(slab) })),
+            sums: b.sums.as_ref().map(|sums| Sums { row, all: unsafe { sums.part(slab) } }),
+            rows: total * slab / slabs..total * (slab + 1) / slabs,
         };
-        // SAFETY: the extents were checked; a row of dX belongs to one row of dY.
+        // SAFETY: the extents were checked; rows of dX are a task's own.
         unsafe { T::dispatch(task) }
     });
     finish(g, sums, dw);

@@ -2,11 +2,13 @@
 
 use std::ops::Range;
 
+use smallvec::SmallVec;
+
 use crate::kernels::conv::{Epilogue, Residual};
 use crate::kernels::simd::{Level, Simd, Vectors, load_lanes, store_lanes};
 
-/// Positions computed at a time.
-const POSITIONS: usize = 4;
+/// Positions computed at a time, at most.
+const POSITIONS: usize = 8;
 /// Elements from what is read or written to what is fetched meanwhile: rows of a position's channels are short runs,
 /// which do not look like a stream to the processor.
 pub(super) const AHEAD: usize = 1 << 10;
@@ -22,14 +24,22 @@ pub(super) struct Tap<T> {
     pub w: usize,
 }
 
-/// What to fetch while a row is computed: `each` vectors a position of some rows.
+/// What to fetch while a row is computed: `each` vectors a position, `step` elements apart, of some rows.
+#[derive(Clone, Copy)]
 pub(super) struct Soon<T> {
     pub from: *const T,
     pub rows: usize,
-    /// Elements from row to row, and for each position.
+    /// Elements from row to row.
     pub row: usize,
     pub step: usize,
     pub each: usize,
+}
+
+impl<T> Soon<T> {
+    /// What belongs to positions `step` apart, from element `first` on.
+    pub fn of(self, first: usize, step: usize) -> Self {
+        Soon { from: self.from.wrapping_add(first), step: step * self.step, ..self }
+    }
 }
 
 /// How the taps lie.
@@ -40,9 +50,20 @@ pub(super) enum Taps {
     Triples,
     /// So few of those that they are added while the row slides by.
     Slides,
+    /// Triples of a gradient of stride two: of two neighbouring results, the first is of the tap in the middle, the second of the one
+    /// before, and of the one behind for the next position.
+    Spread,
+}
+
+/// Three neighbouring taps.
+struct Triple<T> {
+    /// The first one's source for the row's first position.
+    x: *const T,
+    w: [*const T; 3],
 }
 
 /// The results of one row (and residue).
+#[derive(Clone, Copy)]
 pub(super) struct Line<'a, T> {
     pub taps: &'a [Tap<T>],
     pub lie: Taps,
@@ -64,20 +85,29 @@ impl<T: Vectors> Line<'_, T> {
         Level::of::<S>().is_roomy() && (1..=3).contains(&rows) && (1..=2).contains(&step)
     }
 
-    /// All `count` positions, of which those `inside` have no tap outside.
+    /// Those of `count` positions that are not `inside`, where taps may fall outside.
     ///
     /// # Safety
     /// The line must be as [`Sweep::row`](super::Sweep::row) makes it, and the processor have `S`'s instructions.
     #[inline(always)]
-    pub unsafe fn all<S: Simd<Elem = T>>(&self, inside: Range<usize>, count: usize) {
+    pub unsafe fn edges<S: Simd<Elem = T>>(&self, inside: Range<usize>, count: usize) {
+        for q in (0..inside.start).chain(inside.end..count) {
+            // SAFETY: the caller's promise.
+            unsafe { self.positions::<S, 1, false>(q, &[]) }
+        }
+    }
+
+    /// Positions of which no tap falls outside.
+    ///
+    /// # Safety
+    /// As of [`edges`](Self::edges).
+    #[inline(always)]
+    pub unsafe fn inside<S: Simd<Elem = T>>(&self, inside: Range<usize>) {
+        if inside.is_empty() {
+            return;
+        }
         // SAFETY: the caller's promise.
         unsafe {
-            for q in (0..inside.start).chain(inside.end..count) {
-                self.positions::<S, 1, false>(q);
-            }
-            if inside.is_empty() {
-                return;
-            }
             if self.lie == Taps::Slides {
                 return match (self.taps.len() / 3, self.step) {
                     (1, 1) => self.sliding::<S, 1, 1>(inside),
@@ -88,22 +118,37 @@ impl<T: Vectors> Line<'_, T> {
                     _ => self.sliding::<S, 3, 2>(inside),
                 };
             }
-            let (mut q, last) = (inside.start, inside.end);
-            while q + 2 * POSITIONS <= last {
-                self.positions::<S, { 2 * POSITIONS }, true>(q);
-                q += 2 * POSITIONS;
+            let triples: SmallVec<[Triple<T>; 9]> = match self.lie {
+                Taps::Apart => SmallVec::new(),
+                _ => self.taps.chunks_exact(3).map(|taps| self.triple(taps)).collect(),
+            };
+            // Tiles of about equal size, and of whole pairs of spread results.
+            let unit = if self.lie == Taps::Spread { 2 } else { 1 };
+            let (units, tiles) = (inside.len() / unit, inside.len().div_ceil(POSITIONS));
+            let mut q = inside.start;
+            for tile in 0..tiles {
+                let size = (units / tiles + usize::from(tile < units % tiles)) * unit;
+                match size {
+                    8 => self.positions::<S, 8, true>(q, &triples),
+                    7 => self.positions::<S, 7, true>(q, &triples),
+                    6 => self.positions::<S, 6, true>(q, &triples),
+                    5 => self.positions::<S, 5, true>(q, &triples),
+                    4 => self.positions::<S, 4, true>(q, &triples),
+                    3 => self.positions::<S, 3, true>(q, &triples),
+                    2 => self.positions::<S, 2, true>(q, &triples),
+                    _ => self.positions::<S, 1, true>(q, &triples),
+                }
+                q += size;
             }
-            if q + POSITIONS <= last {
-                self.positions::<S, POSITIONS, true>(q);
-                q += POSITIONS;
-            }
-            if q + POSITIONS / 2 <= last {
-                self.positions::<S, { POSITIONS / 2 }, true>(q);
-                q += POSITIONS / 2;
-            }
-            if q < last {
-                self.positions::<S, 1, true>(q);
-            }
+        }
+    }
+
+    /// Three neighbouring taps.
+    fn triple(&self, taps: &[Tap<T>]) -> Triple<T> {
+        let w = |k: usize| self.w.wrapping_add(taps[k].w);
+        Triple {
+            x: taps[0].x.wrapping_offset(taps[0].offset * self.c as isize),
+            w: [w(0), w(1), w(2)],
         }
     }
 
@@ -181,7 +226,7 @@ impl<T: Vectors> Line<'_, T> {
                             x[r] = x[r].wrapping_add(c);
                         }
                     }
-                    S::prefetch(finish.y.wrapping_add(at + 2 * POSITIONS * y_step));
+                    S::prefetch(finish.y.wrapping_add(at + POSITIONS * y_step));
                     let mut sum = bias;
                     for r in 0..R {
                         for k in 0..3 {
@@ -210,13 +255,17 @@ impl<T: Vectors> Line<'_, T> {
 
     /// `P` positions from `q` on; not all of their taps need lie inside unless `INSIDE`.
     #[inline(always)]
-    unsafe fn positions<S: Simd<Elem = T>, const P: usize, const INSIDE: bool>(&self, q: usize) {
+    unsafe fn positions<S: Simd<Elem = T>, const P: usize, const INSIDE: bool>(
+        &self,
+        q: usize,
+        triples: &[Triple<T>],
+    ) {
         for (channel, lanes) in self.vectors::<S>() {
             // SAFETY: the caller's promise: vectors end at the last channel.
             unsafe {
                 match lanes == S::LANES {
-                    true => self.tile::<S, P, INSIDE, true>(q, channel, lanes),
-                    false => self.tile::<S, P, INSIDE, false>(q, channel, lanes),
+                    true => self.tile::<S, P, INSIDE, true>(q, triples, channel, lanes),
+                    false => self.tile::<S, P, INSIDE, false>(q, triples, channel, lanes),
                 }
             }
         }
@@ -229,8 +278,8 @@ impl<T: Vectors> Line<'_, T> {
         q: usize,
         channel: usize,
         lanes: usize,
-        mut acc: [S::V; P],
-    ) -> [S::V; P] {
+        acc: &mut [S::V; P],
+    ) {
         let (first, step) = ((q * self.step) as isize, self.step * self.c);
         for tap in self.taps {
             let at = first + tap.offset;
@@ -246,43 +295,63 @@ impl<T: Vectors> Line<'_, T> {
                 }
             }
         }
-        acc
     }
 
-    /// Adds three neighbouring taps at a time, so that positions share what is loaded.
+    /// Adds three neighbouring taps to positions that begin `STEP` positions of the source apart, at `x`.
     #[inline(always)]
-    unsafe fn triples<S: Simd<Elem = T>, const P: usize, const STEP: usize, const WHOLE: bool>(
+    unsafe fn triple_to<S: Simd<Elem = T>, const P: usize, const STEP: usize, const WHOLE: bool>(
         &self,
-        q: usize,
-        channel: usize,
+        mut x: *const T,
+        w: [S::V; 3],
         lanes: usize,
-        mut acc: [S::V; P],
-    ) -> [S::V; P] {
-        for t in (0..self.taps.len()).step_by(3) {
-            let taps = &self.taps[t..t + 3];
-            let at = (q * STEP) as isize + taps[0].offset;
-            // SAFETY: the caller's promise.
-            unsafe {
-                let x = taps[0].x.offset(at * self.c as isize + channel as isize);
-                let mut w = [S::splat(T::zero()); 3];
-                for k in 0..3 {
-                    w[k] = load_lanes::<S, WHOLE>(self.w.add(taps[k].w + channel), lanes);
+        acc: &mut [S::V; P],
+    ) {
+        let c = self.c;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let load = |x| load_lanes::<S, WHOLE>(x, lanes);
+            // What neighbouring positions share is loaded once.
+            let mut first = load(x);
+            let mut second = if STEP == 1 { load(x.wrapping_add(c)) } else { first };
+            for i in 0..P {
+                if STEP > 1 {
+                    second = load(x.wrapping_add(c));
                 }
-                for i in 0..P {
-                    for k in 0..3 {
-                        let x = load_lanes::<S, WHOLE>(x.add((i * STEP + k) * self.c), lanes);
-                        acc[i] = S::fma(x, w[k], acc[i]);
-                    }
-                }
+                let third = load(x.wrapping_add(2 * c));
+                x = x.wrapping_add(STEP * c);
+                acc[i] = S::fma(third, w[2], S::fma(second, w[1], S::fma(first, w[0], acc[i])));
+                (first, second) = if STEP == 1 { (second, third) } else { (third, third) };
             }
         }
-        acc
+    }
+
+    /// Adds three neighbouring taps to pairs of spread results.
+    #[inline(always)]
+    unsafe fn triple_to_pairs<S: Simd<Elem = T>, const P: usize, const WHOLE: bool>(
+        &self,
+        mut x: *const T,
+        w: [S::V; 3],
+        lanes: usize,
+        acc: &mut [S::V; P],
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut near = load_lanes::<S, WHOLE>(x, lanes);
+            for i in 0..P / 2 {
+                x = x.wrapping_add(self.c);
+                let next = load_lanes::<S, WHOLE>(x, lanes);
+                acc[2 * i] = S::fma(near, w[1], acc[2 * i]);
+                acc[2 * i + 1] = S::fma(next, w[2], S::fma(near, w[0], acc[2 * i + 1]));
+                near = next;
+            }
+        }
     }
 
     #[inline(always)]
     unsafe fn tile<S: Simd<Elem = T>, const P: usize, const INSIDE: bool, const WHOLE: bool>(
         &self,
         q: usize,
+        triples: &[Triple<T>],
         channel: usize,
         lanes: usize,
     ) {
@@ -293,28 +362,57 @@ impl<T: Vectors> Line<'_, T> {
                 None => S::splat(T::zero()),
             }; P];
             if INSIDE && P > 1 && S::begins_line(channel) {
-                let soon = &self.soon;
-                let from = soon.from.wrapping_add(q * soon.step + channel);
-                for r in 0..soon.rows {
-                    for i in 0..P * soon.each {
-                        S::prefetch(from.wrapping_add(r * soon.row + i * (soon.step / soon.each)));
+                self.fetch::<S, P>(q, channel);
+            }
+            match self.lie {
+                _ if !INSIDE => self.each::<S, P, INSIDE, WHOLE>(q, channel, lanes, &mut acc),
+                Taps::Apart | Taps::Slides => self.each::<S, P, INSIDE, WHOLE>(q, channel, lanes, &mut acc),
+                Taps::Triples => {
+                    let first = q * self.step * self.c + channel;
+                    for triple in triples {
+                        let x = triple.x.wrapping_add(first);
+                        let w = triple.w.map(|w| load_lanes::<S, WHOLE>(w.wrapping_add(channel), lanes));
+                        match self.step {
+                            1 => self.triple_to::<S, P, 1, WHOLE>(x, w, lanes, &mut acc),
+                            _ => self.triple_to::<S, P, 2, WHOLE>(x, w, lanes, &mut acc),
+                        }
                     }
                 }
-                let y = self.y.wrapping_add(self.y_row + q * self.y_step + AHEAD + channel);
-                for i in 0..P {
-                    S::prefetch(y.wrapping_add(i * self.y_step));
+                Taps::Spread => {
+                    for triple in triples {
+                        let x = triple.x.wrapping_add(q / 2 * self.c + channel);
+                        let w = triple.w.map(|w| load_lanes::<S, WHOLE>(w.wrapping_add(channel), lanes));
+                        self.triple_to_pairs::<S, P, WHOLE>(x, w, lanes, &mut acc);
+                    }
                 }
             }
-            let triples = INSIDE && P > 1 && self.lie != Taps::Apart;
-            acc = match self.step {
-                1 if triples => self.triples::<S, P, 1, WHOLE>(q, channel, lanes, acc),
-                2 if triples => self.triples::<S, P, 2, WHOLE>(q, channel, lanes, acc),
-                _ => self.each::<S, P, INSIDE, WHOLE>(q, channel, lanes, acc),
-            };
             let finish = self.finish::<S>();
             let at = self.y_row + q * self.y_step + channel;
             for i in 0..P {
                 finish.put::<WHOLE>(acc[i], at + i * self.y_step, lanes);
+            }
+        }
+    }
+
+    /// Fetches what belongs to a tile.
+    #[inline(always)]
+    unsafe fn fetch<S: Simd<Elem = T>, const P: usize>(&self, q: usize, channel: usize) {
+        let (soon, y_step) = (self.soon, self.y_step);
+        // SAFETY: the caller's promise; only fetched.
+        unsafe {
+            let mut from = soon.from.wrapping_add(q * soon.each * soon.step + channel);
+            for _ in 0..soon.rows {
+                let mut at = from;
+                for _ in 0..P * soon.each {
+                    S::prefetch(at);
+                    at = at.wrapping_add(soon.step);
+                }
+                from = from.wrapping_add(soon.row);
+            }
+            let mut y = self.y.wrapping_add(self.y_row + q * y_step + AHEAD + channel);
+            for _ in 0..P {
+                S::prefetch(y);
+                y = y.wrapping_add(y_step);
             }
         }
     }
