@@ -139,9 +139,7 @@ impl<'a> Direction<'a> {
         let (k, c) = (self.g.k[2], self.g.c);
         let of_row = |&(x, first): &(*const T, usize)| {
             let ascending = (0..k).map(move |t| if self.gradient { k - 1 - t } else { t });
-            ascending.filter_map(move |t| {
-                Some(Tap { x, offset: self.offset(2, r, t)?, w: (first + t) * c })
-            })
+            ascending.filter_map(move |t| Some(Tap { x, offset: self.offset(2, r, t)?, w: (first + t) * c }))
         };
         rows.iter().flat_map(of_row).collect()
     }
@@ -169,7 +167,11 @@ impl<'a> Direction<'a> {
         let first = 1 - g.pad[2] % 2;
         let source = (first + g.pad[2] - 1) / 2;
         let results = self.target[2].saturating_sub(first) / 2;
-        Some(Pairs { first, source, count: results.min((self.source[2] + around[1]).saturating_sub(source + 1)) })
+        Some(Pairs {
+            first,
+            source,
+            count: results.min((self.source[2] + around[1]).saturating_sub(source + 1)),
+        })
     }
 
     /// The source position of tap `t` for target position `i`, if it lies inside.
@@ -277,19 +279,19 @@ impl<T: Vectors> Sweep<'_, T> {
         }
     }
 
-    /// What to fetch of the source meanwhile: rows that are read for the first time, or, where they are computed first or all of
-    /// a row is read before the next, will be for the next row, from `next` on.
+    /// What to fetch of the source meanwhile: rows that are read for the first time, or, where all of a row is read before the next,
+    /// will be for the next row, from `next` on. Rows that are computed are fetched then.
     fn soon(&self, source: &Rows<T>, image: usize, next: usize, lie: Taps) -> Soon<T> {
         let (way, c) = (self.way, self.way.g.c);
         let rows = way.step(1);
-        let (first, ahead) = match source.is_plain() && lie != Taps::Slides {
-            true => (next.saturating_sub(rows), AHEAD.next_multiple_of(c)),
-            false => (next, 0),
+        let (first, ahead) = match lie {
+            Taps::Slides => (next, 0),
+            _ => (next.saturating_sub(rows), AHEAD.next_multiple_of(c)),
         };
         let (from, rows) = match source.raw(image, 0, first) {
-            Some([from, _]) => (from.wrapping_add(ahead), rows),
+            Some(from) if source.is_plain() || lie == Taps::Slides => (from.wrapping_add(ahead), rows),
             // (Something that is near.)
-            None => (self.w.as_ptr(), 0),
+            _ => (self.w.as_ptr(), 0),
         };
         Soon { from, rows, row: way.source[2] * c, step: c.div_ceil(way.residues(2)), each: way.step(2) }
     }

@@ -444,15 +444,10 @@ impl<'a, T: Vectors> Rows<'a, T> {
 
     /// Where a row, perhaps beyond the last, lies before it is computed, for fetching; what panels are made of is small, and
     /// near.
-    pub(super) fn raw(&self, image: usize, plane: usize, row: usize) -> Option<[*const T; 2]> {
+    pub(super) fn raw(&self, image: usize, plane: usize, row: usize) -> Option<*const T> {
         let Source::Operand(operand) = &self.source else { return None };
         let nth = (image * self.extents[0] + plane) * self.extents[1] + row;
-        let at = |data: Elements<T>| data.address(nth * self.line());
-        let data = at(operand.data);
-        Some(match &operand.load {
-            Load::NormGrad(n) => [data, at(n.x)],
-            _ => [data; 2],
-        })
+        Some(operand.data.address(nth * self.line()))
     }
 
     /// A row of an image, good until a row that is not in the window with it is asked for.

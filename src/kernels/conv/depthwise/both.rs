@@ -353,7 +353,8 @@ pub fn grads_slabs(g: &Geometry) -> usize {
 /// Elements of a task's room: of the weights, of the ring of dY, of a row of X, and of sums over a row.
 fn room(g: &Geometry, [dy, x]: Plain) -> [usize; 4] {
     let near = if x { 0 } else { g.x[2] * g.c };
-    [g.taps() * g.c, Direction::back(g).ring(dy), near, 2 * g.c].map(|elements| elements.next_multiple_of(LINE))
+    [g.taps() * g.c, Direction::back(g).ring(dy), near, 2 * g.c]
+        .map(|elements| elements.next_multiple_of(LINE))
 }
 
 /// Elements of scratch that [`grads`] needs.

@@ -146,10 +146,7 @@ impl<T: Vectors> Line<'_, T> {
     /// Three neighbouring taps.
     fn triple(&self, taps: &[Tap<T>]) -> Triple<T> {
         let w = |k: usize| self.w.wrapping_add(taps[k].w);
-        Triple {
-            x: taps[0].x.wrapping_offset(taps[0].offset * self.c as isize),
-            w: [w(0), w(1), w(2)],
-        }
+        Triple { x: taps[0].x.wrapping_offset(taps[0].offset * self.c as isize), w: [w(0), w(1), w(2)] }
     }
 
     /// Vectors of channels: their first, and how many they hold.
