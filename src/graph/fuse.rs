@@ -2,6 +2,7 @@
 
 mod attention;
 mod expand;
+mod gated;
 mod gelu;
 mod group_norm;
 mod norms;
@@ -38,7 +39,7 @@ pub use norms::{gather_statistics, join_normalisations};
 /// Fuses a forward graph whose shapes are inferred: normalisations and convolutions with the sum and the activation
 /// that follow; and where no `weights_learn`, convolutions with a normalisation by given statistics. Products take the
 /// factor, the bias and the sum that follow, and read matrices that are transposed as they lie. The Gaussian error linear unit,
-/// normalisations of rows and of groups of channels, attention, and parts that are gathered one by one become one operator where
+/// units that weigh a value by a function of it, normalisations of rows and of groups of channels, attention, and parts that are gathered one by one become one operator where
 /// they are spelled out.
 ///
 /// The values in `keep` and the graph's outputs are computed as before. Others may vanish.
@@ -57,6 +58,7 @@ pub fn fuse(graph: &mut Graph, keep: &[ValueId], weights_learn: bool) -> Result<
             continue;
         }
         chains.fuse_gelu(graph, head);
+        chains.fuse_gated(graph, head);
         chains.fuse_row_norm(graph, head);
         chains.fuse_group_norm(graph, head);
         if let Some(conv) = op.as_a::<Conv>() {
@@ -166,6 +168,10 @@ fn same_shape(graph: &Graph, a: ValueId, b: ValueId) -> bool {
         (Some(a), Some(b)) => a.same_shape(b),
         _ => false,
     }
+}
+
+fn is_about(x: Option<f64>, y: f64) -> bool {
+    x.is_some_and(|x| (x - y).abs() < 1e-6)
 }
 
 /// The value that a node multiplies or divides by a known number, and what that multiplies by.

@@ -187,14 +187,16 @@ pub fn apply1<A: Elem, Y: Elem + Wide>(
     y: &mut [Y],
     a: Option<&[A]>,
     walk: &Walk<1>,
-    f: impl Fn(A) -> Y + Sync,
+    f: impl Fn(A) -> Y + Sync + Copy,
 ) {
     drive1(y, a, walk, &|y, a| {
         Y::wide(
             #[inline(always)]
             || {
+                // A copy that no result can lie over: what it captured stays in registers.
+                let own = f;
                 for (y, a) in y.iter_mut().zip(a) {
-                    *y = f(*a);
+                    *y = own(*a);
                 }
             },
         )
@@ -220,14 +222,15 @@ pub fn apply2<A: Elem, B: Elem, Y: Elem + Wide>(
     a: Option<&[A]>,
     b: Option<&[B]>,
     walk: &Walk<2>,
-    f: impl Fn(A, B) -> Y + Sync,
+    f: impl Fn(A, B) -> Y + Sync + Copy,
 ) {
     drive2(y, a, b, walk, &|y, a, b| {
         Y::wide(
             #[inline(always)]
             || {
+                let own = f;
                 for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
-                    *y = f(*a, *b);
+                    *y = own(*a, *b);
                 }
             },
         )
@@ -270,14 +273,15 @@ pub fn apply3<A: Elem, B: Elem, C: Elem, Y: Elem + Wide>(
     y: &mut [Y],
     x: Operands<A, B, C>,
     walk: &Walk<3>,
-    f: impl Fn(A, B, C) -> Y + Sync,
+    f: impl Fn(A, B, C) -> Y + Sync + Copy,
 ) {
     drive3(y, x, walk, &|y, a, b, c| {
         Y::wide(
             #[inline(always)]
             || {
+                let own = f;
                 for (((y, a), b), c) in y.iter_mut().zip(a).zip(b).zip(c) {
-                    *y = f(*a, *b, *c);
+                    *y = own(*a, *b, *c);
                 }
             },
         )

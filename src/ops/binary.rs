@@ -46,7 +46,7 @@ pub(super) const EITHER: &[(usize, usize)] = &[(0, 0), (1, 0)];
 pub(super) fn apply<T: Elem + Wide>(
     x: &[Option<View>],
     y: &mut ViewMut,
-    f: impl Fn(T, T) -> T + Sync,
+    f: impl Fn(T, T) -> T + Sync + Copy,
 ) -> Result<(), OpError> {
     let (a, b) = (get(x, 0), get(x, 1));
     if a.is_none() && b.is_none() {
@@ -421,7 +421,7 @@ impl BinaryGrad {
 fn ternary<T: Elem + Wide>(
     x: &[Option<View>],
     y: &mut ViewMut,
-    f: impl Fn(T, T, T) -> T + Sync,
+    f: impl Fn(T, T, T) -> T + Sync + Copy,
 ) -> Result<(), OpError> {
     let (d, p, q) = (get(x, 0), need(x, 1)?, need(x, 2)?);
     let walk = Walk::new(y.dims, [y.dims, p.dims, q.dims]);

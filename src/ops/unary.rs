@@ -123,7 +123,7 @@ fn sweep<K: Kind, T: Math + Elem>(k: K, x: Option<&[T]>, y: &mut [T]) {
         x,
         &walk,
         #[inline(always)]
-        |x: T| k.f(x),
+        move |x: T| k.f(x),
     );
 }
 

@@ -2,14 +2,10 @@
 
 use std::f64::consts::{FRAC_1_SQRT_2, SQRT_2};
 
-use super::{Chains, Tail, operands, other, same_shape, scalar};
+use super::{Chains, Tail, is_about, operands, other, same_shape, scalar};
 use crate::graph::{Graph, NodeId, ValueId};
 use crate::ops::binary::Binary;
 use crate::ops::unary::{Erf, Gelu, Unary};
-
-fn is_about(x: Option<f64>, y: f64) -> bool {
-    x.is_some_and(|x| (x - y).abs() < 1e-6)
-}
 
 impl Chains {
     /// The nodes around an error function that make up the unit, and what it is applied to.

@@ -86,7 +86,7 @@ pub(super) fn of<K: Kind, T: Math + Elem + Wide>(k: K, v: Option<&[T]>, dy: Opti
         dy,
         &walk,
         #[inline(always)]
-        |v: T, dy: T| k.vjp(v, dy),
+        move |v: T, dy: T| k.vjp(v, dy),
     );
 }
 
