@@ -387,6 +387,56 @@ fn joined_with_normalisations() {
     }
 }
 
+/// Depthwise gradients against the defining sums, for windows of every kind: alone, in one pass, and in one pass from a dY that is
+/// computed as it is read, around which there are zeros then.
+#[test]
+fn depthwise_gradients_are_their_definition() {
+    let (n, c, height) = (2, 9, 5);
+    let windows = (0..3 * 4 * 2 * 3 * 2 * 3).map(|i: usize| {
+        let pads = [[0, 0], [0, 1], [1, 0], [1, 1], [2, 2], [2, 1]][i / 24 % 6];
+        (i % 3 + 1, [2, 3, 5, 7][i / 3 % 4], i / 12 % 2 + 1, pads, [4, 7, 18][i / 144])
+    });
+    for (stride, kernel, dilation, [before, after], width) in windows {
+        let name = format!("{kernel} / {stride}, {dilation} apart, {before} and {after} around {width}");
+        let mut conv = last(3, stride, c);
+        conv.window.pads = vec![1, before, 1, after];
+        conv.window.dilations = vec![1, dilation];
+        let x = wave(&[n, height, width, c], 0.71);
+        let w = wave(&[c, 1, 3, kernel], 1.3);
+        let Ok((g, _)) = conv.geometry(x.dims(), w.dims()) else { continue };
+        let dy = wave(&[n, g.y[1], g.y[2], c], 0.37);
+        let (xs, ws, dys) = (x.to_f64(), w.to_f64(), dy.to_f64());
+        let (mut dx, mut dw) = (vec![0.0; xs.len()], vec![0.0; ws.len()]);
+        for (at, dy) in dys.iter().enumerate() {
+            let (ch, o2, o1) = (at % c, at / c % g.y[2], at / c / g.y[2] % g.y[1]);
+            for t in 0..3 * kernel {
+                let i1 = (o1 * stride + t / kernel).wrapping_sub(1);
+                let i2 = (o2 * stride + t % kernel * dilation).wrapping_sub(before);
+                if i1 < height && i2 < width {
+                    let from = ((at / c / g.y[2] / g.y[1] * height + i1) * width + i2) * c + ch;
+                    dx[from] += dy * ws[ch * 3 * kernel + t];
+                    dw[ch * 3 * kernel + t] += dy * xs[from];
+                }
+            }
+        }
+        let input = ConvInputGrad::of(conv.clone(), Dims::from_slice(x.dims()));
+        close(&format!("dX of {name}"), &eval(&input, &[Some(&dy), Some(&w)]).unwrap()[0], &dx);
+        let ones = Tensor::from_slice(&[c], &vec![1.0; c]).unwrap();
+        let zeros = Tensor::from_slice(&[c], &vec![0.0; c]).unwrap();
+        for back in [None, Some(None)] {
+            let conv = conv.clone();
+            let both = ConvGrads { conv, w: Dims::from_slice(w.dims()), adds: false, back, sums: false };
+            let mut operands = vec![Some(&dy), Some(&w), Some(&x), None];
+            if back.is_some() {
+                operands.extend([&dy, &ones, &zeros, &ones, &zeros, &zeros].map(Some));
+            }
+            let made = eval(&both, &operands).unwrap();
+            close(&format!("dX in one pass of {name}, {back:?}"), &made[0], &dx);
+            close(&format!("dW in one pass of {name}, {back:?}"), &made[1], &dw);
+        }
+    }
+}
+
 /// Results of many tasks are those of each image by itself.
 #[test]
 fn large_results() {
