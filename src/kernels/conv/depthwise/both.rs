@@ -323,19 +323,23 @@ impl<T: Vectors, D: Stored<T>> Line<'_, T, D> {
                 w[k] = load_lanes::<S, WHOLE>(self.w.add(at[k] + channel), lanes);
                 dw[k] = load_lanes::<S, WHOLE>(self.dw.add(at[k] + channel), lanes);
             }
-            let mut load = || {
-                let v = load_lanes::<S, WHOLE>(dy, lanes);
-                dy = dy.wrapping_add(self.c);
-                v
-            };
             // Neighbouring positions share what is loaded. (By names: an array whose elements move lies in memory.)
-            let mut first = if K > 2 { load() } else { zero };
-            let mut second = if K > 1 { load() } else { zero };
+            let (mut first, mut second) = (zero, zero);
+            if K > 2 {
+                first = load_lanes::<S, WHOLE>(dy, lanes);
+                dy = dy.wrapping_add(self.c);
+            }
+            if K > 1 {
+                second = load_lanes::<S, WHOLE>(dy, lanes);
+                dy = dy.wrapping_add(self.c);
+            }
             for i in 0..P {
-                let third = load();
-                for (k, near) in [first, second, third].into_iter().skip(3 - K).enumerate() {
-                    dx[i] = S::fma(near, w[k], dx[i]);
-                    dw[k] = S::fma(near, x[i], dw[k]);
+                let third = load_lanes::<S, WHOLE>(dy, lanes);
+                dy = dy.wrapping_add(self.c);
+                let near = [first, second, third];
+                for k in 0..K {
+                    dx[i] = S::fma(near[TAPS - K + k], w[k], dx[i]);
+                    dw[k] = S::fma(near[TAPS - K + k], x[i], dw[k]);
                 }
                 (first, second) = (second, third);
             }

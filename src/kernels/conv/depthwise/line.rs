@@ -62,6 +62,28 @@ struct Triple<T> {
     w: [*const T; 3],
 }
 
+impl<T> Triple<T> {
+    /// Those of a vector of channels.
+    ///
+    /// # Safety
+    /// There must be such channels, and the processor have `S`'s instructions.
+    #[inline(always)]
+    unsafe fn weights<S: Simd<Elem = T>, const WHOLE: bool>(
+        &self,
+        channel: usize,
+        lanes: usize,
+    ) -> [S::V; 3] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut w = [load_lanes::<S, WHOLE>(self.w[0].add(channel), lanes); 3];
+            for k in 1..3 {
+                w[k] = load_lanes::<S, WHOLE>(self.w[k].add(channel), lanes);
+            }
+            w
+        }
+    }
+}
+
 /// The results of one row (and residue).
 #[derive(Clone, Copy)]
 pub(super) struct Line<'a, T> {
@@ -306,15 +328,17 @@ impl<T: Vectors> Line<'_, T> {
         let c = self.c;
         // SAFETY: the caller's promise.
         unsafe {
-            let load = |x| load_lanes::<S, WHOLE>(x, lanes);
             // What neighbouring positions share is loaded once.
-            let mut first = load(x);
-            let mut second = if STEP == 1 { load(x.wrapping_add(c)) } else { first };
+            let mut first = load_lanes::<S, WHOLE>(x, lanes);
+            let mut second = first;
+            if STEP == 1 {
+                second = load_lanes::<S, WHOLE>(x.wrapping_add(c), lanes);
+            }
             for i in 0..P {
                 if STEP > 1 {
-                    second = load(x.wrapping_add(c));
+                    second = load_lanes::<S, WHOLE>(x.wrapping_add(c), lanes);
                 }
-                let third = load(x.wrapping_add(2 * c));
+                let third = load_lanes::<S, WHOLE>(x.wrapping_add(2 * c), lanes);
                 x = x.wrapping_add(STEP * c);
                 acc[i] = S::fma(third, w[2], S::fma(second, w[1], S::fma(first, w[0], acc[i])));
                 (first, second) = if STEP == 1 { (second, third) } else { (third, third) };
@@ -368,7 +392,7 @@ impl<T: Vectors> Line<'_, T> {
                     let first = q * self.step * self.c + channel;
                     for triple in triples {
                         let x = triple.x.wrapping_add(first);
-                        let w = triple.w.map(|w| load_lanes::<S, WHOLE>(w.wrapping_add(channel), lanes));
+                        let w = triple.weights::<S, WHOLE>(channel, lanes);
                         match self.step {
                             1 => self.triple_to::<S, P, 1, WHOLE>(x, w, lanes, &mut acc),
                             _ => self.triple_to::<S, P, 2, WHOLE>(x, w, lanes, &mut acc),
@@ -378,7 +402,7 @@ impl<T: Vectors> Line<'_, T> {
                 Taps::Spread => {
                     for triple in triples {
                         let x = triple.x.wrapping_add(q / 2 * self.c + channel);
-                        let w = triple.w.map(|w| load_lanes::<S, WHOLE>(w.wrapping_add(channel), lanes));
+                        let w = triple.weights::<S, WHOLE>(channel, lanes);
                         self.triple_to_pairs::<S, P, WHOLE>(x, w, lanes, &mut acc);
                     }
                 }
