@@ -14,7 +14,7 @@ use crate::kernels::math::Math;
 use crate::kernels::norm::{sum, sum2};
 use crate::kernels::par::{Shared, in_slots, slots};
 use crate::kernels::simd::Vectors;
-use crate::kernels::softmax::{largest, weight};
+use crate::kernels::softmax::largest;
 use crate::tensor::Float;
 
 /// Scores that are computed at a time: they stay in the second-level cache.
@@ -226,7 +226,7 @@ pub fn forward<T: Vectors + Math>(
 fn probabilities<T: Math>(s: &mut [T], keys: usize, mut logs: Option<&mut [T]>) {
     for (i, s) in s.chunks_exact_mut(keys).enumerate() {
         let most = largest(s);
-        s.iter_mut().for_each(|x| *x = weight(*x - most));
+        T::m_weights(s, most);
         let total = sum(s, |x| x);
         if let Some(logs) = &mut logs {
             logs[i] = most + T::of(total.m_ln());
@@ -455,7 +455,7 @@ pub fn grads<T: Vectors + Math>(
                     for ((p, ds), log) in
                         p.chunks_exact_mut(a.keys).zip(ds.chunks_exact_mut(a.keys)).zip(logs)
                     {
-                        p.iter_mut().for_each(|x| *x = weight(*x - *log));
+                        T::m_weights(p, *log);
                         let mean = T::of(sum2(p, ds, |p, d| p * d));
                         ds.iter_mut().zip(&*p).for_each(|(d, p)| *d = *p * (*d - mean));
                     }

@@ -4,7 +4,7 @@ use crate::kernels::isa::vectorize;
 use crate::kernels::math::Math;
 use crate::kernels::norm::{sum, sum2};
 use crate::kernels::par::{GRAIN, reduce, rows};
-use crate::kernels::softmax::{WIDTH, log_sum, log_sum_columns, weight};
+use crate::kernels::softmax::{WIDTH, log_sum, log_sum_columns};
 use crate::tensor::Float;
 
 /// Scores of `c` classes for `n` × `s` items, laid out (n, c, s).
@@ -197,12 +197,13 @@ impl<T: Math> Hard<'_, T> {
                             }
                             if d.s == 1 {
                                 let (a, b, m) = (a[0], b[0], top[0]);
-                                probabilities(dx, self.logged, |x| a * weight(x - m) + b);
+                                probabilities(dx, self.logged, |x| a * (x - m).m_weight() + b);
                             } else {
                                 for c in 0..d.c {
                                     let row = &mut dx[c * d.s + start..][..width];
                                     for (j, x) in row.iter_mut().enumerate() {
-                                        let p = if self.logged { T::zero() } else { weight(*x - top[j]) };
+                                        let p =
+                                            if self.logged { T::zero() } else { (*x - top[j]).m_weight() };
                                         *x = a[j] * p + b[j];
                                     }
                                 }
@@ -303,7 +304,7 @@ pub fn soft_grad<T: Math>(x: Option<&[T]>, q: &[T], d: Classes, smoothing: f64, 
                     for j in 0..width {
                         let mass = mass[j] + smoothing * (1.0 - mass[j]);
                         let a = T::of(mass * factor / total[j]);
-                        dx[at + j] = a * weight(dx[at + j] - top[j]) - keep * q[at + j] - spread;
+                        dx[at + j] = a * (dx[at + j] - top[j]).m_weight() - keep * q[at + j] - spread;
                     }
                 }
             }

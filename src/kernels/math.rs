@@ -4,6 +4,8 @@
 //!
 //! The polynomials are minimax fits (Lawson's algorithm over Chebyshev nodes) made for this file.
 
+mod staged;
+
 use crate::kernels::isa::Wide;
 use crate::tensor::Float;
 
@@ -23,6 +25,20 @@ pub trait Math: Float + Wide {
     fn m_gauss(self) -> (Self, Self);
     /// `1 / (1 + e⁻ˣ)`
     fn m_sigmoid(self) -> Self;
+    /// `eˣ` of x ≤ 0, and 0 where that is below 2⁻¹⁰³ (`f32`), next to the 1 of the largest. Of a score that is masked by −100, it
+    /// would be a subnormal number, and so would gradients of larger ones be: what makes or multiplies those takes a hundred times as
+    /// long.
+    fn m_weight(self) -> Self;
+    /// `(x − less).m_exp()` of each.
+    #[inline(always)]
+    fn m_exps(x: &mut [Self], less: Self) {
+        x.iter_mut().for_each(|x| *x = (*x - less).m_exp());
+    }
+    /// `(x − less).m_weight()` of each.
+    #[inline(always)]
+    fn m_weights(x: &mut [Self], less: Self) {
+        x.iter_mut().for_each(|x| *x = (*x - less).m_weight());
+    }
     fn m_pow(self, y: Self) -> Self;
     /// Correctly rounded.
     fn m_sqrt(self) -> Self;
@@ -67,15 +83,32 @@ fn pow2(n: i32) -> f32 {
     f32::from_bits((n.wrapping_add(127) as u32) << 23)
 }
 
-/// `x = n ln 2 + r`: n, and eʳ − 1 with |r| ≤ ln 2 / 2.
+/// `x = n ln 2 + r`, |r| ≤ ln 2 / 2: n as rounding leaves it, and r.
+#[inline(always)]
+fn reduce(x: f32) -> (f32, f32) {
+    let t = x * std::f32::consts::LOG2_E + ROUND32;
+    let k = t - ROUND32;
+    (t, (x - k * LN2_HI) - k * LN2_LO)
+}
+
+/// n.
+#[inline(always)]
+fn exponent(t: f32) -> i32 {
+    (t.to_bits() as i32).wrapping_sub(ROUND32.to_bits() as i32)
+}
+
+/// eʳ − 1.
+#[inline(always)]
+fn expm1_near(r: f32) -> f32 {
+    const Q: [f32; 6] = [0.5, 0.166_666_67, 0.041_666_355, 0.008_333_273, 0.001_394_103_6, 0.000_199_142_1];
+    r * r * poly!(r, Q) + r
+}
+
+/// n and eʳ − 1.
 #[inline(always)]
 fn reduce_exp(x: f32) -> (i32, f32) {
-    const Q: [f32; 6] = [0.5, 0.166_666_67, 0.041_666_355, 0.008_333_273, 0.001_394_103_6, 0.000_199_142_1];
-    let t = x * std::f32::consts::LOG2_E + ROUND32;
-    let n = (t.to_bits() as i32).wrapping_sub(ROUND32.to_bits() as i32);
-    let k = t - ROUND32;
-    let r = (x - k * LN2_HI) - k * LN2_LO;
-    (n, r * r * poly!(r, Q) + r)
+    let (t, r) = reduce(x);
+    (exponent(t), expm1_near(r))
 }
 
 /// `x` within `low..=high`; NaN stays NaN.
@@ -85,13 +118,35 @@ fn clamp(x: f32, low: f32, high: f32) -> f32 {
     if x > high { high } else { x }
 }
 
+/// Beyond these the result is 0 or infinite.
 #[inline(always)]
-fn exp32(x: f32) -> f32 {
-    // Beyond these the result is 0 or infinite; the scale is applied in two factors so that
-    // denormal results are rounded once and 2¹²⁸ is never needed.
-    let (n, p) = reduce_exp(clamp(x, -105.0, 90.0));
+fn exp_range(x: f32) -> f32 {
+    clamp(x, -105.0, 90.0)
+}
+
+/// `(1 + p)·2ⁿ`, the scale in two factors so that denormal results are rounded once and 2¹²⁸ is never needed.
+#[inline(always)]
+fn scaled(n: i32, p: f32) -> f32 {
     let half = n >> 1;
     (1.0 + p) * pow2(half) * pow2(n.wrapping_sub(half))
+}
+
+#[inline(always)]
+fn exp32(x: f32) -> f32 {
+    let (n, p) = reduce_exp(exp_range(x));
+    scaled(n, p)
+}
+
+/// What is less makes no weight, nor a denormal number.
+#[inline(always)]
+fn weight_range(x: f32) -> f32 {
+    if x < -72.0 { -72.0 } else { x }
+}
+
+#[inline(always)]
+fn weight_of(n: i32, p: f32) -> f32 {
+    let e = (1.0 + p) * pow2(n);
+    if e < f32::MIN_POSITIVE / f32::EPSILON { 0.0 } else { e }
 }
 
 #[inline(always)]
@@ -356,6 +411,19 @@ impl Math for f32 {
         sigmoid32(self)
     }
     #[inline(always)]
+    fn m_weight(self) -> f32 {
+        let (n, p) = reduce_exp(weight_range(self));
+        weight_of(n, p)
+    }
+    #[inline(always)]
+    fn m_exps(x: &mut [f32], less: f32) {
+        staged::exps(x, less);
+    }
+    #[inline(always)]
+    fn m_weights(x: &mut [f32], less: f32) {
+        staged::weights(x, less);
+    }
+    #[inline(always)]
     fn m_pow(self, y: f32) -> f32 {
         pow32(self, y)
     }
@@ -430,6 +498,10 @@ impl Math for f64 {
     fn m_sigmoid(self) -> f64 {
         let e = (-self.abs()).exp();
         (if self < 0.0 { e } else { 1.0 }) / (1.0 + e)
+    }
+    fn m_weight(self) -> f64 {
+        let e = self.exp();
+        if e < f64::MIN_POSITIVE / f64::EPSILON { 0.0 } else { e }
     }
     fn m_pow(self, y: f64) -> f64 {
         self.powf(y)

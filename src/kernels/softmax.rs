@@ -15,17 +15,9 @@ pub const WIDTH: usize = 32;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
     Probabilities,
-    /// Probabilities that only weigh the terms of a sum: see [`weight`].
+    /// Probabilities that only weigh the terms of a sum: see [`Math::m_weight`].
     Weights,
     Log,
-}
-
-/// `e^x` of `x ≤ 0`, and 0 where that is below 2⁻¹⁰³ (f32), next to the 1 of the largest. Of a score that is masked by −100, it would
-/// be a subnormal number, and so would gradients of larger ones be: products of those take a hundred times as long.
-#[inline(always)]
-pub fn weight<T: Math>(x: T) -> T {
-    let e = x.m_exp();
-    if e < T::min_positive_value() / T::epsilon() { T::zero() } else { e }
 }
 
 /// The largest element; NaN is passed over.
@@ -104,8 +96,8 @@ fn row<T: Math>(y: &mut [T], form: Form) {
             let shift = T::of(sum(y, |y| (y - m).m_exp()).m_ln());
             return y.iter_mut().for_each(|y| *y = (*y - m) - shift);
         }
-        Form::Probabilities => y.iter_mut().for_each(|y| *y = (*y - m).m_exp()),
-        Form::Weights => y.iter_mut().for_each(|y| *y = weight(*y - m)),
+        Form::Probabilities => T::m_exps(y, m),
+        Form::Weights => T::m_weights(y, m),
     }
     let factor = T::of(1.0 / sum(y, |y| y));
     y.iter_mut().for_each(|y| *y *= factor);
@@ -124,7 +116,7 @@ fn columns<T: Math>(y: &mut [T], len: usize, inner: usize, form: Form) {
             match form {
                 Form::Log => row.iter_mut().zip(top).zip(shift).for_each(|((y, m), s)| *y = (*y - m) - s),
                 Form::Probabilities => scaled.for_each(|((y, m), f)| *y = (*y - m).m_exp() * f),
-                Form::Weights => scaled.for_each(|((y, m), f)| *y = weight(*y - m) * f),
+                Form::Weights => scaled.for_each(|((y, m), f)| *y = (*y - m).m_weight() * f),
             }
         }
     }

@@ -148,3 +148,36 @@ fn normal_distribution_is_accurate_in_the_middle_and_in_both_tails() {
     assert_eq!([-1e30f32, f32::NEG_INFINITY].map(|x| x.m_gauss()), [(0.0, 0.0); 2]);
     assert!(f32::NAN.m_gauss().0.is_nan() && f32::NAN.m_gauss().1.is_nan());
 }
+
+/// Whatever the stages, blocks and remainders are.
+#[test]
+fn functions_of_many_elements_are_those_of_one() {
+    let special =
+        [0.0, -0.0, 1.0, -71.3, -71.4, -87.0, -88.0, -103.9, -200.0, f32::NEG_INFINITY, f32::NAN, 1e-40];
+    let of = |i: usize| special.get(i).copied().unwrap_or(-(i as f32) * 0.171);
+    for (n, less) in [(1, 0.0), (12, 0.0), (255, 0.5), (256, 3.0), (700, -0.25)] {
+        let x: Vec<f32> = (0..n).map(of).collect();
+        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        type Case = (fn(&mut [f32], f32), fn(f32) -> f32);
+        let cases: [Case; 2] = [(f32::m_exps, f32::m_exp), (f32::m_weights, f32::m_weight)];
+        for (all, one) in cases {
+            let (mut y, want) = (x.clone(), x.iter().map(|x| one(x - less)).collect::<Vec<_>>());
+            all(&mut y, less);
+            assert_eq!(bits(&y), bits(&want), "{n} elements less {less}");
+        }
+    }
+}
+
+/// A weight is the exponential, or 0 of what is next to nothing.
+#[test]
+fn weights_are_exponentials() {
+    for i in 0..100_000 {
+        let x = -(i as f32) * 0.0011;
+        let (e, w) = (x.m_exp(), x.m_weight());
+        let least = f32::MIN_POSITIVE / f32::EPSILON;
+        assert_eq!(w, if e < least { 0.0 } else { e }, "{x}");
+        assert!(f64::from(x).m_weight() > 0.0);
+    }
+    assert_eq!([f32::NEG_INFINITY.m_weight(), f64::NEG_INFINITY.m_weight() as f32], [0.0; 2]);
+    assert!(f32::NAN.m_weight().is_nan() && f64::NAN.m_weight().is_nan());
+}
