@@ -189,16 +189,32 @@ pub fn apply1<A: Elem, Y: Elem + Wide>(
     walk: &Walk<1>,
     f: impl Fn(A) -> Y + Sync + Copy,
 ) {
+    apply1_all(
+        y,
+        a,
+        walk,
+        #[inline(always)]
+        |y, a| {
+            // A copy that no result can lie over: what it captured stays in registers.
+            let own = f;
+            for (y, a) in y.iter_mut().zip(a) {
+                *y = own(*a);
+            }
+        },
+    );
+}
+
+/// The same of an `f` of many elements, whose slices do not overlap.
+pub fn apply1_all<A: Elem, Y: Elem + Wide>(
+    y: &mut [Y],
+    a: Option<&[A]>,
+    walk: &Walk<1>,
+    f: impl Fn(&mut [Y], &[A]) + Sync,
+) {
     drive1(y, a, walk, &|y, a| {
         Y::wide(
             #[inline(always)]
-            || {
-                // A copy that no result can lie over: what it captured stays in registers.
-                let own = f;
-                for (y, a) in y.iter_mut().zip(a) {
-                    *y = own(*a);
-                }
-            },
+            || f(y, a),
         )
     });
 }
@@ -224,15 +240,33 @@ pub fn apply2<A: Elem, B: Elem, Y: Elem + Wide>(
     walk: &Walk<2>,
     f: impl Fn(A, B) -> Y + Sync + Copy,
 ) {
+    apply2_all(
+        y,
+        a,
+        b,
+        walk,
+        #[inline(always)]
+        |y, a, b| {
+            let own = f;
+            for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
+                *y = own(*a, *b);
+            }
+        },
+    );
+}
+
+/// The same of an `f` of many elements, whose slices do not overlap.
+pub fn apply2_all<A: Elem, B: Elem, Y: Elem + Wide>(
+    y: &mut [Y],
+    a: Option<&[A]>,
+    b: Option<&[B]>,
+    walk: &Walk<2>,
+    f: impl Fn(&mut [Y], &[A], &[B]) + Sync,
+) {
     drive2(y, a, b, walk, &|y, a, b| {
         Y::wide(
             #[inline(always)]
-            || {
-                let own = f;
-                for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
-                    *y = own(*a, *b);
-                }
-            },
+            || f(y, a, b),
         )
     });
 }

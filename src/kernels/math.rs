@@ -3,6 +3,8 @@
 //! are not. `f64` is the reference instance and goes through `std`.
 //!
 //! The polynomials are minimax fits (Lawson's algorithm over Chebyshev nodes) made for this file.
+// (A function that is handed over as it is would not be inlined, and so be compiled without the instruction set.)
+#![allow(clippy::redundant_closure)]
 
 mod staged;
 
@@ -38,6 +40,37 @@ pub trait Math: Float + Wide {
     #[inline(always)]
     fn m_weights(x: &mut [Self], less: Self) {
         x.iter_mut().for_each(|x| *x = (*x - less).m_weight());
+    }
+    /// `y = f(x, v, x.m_gauss())` of each.
+    #[inline(always)]
+    fn m_gausses(y: &mut [Self], [x, v]: [&[Self]; 2], f: impl Fn(Self, Self, (Self, Self)) -> Self) {
+        for ((y, x), v) in y.iter_mut().zip(x).zip(v) {
+            *y = f(*x, *v, x.m_gauss());
+        }
+    }
+    /// `y = f(x, v, z(x).m_sigmoid())` of each.
+    #[inline(always)]
+    fn m_sigmoids(
+        y: &mut [Self],
+        [x, v]: [&[Self]; 2],
+        z: impl Fn(Self) -> Self,
+        f: impl Fn(Self, Self, Self) -> Self,
+    ) {
+        for ((y, x), v) in y.iter_mut().zip(x).zip(v) {
+            *y = f(*x, *v, z(*x).m_sigmoid());
+        }
+    }
+    /// `y = f(x, v, z(x).m_tanh())` of each.
+    #[inline(always)]
+    fn m_tanhs(
+        y: &mut [Self],
+        [x, v]: [&[Self]; 2],
+        z: impl Fn(Self) -> Self,
+        f: impl Fn(Self, Self, Self) -> Self,
+    ) {
+        for ((y, x), v) in y.iter_mut().zip(x).zip(v) {
+            *y = f(*x, *v, z(*x).m_tanh());
+        }
     }
     fn m_pow(self, y: Self) -> Self;
     /// Correctly rounded.
@@ -131,6 +164,12 @@ fn scaled(n: i32, p: f32) -> f32 {
     (1.0 + p) * pow2(half) * pow2(n.wrapping_sub(half))
 }
 
+/// The same for n of whose scale there is one factor.
+#[inline(always)]
+fn whole_scaled(n: i32, p: f32) -> f32 {
+    (1.0 + p) * pow2(n)
+}
+
 #[inline(always)]
 fn exp32(x: f32) -> f32 {
     let (n, p) = reduce_exp(exp_range(x));
@@ -145,7 +184,7 @@ fn weight_range(x: f32) -> f32 {
 
 #[inline(always)]
 fn weight_of(n: i32, p: f32) -> f32 {
-    let e = (1.0 + p) * pow2(n);
+    let e = whole_scaled(n, p);
     if e < f32::MIN_POSITIVE / f32::EPSILON { 0.0 } else { e }
 }
 
@@ -197,17 +236,21 @@ fn ln1p_32(x: f32) -> f32 {
     if x.abs() < 1e-8 { x } else { y }
 }
 
+/// 2|x|, as far as it counts for [`tanh_of`].
 #[inline(always)]
-fn tanh32(x: f32) -> f32 {
+fn tanh_power(x: f32) -> f32 {
+    clamp(2.0 * x.abs(), 0.0, 20.0)
+}
+
+/// tanh x, given `e^(2|x|)`.
+#[inline(always)]
+fn tanh_of(x: f32, e: f32) -> f32 {
     // (tanh x − x) / x³ in powers of x², up to |x| = 0.63.
     const SMALL: [f32; 5] = [-0.333_332_75, 0.133_312_75, -0.053_725_127, 0.020_589_827, -0.005_648_316];
-    let a = x.abs();
-    let (n, p) = reduce_exp(clamp(2.0 * a, 0.0, 20.0));
-    let e = (1.0 + p) * pow2(n);
     let large = 1.0 - 2.0 / (1.0 + e);
     let z = x * x;
     let small = x + x * (z * poly!(z, SMALL));
-    let y = if a < 0.62 { small } else { large };
+    let y = if x.abs() < 0.62 { small } else { large };
     if x.is_nan() { x } else { y.copysign(x) }
 }
 
@@ -228,17 +271,32 @@ fn erf32(x: f32) -> f32 {
     ];
     let a = clamp(x.abs(), 0.0, 4.0);
     let (n, p) = reduce_exp(poly!(a, LARGE));
-    let large = (1.0 - (1.0 + p) * pow2(n)).copysign(x);
+    let large = (1.0 - whole_scaled(n, p)).copysign(x);
     let small = x + x * poly!(a * a, SMALL);
     let y = if a < 0.9 { small } else { large };
     if x.is_nan() { x } else { y }
 }
 
-/// `Φ(−a) = e^(−a²/2) · R(a)` for a ≥ 0: no cancellation in either tail, and one exponential for Φ and its density.
+/// −x²/2
 #[inline(always)]
-fn gauss32(x: f32) -> (f32, f32) {
-    // R in powers of 1 / (1 + C·a), from the first on.
+fn gauss_power(x: f32) -> f32 {
+    // Beyond this the scale is 2⁻¹²⁷, which `pow2` makes 0.
+    let s = 0.5 * x * x;
+    -if s > 88.03 { 88.03 } else { s }
+}
+
+/// What [`gauss_cdf`] takes powers of.
+#[inline(always)]
+fn gauss_share(x: f32) -> f32 {
     const C: f32 = 0.29;
+    1.0 / (1.0 + C * x.abs())
+}
+
+/// Φ(x), given `e^(−x²/2)` and the share: `Φ(−a) = e^(−a²/2) · R(a)` for a ≥ 0. There is no cancellation in either tail, and one
+/// exponential for Φ and its density.
+#[inline(always)]
+fn gauss_cdf(x: f32, e: f32, share: f32) -> f32 {
+    // R in powers of the share, from the first on.
     const R: [f32; 8] = [
         0.115_531_53,
         0.118_471_466,
@@ -249,19 +307,21 @@ fn gauss32(x: f32) -> (f32, f32) {
         -0.181_144_43,
         0.037_012_56,
     ];
-    // Beyond this the scale is 2⁻¹²⁷, which `pow2` makes 0.
-    let s = 0.5 * x * x;
-    let s = if s > 88.03 { 88.03 } else { s };
-    let (n, p) = reduce_exp(-s);
-    let e = (1.0 + p) * pow2(n);
-    let t = 1.0 / (1.0 + C * x.abs());
-    let tail = e * (t * poly!(t, R));
-    (if x < 0.0 { tail } else { 1.0 - tail }, e)
+    let tail = e * (share * poly!(share, R));
+    if x < 0.0 { tail } else { 1.0 - tail }
 }
 
+/// Φ(x) and `e^(−x²/2)`.
 #[inline(always)]
-fn sigmoid32(x: f32) -> f32 {
-    let e = exp32(-x.abs());
+fn gauss32(x: f32) -> (f32, f32) {
+    let (n, p) = reduce_exp(gauss_power(x));
+    let e = whole_scaled(n, p);
+    (gauss_cdf(x, e, gauss_share(x)), e)
+}
+
+/// `1 / (1 + e⁻ˣ)`, given `e^−|x|`.
+#[inline(always)]
+fn sigmoid_of(x: f32, e: f32) -> f32 {
     let y = (if x < 0.0 { e } else { 1.0 }) / (1.0 + e);
     // Of a small e the quotient's error counts less so.
     if x < -1.0 { e - e * y } else { y }
@@ -396,7 +456,8 @@ impl Math for f32 {
     }
     #[inline(always)]
     fn m_tanh(self) -> f32 {
-        tanh32(self)
+        let (n, p) = reduce_exp(tanh_power(self));
+        tanh_of(self, whole_scaled(n, p))
     }
     #[inline(always)]
     fn m_erf(self) -> f32 {
@@ -408,7 +469,7 @@ impl Math for f32 {
     }
     #[inline(always)]
     fn m_sigmoid(self) -> f32 {
-        sigmoid32(self)
+        sigmoid_of(self, exp32(-self.abs()))
     }
     #[inline(always)]
     fn m_weight(self) -> f32 {
@@ -417,11 +478,45 @@ impl Math for f32 {
     }
     #[inline(always)]
     fn m_exps(x: &mut [f32], less: f32) {
-        staged::exps(x, less);
+        staged::exponentials(
+            x,
+            #[inline(always)]
+            |x| exp_range(x - less),
+            #[inline(always)]
+            |n, p| scaled(n, p),
+        );
     }
     #[inline(always)]
     fn m_weights(x: &mut [f32], less: f32) {
-        staged::weights(x, less);
+        staged::exponentials(
+            x,
+            #[inline(always)]
+            |x| weight_range(x - less),
+            #[inline(always)]
+            |n, p| weight_of(n, p),
+        );
+    }
+    #[inline(always)]
+    fn m_gausses(y: &mut [f32], operands: [&[f32]; 2], f: impl Fn(f32, f32, (f32, f32)) -> f32) {
+        staged::gausses(y, operands, f);
+    }
+    #[inline(always)]
+    fn m_sigmoids(
+        y: &mut [f32],
+        operands: [&[f32]; 2],
+        z: impl Fn(f32) -> f32,
+        f: impl Fn(f32, f32, f32) -> f32,
+    ) {
+        staged::sigmoids(y, operands, z, f);
+    }
+    #[inline(always)]
+    fn m_tanhs(
+        y: &mut [f32],
+        operands: [&[f32]; 2],
+        z: impl Fn(f32) -> f32,
+        f: impl Fn(f32, f32, f32) -> f32,
+    ) {
+        staged::tanhs(y, operands, z, f);
     }
     #[inline(always)]
     fn m_pow(self, y: f32) -> f32 {

@@ -1,15 +1,17 @@
 //! Elementwise operators of one operand: each is one entry below, its function beside its derivative.
 
+mod gates;
 mod grad;
 mod halved;
 
 use std::fmt::Debug;
 use std::sync::Arc;
 
+pub use self::gates::{Gelu, GeluTanh, Sigmoid, Swish, Tanh};
 pub use self::grad::UnaryGrad;
 use crate::error::OpError;
 use crate::graph::GradBuilder;
-use crate::kernels::elementwise::{apply1, same};
+use crate::kernels::elementwise::{apply1, apply1_all, same};
 use crate::kernels::half::Half;
 use crate::kernels::integer::Integer;
 use crate::kernels::math::Math;
@@ -41,6 +43,21 @@ pub trait Kind: Copy + Debug + Send + Sync + 'static {
     fn f<T: Math>(self, x: T) -> T;
     /// dX, given dY and what `reads` says.
     fn vjp<T: Math>(self, v: T, dy: T) -> T;
+
+    /// `f` of each.
+    #[inline(always)]
+    fn f_all<T: Math>(self, y: &mut [T], x: &[T]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = self.f(*x);
+        }
+    }
+    /// `vjp` of each.
+    #[inline(always)]
+    fn vjp_all<T: Math>(self, dx: &mut [T], v: &[T], dy: &[T]) {
+        for ((dx, v), dy) in dx.iter_mut().zip(v).zip(dy) {
+            *dx = self.vjp(*v, *dy);
+        }
+    }
 }
 
 /// An elementwise operator.
@@ -118,12 +135,12 @@ fn integers(x: Option<View>, y: &mut ViewMut, f: fn(i128) -> i128) -> Result<(),
 #[inline(never)]
 fn sweep<K: Kind, T: Math + Elem>(k: K, x: Option<&[T]>, y: &mut [T]) {
     let walk = same(y.len());
-    apply1(
+    apply1_all(
         y,
         x,
         &walk,
         #[inline(always)]
-        move |x: T| k.f(x),
+        |y, x| k.f_all(y, x),
     );
 }
 
@@ -222,16 +239,6 @@ unary!(
     x => if x < c(0.0) { alpha * (x / alpha).m_expm1() } else { x };
     (x, dy) => if x < c(0.0) { dy * (x / alpha).m_exp() } else { dy });
 unary!(
-    /// ONNX `Sigmoid` (opsets 6, 13).
-    Sigmoid, "Sigmoid";
-    x => x.m_sigmoid();
-    from Y; (y, dy) => dy * y * (T::one() - y));
-unary!(
-    /// ONNX `Tanh` (opsets 6, 13).
-    Tanh, "Tanh";
-    x => x.m_tanh();
-    from Y; (y, dy) => dy * (T::one() - y * y));
-unary!(
     /// ONNX `HardSigmoid` (opsets 6, 22).
     HardSigmoid, "HardSigmoid" (alpha = 0.2, beta = 0.5);
     x => {
@@ -254,14 +261,6 @@ x => {
     if x > c(3.0) { dy } else { inside }
 });
 unary!(
-/// ONNX `Swish` (opset 24).
-Swish, "Swish" (alpha = 1.0);
-x => x * (alpha * x).m_sigmoid();
-(x, dy) => {
-    let s = (alpha * x).m_sigmoid();
-    dy * (s + alpha * x * s * (T::one() - s))
-});
-unary!(
     /// ONNX `Softplus` (opsets 1, 22).
     Softplus, "Softplus";
     x => (-x.abs()).m_exp().m_ln1p() + if x < c(0.0) { c(0.0) } else { x };
@@ -281,23 +280,6 @@ x => x * softplus_tanh(x);
 (x, dy) => {
     let t = softplus_tanh(x);
     dy * (t + x * x.m_sigmoid() * (T::one() - t * t))
-});
-unary!(
-/// ONNX `Gelu` (opset 20), `approximate` none: `x Φ(x)`.
-Gelu, "Gelu";
-x => x * x.m_gauss().0;
-(x, dy) => {
-    let (cdf, gauss) = x.m_gauss();
-    dy * (cdf + c::<T>(0.398_942_280_401_432_7) * x * gauss)
-});
-unary!(
-/// ONNX `Gelu` (opset 20), `approximate` tanh.
-GeluTanh, "Gelu";
-x => c::<T>(0.5) * x * (T::one() + gelu_inner(x).m_tanh());
-(x, dy) => {
-    let t = gelu_inner(x).m_tanh();
-    let inner = c::<T>(GELU_SCALE) * (T::one() + c::<T>(3.0 * 0.044_715) * x * x);
-    dy * c(0.5) * (T::one() + t + x * (T::one() - t * t) * inner)
 });
 unary!(
     /// ONNX `Shrink` (opset 9).
@@ -418,27 +400,12 @@ unary!(
     x => x.m_atanh();
     (x, dy) => dy / (T::one() - x * x));
 
-const GELU_SCALE: f64 = 0.797_884_560_802_865_4; // √(2/π)
-
-#[inline(always)]
-fn gelu_inner<T: Math>(x: T) -> T {
-    c::<T>(GELU_SCALE) * (x + c::<T>(0.044_715) * x * x * x)
-}
-
 /// `tanh(ln(1 + eˣ))` = n / (n + 2) with n = e²ˣ + 2eˣ.
 #[inline(always)]
 fn softplus_tanh<T: Math>(x: T) -> T {
     let e = (if x > c(20.0) { c(20.0) } else { x }).m_exp();
     let n = e * (e + c(2.0));
     n / (n + c(2.0))
-}
-
-fn gelu(spec: &Spec) -> Result<Arc<dyn Op>, OpError> {
-    match spec.attrs.string("approximate")?.as_deref() {
-        None | Some("none") => Ok(Arc::new(Unary(Gelu {}))),
-        Some("tanh") => Ok(Arc::new(Unary(GeluTanh {}))),
-        Some(other) => Err(OpError::Attribute(format!("'approximate' is '{other}'"))),
-    }
 }
 
 pub(super) const ROWS: &[Row] = &[
@@ -457,7 +424,7 @@ pub(super) const ROWS: &[Row] = &[
     Row::new("Erf", 9, Erf::row),
     Row::new("Exp", 6, Exp::row),
     Row::new("Floor", 6, Floor::row),
-    Row::new("Gelu", 20, gelu),
+    Row::new("Gelu", 20, Gelu::row),
     Row::new("HardSigmoid", 6, HardSigmoid::row),
     Row::new("HardSwish", 14, HardSwish::row),
     Row::new("LeakyRelu", 6, LeakyRelu::row),

@@ -78,34 +78,11 @@ impl Chains {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
-    use std::sync::Arc;
-
     use super::*;
-    use crate::exec::reference::interpret;
-    use crate::ops::Op;
-    use crate::ops::cases::close;
+    use crate::graph::fuse::tests::Spelled;
     use crate::ops::clip::Clip;
-    use crate::tensor::Tensor;
-
-    /// A graph of an input, another of its shape, and what is made of them.
-    struct Spelled {
-        graph: Graph,
-        x: ValueId,
-        other: ValueId,
-    }
 
     impl Spelled {
-        fn emit(&mut self, op: impl Op + 'static, inputs: &[ValueId]) -> ValueId {
-            let inputs: Vec<_> = inputs.iter().copied().map(Some).collect();
-            self.graph.emit("", Arc::new(op), &inputs, 1).unwrap()[0]
-        }
-
-        fn by(&mut self, op: Binary, v: ValueId, number: f64) -> ValueId {
-            let number = self.graph.add_constant("", Tensor::scalar(number));
-            self.emit(op, &[v, number])
-        }
-
         fn clipped(&mut self, more: f64) -> ValueId {
             let shifted = self.by(Binary::Add, self.x, more);
             self.emit(Clip { low: Some(0.0), high: Some(6.0) }, &[shifted])
@@ -162,26 +139,8 @@ mod tests {
             ("clip of x + 2", None),
             ("mish", Some("Mish")),
         ];
-        let line = Tensor::from_slice(&[2, 4], &[-5.0, -2.0, -0.5, 0.0, 0.3, 1.0, 2.5, 4.0f64]).unwrap();
         for (spelling, becomes) in spellings {
-            let mut graph = Graph::default();
-            let [x, other] = ["x", "other"].map(|name| graph.add_input(name, line.meta()));
-            let mut spelled = Spelled { graph, x, other };
-            let out = spelled.spell(spelling);
-            let mut graph = spelled.graph;
-            graph.outputs = vec![out];
-            let feeds = HashMap::from([(x, line.clone()), (other, line.clone())]);
-            let (expected, nodes) = (interpret(&graph, &feeds, &[out]).unwrap(), graph.nodes.len());
-            crate::graph::fuse::fuse(&mut graph, &[], true).unwrap();
-            match becomes {
-                Some(op) => {
-                    let names: Vec<&str> = graph.nodes.iter().map(|n| n.op.name()).collect();
-                    assert_eq!(names, [op], "{spelling}");
-                }
-                None => assert_eq!(graph.nodes.len(), nodes, "{spelling}: {graph}"),
-            }
-            let got = interpret(&graph, &feeds, &[out]).unwrap();
-            close(spelling, "fused", &expected[0].to_f64(), &got[0].to_f64(), 1e-6);
+            Spelled::check(spelling, becomes, |s| s.spell(spelling));
         }
     }
 }

@@ -161,53 +161,47 @@ fn weights_that_never_change_are_folded_once() {
     assert!(frozen[0] > 0 && frozen[0] == frozen[1], "{frozen:?}");
 }
 
-/// The unit in the spellings of exporters, factors in any order; and what only looks like it.
-#[test]
-fn a_spelled_out_gelu_becomes_one_operator() {
-    use std::sync::Arc;
+/// A graph of an input, another of its shape, and what is made of them.
+pub(super) struct Spelled {
+    graph: Graph,
+    pub x: ValueId,
+    pub other: ValueId,
+}
 
-    use crate::exec::reference::interpret;
-    use crate::ops::binary::Binary::{Add, Div, Mul};
-    use crate::ops::unary::{Erf, Unary};
+impl Spelled {
+    pub fn emit(&mut self, op: impl Op + 'static, inputs: &[ValueId]) -> ValueId {
+        let inputs: Vec<_> = inputs.iter().copied().map(Some).collect();
+        self.graph.emit("", Arc::new(op), &inputs, 1).unwrap()[0]
+    }
 
-    // 0: x last but one, half last; 1: half first; 2: x·half multiplied beforehand; 3: another number.
-    for spelling in 0..4 {
-        let x = Tensor::from_slice(&[2, 3], &[-2.0, -0.5, 0.0, 0.3, 1.0, 2.5f64]).unwrap();
-        let mut g = Graph::default();
-        let input = g.add_input("x", x.meta());
-        let number = |g: &mut Graph, x: f64| g.add_constant("", Tensor::scalar(x));
-        let root = number(&mut g, std::f64::consts::SQRT_2);
-        let one = number(&mut g, 1.0);
-        let half = number(&mut g, if spelling == 3 { 0.6 } else { 0.5 });
-        let mut emit = |op: crate::ops::binary::Binary, a, b| {
-            g.emit("", Arc::new(op), &[Some(a), Some(b)], 1).unwrap()[0]
-        };
-        let before = (spelling == 2).then(|| emit(Mul, input, half));
-        let scaled = emit(Div, input, root);
-        let erf = g.emit("", Arc::new(Unary(Erf {})), &[Some(scaled)], 1).unwrap()[0];
-        let mut emit = |op: crate::ops::binary::Binary, a, b| {
-            g.emit("", Arc::new(op), &[Some(a), Some(b)], 1).unwrap()[0]
-        };
-        let sum = emit(Add, one, erf);
-        let out = match (spelling, before) {
-            (_, Some(before)) => emit(Mul, before, sum),
-            (1, _) => {
-                let first = emit(Mul, half, sum);
-                emit(Mul, first, input)
-            }
-            _ => {
-                let first = emit(Mul, input, sum);
-                emit(Mul, first, half)
-            }
-        };
-        g.outputs = vec![out];
-        let feeds = HashMap::from([(input, x)]);
-        let expected = interpret(&g, &feeds, &[out]).unwrap();
-        super::fuse(&mut g, &[], true).unwrap();
-        assert_eq!(count(&g, "Gelu"), usize::from(spelling != 3), "{spelling}: {g}");
-        assert_eq!(g.nodes.len(), if spelling == 3 { 5 } else { 1 }, "{spelling}: {g}");
-        let got = interpret(&g, &feeds, &[out]).unwrap();
-        close("gelu", &format!("spelling {spelling}"), &expected[0].to_f64(), &got[0].to_f64(), 1e-12);
+    pub fn number(&mut self, number: f64) -> ValueId {
+        self.graph.add_constant("", Tensor::scalar(number))
+    }
+
+    pub fn by(&mut self, op: Binary, v: ValueId, number: f64) -> ValueId {
+        let number = self.number(number);
+        self.emit(op, &[v, number])
+    }
+
+    /// What is spelled becomes this operator, or stays as it is; either way it computes the same.
+    pub fn check(what: &str, becomes: Option<&str>, spell: impl Fn(&mut Spelled) -> ValueId) {
+        let line = Tensor::from_slice(&[2, 4], &[-5.0, -2.0, -0.5, 0.0, 0.3, 1.0, 2.5, 4.0f64]).unwrap();
+        let mut graph = Graph::default();
+        let [x, other] = ["x", "other"].map(|name| graph.add_input(name, line.meta()));
+        let mut spelled = Spelled { graph, x, other };
+        let out = spell(&mut spelled);
+        let mut graph = spelled.graph;
+        graph.outputs = vec![out];
+        let feeds = HashMap::from([(x, line.clone()), (other, line)]);
+        let (expected, nodes) = (interpret(&graph, &feeds, &[out]).unwrap(), graph.nodes.len());
+        super::fuse(&mut graph, &[], true).unwrap();
+        let names: Vec<&str> = graph.nodes.iter().map(|n| n.op.name()).collect();
+        match becomes {
+            Some(op) => assert_eq!(names, [op], "{what}"),
+            None => assert_eq!(names.len(), nodes, "{what}: {graph}"),
+        }
+        let got = interpret(&graph, &feeds, &[out]).unwrap();
+        close(what, "fused", &expected[0].to_f64(), &got[0].to_f64(), 1e-6);
     }
 }
 

@@ -77,6 +77,17 @@ pub enum Residual<'a, T> {
     InOutput,
 }
 
+impl<T> Residual<'_, T> {
+    /// Where it lies, given where the results do.
+    fn address(&self, y: impl FnOnce() -> *mut T) -> Option<*const T> {
+        match self {
+            Residual::None => None,
+            Residual::Of(r) => Some(r.as_ptr()),
+            Residual::InOutput => Some(y().cast_const()),
+        }
+    }
+}
+
 /// What happens to the results before they are written: `clamp(result + bias + residual)`.
 #[derive(Debug, Clone, Copy)]
 pub struct Epilogue<'a, T> {

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use crate::kernels::conv::{Epilogue, Geometry, Residual, in_slots, slots};
+use crate::kernels::conv::{Epilogue, Geometry, in_slots, slots};
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to};
 use crate::kernels::tile::{Pieces, multiply};
@@ -201,14 +201,10 @@ pub(super) fn input_grad<T: Vectors>(
         let (image, first) = (task / blocks, task % blocks * p.rows);
         let rows = first..g.x[1].min(first + p.rows);
         let (sums, z) = slot.split_at_mut(p.rows * p.width);
-        let residual = match epilogue.residual {
-            Residual::None => None,
-            Residual::Of(r) => Some(r.as_ptr()),
-            Residual::InOutput => Some(dx.ptr().cast_const()),
-        };
+        let (bias, dx) = (epilogue.bias, dx.ptr());
+        let residual = epilogue.residual.address(|| dx);
         // SAFETY: the slices have the geometry's extents; no two tasks write the same rows.
         unsafe {
-            let (bias, dx) = (epilogue.bias, dx.ptr());
             T::dispatch(Task { plan: &p, dy, weights, bias, residual, image, rows, sums, z, dx });
         }
     });

@@ -1,7 +1,7 @@
 //! Where the sums of dense convolutions go, and what happens to them before: the epilogue, a tile at a time.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
-use crate::kernels::conv::{Epilogue, Residual};
+use crate::kernels::conv::Epilogue;
 use crate::kernels::half::ElementsMut;
 use crate::kernels::par::Shared;
 use crate::kernels::simd::{Simd, load_nth, store_nth};
@@ -82,11 +82,7 @@ impl<T: Float> Results<T> {
     pub(super) fn new(epilogue: &Epilogue<T>, y: To<T>) -> Self {
         Results {
             bias: None,
-            residual: match epilogue.residual {
-                Residual::None => None,
-                Residual::Of(r) => Some(r.as_ptr()),
-                Residual::InOutput => Some(y.whole().cast_const()),
-            },
+            residual: epilogue.residual.address(|| y.whole()),
             low: epilogue.clamp.low,
             high: epilogue.clamp.high,
             plain: epilogue.is_none(),

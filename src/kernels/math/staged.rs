@@ -3,64 +3,102 @@
 //! A function of one element is a chain of some forty operations that wait for each other, and a processor looks ahead no further
 //! than a few elements. A stage of fewer operations over a block, which stays in the first-level cache, leaves it more to begin
 //! meanwhile. Each element goes through the operations of the function of one, in their order: results are the same bits.
-// (A function that is handed over as it is would not be inlined, and so be compiled without the instruction set.)
-#![allow(clippy::redundant_closure)]
+#![allow(unsafe_code)]
+
+use std::mem::MaybeUninit;
 
 use super::*;
 
 /// Elements of a block.
 const BLOCK: usize = 256;
 
-/// `x = n ln 2 + r` of each: r in its place, and n as rounding leaves it.
+/// In place of each x, what `finish` makes of n and `eʳ − 1`, where `power(x) = n ln 2 + r`.
 #[inline(always)]
-fn reduce_all(x: &mut [f32], n: &mut [f32], power: impl Fn(f32) -> f32) {
-    for (x, n) in x.iter_mut().zip(n) {
-        (*n, *x) = reduce(power(*x));
-    }
-}
-
-/// In place of each r, what its exponential becomes.
-#[inline(always)]
-fn finish_all(x: &mut [f32], n: &[f32], scaled: impl Fn(i32, f32) -> f32) {
-    for (x, n) in x.iter_mut().zip(n) {
-        *x = scaled(exponent(*n), expm1_near(*x));
-    }
-}
-
-#[inline(always)]
-pub(super) fn exps(x: &mut [f32], less: f32) {
-    let mut n = [0.0; BLOCK];
+pub(super) fn exponentials(x: &mut [f32], power: impl Fn(f32) -> f32, finish: impl Fn(i32, f32) -> f32) {
+    // (Zeros would take a tenth of the time of a short row.)
+    let mut n = [MaybeUninit::uninit(); BLOCK];
     for x in x.chunks_mut(BLOCK) {
-        reduce_all(
-            x,
-            &mut n,
+        for (x, n) in x.iter_mut().zip(&mut n) {
+            let (rounded, r) = reduce(power(*x));
+            *x = r;
+            n.write(rounded);
+        }
+        for (x, n) in x.iter_mut().zip(&n) {
+            // SAFETY: as many as there are of x were written above.
+            let n = unsafe { n.assume_init() };
+            *x = finish(exponent(n), expm1_near(*x));
+        }
+    }
+}
+
+/// See [`Math::m_gausses`].
+#[inline(always)]
+pub(super) fn gausses(y: &mut [f32], [x, v]: [&[f32]; 2], f: impl Fn(f32, f32, (f32, f32)) -> f32) {
+    let mut shares = [0.0; BLOCK];
+    for ((y, x), v) in y.chunks_mut(BLOCK).zip(x.chunks(BLOCK)).zip(v.chunks(BLOCK)) {
+        for ((y, x), share) in y.iter_mut().zip(x).zip(&mut shares) {
+            *y = gauss_power(*x);
+            *share = gauss_share(*x);
+        }
+        exponentials(
+            y,
             #[inline(always)]
-            |x| exp_range(x - less),
+            |power| power,
+            #[inline(always)]
+            |n, p| whole_scaled(n, p),
         );
-        finish_all(
-            x,
-            &n,
+        for (((y, x), v), share) in y.iter_mut().zip(x).zip(v).zip(&shares) {
+            *y = f(*x, *v, (gauss_cdf(*x, *y, *share), *y));
+        }
+    }
+}
+
+/// See [`Math::m_sigmoids`].
+#[inline(always)]
+pub(super) fn sigmoids(
+    y: &mut [f32],
+    [x, v]: [&[f32]; 2],
+    z: impl Fn(f32) -> f32,
+    f: impl Fn(f32, f32, f32) -> f32,
+) {
+    for ((y, x), v) in y.chunks_mut(BLOCK).zip(x.chunks(BLOCK)).zip(v.chunks(BLOCK)) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = -z(*x).abs();
+        }
+        exponentials(
+            y,
+            #[inline(always)]
+            |x| exp_range(x),
             #[inline(always)]
             |n, p| scaled(n, p),
         );
+        for ((y, x), v) in y.iter_mut().zip(x).zip(v) {
+            *y = f(*x, *v, sigmoid_of(z(*x), *y));
+        }
     }
 }
 
+/// See [`Math::m_tanhs`].
 #[inline(always)]
-pub(super) fn weights(x: &mut [f32], less: f32) {
-    let mut n = [0.0; BLOCK];
-    for x in x.chunks_mut(BLOCK) {
-        reduce_all(
-            x,
-            &mut n,
+pub(super) fn tanhs(
+    y: &mut [f32],
+    [x, v]: [&[f32]; 2],
+    z: impl Fn(f32) -> f32,
+    f: impl Fn(f32, f32, f32) -> f32,
+) {
+    for ((y, x), v) in y.chunks_mut(BLOCK).zip(x.chunks(BLOCK)).zip(v.chunks(BLOCK)) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = tanh_power(z(*x));
+        }
+        exponentials(
+            y,
             #[inline(always)]
-            |x| weight_range(x - less),
-        );
-        finish_all(
-            x,
-            &n,
+            |power| power,
             #[inline(always)]
-            |n, p| weight_of(n, p),
+            |n, p| whole_scaled(n, p),
         );
+        for ((y, x), v) in y.iter_mut().zip(x).zip(v) {
+            *y = f(*x, *v, tanh_of(z(*x), *y));
+        }
     }
 }

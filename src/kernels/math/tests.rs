@@ -181,3 +181,26 @@ fn weights_are_exponentials() {
     assert_eq!([f32::NEG_INFINITY.m_weight(), f64::NEG_INFINITY.m_weight() as f32], [0.0; 2]);
     assert!(f32::NAN.m_weight().is_nan() && f64::NAN.m_weight().is_nan());
 }
+
+/// The same of functions that read a second operand.
+#[test]
+fn gates_of_many_elements_are_those_of_one() {
+    let special = [0.0, -0.0, 1e-40, -1e-40, 200.0, -200.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN];
+    let of = |i: usize| special.get(i).copied().unwrap_or((i as f32 - 350.0) * 0.041);
+    for n in [0, 1, 12, 256, 257, 700] {
+        let (x, v): (Vec<f32>, Vec<f32>) = (0..n).map(|i| (of(i), i as f32)).unzip();
+        let alike = |y: &[f32], one: &dyn Fn(f32, f32) -> f32| {
+            for ((y, x), v) in y.iter().zip(&x).zip(&v) {
+                let want = one(*x, *v);
+                assert!(y.to_bits() == want.to_bits() || y.is_nan() && want.is_nan(), "{x}: {y}, not {want}");
+            }
+        };
+        let mut y = vec![0.5; n];
+        f32::m_gausses(&mut y, [&x, &v], |x, v, (cdf, gauss)| v * cdf + x * gauss);
+        alike(&y, &|x, v| v * x.m_gauss().0 + x * x.m_gauss().1);
+        f32::m_sigmoids(&mut y, [&x, &v], |x| 1.5 * x, |x, v, s| v * s + x);
+        alike(&y, &|x, v| v * (1.5 * x).m_sigmoid() + x);
+        f32::m_tanhs(&mut y, [&x, &v], |x| 1.5 * x, |x, v, t| v * t + x);
+        alike(&y, &|x, v| v * (1.5 * x).m_tanh() + x);
+    }
+}

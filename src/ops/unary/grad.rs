@@ -7,7 +7,7 @@ use super::halved::HalvedGrad;
 use crate::error::OpError;
 use crate::float_dispatch;
 use crate::graph::GradBuilder;
-use crate::kernels::elementwise::{apply2, same};
+use crate::kernels::elementwise::{apply2_all, same};
 use crate::kernels::half::{Elements, Half};
 use crate::kernels::isa::Wide;
 use crate::kernels::math::Math;
@@ -80,13 +80,13 @@ impl<K: Kind> Op for UnaryGrad<K> {
 /// One of `v` and `dy` may be absent, and lie in `y`.
 pub(super) fn of<K: Kind, T: Math + Elem + Wide>(k: K, v: Option<&[T]>, dy: Option<&[T]>, y: &mut [T]) {
     let walk = same(y.len());
-    apply2(
+    apply2_all(
         y,
         v,
         dy,
         &walk,
         #[inline(always)]
-        move |v: T, dy: T| k.vjp(v, dy),
+        |dx, v, dy| k.vjp_all(dx, v, dy),
     );
 }
 

@@ -17,6 +17,7 @@ use crate::kernels::conv::{Geometry, Residual, slots, split};
 use crate::kernels::half::Half;
 use crate::kernels::par::{LINE, Shared, in_prepared_slots};
 use crate::kernels::simd::{Bf16, Kernel, Level, Simd, Stored, Vectors, Whole, load_lanes, store_lanes};
+use crate::kernels::tile::Pieces;
 
 /// Sums of dW, each over a share of the rows of X.
 const SLABS: usize = 16;
@@ -124,11 +125,7 @@ impl<T: Vectors> Task<'_, T> {
             w: self.w.as_ptr(),
             dw: self.dw.as_mut_ptr(),
             dx: self.dx.wrapping_add(start),
-            addend: match self.addend {
-                Residual::None => None,
-                Residual::Of(r) => Some(r.as_ptr().wrapping_add(start)),
-                Residual::InOutput => Some(self.dx.wrapping_add(start).cast_const()),
-            },
+            addend: self.addend.address(|| self.dx).map(|addend| addend.wrapping_add(start)),
             sums: self.sums.as_mut().map(|sums| sums.row.as_mut_ptr()),
         };
         // Positions, counted within their class, of which in no class a tap falls outside.
@@ -198,10 +195,10 @@ impl<T: Vectors, D: Stored<T>> Line<'_, T, D> {
     #[inline(always)]
     unsafe fn tiles<S: Simd<Elem = T>>(&self, inside: Range<usize>, classes: &[Class<T>]) {
         let most = most::<S>();
-        let tiles = inside.len().div_ceil(most);
+        let tiles = Pieces::of(inside.len(), most);
         let mut q = inside.start;
-        for tile in 0..tiles {
-            let size = inside.len() / tiles + usize::from(tile < inside.len() % tiles);
+        for tile in 0..tiles.count {
+            let size = tiles.len(tile);
             for (r, class) in classes.iter().enumerate() {
                 let groups = &class.groups;
                 // SAFETY: the caller's promise.

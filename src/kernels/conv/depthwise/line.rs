@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
-use crate::kernels::conv::{Epilogue, Residual};
+use crate::kernels::conv::Epilogue;
 use crate::kernels::simd::{Level, Simd, Vectors, load_lanes, store_lanes};
+use crate::kernels::tile::Pieces;
 
 /// Positions computed at a time, at most.
 const POSITIONS: usize = 8;
@@ -146,10 +147,10 @@ impl<T: Vectors> Line<'_, T> {
             };
             // Tiles of about equal size, and of whole pairs of spread results.
             let unit = if self.lie == Taps::Spread { 2 } else { 1 };
-            let (units, tiles) = (inside.len() / unit, inside.len().div_ceil(POSITIONS));
+            let tiles = Pieces::of(inside.len() / unit, POSITIONS / unit);
             let mut q = inside.start;
-            for tile in 0..tiles {
-                let size = (units / tiles + usize::from(tile < units % tiles)) * unit;
+            for tile in 0..tiles.count {
+                let size = tiles.len(tile) * unit;
                 match size {
                     8 => self.positions::<S, 8, true>(q, &triples),
                     7 => self.positions::<S, 7, true>(q, &triples),
@@ -263,11 +264,7 @@ impl<T: Vectors> Line<'_, T> {
     #[inline(always)]
     unsafe fn finish<S: Simd<Elem = T>>(&self) -> Finish<S> {
         let clamp = &self.epilogue.clamp;
-        let residual = match self.epilogue.residual {
-            Residual::None => None,
-            Residual::Of(r) => Some(r.as_ptr()),
-            Residual::InOutput => Some(self.y.cast_const()),
-        };
+        let residual = self.epilogue.residual.address(|| self.y);
         // SAFETY: the caller's promise.
         unsafe { Finish { y: self.y, residual, low: S::splat(clamp.low), high: S::splat(clamp.high) } }
     }

@@ -369,11 +369,7 @@ impl<T: Vectors> Target<'_, T> {
         let ([_, rows, columns], co) = (self.plan.target, self.plan.co);
         let (inside, n) = if WHOLE { ([OUT; 2], D::S::LANES) } else { (inside, n) };
         let first = ((image * rows + row) * columns + column) * co + channel;
-        let residual = match self.epilogue.residual {
-            Residual::None => None,
-            Residual::Of(r) => Some(r.as_ptr()),
-            Residual::InOutput => Some(self.y.whole().cast_const()),
-        };
+        let residual = self.epilogue.residual.address(|| self.y.whole());
         // SAFETY: the caller's promise.
         unsafe {
             if let Some(bias) = self.epilogue.bias {
