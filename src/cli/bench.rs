@@ -8,12 +8,11 @@ use rand::{RngExt, SeedableRng};
 use serde::Serialize;
 
 use crate::exec::{OptimizerState, Precision, Program, Session, Usage};
-use crate::finetune::budget::{Fitted, Job, with_batch};
+use crate::finetune::budget::{Fitted, Job, batch_of, with_batch};
 use crate::finetune::{Config, MethodName};
 use crate::kernels::peak;
 use crate::tensor::{DType, Tensor};
 use crate::train::data::{Batch, Dataset};
-use crate::train::loss::Loss;
 use crate::train::method::At;
 use crate::train::preset;
 use crate::train::step::{self, Evaluation, Recipe, Shapes, feeds};
@@ -48,6 +47,9 @@ pub struct Args {
     /// Where it cannot be kept otherwise, half precision may be used
     #[arg(long)]
     allow_half: bool,
+    /// cross-entropy, bce, mse, or an ONNX graph of the loss
+    #[arg(long, default_value = "cross-entropy")]
+    loss: String,
     #[command(flatten)]
     icp: super::icp_flags::IcpFlags,
     /// Timed runs, after two that are not
@@ -129,6 +131,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
         optimizer_state: args.optimizer_state,
         method: if matches!(args.mode, ModeName::Icp) { MethodName::Icp } else { MethodName::Supervised },
         train: args.train.clone(),
+        loss: args.loss.clone(),
         memory_budget: args.memory_budget.clone(),
         allow_half: args.allow_half,
         ..args.icp.config()?
@@ -136,8 +139,9 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
     config.check()?;
     let options = config.session();
     let mut session = Session::new(model.clone(), options.clone())?;
-    let loss = Loss::CrossEntropy { label_smoothing: 0.0 };
+    let loss = config.loss()?;
     let shapes = super::plan::with_target(&session, &inputs, &loss)?;
+    let batch_size = batch_of(&shapes);
     let mut fitted = None;
     let mut runs = Runs { start, wanted: args.runs, cold: None, times: Vec::with_capacity(args.runs) };
     let mut profile = Vec::new();
@@ -184,11 +188,11 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
                 fitted = Some(found);
             }
             let parts = recipe.accumulate;
-            let shapes = with_batch(&shapes, args.batch / parts);
+            let shapes = with_batch(&shapes, batch_size / parts);
             let batch = synthetic(&shapes)?;
             recipe.prepare(&mut session)?;
             let mut method = config.training_method(false)?;
-            method.begin(args.batch);
+            method.begin(batch_size);
             method.prepare(&mut session, &recipe, &shapes, 2)?;
             let apply = if parts > 1 { Some(step::apply(&mut session, &recipe)?) } else { None };
             session.set_profiling(args.profile);
@@ -225,14 +229,14 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<u8> {
     let gflops = 2.0 * work as f64 / median * 1e-6;
     let report = Report {
         mode: args.mode,
-        batch: args.batch,
+        batch: batch_size,
         threads: session.threads(),
         precision: session.options().precision,
         runs: args.runs,
         median_ms: median,
         min_ms: ms(times[0]),
         max_ms: ms(times[times.len() - 1]),
-        samples_per_second: args.batch as f64 / median * 1e3,
+        samples_per_second: batch_size as f64 / median * 1e3,
         cold_start_ms: ms(runs.cold.unwrap_or_default()),
         gflops,
         percent_of_peak: gflops / peak_gflops * 100.0,
@@ -315,7 +319,7 @@ fn work_of(program: &Program, step: &crate::plan::Step) -> usize {
     step.op.multiply_adds(&metas)
 }
 
-/// A batch of normal-looking inputs and labels.
+/// A batch of normal-looking inputs, and targets of zeros, which any loss takes.
 fn synthetic(shapes: &Shapes) -> anyhow::Result<Batch> {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(0);
     let mut arrays = Vec::new();
@@ -339,13 +343,7 @@ fn synthetic(shapes: &Shapes) -> anyhow::Result<Batch> {
         };
         arrays.push((name.clone(), drawn));
     }
-    let target = match shapes.target.dtype {
-        DType::I64 => {
-            let labels: Vec<i64> = (0..shapes.target.len() as i64).map(|i| i % 2).collect();
-            Tensor::from_slice(&shapes.target.dims, &labels)?
-        }
-        dtype => Tensor::zeros(dtype, &shapes.target.dims),
-    };
+    let target = Tensor::try_zeros(shapes.target.dtype, &shapes.target.dims, "targets")?;
     let data = Dataset::from_arrays(arrays, Some(target))?;
     let mut batch = data.new_batch(data.len());
     data.batch(&(0..data.len()).collect::<Vec<_>>(), None, &mut batch)?;

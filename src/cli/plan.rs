@@ -274,8 +274,16 @@ fn forward(
 
 /// The shapes of a batch: as the file declares them, with `batch` first, and as `given` on the command line.
 pub fn input_shapes(model: &Model, batch: usize, given: &[String]) -> anyhow::Result<Vec<(String, Meta)>> {
+    let specs = input_specs(model);
+    for given in given {
+        let is_input = |(name, _): &(&str, &str)| specs.iter().any(|spec| spec.name == *name);
+        if given.split_once('=').filter(is_input).is_none() {
+            let names: Vec<&str> = specs.iter().map(|spec| &*spec.name).collect();
+            anyhow::bail!("--shape {given}: not NAME=DIMxDIM… of an input: {}", names.join(", "));
+        }
+    }
     let mut shapes = Vec::new();
-    for spec in input_specs(model) {
+    for spec in specs {
         let wanted = given.iter().find_map(|g| g.strip_prefix(&format!("{}=", spec.name)));
         let dims: Vec<usize> = match wanted {
             Some(text) => text

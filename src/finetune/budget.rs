@@ -69,7 +69,7 @@ pub fn with_batch(shapes: &Shapes, n: usize) -> Shapes {
 }
 
 /// The number of samples.
-fn batch_of(shapes: &Shapes) -> usize {
+pub fn batch_of(shapes: &Shapes) -> usize {
     let whole = shapes.target.dims.first().or(shapes.inputs.first().and_then(|(_, m)| m.dims.first()));
     whole.copied().unwrap_or(1)
 }

@@ -109,6 +109,19 @@ fn options_come_from_a_file_and_flags_go_before_it() {
     assert!(String::from_utf8_lossy(&refused.stderr).contains("epoch"));
 }
 
+/// Where --shape says so, not --batch.
+#[test]
+fn a_bench_counts_the_samples_that_it_runs() {
+    let model = shipped("models/dsnet.onnx");
+    for mode in ["forward", "train"] {
+        let args = ["--shape", "image=3x1x28x28", "--mode", mode, "--loss", "mse", "--runs", "1", "--json"];
+        let report = json(&[&["bench", text(&model)][..], &args].concat(), 0);
+        assert_eq!(report["batch"], 3);
+        let each = report["median_ms"].as_f64().unwrap() * report["samples_per_second"].as_f64().unwrap();
+        assert!((each - 3e3).abs() < 1e-3, "{report}");
+    }
+}
+
 #[test]
 fn bad_input_is_refused_with_a_message() {
     let dir = tempfile::tempdir().unwrap();
@@ -125,6 +138,7 @@ fn bad_input_is_refused_with_a_message() {
     message(&["run", text(&absent), "--inputs", text(&absent), "--output", text(&out)], 1, "absent");
     message(&["finetune"], 2, "--data");
     message(&["bench", text(&model), "--batch", "1000000000000"], 1, "'image'");
+    message(&["bench", text(&model), "--shape", "picture=2x1x28x28"], 1, "image");
     message(&["finetune", text(&model), "--data", text(&absent), "--output", text(&out)], 1, "absent.onnx");
 
     let wrong = at("wrong.npz");

@@ -15,6 +15,8 @@ pub(super) const SUMS: usize = 1 << 19;
 pub(super) const TASKS: usize = 8;
 /// Elements of dW from which on its operands are packed, or it is one product.
 pub(super) const LARGE: usize = 1 << 16;
+/// Positions worth a sum of their own, where that is large.
+const POSITIONS: usize = 128;
 /// Multiply-adds worth a task of their own.
 const WORK: usize = 1 << 19;
 /// Input channels below which taps are merged.
@@ -160,7 +162,12 @@ impl Plan {
         };
         let chunks = self.n.div_ceil(images) * rows.div_ceil(chunk);
         let tasks = (self.n * volume(self.y) * self.size(panel) / WORK).clamp(1, TASKS);
-        let slabs = (SUMS / self.size(panel).max(1)).clamp(1, tasks.min(self.n * rows));
+        let positions = self.n * volume(self.y);
+        let most = match self.taps() == 1 && self.size(panel) >= LARGE / 4 {
+            true => positions.div_ceil(POSITIONS),
+            false => positions,
+        };
+        let slabs = (SUMS / self.size(panel).max(1)).clamp(1, tasks.min(self.n * rows)).min(most);
         // Smaller chunks rather than fewer slabs.
         let (images, chunk) = match slabs <= chunks {
             true => (images, chunk),
