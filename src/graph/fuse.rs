@@ -3,6 +3,7 @@
 mod attention;
 mod expand;
 mod gated;
+mod gated_norms;
 mod gelu;
 mod group_norm;
 mod norms;
@@ -34,6 +35,7 @@ use crate::plan::Request;
 use crate::tensor::{DType, Tensor};
 
 pub use expand::join_expansions;
+pub use gated_norms::join_gated_norms;
 pub use norms::{gather_statistics, join_normalisations};
 
 /// Fuses a forward graph whose shapes are inferred: normalisations and convolutions with the sum and the activation

@@ -5,6 +5,7 @@
 
 mod channel;
 mod fold;
+mod gated;
 mod groups;
 mod sweep;
 
@@ -18,6 +19,7 @@ use crate::tensor::Float;
 pub use channel::{Channels, Mask, Stat, block_moments, block_room, merge_blocks};
 pub use channel::{add_param_grad, merge_param_grad};
 pub use channel::{channel_stats, channel_stats_and, channel_sum, masked_param_grad, param_grad};
+pub use gated::{gated, gated_grad};
 pub use groups::GroupNorm;
 pub use sweep::{ChannelGrad, Residual, Results, channel_affine, channel_input_grad};
 

@@ -1,6 +1,7 @@
 //! `BatchNormalization`: training and inference form, with what follows it fused in.
 
 mod again;
+mod gated;
 mod grad;
 #[cfg(test)]
 mod tests;
@@ -21,6 +22,7 @@ use crate::ops::{ChannelsLast, Cx, Grads, Mode, Op, Rerun, Row, Spec, get, need}
 use crate::tensor::{DType, Float, Meta, View, ViewMut};
 
 use again::Normalise;
+pub use gated::Gated;
 use grad::BatchNormEvalInputGrad;
 pub use grad::{BatchNormInputGrad, BatchNormParamGrad, ChannelParamGrad, ChannelSum};
 #[cfg(test)]

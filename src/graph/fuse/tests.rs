@@ -17,21 +17,36 @@ use crate::train::step::{Network, Shapes, param_values};
 
 /// What is done to a network before its loss is attached.
 #[derive(Clone, Copy, PartialEq)]
-enum Fused {
+pub(super) enum Fused {
     No,
     WeightsLearn,
     WeightsStay,
 }
 
-fn count(graph: &Graph, op: &str) -> usize {
+pub(super) fn count(graph: &Graph, op: &str) -> usize {
     graph.nodes.iter().filter(|n| n.op.name() == op).count()
 }
 
-/// Loss, outputs, a value within the network, next statistics, and gradients of input and weights.
+/// Loss, outputs, a value within the network, next statistics, and gradients of input and weights; and the graph before its loss is
+/// attached.
 fn step(network: &str, mode: Mode, tap: &str, fused: Fused) -> (Graph, Vec<Tensor>) {
+    let options = Options { threads: 1, ..Options::default() };
+    let (forward, _, values) = step_of(network, mode, tap, fused, options, |_| {});
+    (forward, values)
+}
+
+/// The same of an edited network, and the graph that is run.
+pub(super) fn step_of(
+    network: &str,
+    mode: Mode,
+    tap: &str,
+    fused: Fused,
+    options: Options,
+    edit: impl Fn(&mut Graph),
+) -> (Graph, Graph, Vec<Tensor>) {
     let path = format!("{}/models/{network}.onnx", env!("CARGO_MANIFEST_DIR"));
     let model = Arc::new(crate::import::load(path).unwrap());
-    let mut session = Session::new(model.clone(), Options { threads: 1, ..Options::default() }).unwrap();
+    let mut session = Session::new(model.clone(), options).unwrap();
     let weights = model.weights.iter().enumerate().filter(|(_, w)| w.trainable);
     let params: Vec<WeightId> = weights.map(|(i, _)| WeightId(i as u32)).collect();
     session.make_mutable(&params).unwrap();
@@ -43,6 +58,7 @@ fn step(network: &str, mode: Mode, tap: &str, fused: Fused) -> (Graph, Vec<Tenso
     let labels = Tensor::ints(&[1, 7, 2]);
     let shapes = Shapes { inputs: vec![(spec.name, x.meta())], target: Meta::new(DType::I64, &[3]) };
     let mut net = Network::new(&session, mode, &shapes, &HashMap::new()).unwrap();
+    edit(&mut net.graph);
     let tap = net.graph.find(tap).unwrap_or(net.graph.outputs[0]);
     if fused != Fused::No {
         net.fuse(&[tap], fused == Fused::WeightsLearn).unwrap();
@@ -62,10 +78,11 @@ fn step(network: &str, mode: Mode, tap: &str, fused: Fused) -> (Graph, Vec<Tenso
     let program = session.compile(net.graph, request).unwrap();
     session.run(&program, &[(net.inputs[0], x.view()), (attached.target, labels.view())], 0).unwrap();
     let read = |v: &ValueId| session.output(&program, *v).unwrap().to_tensor();
-    (forward, outputs.iter().map(read).collect())
+    let values = outputs.iter().map(read).collect();
+    (forward, program.graph, values)
 }
 
-fn agree(a: &[Tensor], b: &[Tensor], what: &str) {
+pub(super) fn agree(a: &[Tensor], b: &[Tensor], what: &str) {
     for (i, (a, b)) in a.iter().zip(b).enumerate() {
         assert_eq!(a.dims(), b.dims(), "{what}, {i}");
         close(what, &format!("value {i}"), &a.to_f64(), &b.to_f64(), 2e-3);

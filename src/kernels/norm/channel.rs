@@ -57,7 +57,7 @@ impl Channels {
     }
 
     /// Rows of `c` that one task of a reduction covers, where `s` is 1.
-    fn per_task(self) -> usize {
+    pub(super) fn per_task(self) -> usize {
         let tasks = (self.n * self.c).div_ceil(TASK).clamp(1, TASKS);
         self.n.div_ceil(tasks).max(1)
     }
@@ -90,11 +90,11 @@ impl Channels {
 #[derive(Clone, Copy)]
 pub(super) struct Strip {
     /// First column, and how many.
-    first: usize,
+    pub(super) first: usize,
     pub(super) columns: usize,
     /// Elements swept side by side, a multiple of `columns`, and from one such group to the next.
     pub(super) width: usize,
-    step: usize,
+    pub(super) step: usize,
 }
 
 impl Strip {
@@ -442,7 +442,7 @@ pub fn merge_param_grad<T: Float>(parts: &[f64], inv: &[T], dscale: &mut [T], ds
 }
 
 /// Adds up the tasks' sums; those of the scale are multiplied by `inv`.
-fn finish<T: Float>(partials: &[f64], inv: Option<&[T]>, dscale: &mut [T], dshift: &mut [T]) {
+pub(super) fn finish<T: Float>(partials: &[f64], inv: Option<&[T]>, dscale: &mut [T], dshift: &mut [T]) {
     let channels = dscale.len();
     let parts = || partials.chunks_exact((2 * channels).max(1));
     for (c, (dscale, dshift)) in dscale.iter_mut().zip(dshift).enumerate() {
@@ -454,7 +454,7 @@ fn finish<T: Float>(partials: &[f64], inv: Option<&[T]>, dscale: &mut [T], dshif
 
 /// `scales += Σ dz·(x − mean)`, `shifts += Σ dz` over rows of `c`, `dz` being the term's.
 #[inline(always)]
-fn column_products<T: Vectors, F: Term<T>>(
+pub(super) fn column_products<T: Vectors, F: Term<T>>(
     x: Elements<T>,
     c: usize,
     mean: Option<&[T]>,

@@ -208,10 +208,10 @@ unsafe impl<T: Float> Term<T> for Written<'_, T> {
 /// Rows of `columns` elements, `step` apart from element `start` on.
 #[derive(Clone, Copy)]
 pub(super) struct Rows {
-    start: usize,
-    rows: usize,
-    columns: usize,
-    step: usize,
+    pub start: usize,
+    pub rows: usize,
+    pub columns: usize,
+    pub step: usize,
 }
 
 impl Rows {
