@@ -1,12 +1,13 @@
-//! Batch normalisations with the smooth activation that follows, and the gradients of both.
+//! Batch normalisations with an activation that follows and does more than to clamp, and the gradients of both.
 
 use super::uses::Uses;
 use crate::graph::{Graph, Node, ValueId};
 use crate::ops::batch_norm::{BatchNormalization, ChannelParamGrad, Gated};
+use crate::ops::unary::{LeakyRelu, Unary, UnaryGrad};
 use crate::plan::Request;
 
-/// In a differentiated graph: an activation such as Swish, whose gradient needs its operand, computes that operand from what the
-/// normalisation in front reads, forward and for the gradient, where channels lie last and nobody else reads it.
+/// In a differentiated graph: an activation such as Swish computes its operand from what the normalisation in front reads, forward and
+/// for the gradient, where channels lie last and nobody else reads that operand.
 pub fn join_gated_norms(graph: &mut Graph, request: &Request) {
     let mut uses = Uses::of(graph, request);
     for i in 0..graph.nodes.len() {
@@ -29,12 +30,22 @@ impl Uses {
         if self.kept[z.index()] || self.readers[z.index()].is_empty() {
             return None;
         }
-        let readers = self.readers[z.index()].clone();
-        let made = readers.iter().map(|r| {
+        let mut reads: Vec<(usize, ValueId)> = self.readers[z.index()].iter().map(|r| (*r, z)).collect();
+        for r in &self.readers[z.index()] {
             let node = &graph.nodes[*r];
+            if node.op.as_a::<Unary<LeakyRelu>>().is_some_and(|leaky| leaky.0.alpha > 0.0)
+                && let Some(y) = node.output()
+            {
+                // The gradient asks for the sign, and reads it from the result.
+                let gradient = |r: &&usize| graph.nodes[**r].op.as_a::<UnaryGrad<LeakyRelu>>().is_some();
+                reads.extend(self.readers[y.index()].iter().filter(gradient).map(|r| (*r, y)));
+            }
+        }
+        let made = reads.iter().map(|(at, read)| {
+            let node = &graph.nodes[*at];
             let op = match node.inputs[..] {
-                [Some(v)] if v == z => gated.forward(node.op.as_ref())?,
-                [Some(v), Some(dy)] if v == z && dy != z => gated.backward(node.op.as_ref())?,
+                [Some(v)] if v == *read => gated.forward(node.op.as_ref())?,
+                [Some(v), Some(dy)] if v == *read && dy != v => gated.backward(node.op.as_ref())?,
                 _ => return None,
             };
             let mut inputs = node.inputs.clone();
@@ -43,7 +54,7 @@ impl Uses {
             Some(Node { op, inputs, ..node.clone() })
         });
         let made: Vec<Node> = made.collect::<Option<_>>()?;
-        for (at, mut node) in readers.into_iter().zip(made) {
+        for ((at, _), mut node) in reads.into_iter().zip(made) {
             if let (6, &[Some(dz)]) = (node.inputs.len(), &node.outputs[..]) {
                 let sums = self.sums_of(graph, &gated, [Some(x), Some(dz), mean, inv]);
                 node.outputs.extend(sums.unwrap_or([None; 2]));
@@ -81,7 +92,7 @@ mod tests {
     use crate::graph::Graph;
     use crate::graph::fuse::tests::{Fused, agree, count, step_of};
     use crate::ops::Mode;
-    use crate::ops::unary::{HardSwish, Kind, Mish, Swish, Tanh, Unary};
+    use crate::ops::unary::{HardSwish, Kind, LeakyRelu, Mish, Swish, Tanh, Unary};
 
     /// Both networks with this activation instead of theirs, and how many normalisations are joined with it.
     fn check<K: Kind>(gate: K, joins: bool) {
@@ -125,10 +136,12 @@ mod tests {
     }
 
     #[test]
-    fn a_normalisation_is_joined_with_a_smooth_activation() {
+    fn a_normalisation_is_joined_with_an_activation() {
         check(Swish { alpha: 1.0 }, true);
         check(HardSwish {}, true);
         check(Mish {}, true);
+        check(LeakyRelu { alpha: 0.1 }, true);
+        check(LeakyRelu { alpha: -0.1 }, true);
         check(Tanh {}, false);
     }
 }

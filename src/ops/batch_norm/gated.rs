@@ -1,5 +1,5 @@
-//! A batch normalisation by the batch's statistics with a smooth activation, where channels lie last: what the one passes to the other
-//! is neither written nor kept, nor read twice for the gradients.
+//! A batch normalisation by the batch's statistics with an activation that does more than to clamp, where channels lie last: what the one
+//! passes to the other is neither written nor kept.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use crate::float_dispatch;
 use crate::graph::GradBuilder;
 use crate::kernels::layout::Layout;
 use crate::kernels::norm::{self, Channels, Stat};
-use crate::ops::unary::{HardSwish, Kind, Mish, Swish, Unary, UnaryGrad};
+use crate::ops::unary::{HardSwish, Kind, LeakyRelu, Mish, Swish, Unary, UnaryGrad};
 use crate::ops::{Cx, Grads, Op, get, need, out};
 use crate::tensor::{Float, Meta, View, ViewMut};
 
@@ -18,15 +18,16 @@ pub struct Gated {
     pub channels: Channels,
 }
 
-/// Calls `$made` for the first of the activations whose operator, `$op` of it, this is.
-macro_rules! first_of {
+/// `$made` of the activation, one of those that are joined, whose operator (`$op` of it) this is.
+macro_rules! made_of {
     ($of:expr, $op:ident, $made:ident, $channels:expr) => {
-        first_of!(@ $of, $op, $made, $channels, Swish, HardSwish, Mish)
+        made_of!(@ $of, $op, $made, $channels, Swish, HardSwish, Mish, LeakyRelu)
     };
     (@ $of:expr, $op:ident, $made:ident, $channels:expr, $($kind:ty),+) => {
-        $(if let Some($op(gate)) = $of.as_a::<$op<$kind>>() {
-            return Some(Arc::new($made { gate: *gate, channels: $channels }));
-        })+
+        None::<Arc<dyn Op>>$(.or_else(|| {
+            let op = $of.as_a::<$op<$kind>>()?;
+            Some(Arc::new($made { gate: op.0, channels: $channels }))
+        }))+
     };
 }
 
@@ -39,14 +40,12 @@ impl Gated {
 
     /// Of the normalisation's x, scale, shift, mean and inverse deviation, in the place of an activation.
     pub fn forward(&self, activation: &dyn Op) -> Option<Arc<dyn Op>> {
-        first_of!(activation, Unary, GatedNorm, self.channels);
-        None
+        made_of!(activation, Unary, GatedNorm, self.channels)
     }
 
     /// Of these and dY, in the place of an activation's gradient; it sums up the gradients of scale and shift as well.
     pub fn backward(&self, gradient: &dyn Op) -> Option<Arc<dyn Op>> {
-        first_of!(gradient, UnaryGrad, GatedNormGrad, self.channels);
-        None
+        made_of!(gradient, UnaryGrad, GatedNormGrad, self.channels)
     }
 
     /// Are these the gradients of scale and shift?
