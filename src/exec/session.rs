@@ -296,6 +296,7 @@ impl Session {
         graph::join_normalisations(&mut graph, &request);
         if self.precision().half().is_none() {
             graph::join_expansions(&mut graph, &request);
+            graph::join_products(&mut graph, &request);
             // (Within a budget, parts of batches take turns, and what is cheap is computed again.)
             if self.options.arena.is_none() {
                 graph::join_gated_norms(&mut graph, &request);

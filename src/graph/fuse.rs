@@ -7,6 +7,7 @@ mod gated_norms;
 mod gelu;
 mod group_norm;
 mod norms;
+mod products;
 mod row_norm;
 #[cfg(test)]
 mod tests;
@@ -37,6 +38,7 @@ use crate::tensor::{DType, Tensor};
 pub use expand::join_expansions;
 pub use gated_norms::join_gated_norms;
 pub use norms::{gather_statistics, join_normalisations};
+pub use products::join_products;
 
 /// Fuses a forward graph whose shapes are inferred: normalisations and convolutions with the sum and the activation
 /// that follow; and where no `weights_learn`, convolutions with a normalisation by given statistics. Products take the

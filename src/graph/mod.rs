@@ -26,7 +26,9 @@ use crate::tensor::{DType, Meta, Tensor};
 
 pub use control::MOST_UNROLLED;
 pub use early::update_early;
-pub use fuse::{fuse, fuse_sums, gather_statistics, join_expansions, join_gated_norms, join_normalisations};
+pub use fuse::{
+    fuse, fuse_sums, gather_statistics, join_expansions, join_gated_norms, join_normalisations, join_products,
+};
 pub use grad::{GradBuilder, Gradients, grad};
 pub use head::{Ending, ending};
 pub use infer::{Bindings, Inferred};

@@ -7,6 +7,7 @@ mod channel;
 mod fold;
 mod gated;
 mod groups;
+mod products;
 mod sweep;
 
 use rayon::prelude::*;
@@ -21,6 +22,7 @@ pub use channel::{add_param_grad, merge_param_grad};
 pub use channel::{channel_stats, channel_stats_and, channel_sum, masked_param_grad, param_grad};
 pub use gated::{gated, gated_grad};
 pub use groups::GroupNorm;
+pub use products::channel_products;
 pub use sweep::{ChannelGrad, Residual, Results, channel_affine, channel_input_grad};
 
 const LANES: usize = 32;

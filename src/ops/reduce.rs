@@ -1,7 +1,10 @@
 //! Reductions over axes, their gradients, and the transpose of broadcasting.
 
+mod products;
+
 use std::sync::Arc;
 
+pub use self::products::SumProduct;
 use crate::error::OpError;
 use crate::graph::GradBuilder;
 use crate::kernels::elementwise::{Walk, apply1, apply3};

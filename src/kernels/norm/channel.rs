@@ -81,7 +81,7 @@ impl Channels {
     }
 
     /// The elements of the rows from `first` on that a task covers.
-    fn rows_of(self, first: usize) -> Range<usize> {
+    pub(super) fn rows_of(self, first: usize) -> Range<usize> {
         first * self.c..(first + self.per_task()).min(self.n) * self.c
     }
 }
