@@ -507,7 +507,16 @@ impl Math for f32 {
         z: impl Fn(f32) -> f32,
         f: impl Fn(f32, f32, f32) -> f32,
     ) {
-        staged::sigmoids(y, operands, z, f);
+        staged::of_exponentials(
+            y,
+            operands,
+            #[inline(always)]
+            |x| exp_range(-z(x).abs()),
+            #[inline(always)]
+            |n, p| scaled(n, p),
+            #[inline(always)]
+            |x, v, e| f(x, v, sigmoid_of(z(x), e)),
+        );
     }
     #[inline(always)]
     fn m_tanhs(
@@ -516,7 +525,16 @@ impl Math for f32 {
         z: impl Fn(f32) -> f32,
         f: impl Fn(f32, f32, f32) -> f32,
     ) {
-        staged::tanhs(y, operands, z, f);
+        staged::of_exponentials(
+            y,
+            operands,
+            #[inline(always)]
+            |x| tanh_power(z(x)),
+            #[inline(always)]
+            |n, p| whole_scaled(n, p),
+            #[inline(always)]
+            |x, v, e| f(x, v, tanh_of(z(x), e)),
+        );
     }
     #[inline(always)]
     fn m_pow(self, y: f32) -> f32 {

@@ -53,52 +53,28 @@ pub(super) fn gausses(y: &mut [f32], [x, v]: [&[f32]; 2], f: impl Fn(f32, f32, (
     }
 }
 
-/// See [`Math::m_sigmoids`].
+/// `y = f(x, v, e)` of each, where `finish` makes e of n and `eʳ − 1` and `power(x) = n ln 2 + r`.
 #[inline(always)]
-pub(super) fn sigmoids(
+pub(super) fn of_exponentials(
     y: &mut [f32],
     [x, v]: [&[f32]; 2],
-    z: impl Fn(f32) -> f32,
+    power: impl Fn(f32) -> f32,
+    finish: impl Fn(i32, f32) -> f32,
     f: impl Fn(f32, f32, f32) -> f32,
 ) {
     for ((y, x), v) in y.chunks_mut(BLOCK).zip(x.chunks(BLOCK)).zip(v.chunks(BLOCK)) {
         for (y, x) in y.iter_mut().zip(x) {
-            *y = -z(*x).abs();
-        }
-        exponentials(
-            y,
-            #[inline(always)]
-            |x| exp_range(x),
-            #[inline(always)]
-            |n, p| scaled(n, p),
-        );
-        for ((y, x), v) in y.iter_mut().zip(x).zip(v) {
-            *y = f(*x, *v, sigmoid_of(z(*x), *y));
-        }
-    }
-}
-
-/// See [`Math::m_tanhs`].
-#[inline(always)]
-pub(super) fn tanhs(
-    y: &mut [f32],
-    [x, v]: [&[f32]; 2],
-    z: impl Fn(f32) -> f32,
-    f: impl Fn(f32, f32, f32) -> f32,
-) {
-    for ((y, x), v) in y.chunks_mut(BLOCK).zip(x.chunks(BLOCK)).zip(v.chunks(BLOCK)) {
-        for (y, x) in y.iter_mut().zip(x) {
-            *y = tanh_power(z(*x));
+            *y = power(*x);
         }
         exponentials(
             y,
             #[inline(always)]
             |power| power,
             #[inline(always)]
-            |n, p| whole_scaled(n, p),
+            |n, p| finish(n, p),
         );
         for ((y, x), v) in y.iter_mut().zip(x).zip(v) {
-            *y = f(*x, *v, tanh_of(z(*x), *y));
+            *y = f(*x, *v, *y);
         }
     }
 }
