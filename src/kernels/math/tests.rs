@@ -1,5 +1,6 @@
 //! Errors against `f64`.
 
+use super::double::erf64;
 use super::*;
 
 /// Largest error in ulp of the f32 result over a dense sample of all floats (every 10 007th).
