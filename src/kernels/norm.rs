@@ -8,6 +8,7 @@ mod fold;
 mod gated;
 mod groups;
 mod products;
+mod strips;
 mod sweep;
 
 use rayon::prelude::*;
@@ -17,12 +18,13 @@ use crate::kernels::isa::{vectorize, vectorize_sweep};
 use crate::kernels::par::{self, GRAIN};
 use crate::tensor::Float;
 
-pub use channel::{Channels, Mask, Stat, block_moments, block_room, merge_blocks};
+pub use channel::{Mask, Stat, block_moments, block_room, merge_blocks};
 pub use channel::{add_param_grad, merge_param_grad};
 pub use channel::{channel_stats, channel_stats_and, channel_sum, masked_param_grad, param_grad};
 pub use gated::{gated, gated_grad};
 pub use groups::GroupNorm;
 pub use products::channel_products;
+pub use strips::Channels;
 pub use sweep::{ChannelGrad, Residual, Results, channel_affine, channel_input_grad};
 
 const LANES: usize = 32;

@@ -23,7 +23,7 @@ fn expand(uses: &mut Uses, graph: &mut Graph, i: usize) -> Option<()> {
     let Source::Node(id, 0) = graph.value(middle).source else { return None };
     let from = graph.node(id);
     let before = from.op.as_a::<Conv>()?;
-    if uses.kept[middle.index()] || uses.readers[middle.index()].as_slice() != [i] {
+    if !uses.only_in(middle, i) {
         return None;
     }
     let operands = [&from.inputs, &node.inputs].map(|inputs| graph.metas(inputs));

@@ -27,11 +27,9 @@ impl Uses {
         };
         let &[Some(z), _, _, mean @ Some(_), inv @ Some(_)] = &from.outputs[..] else { return None };
         let gated = Gated::behind(norm, graph.value(x).meta.as_ref()?)?;
-        if self.kept[z.index()] || self.readers[z.index()].is_empty() {
-            return None;
-        }
-        let mut reads: Vec<(usize, ValueId)> = self.readers[z.index()].iter().map(|r| (*r, z)).collect();
-        for r in &self.readers[z.index()] {
+        let readers = self.all_of(z)?;
+        let mut reads: Vec<(usize, ValueId)> = readers.iter().map(|r| (*r, z)).collect();
+        for r in readers {
             let node = &graph.nodes[*r];
             if node.op.as_a::<Unary<LeakyRelu>>().is_some_and(|leaky| leaky.0.alpha > 0.0)
                 && let Some(y) = node.output()

@@ -72,11 +72,8 @@ impl Uses {
             return None;
         };
         let &[Some(y), _, _, Some(mean), Some(inv)] = &from.outputs[..] else { return None };
-        if self.kept[y.index()] || self.readers[y.index()].is_empty() {
-            return None;
-        }
         let made: Option<Vec<(usize, Arc<dyn Op>)>> =
-            self.readers[y.index()].iter().map(|r| Some((*r, normalising(graph, *r, y, clamp)?))).collect();
+            self.all_of(y)?.iter().map(|r| Some((*r, normalising(graph, *r, y, clamp)?))).collect();
         for (reader, op) in made? {
             let mut node = Node { op, ..graph.nodes[reader].clone() };
             node.inputs.splice(2..2, [mean, inv, scale, shift].map(Some));
@@ -145,9 +142,8 @@ impl Uses {
         let Source::Node(id, 0) = graph.value(dy).source else { return None };
         let from = graph.node(id);
         let back = from.op.as_a::<BatchNormInputGrad>().filter(|b| b.channels.s == 1)?;
-        let alone = self.readers[dy.index()].iter().all(|r| *r == at) && !self.kept[dy.index()];
         let (&[Some(x), scale, mean, inv, Some(dz), dscale, dshift, ref shift @ ..], true) =
-            (&from.inputs[..], alone)
+            (&from.inputs[..], self.only_in(dy, at))
         else {
             return None;
         };

@@ -29,8 +29,7 @@ impl Uses {
         let whole = |v: &Option<_>| {
             v.is_some_and(|v| graph.value(v).meta.as_ref().is_some_and(|m| m.same_shape(meta)))
         };
-        let alone = !self.kept[products.index()] && self.readers[products.index()].as_slice() == [i];
-        if !alone || !from.inputs.iter().all(whole) {
+        if !self.only_in(products, i) || !from.inputs.iter().all(whole) {
             return None;
         }
         let op = Arc::new(SumProduct::of(sum, &meta.dims)?);

@@ -2,7 +2,7 @@
 
 use smallvec::SmallVec;
 
-use crate::graph::{Graph, Node, NodeId, Source};
+use crate::graph::{Graph, Node, NodeId, Source, ValueId};
 use crate::plan::Request;
 
 /// Who reads each value, as node numbers, and which values must be there.
@@ -24,6 +24,17 @@ impl Uses {
             uses.kept[v.index()] = true;
         }
         uses
+    }
+
+    /// Whether this node alone reads `v`, and once.
+    pub(super) fn only_in(&self, v: ValueId, at: usize) -> bool {
+        !self.kept[v.index()] && self.readers[v.index()].as_slice() == [at]
+    }
+
+    /// The nodes that read `v`, one at least, where it need not be there for others.
+    pub(super) fn all_of(&self, v: ValueId) -> Option<&[usize]> {
+        let readers = self.readers[v.index()].as_slice();
+        (!self.kept[v.index()] && !readers.is_empty()).then_some(readers)
     }
 
     /// Puts a node in the place of another: its inputs' readers are known, its outputs come from it.

@@ -1,7 +1,7 @@
 //! Sums over the columns of a matrix, in registers: a few vectors of columns go down several rows at a time.
 #![allow(unsafe_code)]
 
-use super::channel::{Strip, WIDTH};
+use super::strips::{Strip, WIDTH};
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::half::{Elements, Half};
 use crate::kernels::simd::{Kernel, Simd, Vectors, load_up_to, store_up_to, widen_up_to};

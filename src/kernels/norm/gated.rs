@@ -3,13 +3,11 @@
 //! Rows are of channels. The function is of many elements at a time ([`Math::m_sigmoids`](crate::kernels::math::Math::m_sigmoids)).
 #![allow(unsafe_code)]
 
-use rayon::prelude::*;
-
-use super::channel::{Channels, Strip, WIDTH, column_products, finish};
+use super::channel::{column_products, finish};
 use super::fold::{Rows, Term};
+use super::strips::{Channels, Strip, WIDTH};
 use super::{cut, rows};
 use crate::kernels::half::Elements;
-use crate::kernels::isa::vectorize_sweep;
 use crate::kernels::par::GRAIN;
 use crate::kernels::simd::{Simd, Vectors, load_up_to};
 use crate::tensor::Float;
@@ -141,18 +139,15 @@ pub fn gated_grad<T: Vectors>(
     partials: &mut [f64],
 ) {
     assert!(d.s == 1 && dz.len() == d.n * d.c && x.len() == dz.len(), "rows of channels");
-    let per = d.per_task() * d.c;
-    let parts = partials[..d.partials()].par_chunks_mut((2 * d.c).max(1));
-    parts.zip(dz.par_chunks_mut(per.max(1))).enumerate().for_each(|(i, (part, dz))| {
-        part.fill(0.0);
-        let (scales, shifts) = part.split_at_mut(d.c);
-        let (start, n) = (i * per, dz.len());
-        let x = &x[start..start + n];
-        let gate = Gate { x, dy: cut(dy, start, n), dz, norm: Normalising::new(of), f: &f };
-        vectorize_sweep(
-            #[inline(always)]
-            || column_products(Elements::Whole(x), d.c, Some(of[0]), gate, scales, shifts),
-        );
-    });
+    d.tasks_with(
+        partials,
+        dz,
+        #[inline(always)]
+        |at, dz, scales, shifts| {
+            let x = &x[at.clone()];
+            let gate = Gate { x, dy: cut(dy, at.start, at.len()), dz, norm: Normalising::new(of), f: &f };
+            column_products(Elements::Whole(x), d.c, Some(of[0]), gate, scales, shifts);
+        },
+    );
     finish(&partials[..d.partials()], Some(inv), dscale, dshift);
 }

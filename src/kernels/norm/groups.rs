@@ -4,7 +4,8 @@
 
 use rayon::prelude::*;
 
-use super::channel::{Channels, Mask, Stat, channel_stats, param_grad};
+use super::channel::{Mask, Stat, channel_stats, param_grad};
+use super::strips::Channels;
 use super::sweep::{Residual, Results, channel_affine, channel_spread};
 use super::{RowNorm, cut};
 use crate::kernels::elementwise::Clamp;

@@ -1,7 +1,8 @@
 //! Sums of products over rows of channels.
 
-use super::channel::{Channels, column_products};
+use super::channel::column_products;
 use super::fold::Given;
+use super::strips::Channels;
 use crate::kernels::half::Elements;
 use crate::kernels::isa::vectorize_sweep;
 use crate::kernels::par;

@@ -4,7 +4,7 @@
 //! registers; those of half precision are widened, and rounded, there as well.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
-use super::channel::{Channels, WIDTH};
+use super::strips::{Channels, WIDTH};
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::half::{Elements, Half};
 use crate::kernels::pairs::{PairKernel, Pairs};
