@@ -3,7 +3,6 @@
 #![allow(unsafe_code)]
 
 use crate::kernels::ahead;
-use crate::kernels::half::{to_bf16, wide_bf16};
 use crate::kernels::isa::{Isa, has_pair_products, isa};
 use crate::kernels::pairs::{self, PairKernel};
 use crate::tensor::Float;
@@ -59,6 +58,13 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     fn begins_line(at: usize) -> bool {
         Self::LANES >= Self::LINE || at.is_multiple_of(Self::LINE)
     }
+    /// Where each lane finds an element among the `NEAR` neighbouring ones that it is of.
+    type Places: Copy;
+    const NEAR: usize;
+    /// Those of `LANES` numbers of lanes, or of these within their neighbours.
+    unsafe fn places(from: *const i32) -> Self::Places;
+    /// The elements of those places.
+    unsafe fn pick(v: Self::V, places: Self::Places) -> Self::V;
     /// Writes the transpose of `LANES` vectors, `ld` elements apart, as `LANES` vectors `ld_to` apart.
     #[inline(always)]
     unsafe fn transpose(p: *const Self::Elem, ld: usize, to: *mut Self::Elem, ld_to: usize) {
@@ -69,6 +75,29 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
             }
         }
     }
+}
+
+/// For each group of `width` lanes, which is a power of two: the places of its lane of one number.
+///
+/// # Safety
+/// As of the methods.
+#[inline(always)]
+pub unsafe fn neighbours<S: Simd>(width: usize, number: usize) -> S::Places {
+    const SIZES: usize = WIDEST.trailing_zeros() as usize + 1;
+    const PLACES: [[[i32; WIDEST]; WIDEST]; SIZES] = {
+        let mut places = [[[0; WIDEST]; WIDEST]; SIZES];
+        let mut i = 0;
+        while i < SIZES * WIDEST * WIDEST {
+            let (size, number, lane) = (i / (WIDEST * WIDEST), i / WIDEST % WIDEST, i % WIDEST);
+            places[size][number][lane] = ((lane >> size << size) + number % (1 << size)) as i32;
+            i += 1;
+        }
+        places
+    };
+    static OF: [[[i32; WIDEST]; WIDEST]; SIZES] = PLACES;
+    let size = (width.trailing_zeros() as usize).min(SIZES - 1);
+    // SAFETY: the caller's promise; there is a place for each lane.
+    unsafe { S::places(OF[size][number % WIDEST].as_ptr()) }
 }
 
 /// A vector, or its first `n` lanes.
@@ -222,13 +251,15 @@ pub trait Vectors: Float {
 #[derive(Debug, Clone, Copy)]
 pub struct Level {
     pub lanes: usize,
+    /// See [`Simd::NEAR`].
+    pub near: usize,
     rows: &'static [usize],
 }
 
 impl Level {
     #[inline(always)]
     pub fn of<S: Simd>() -> Level {
-        Level { lanes: S::LANES, rows: S::ROWS }
+        Level { lanes: S::LANES, near: S::NEAR, rows: S::ROWS }
     }
 
     /// Width of the panels that so many columns are divided into: whole vectors, at most as many as a tile has, and
@@ -352,100 +383,6 @@ impl Vectors for f64 {
     }
 }
 
-/// Four elements in plain arithmetic, which compilers turn into the baseline's vectors.
-#[derive(Clone, Copy)]
-pub struct Plain<T>(std::marker::PhantomData<fn() -> T>);
-
-#[inline(always)]
-fn each<T: Copy>(f: impl Fn(usize) -> T) -> [T; 4] {
-    [f(0), f(1), f(2), f(3)]
-}
-
-// SAFETY: no instruction beyond the baseline is used.
-unsafe impl<T: Float> Simd for Plain<T> {
-    type Elem = T;
-    type V = [T; 4];
-    const LANES: usize = 4;
-    const ROWS: &'static [usize] = &[4, 4];
-
-    #[inline(always)]
-    unsafe fn splat(x: T) -> [T; 4] {
-        [x; 4]
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const T) -> [T; 4] {
-        // SAFETY: the caller's promise; arrays of elements have the elements' alignment.
-        unsafe { p.cast::<[T; 4]>().read() }
-    }
-    #[inline(always)]
-    unsafe fn store(p: *mut T, v: [T; 4]) {
-        // SAFETY: the caller's promise.
-        unsafe { p.cast::<[T; 4]>().write(v) }
-    }
-    #[inline(always)]
-    unsafe fn load_part(p: *const T, n: usize) -> [T; 4] {
-        // SAFETY: only the first `n` elements are read.
-        each(|i| if i < n { unsafe { *p.add(i) } } else { T::zero() })
-    }
-    #[inline(always)]
-    unsafe fn store_part(p: *mut T, v: [T; 4], n: usize) {
-        for (i, x) in v.iter().enumerate().take(n) {
-            // SAFETY: only the first `n` elements are written.
-            unsafe { *p.add(i) = *x }
-        }
-    }
-    #[inline(always)]
-    unsafe fn fma(a: [T; 4], b: [T; 4], c: [T; 4]) -> [T; 4] {
-        each(|i| a[i] * b[i] + c[i])
-    }
-    #[inline(always)]
-    unsafe fn add(a: [T; 4], b: [T; 4]) -> [T; 4] {
-        each(|i| a[i] + b[i])
-    }
-    #[inline(always)]
-    unsafe fn sub(a: [T; 4], b: [T; 4]) -> [T; 4] {
-        each(|i| a[i] - b[i])
-    }
-    #[inline(always)]
-    unsafe fn mul(a: [T; 4], b: [T; 4]) -> [T; 4] {
-        each(|i| a[i] * b[i])
-    }
-    #[inline(always)]
-    unsafe fn max(a: [T; 4], b: [T; 4]) -> [T; 4] {
-        each(|i| if a[i] > b[i] { a[i] } else { b[i] })
-    }
-    #[inline(always)]
-    unsafe fn min(a: [T; 4], b: [T; 4]) -> [T; 4] {
-        each(|i| if a[i] < b[i] { a[i] } else { b[i] })
-    }
-    #[inline(always)]
-    unsafe fn pass(y: [T; 4], low: [T; 4], high: [T; 4], x: [T; 4]) -> [T; 4] {
-        each(|i| std::hint::select_unpredictable((y[i] > low[i]) & (y[i] < high[i]), x[i], T::zero()))
-    }
-    #[inline(always)]
-    unsafe fn inside(y: [T; 4], low: [T; 4], high: [T; 4]) -> u32 {
-        (0..4).fold(0, |bits, i| bits | u32::from((y[i] > low[i]) & (y[i] < high[i])) << i)
-    }
-    #[inline(always)]
-    unsafe fn keep(bits: u32, x: [T; 4]) -> [T; 4] {
-        each(|i| std::hint::select_unpredictable(bits >> i & 1 == 1, x[i], T::zero()))
-    }
-    #[inline(always)]
-    unsafe fn widen(p: *const u16) -> [T; 4] {
-        // SAFETY: the caller's promise.
-        each(|i| T::of(f64::from(wide_bf16(unsafe { *p.add(i) }))))
-    }
-    #[inline(always)]
-    unsafe fn round(p: *mut u16, v: [T; 4]) {
-        for (i, x) in v.iter().enumerate() {
-            // SAFETY: the caller's promise.
-            unsafe { *p.add(i) = to_bf16(x.to64() as f32) }
-        }
-    }
-    #[inline(always)]
-    unsafe fn prefetch(_: *const T) {}
-}
-
 /// Implements [`Simd`] for `f32` by one intrinsic a method.
 macro_rules! vectors {
     ($(#[$doc:meta])* $name:ident, $v:ty, $lanes:literal, $rows:expr,
@@ -457,6 +394,8 @@ macro_rules! vectors {
      widen: |$wp:ident| $widen:expr,
      round: |$rp:ident, $rv:ident| $round:expr,
      prefetch: |$at:ident| $prefetch:expr,
+     near: $near:literal, $places:ty, |$from:ident| $place:expr,
+     pick: |$pv:ident, $pp:ident| $pick:expr,
      load_part: |$lp:ident, $ln:ident| $load_part:expr,
      store_part: |$sp:ident, $sv:ident, $sn:ident| $store_part:expr
      $(, transpose: $transpose:path)?) => {
@@ -556,6 +495,18 @@ macro_rules! vectors {
                 // SAFETY: see `splat`.
                 unsafe { $prefetch }
             }
+            type Places = $places;
+            const NEAR: usize = $near;
+            #[inline(always)]
+            unsafe fn places($from: *const i32) -> $places {
+                // SAFETY: see `splat`.
+                unsafe { $place }
+            }
+            #[inline(always)]
+            unsafe fn pick($pv: $v, $pp: $places) -> $v {
+                // SAFETY: see `splat`.
+                unsafe { $pick }
+            }
             $(#[inline(always)]
             unsafe fn transpose(p: *const f32, ld: usize, to: *mut f32, ld_to: usize) {
                 // SAFETY: see `splat`.
@@ -567,5 +518,8 @@ macro_rules! vectors {
 
 #[cfg(target_arch = "aarch64")]
 pub mod arm;
+mod plain;
 #[cfg(target_arch = "x86_64")]
 pub mod x86;
+
+pub use plain::Plain;

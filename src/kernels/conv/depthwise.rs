@@ -1,4 +1,5 @@
-//! Depthwise convolution (one input and one output channel a group) and its gradients, channels last.
+//! Depthwise convolution (one input and one output channel a group) and its gradients, channels last; and convolution of groups so
+//! narrow that a vector has several of them ([`inputs`]).
 //!
 //! Vectors run over channels. All three stream: a row of results is computed from the few rows it needs, several
 //! positions at a time where no tap falls outside. Bound by memory, not by arithmetic: hence operands that are computed
@@ -7,6 +8,7 @@
 
 mod both;
 mod expanded;
+mod inputs;
 mod line;
 mod weight;
 
@@ -18,10 +20,12 @@ use crate::kernels::conv::load::{Operand, Rows};
 use crate::kernels::conv::{Done, Epilogue, Geometry, slots, split};
 use crate::kernels::par::{LINE, Shared, in_prepared_slots};
 use crate::kernels::simd::{Kernel, Simd, Vectors};
+use inputs::{Inputs, with_inputs};
 use line::{AHEAD, Line, Soon, Tap, Taps};
 
 pub use both::{grads, grads_scratch, grads_slabs};
 pub use expanded::{Expansion, expands, forward_expanded, forward_expanded_scratch};
+pub use inputs::applies;
 pub use weight::{weight_grad, weight_grad_scratch};
 
 /// Multiply-adds worth a task of their own, elements of its results that stay near, and tasks that are enough.
@@ -29,12 +33,17 @@ const WORK: usize = 1 << 18;
 const NEAR: usize = 1 << 16;
 const TASKS: usize = 16;
 
-/// Weights (C, 1, k…) as (k…, C).
-fn in_tap_order<T: Vectors>(g: &Geometry, w: &[T], out: &mut [T]) {
-    let (c, taps) = (g.c, g.taps());
+/// Weights (C, width, k…) as (k…, width, C): of each tap those of all channels for one channel of their groups, then for the next.
+fn in_tap_order<T: Vectors>(way: &Direction, w: &[T], out: &mut [T]) {
+    let (c, width, taps) = (way.g.c, way.g.cg(), way.g.taps());
     for channel in 0..c {
-        for t in 0..taps {
-            out[t * c + channel] = w[channel * taps + t];
+        let (first, number) = (channel - channel % width, channel % width);
+        for other in 0..width {
+            let from = &w[(channel * width + other) * taps..][..taps];
+            let [number, lane] = if way.gradient { [number, first + other] } else { [other, channel] };
+            for (t, w) in from.iter().enumerate() {
+                out[(t * width + number) * c + lane] = *w;
+            }
         }
     }
 }
@@ -82,14 +91,22 @@ impl<'a> Direction<'a> {
         around
     }
 
-    /// Elements of the ring that a task keeps rows of the source in.
+    /// Elements of the ring that a task keeps rows of the source in. (A group's sums take longer than a copy.)
     fn ring(&self, plain: bool) -> usize {
-        if plain { 0 } else { Rows::<f32>::room(self.source, self.window(), self.around(), self.g.c) }
+        let (window, around, c) = (self.window(), self.around(), self.g.c);
+        match self.g.depthwise() {
+            true if plain => 0,
+            true => Rows::<f32>::room(self.source, window, around, c),
+            false => Rows::<f32>::strips_room(self.source, window, around, c),
+        }
     }
 
-    /// The rows of the source, those that are computed as they are read in a ring.
+    /// The rows of the source, in a ring if there is one.
     fn rows<'b, T: Vectors>(&self, source: Operand<'b, T>, ring: &'b mut [T]) -> Rows<'b, T> {
-        Rows::new(source, self.source, self.window(), self.around(), ring)
+        match self.g.depthwise() {
+            true => Rows::new(source, self.source, self.window(), self.around(), ring),
+            false => Rows::in_strips(source, self.source, self.window(), self.around(), ring),
+        }
     }
 
     /// Target positions a source position apart sum over source positions `step` apart, in each of `residues` classes.
@@ -136,7 +153,7 @@ impl<'a> Direction<'a> {
 
     /// The taps of a class of positions, those of a row ascending in the source.
     fn taps<T>(&self, rows: &[(*const T, usize)], r: usize) -> SmallVec<[Tap<T>; 64]> {
-        let (k, c) = (self.g.k[2], self.g.c);
+        let (k, c) = (self.g.k[2], self.g.cg() * self.g.c);
         let of_row = |&(x, first): &(*const T, usize)| {
             let ascending = (0..k).map(move |t| if self.gradient { k - 1 - t } else { t });
             ascending.filter_map(move |t| Some(Tap { x, offset: self.offset(2, r, t)?, w: (first + t) * c }))
@@ -200,15 +217,16 @@ impl Pairs {
 /// A row of the target (all images' rows counted), computed from the rows of the source that it needs: of all channels, or
 /// of those of the source.
 #[derive(Clone, Copy)]
-struct Sweep<'a, T> {
+struct Sweep<'a, T, I> {
     way: Direction<'a>,
-    /// (k…, C), from the source's first channel on, as all that follows.
+    inputs: I,
+    /// (k…, width, C), from the source's first channel on, as all that follows.
     w: &'a [T],
     epilogue: Epilogue<'a, T>,
     y: *mut T,
 }
 
-impl<T: Vectors> Sweep<'_, T> {
+impl<T: Vectors, I: Inputs> Sweep<'_, T, I> {
     /// # Safety
     /// The row must lie inside, its results be the caller's, and the processor have `S`'s instructions.
     #[inline(always)]
@@ -220,7 +238,7 @@ impl<T: Vectors> Sweep<'_, T> {
         let triples = g.k[2] == 3 && g.dilation[2] == 1;
         let lie = match way.step(2) {
             _ if !triples || way.residues(2) > 1 => Taps::Apart,
-            step if Line::<T>::slides::<S>(rows.len(), step) => Taps::Slides,
+            step if Line::<T, I>::slides::<S>(rows.len(), step) => Taps::Slides,
             1 | 2 => Taps::Triples,
             _ => Taps::Apart,
         };
@@ -230,8 +248,12 @@ impl<T: Vectors> Sweep<'_, T> {
         let line = Line {
             taps: &[],
             lie,
+            inputs: self.inputs,
+            width: g.cg(),
             w: self.w.as_ptr(),
+            w_step: g.c,
             c: source.channels(),
+            steps: source.steps(),
             extent: way.source[2] as isize,
             step: way.step(2),
             soon,
@@ -246,7 +268,7 @@ impl<T: Vectors> Sweep<'_, T> {
             let taps: SmallVec<[Tap<T>; 64]> = rows
                 .iter()
                 .flat_map(|&(x, first)| [2, 1, 0].map(|t| (x, first + t)))
-                .map(|(x, w)| Tap { x, offset: pairs.source as isize, w: w * g.c })
+                .map(|(x, w)| Tap { x, offset: pairs.source as isize, w: w * g.cg() * g.c })
                 .collect();
             let first = pairs.first * g.c;
             let line = Line {
@@ -289,7 +311,7 @@ impl<T: Vectors> Sweep<'_, T> {
             _ => (next.saturating_sub(rows), AHEAD.next_multiple_of(c)),
         };
         let (from, rows) = match source.raw(image, 0, first) {
-            Some(from) if source.is_plain() || lie == Taps::Slides => (from.wrapping_add(ahead), rows),
+            Some(from) if source.in_place() || lie == Taps::Slides => (from.wrapping_add(ahead), rows),
             // (Something that is near.)
             _ => (self.w.as_ptr(), 0),
         };
@@ -298,13 +320,13 @@ impl<T: Vectors> Sweep<'_, T> {
 }
 
 /// Some rows of a target.
-struct Task<'a, T> {
-    sweep: Sweep<'a, T>,
+struct Task<'a, T, I> {
+    sweep: Sweep<'a, T, I>,
     source: Rows<'a, T>,
     rows: Range<usize>,
 }
 
-impl<T: Vectors> Kernel<T> for Task<'_, T> {
+impl<T: Vectors, I: Inputs> Kernel<T> for Task<'_, T, I> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(mut self) {
         for row in self.rows.clone() {
@@ -327,7 +349,8 @@ pub fn input_grad_scratch(g: &Geometry) -> usize {
 /// Elements of a slot: of weights, of results without a place, of the ring of rows of the source.
 fn slot(way: &Direction, plain: bool, kept: bool) -> [usize; 3] {
     let results = if kept { 0 } else { near(way) };
-    [way.g.taps() * way.g.c, results, way.ring(plain)].map(|elements| elements.next_multiple_of(LINE))
+    [way.g.taps() * way.g.cg() * way.g.c, results, way.ring(plain)]
+        .map(|elements| elements.next_multiple_of(LINE))
 }
 
 fn scratch(way: &Direction, plain: bool, kept: bool) -> usize {
@@ -374,7 +397,7 @@ fn division(way: &Direction) -> (usize, usize) {
     // Few enough for the second-level cache, where the results' statistics are gathered; the more, the fewer rows of
     // the source are read by two tasks.
     let near = NEAR / (way.target[2] * g.c).max(1);
-    let work = WORK.div_ceil((way.target[2] * g.c * g.taps()).max(1));
+    let work = WORK.div_ceil((way.target[2] * g.c * g.cg() * g.taps()).max(1));
     (total, near.min(total.div_ceil(TASKS)).max(work).clamp(1, total))
 }
 
@@ -399,7 +422,7 @@ fn sweep<T: Vectors>(
     let [weights, own, ring] = slot(&way, source.is_plain(), y.is_some());
     let y = y.map(Shared::new);
     let size = weights + own + ring;
-    let prepare = |slot: &mut [T]| in_tap_order(g, w, slot);
+    let prepare = |slot: &mut [T]| in_tap_order(&way, w, slot);
     in_prepared_slots(total.div_ceil(each), size, scratch, prepare, |i, slot| {
         let (w, rest) = slot.split_at_mut(weights);
         let (own, ring) = rest.split_at_mut(own);
@@ -407,9 +430,11 @@ fn sweep<T: Vectors>(
         let (first, count) = (rows.start * line, rows.len() * line);
         let source = way.rows(source, ring);
         let y = y.as_ref().map_or(own.as_mut_ptr().wrapping_sub(first), Shared::ptr);
-        let sweep = Sweep { way, w, epilogue, y };
-        // SAFETY: tasks write different rows of `y`, or rows of their own; the extents were checked.
-        unsafe { T::dispatch(Task { sweep, source, rows }) }
+        with_inputs!(g, inputs => {
+            let sweep = Sweep { way, inputs, w, epilogue, y };
+            // SAFETY: tasks write different rows of `y`, or rows of their own; the extents were checked.
+            unsafe { T::dispatch(Task { sweep, source, rows }) }
+        });
         if let Some(done) = done {
             // SAFETY: rows that this task alone has written.
             done(i, first, unsafe { std::slice::from_raw_parts(y.wrapping_add(first), count) });

@@ -11,7 +11,7 @@ use crate::kernels::ahead::Ahead;
 use crate::kernels::elementwise::Clamp;
 use crate::kernels::half::{Elements, Half};
 use crate::kernels::par;
-use crate::kernels::simd::{Kernel, Simd, Stored, Vectors, load_up_to};
+use crate::kernels::simd::{Kernel, Simd, Stored, Vectors, WIDEST, load_up_to, store_up_to};
 
 /// Elements of float16 that are widened at a time, and channels of them of a position.
 const NEAR: usize = 2048;
@@ -365,10 +365,22 @@ pub(super) struct Rows<'a, T> {
     around: [usize; 2],
     ring: &'a mut [T],
     held: SmallVec<[usize; 16]>,
+    lie: Lie,
+}
+
+/// Where rows are read.
+#[derive(Clone, Copy, PartialEq)]
+enum Lie {
+    /// Where the operand lies.
+    Outside,
+    /// In the ring, position by position.
+    Copied,
+    /// In the ring, in strips of `WIDEST` channels of all positions: positions of many channels would compete for the same cache lines.
+    Strips,
 }
 
 impl<'a, T: Vectors> Rows<'a, T> {
-    /// `around`: positions that are read before and after a row. `ring`: [`Rows::room`] elements, unless the operand is plain.
+    /// `around`: positions that are read before and after a row. `ring`: [`Rows::room`] elements, or, if the operand is plain, none.
     pub(super) fn new(
         operand: Operand<'a, T>,
         extents: [usize; 3],
@@ -377,13 +389,38 @@ impl<'a, T: Vectors> Rows<'a, T> {
         ring: &'a mut [T],
     ) -> Self {
         let (source, channels) = (Source::Operand(operand), operand.channels);
-        match operand.is_plain() {
+        match operand.is_plain() && ring.is_empty() {
             true => {
-                let held = SmallVec::new();
-                Rows { source, channels, extents, band: 1, window, around: [0; 2], ring, held }
+                let (held, around) = (SmallVec::new(), [0; 2]);
+                let lie = Lie::Outside;
+                Rows { source, channels, extents, band: 1, window, around, ring, held, lie }
             }
             false => Rows::computed(source, channels, extents, 1, window, around, ring),
         }
+    }
+
+    /// Copies of rows, in strips; `ring`: [`Rows::strips_room`] elements.
+    pub(super) fn in_strips(
+        operand: Operand<'a, T>,
+        extents: [usize; 3],
+        window: [usize; 2],
+        around: [usize; 2],
+        ring: &'a mut [T],
+    ) -> Self {
+        let (source, channels) = (Source::Operand(operand), operand.channels);
+        ring.fill(T::zero());
+        let held = smallvec![usize::MAX; window[0] * window[1]];
+        Rows { source, channels, extents, band: 1, window, around, ring, held, lie: Lie::Strips }
+    }
+
+    /// The ring's, and a row's before it is put in strips.
+    pub(super) fn strips_room(
+        extents: [usize; 3],
+        window: [usize; 2],
+        around: [usize; 2],
+        channels: usize,
+    ) -> usize {
+        Self::room(extents, window, around, channels.next_multiple_of(WIDEST)) + extents[2] * channels
     }
 
     /// Rows of images of one plane, whose `window` is in bands: see [`Panel`].
@@ -412,7 +449,7 @@ impl<'a, T: Vectors> Rows<'a, T> {
             row[(around[0] + extents[2]) * channels..].fill(T::zero());
         }
         let held = smallvec![usize::MAX; window[0] * window[1]];
-        Rows { source, channels, extents, band, window, around, ring, held }
+        Rows { source, channels, extents, band, window, around, ring, held, lie: Lie::Copied }
     }
 
     pub(super) fn room(
@@ -433,8 +470,16 @@ impl<'a, T: Vectors> Rows<'a, T> {
         self.extents[2] * self.channels
     }
 
-    pub(super) fn is_plain(&self) -> bool {
-        matches!(&self.source, Source::Operand(operand) if operand.is_plain())
+    pub(super) fn in_place(&self) -> bool {
+        self.lie == Lie::Outside
+    }
+
+    /// Elements from a position to the next, and from the first strip to the next.
+    pub(super) fn steps(&self) -> [usize; 2] {
+        match self.lie {
+            Lie::Strips => [WIDEST, WIDEST * (self.around[0] + self.extents[2] + self.around[1])],
+            _ => [self.channels, WIDEST],
+        }
     }
 
     /// Zeros that may be read before and after a row, in positions.
@@ -458,10 +503,13 @@ impl<'a, T: Vectors> Rows<'a, T> {
     pub(super) unsafe fn at(&mut self, image: usize, plane: usize, row: usize) -> *const T {
         let line = self.line();
         let nth = (image * self.extents[0] + plane) * self.extents[1] + row;
-        if let Source::Operand(operand) = &self.source
-            && operand.is_plain()
-        {
-            return operand.data.whole()[nth * line..][..line].as_ptr();
+        if let Source::Operand(operand) = &self.source {
+            match self.lie {
+                Lie::Outside => return operand.data.whole()[nth * line..][..line].as_ptr(),
+                // SAFETY: the caller's promise.
+                Lie::Strips => return unsafe { self.strips_at(*operand, nth, [plane, row]) },
+                Lie::Copied => {}
+            }
         }
         let (slot, in_band) = (row / self.band % self.window[1], row % self.band);
         let slot = plane % self.window[0] * self.window[1] + slot;
@@ -481,5 +529,52 @@ impl<'a, T: Vectors> Rows<'a, T> {
             }
         }
         out[in_band * step..].as_ptr()
+    }
+
+    /// As [`at`](Self::at), the `nth` row of all.
+    ///
+    /// # Safety
+    /// As of `at`.
+    unsafe fn strips_at(&mut self, operand: Operand<T>, nth: usize, [plane, row]: [usize; 2]) -> *const T {
+        let (step, c) = (self.steps()[1], self.channels);
+        let slot = plane % self.window[0] * self.window[1] + row % self.window[1];
+        let size = step * c.div_ceil(WIDEST);
+        let (rows, near) = self.ring.split_at_mut(self.held.len() * size);
+        let out = &mut rows[slot * size..][..size];
+        let first = self.around[0] * WIDEST;
+        if self.held[slot] != nth {
+            self.held[slot] = nth;
+            let x = operand.near(nth * self.extents[2], self.extents[2], near);
+            // SAFETY: a strip has its positions after the zeros before them.
+            unsafe { T::dispatch(ToStrips { x, c, step, out: out[first..].as_mut_ptr() }) }
+        }
+        out[first..].as_ptr()
+    }
+}
+
+/// Positions of `c` channels, in strips `step` apart.
+struct ToStrips<'a, T> {
+    x: &'a [T],
+    c: usize,
+    step: usize,
+    out: *mut T,
+}
+
+impl<T: Vectors> Kernel<T> for ToStrips<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd<Elem = T>>(self) {
+        let ToStrips { x, c, step, out } = self;
+        for position in 0..x.len() / c {
+            let (from, to) = (x[position * c..].as_ptr(), out.wrapping_add(position * WIDEST));
+            for channel in (0..c).step_by(S::LANES) {
+                let n = S::LANES.min(c - channel);
+                // SAFETY: the strips have these positions.
+                unsafe {
+                    S::prefetch(from.wrapping_add(channel + AHEAD));
+                    let v = load_up_to::<S>(from.add(channel), n);
+                    store_up_to::<S>(to.add(channel / WIDEST * step + channel % WIDEST), v, n);
+                }
+            }
+        }
     }
 }

@@ -259,7 +259,7 @@ pub fn forward_scratch<T: Vectors>(g: &Geometry, plain: bool) -> usize {
     }
     g.copies()
         + match () {
-            _ if g.depthwise() => depthwise::forward_scratch(g, plain, true),
+            _ if depthwise::applies::<T>(g) => depthwise::forward_scratch(g, plain, true),
             _ if winograd::applies_forward(g) => winograd::forward_scratch::<T>(g, !plain),
             _ => dense::forward_scratch::<T>(g, plain, true),
         }
@@ -296,7 +296,7 @@ fn forward_blocks<T: Vectors>(
     let simpler = simpler::of(g);
     let kernel = |x: Operand<T>, epilogue: Epilogue<T>, y: &mut [T], scratch: &mut [T]| match &simpler {
         Some(simpler) => simpler.forward(x.data, w, epilogue, y, scratch),
-        _ if g.depthwise() => depthwise::forward(g, x, w, epilogue, Some(y), scratch, done),
+        _ if depthwise::applies::<T>(g) => depthwise::forward(g, x, w, epilogue, Some(y), scratch, done),
         _ if winograd::applies_forward(g) => {
             winograd::forward(g, x.data, w, epilogue, ElementsMut::Whole(y), None, scratch)
         }
@@ -341,7 +341,7 @@ pub fn input_grad_scratch<T: Vectors>(g: &Geometry, half: bool) -> usize {
     }
     g.copies()
         + match () {
-            _ if g.depthwise() => depthwise::input_grad_scratch(g),
+            _ if depthwise::applies::<T>(g) => depthwise::input_grad_scratch(g),
             _ if narrow::applies(g) => narrow::scratch::<T>(g),
             _ if winograd::applies_back(g) => winograd::input_grad_scratch::<T>(g, half),
             _ => dense::input_grad_scratch::<T>(g, half),
@@ -377,7 +377,9 @@ pub fn transposed<T: Vectors>(
     let kernel =
         |dy: Elements<T>, epilogue: Epilogue<T>, dx: ElementsMut<T>, scratch: &mut [T]| match &simpler {
             Some(simpler) => simpler.transposed(dy, w, epilogue, dx.whole(), scratch),
-            _ if g.depthwise() => depthwise::input_grad(g, dy.whole(), w, epilogue, dx.whole(), scratch),
+            _ if depthwise::applies::<T>(g) => {
+                depthwise::input_grad(g, dy.whole(), w, epilogue, dx.whole(), scratch)
+            }
             _ if narrow::applies(g) => narrow::input_grad(g, dy.whole(), w, epilogue, dx.whole(), scratch),
             _ if winograd::applies_back(g) => winograd::input_grad(g, dy, w, epilogue, dx, scratch),
             _ => dense::input_grad(g, dy, w, epilogue, dx, scratch),
@@ -411,7 +413,7 @@ pub fn weight_grad_scratch<T: Vectors>(g: &Geometry, computed: bool, half: [bool
     }
     g.copies()
         + match () {
-            _ if g.depthwise() => depthwise::weight_grad_scratch(g, !computed && !half[0]),
+            _ if depthwise::applies::<T>(g) => depthwise::weight_grad_scratch(g, !computed && !half[0]),
             _ if winograd::applies_weight(g) => winograd::weight::weight_grad_scratch::<T>(g, half),
             _ if computed => weight::weight_grad_scratch::<T>(g, false) + g.inputs(),
             _ => weight::weight_grad_scratch::<T>(g, half[0]),
@@ -433,7 +435,7 @@ pub fn weight_grad<T: Vectors>(
     x.check();
     let computed = !matches!(x.load, Load::Plain);
     assert!(!computed || loads(g), "an input that is computed as it is read");
-    if g.depthwise() && g.layout == Layout::Last {
+    if depthwise::applies::<T>(g) && g.layout == Layout::Last && simpler::of(g).is_none() {
         return depthwise::weight_grad(g, dy.whole(), x, dw, scratch);
     }
     if computed {
@@ -445,7 +447,7 @@ pub fn weight_grad<T: Vectors>(
     let simpler = simpler::of(g);
     let kernel = |dy: Elements<T>, x: Elements<T>, dw: &mut [T], scratch: &mut [T]| match &simpler {
         Some(simpler) => simpler.weight_grad(dy, x, dw, scratch),
-        _ if g.depthwise() => {
+        _ if depthwise::applies::<T>(g) => {
             let x = Operand { data: x, channels: g.c, load: Load::Plain };
             depthwise::weight_grad(g, dy.whole(), x, dw, scratch);
         }

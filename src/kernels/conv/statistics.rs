@@ -29,8 +29,8 @@ pub struct Statistics<'a, T> {
 fn blocks<T: Vectors>(g: &Geometry) -> Option<usize> {
     match () {
         _ if g.is_empty() || g.layout != Layout::Last => None,
-        _ if g.depthwise() => Some(depthwise::forward_blocks(g)),
         _ if simpler::of(g).is_some() => None,
+        _ if depthwise::applies::<T>(g) => Some(depthwise::forward_blocks(g)),
         _ if winograd::gathers(g) => Some(winograd::forward_blocks::<T>(g)),
         _ if winograd::applies_forward(g) => None,
         _ => dense::forward_blocks::<T>(g),
@@ -53,7 +53,7 @@ pub fn statistics_room<T: Vectors>(g: &Geometry) -> usize {
 /// Elements of scratch that [`forward_statistics`] needs; `plain`: is X? `kept`: are results not only rounded?
 pub fn statistics_scratch<T: Vectors>(g: &Geometry, plain: bool, kept: bool) -> usize {
     match blocks::<T>(g) {
-        Some(_) if !kept && g.depthwise() => depthwise::forward_scratch(g, plain, kept),
+        Some(_) if !kept && depthwise::applies::<T>(g) => depthwise::forward_scratch(g, plain, kept),
         Some(_) if !kept && winograd::gathers(g) => winograd::forward_scratch::<T>(g, !plain),
         Some(_) if !kept => dense::forward_scratch::<T>(g, plain, kept),
         _ => forward_scratch::<T>(g, plain) + if kept { 0 } else { g.outputs() },
@@ -120,7 +120,9 @@ pub fn forward_statistics<T: Vectors>(
     };
     match y {
         Some(y) => forward_blocks(g, x, w, epilogue, y, scratch, Some(&done)),
-        None if g.depthwise() => depthwise::forward(g, x, w, epilogue, None, scratch, Some(&done)),
+        None if depthwise::applies::<T>(g) => {
+            depthwise::forward(g, x, w, epilogue, None, scratch, Some(&done))
+        }
         None => dense::forward(g, x, w, epilogue, None, scratch, Some(&done)),
     }
     norm::merge_blocks(room, mean, variance);

@@ -34,6 +34,12 @@ vectors!(
     prefetch: |p| {
         std::arch::asm!("prfm pldl2keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))
     },
+    near: 4, uint8x16_t, |from| {
+        // Of each element's four bytes.
+        let places = vld1q_u32(from.cast());
+        vreinterpretq_u8_u32(vmlaq_n_u32(vdupq_n_u32(0x0302_0100), places, 0x0404_0404))
+    },
+    pick: |v, places| vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(v), places)),
     load_part: |p, n| {
         let mut all = [0.0f32; 4];
         std::ptr::copy_nonoverlapping(p, all.as_mut_ptr(), n);

@@ -33,6 +33,8 @@ vectors!(
         _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(near))
     },
     prefetch: |p| _mm_prefetch::<_MM_HINT_T1>(p.cast()),
+    near: 16, __m512i, |from| _mm512_loadu_si512(from.cast()),
+    pick: |v, places| _mm512_permutexvar_ps(places, v),
     load_part: |p, n| _mm512_maskz_loadu_ps((1u32 << n) as u16 - 1, p),
     store_part: |p, v, n| _mm512_mask_storeu_ps(p, (1u32 << n) as u16 - 1, v),
     transpose: transpose16
@@ -112,6 +114,8 @@ vectors!(
         _mm_storeu_si128(p.cast(), _mm256_castsi256_si128(beside))
     },
     prefetch: |p| _mm_prefetch::<_MM_HINT_T1>(p.cast()),
+    near: 4, __m256i, |from| _mm256_loadu_si256(from.cast()),
+    pick: |v, places| _mm256_permutevar_ps(v, places),
     load_part: |p, n| _mm256_maskload_ps(p, below(n)),
     store_part: |p, v, n| _mm256_maskstore_ps(p, below(n), v),
     transpose: transpose8

@@ -115,6 +115,8 @@ fn bits_do_not_depend_on_threads() {
         ([1, 3, 40, 41], [16, 3, 3, 3], 1, 2),
         ([9, 32, 16, 16], [64, 32, 3, 3], 1, 2),
         ([5, 24, 14, 14], [24, 1, 3, 3], 24, 1),
+        ([5, 24, 14, 14], [24, 4, 3, 3], 6, 2),
+        ([3, 40, 20, 20], [40, 8, 3, 3], 5, 1),
         ([2, 64, 7, 7], [80, 64, 1, 1], 1, 1),
         ([3, 24, 30, 31], [80, 24, 1, 1], 1, 1),
         ([3, 64, 8, 8], [70, 64, 3, 3], 1, 1),
@@ -177,6 +179,7 @@ fn statistics_are_of_the_results() {
         ([2, 3, 60, 61], [40, 3, 3, 3], 1, 2),
         ([9, 32, 16, 16], [64, 32, 3, 3], 1, 1),
         ([5, 24, 34, 30], [24, 1, 3, 3], 24, 1),
+        ([5, 24, 34, 30], [24, 4, 3, 3], 6, 1),
         ([2, 64, 7, 7], [800, 64, 1, 1], 1, 1),
         ([0, 4, 7, 7], [8, 4, 1, 1], 1, 1),
     ] {
@@ -233,6 +236,64 @@ fn close(what: &str, got: &Tensor, want: &[f64]) {
     assert_eq!(got.len(), want.len(), "{what}");
     for (i, (a, b)) in got.iter().zip(want).enumerate() {
         assert!((a - b).abs() <= 1e-11 * scale, "{what}, element {i}: {a} {b}");
+    }
+}
+
+/// Convolutions of narrow groups, against those of one group whose weights between groups are zero.
+#[test]
+fn groups_are_independent() {
+    for width in [2, 3, 4, 8, 16] {
+        for (groups, kernel, stride, dilation, [rows, positions]) in [
+            (2, 3, 1, 1, [7, 7]),
+            (5, 3, 1, 1, [9, 26]),
+            (3, 3, 2, 1, [15, 12]),
+            (7, 3, 2, 1, [6, 11]),
+            (3, 5, 1, 1, [8, 9]),
+            (3, 1, 1, 1, [4, 5]),
+            (3, 2, 3, 1, [9, 10]),
+            (3, 3, 1, 2, [9, 14]),
+            (2, 3, 1, 9, [5, 6]),
+        ] {
+            let c = groups * width;
+            let mut conv = last(kernel, stride, groups);
+            conv.window.pads = vec![kernel / 2 * dilation; 4];
+            conv.window.dilations = vec![dilation; 2];
+            let one = Conv { groups: 1, ..conv.clone() };
+            let x = wave(&[3, rows, positions, c], 0.71);
+            let w = wave(&[c, width, kernel, kernel], 1.3);
+            let mut all = vec![0.0; c * c * kernel * kernel];
+            let own = |o: usize| (o * c + o / width * width) * kernel * kernel;
+            let each = width * kernel * kernel;
+            for (o, w) in w.to_f64().chunks_exact(each).enumerate() {
+                all[own(o)..][..each].copy_from_slice(w);
+            }
+            let whole = Tensor::from_slice(&[c, c, kernel, kernel], &all).unwrap();
+            let y = eval(&one, &[Some(&x), Some(&whole)]).unwrap().remove(0);
+            let dy = wave(y.dims(), 0.9);
+            let gradients = |conv: &Conv, w: &Tensor, dtype: DType| {
+                let input = ConvInputGrad::of(conv.clone(), Dims::from_slice(x.dims()));
+                let weight = ConvWeightGrad { conv: conv.clone(), w: Dims::from_slice(w.dims()) };
+                let [x, w, dy] = [&x, w, &dy].map(|t| t.cast(dtype));
+                let dx = eval(&input, &[Some(&dy), Some(&w)]).unwrap().remove(0);
+                [dx, eval(&weight, &[Some(&dy), Some(&x)]).unwrap().remove(0)]
+            };
+            let [dx, dw] = gradients(&one, &whole, DType::F64).map(|t| t.to_f64());
+            let dw: Vec<f64> = (0..c).flat_map(|o| dw[own(o)..][..each].to_vec()).collect();
+            for (dtype, tolerance) in [(DType::F64, 1e-11), (DType::F32, 1e-5)] {
+                let inputs = [&x, &w].map(|t| t.cast(dtype));
+                let got = eval(&conv, &inputs.each_ref().map(Some)).unwrap().remove(0);
+                let [got_dx, got_dw] = gradients(&conv, &w, dtype);
+                for (what, got, want) in [("Y", got, &y.to_f64()), ("dX", got_dx, &dx), ("dW", got_dw, &dw)] {
+                    let scale = want.iter().fold(1e-3f64, |m, x| m.max(x.abs()));
+                    let far = got.to_f64().iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+                    let case = (groups, width, kernel, stride, dilation);
+                    assert!(
+                        got.to_f64().len() == want.len() && far <= tolerance * scale,
+                        "{what} {case:?}: {far}"
+                    );
+                }
+            }
+        }
     }
 }
 

@@ -371,7 +371,7 @@ pub fn grads<T: Vectors>(g: &Geometry, b: Both<T>, dx: &mut [T], dw: &mut [T], s
     let [weights, ring, near, of_row] = room(g, b.plain());
     let way = Direction::back(g);
     let (shared, dx) = (Shared::new(sums), Shared::new(dx));
-    let prepare = |slot: &mut [T]| in_tap_order(g, b.w, slot);
+    let prepare = |slot: &mut [T]| in_tap_order(&way, b.w, slot);
     in_prepared_slots(slabs, weights + ring + near + of_row, slots, prepare, |slab, slot| {
         let (w, rest) = slot.split_at_mut(weights);
         let (dy, rest) = rest.split_at_mut(ring);

@@ -2,6 +2,7 @@
 //! they are read, and the whole never lies in memory.
 #![allow(unsafe_code)]
 
+use super::inputs::Own;
 use super::{Direction, Sweep, Task, in_tap_order};
 use crate::kernels::conv::grids::Plan;
 use crate::kernels::conv::load::Rows;
@@ -182,7 +183,7 @@ pub fn forward_expanded<T: Vectors>(
     };
     let prepare = |slot: &mut [T]| {
         let (own, rest) = slot.split_at_mut(own);
-        in_tap_order(g, w, rest);
+        in_tap_order(&d.way, w, rest);
         if packs == Packed::InSlots {
             pack(0, own);
         }
@@ -209,7 +210,8 @@ pub fn forward_expanded<T: Vectors>(
         let ring = &mut ring[..d.bands * d.band * d.step(count)];
         let source = Rows::of_panel(&panel, d.way.source, d.bands, d.way.around(), ring);
         let epilogue = Epilogue { bias: epilogue.bias.map(|bias| &bias[first..first + count]), ..epilogue };
-        let sweep = Sweep { way: d.way, w: &by_tap[first..], epilogue, y: y.ptr().wrapping_add(first) };
+        let sweep =
+            Sweep { way: d.way, inputs: Own, w: &by_tap[first..], epilogue, y: y.ptr().wrapping_add(first) };
         let start = image * g.y[1] + d.parts.start(part);
         let rows = start..start + d.parts.len(part);
         // SAFETY: tasks write different channels or rows of `y`; the extents were checked.

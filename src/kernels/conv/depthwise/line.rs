@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
+use super::inputs::{Inputs, Member};
 use crate::kernels::conv::Epilogue;
-use crate::kernels::simd::{Level, Simd, Vectors, load_lanes, store_lanes};
+use crate::kernels::simd::{Level, Simd, Vectors, WIDEST, load_lanes, store_lanes};
 use crate::kernels::tile::Pieces;
 
 /// Positions computed at a time, at most.
@@ -64,21 +65,17 @@ struct Triple<T> {
 }
 
 impl<T> Triple<T> {
-    /// Those of a vector of channels.
+    /// Those of a vector of channels, from the first tap's of the group's number on.
     ///
     /// # Safety
-    /// There must be such channels, and the processor have `S`'s instructions.
+    /// There must be such weights, and the processor have `S`'s instructions.
     #[inline(always)]
-    unsafe fn weights<S: Simd<Elem = T>, const WHOLE: bool>(
-        &self,
-        channel: usize,
-        lanes: usize,
-    ) -> [S::V; 3] {
+    unsafe fn weights<S: Simd<Elem = T>, const WHOLE: bool>(&self, first: usize, lanes: usize) -> [S::V; 3] {
         // SAFETY: the caller's promise.
         unsafe {
-            let mut w = [load_lanes::<S, WHOLE>(self.w[0].add(channel), lanes); 3];
+            let mut w = [load_lanes::<S, WHOLE>(self.w[0].add(first), lanes); 3];
             for k in 1..3 {
-                w[k] = load_lanes::<S, WHOLE>(self.w[k].add(channel), lanes);
+                w[k] = load_lanes::<S, WHOLE>(self.w[k].add(first), lanes);
             }
             w
         }
@@ -87,11 +84,18 @@ impl<T> Triple<T> {
 
 /// The results of one row (and residue).
 #[derive(Clone, Copy)]
-pub(super) struct Line<'a, T> {
+pub(super) struct Line<'a, T, I> {
     pub taps: &'a [Tap<T>],
     pub lie: Taps,
+    pub inputs: I,
+    /// Channels of a group.
+    pub width: usize,
     pub w: *const T,
+    /// Elements from a tap's weights for one channel of each group to those for the next.
+    pub w_step: usize,
     pub c: usize,
+    /// See [`Rows::steps`](crate::kernels::conv::load::Rows::steps).
+    pub steps: [usize; 2],
     pub extent: isize,
     pub step: usize,
     pub soon: Soon<T>,
@@ -101,11 +105,11 @@ pub(super) struct Line<'a, T> {
     pub y_step: usize,
 }
 
-impl<T: Vectors> Line<'_, T> {
+impl<T: Vectors, I: Inputs> Line<'_, T, I> {
     /// Can so many rows of three taps slide by, by so many positions? Taps, elements and sums stay in registers then, if there are
     /// enough.
     pub fn slides<S: Simd>(rows: usize, step: usize) -> bool {
-        Level::of::<S>().is_roomy() && (1..=3).contains(&rows) && (1..=2).contains(&step)
+        I::ALONE && Level::of::<S>().is_roomy() && (1..=3).contains(&rows) && (1..=2).contains(&step)
     }
 
     /// Those of `count` positions that are not `inside`, where taps may fall outside.
@@ -131,7 +135,7 @@ impl<T: Vectors> Line<'_, T> {
         }
         // SAFETY: the caller's promise.
         unsafe {
-            if self.lie == Taps::Slides {
+            if I::ALONE && self.lie == Taps::Slides {
                 return match (self.taps.len() / 3, self.step) {
                     (1, 1) => self.sliding::<S, 1, 1>(inside),
                     (2, 1) => self.sliding::<S, 2, 1>(inside),
@@ -169,7 +173,22 @@ impl<T: Vectors> Line<'_, T> {
     /// Three neighbouring taps.
     fn triple(&self, taps: &[Tap<T>]) -> Triple<T> {
         let w = |k: usize| self.w.wrapping_add(taps[k].w);
-        Triple { x: taps[0].x.wrapping_offset(taps[0].offset * self.c as isize), w: [w(0), w(1), w(2)] }
+        Triple {
+            x: taps[0].x.wrapping_offset(taps[0].offset * self.x_step() as isize),
+            w: [w(0), w(1), w(2)],
+        }
+    }
+
+    /// Elements of the source from a position to the next.
+    #[inline(always)]
+    fn x_step(&self) -> usize {
+        if I::ALONE { self.c } else { self.steps[0] }
+    }
+
+    /// Those to a vector of channels of a position.
+    #[inline(always)]
+    fn x_at(&self, channel: usize) -> usize {
+        if I::ALONE { channel } else { strip_at(self.steps, channel) }
     }
 
     /// Vectors of channels: their first, and how many they hold.
@@ -292,11 +311,13 @@ impl<T: Vectors> Line<'_, T> {
     unsafe fn each<S: Simd<Elem = T>, const P: usize, const INSIDE: bool, const WHOLE: bool>(
         &self,
         q: usize,
-        channel: usize,
+        [channel, w]: [usize; 2],
         lanes: usize,
+        member: &Member<S>,
         acc: &mut [S::V; P],
     ) {
-        let (first, step) = ((q * self.step) as isize, self.step * self.c);
+        let (first, x_step) = ((q * self.step) as isize, self.x_step());
+        let step = self.step * x_step;
         for tap in self.taps {
             let at = first + tap.offset;
             if !INSIDE && (at < 0 || at >= self.extent) {
@@ -304,10 +325,10 @@ impl<T: Vectors> Line<'_, T> {
             }
             // SAFETY: the caller's promise.
             unsafe {
-                let x = tap.x.offset(at * self.c as isize + channel as isize);
-                let w = load_lanes::<S, WHOLE>(self.w.add(tap.w + channel), lanes);
+                let x = tap.x.offset(at * x_step as isize + self.x_at(channel) as isize);
+                let w = load_lanes::<S, WHOLE>(self.w.add(tap.w + w), lanes);
                 for i in 0..P {
-                    acc[i] = S::fma(load_lanes::<S, WHOLE>(x.add(i * step), lanes), w, acc[i]);
+                    acc[i] = S::fma(self.inputs.of::<S, WHOLE>(x.add(i * step), lanes, member), w, acc[i]);
                 }
             }
         }
@@ -320,22 +341,23 @@ impl<T: Vectors> Line<'_, T> {
         mut x: *const T,
         w: [S::V; 3],
         lanes: usize,
+        member: &Member<S>,
         acc: &mut [S::V; P],
     ) {
-        let c = self.c;
+        let c = self.x_step();
         // SAFETY: the caller's promise.
         unsafe {
             // What neighbouring positions share is loaded once.
-            let mut first = load_lanes::<S, WHOLE>(x, lanes);
+            let mut first = self.inputs.of::<S, WHOLE>(x, lanes, member);
             let mut second = first;
             if STEP == 1 {
-                second = load_lanes::<S, WHOLE>(x.wrapping_add(c), lanes);
+                second = self.inputs.of::<S, WHOLE>(x.wrapping_add(c), lanes, member);
             }
             for i in 0..P {
                 if STEP > 1 {
-                    second = load_lanes::<S, WHOLE>(x.wrapping_add(c), lanes);
+                    second = self.inputs.of::<S, WHOLE>(x.wrapping_add(c), lanes, member);
                 }
-                let third = load_lanes::<S, WHOLE>(x.wrapping_add(2 * c), lanes);
+                let third = self.inputs.of::<S, WHOLE>(x.wrapping_add(2 * c), lanes, member);
                 x = x.wrapping_add(STEP * c);
                 acc[i] = S::fma(third, w[2], S::fma(second, w[1], S::fma(first, w[0], acc[i])));
                 (first, second) = if STEP == 1 { (second, third) } else { (third, third) };
@@ -350,14 +372,15 @@ impl<T: Vectors> Line<'_, T> {
         mut x: *const T,
         w: [S::V; 3],
         lanes: usize,
+        member: &Member<S>,
         acc: &mut [S::V; P],
     ) {
         // SAFETY: the caller's promise.
         unsafe {
-            let mut near = load_lanes::<S, WHOLE>(x, lanes);
+            let mut near = self.inputs.of::<S, WHOLE>(x, lanes, member);
             for i in 0..P / 2 {
-                x = x.wrapping_add(self.c);
-                let next = load_lanes::<S, WHOLE>(x, lanes);
+                x = x.wrapping_add(self.x_step());
+                let next = self.inputs.of::<S, WHOLE>(x, lanes, member);
                 acc[2 * i] = S::fma(near, w[1], acc[2 * i]);
                 acc[2 * i + 1] = S::fma(next, w[2], S::fma(near, w[0], acc[2 * i + 1]));
                 near = next;
@@ -382,26 +405,28 @@ impl<T: Vectors> Line<'_, T> {
             if INSIDE && P > 1 && S::begins_line(channel) {
                 self.fetch::<S, P>(q, channel);
             }
-            match self.lie {
-                _ if !INSIDE => self.each::<S, P, INSIDE, WHOLE>(q, channel, lanes, &mut acc),
-                Taps::Apart | Taps::Slides => self.each::<S, P, INSIDE, WHOLE>(q, channel, lanes, &mut acc),
-                Taps::Triples => {
-                    let first = q * self.step * self.c + channel;
-                    for triple in triples {
-                        let x = triple.x.wrapping_add(first);
-                        let w = triple.weights::<S, WHOLE>(channel, lanes);
-                        match self.step {
-                            1 => self.triple_to::<S, P, 1, WHOLE>(x, w, lanes, &mut acc),
-                            _ => self.triple_to::<S, P, 2, WHOLE>(x, w, lanes, &mut acc),
+            for number in 0..if I::ALONE { 1 } else { self.width } {
+                let (w, member) = (channel + number * self.w_step, Member::new(self.width, number));
+                match self.lie {
+                    Taps::Triples if INSIDE => {
+                        let first = q * self.step * self.x_step() + self.x_at(channel);
+                        for triple in triples {
+                            let x = triple.x.wrapping_add(first);
+                            let w = triple.weights::<S, WHOLE>(w, lanes);
+                            match self.step {
+                                1 => self.triple_to::<S, P, 1, WHOLE>(x, w, lanes, &member, &mut acc),
+                                _ => self.triple_to::<S, P, 2, WHOLE>(x, w, lanes, &member, &mut acc),
+                            }
                         }
                     }
-                }
-                Taps::Spread => {
-                    for triple in triples {
-                        let x = triple.x.wrapping_add(q / 2 * self.c + channel);
-                        let w = triple.weights::<S, WHOLE>(channel, lanes);
-                        self.triple_to_pairs::<S, P, WHOLE>(x, w, lanes, &mut acc);
+                    Taps::Spread if INSIDE => {
+                        for triple in triples {
+                            let x = triple.x.wrapping_add(q / 2 * self.x_step() + self.x_at(channel));
+                            let w = triple.weights::<S, WHOLE>(w, lanes);
+                            self.triple_to_pairs::<S, P, WHOLE>(x, w, lanes, &member, &mut acc);
+                        }
                     }
+                    _ => self.each::<S, P, INSIDE, WHOLE>(q, [channel, w], lanes, &member, &mut acc),
                 }
             }
             let finish = self.finish::<S>();
@@ -434,6 +459,12 @@ impl<T: Vectors> Line<'_, T> {
             }
         }
     }
+}
+
+/// Elements to a vector of channels in a row of such [`steps`](crate::kernels::conv::load::Rows::steps).
+#[inline(always)]
+pub(super) fn strip_at(steps: [usize; 2], channel: usize) -> usize {
+    channel / WIDEST * steps[1] + channel % WIDEST
 }
 
 /// Where sums go, and what is done with them before they are written.

@@ -1,8 +1,10 @@
-//! The weight gradient of depthwise convolution.
+//! The weight gradient of depthwise convolution, and of narrow groups.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
 use std::ops::Range;
 
+use super::inputs::{Inputs, Member, with_inputs};
+use super::line::strip_at;
 use super::{Direction, WORK};
 use crate::kernels::conv::load::{Operand, Rows};
 use crate::kernels::conv::{Geometry, in_slots, split};
@@ -15,16 +17,17 @@ const SLABS: usize = 8;
 const STRETCH: usize = 64;
 
 /// Some rows of dY, all images' counted.
-struct WeightGrad<'a, T> {
+struct WeightGrad<'a, T, I> {
     g: &'a Geometry,
+    inputs: I,
     dy: &'a [T],
     x: Rows<'a, T>,
-    /// (k…, C)
+    /// (k…, width, C)
     sum: &'a mut [T],
     rows: std::ops::Range<usize>,
 }
 
-impl<T: Vectors> Kernel<T> for WeightGrad<'_, T> {
+impl<T: Vectors, I: Inputs> Kernel<T> for WeightGrad<'_, T, I> {
     #[inline(always)]
     unsafe fn run<S: Simd<Elem = T>>(mut self) {
         let line = self.g.y[2] * self.g.c;
@@ -33,21 +36,22 @@ impl<T: Vectors> Kernel<T> for WeightGrad<'_, T> {
             let dy = self.dy[row * line..][..line].as_ptr();
             let next = dy.wrapping_add(line);
             // SAFETY: a row of dY.
-            unsafe { add_row::<S>(self.g, row, dy, [next; 2], &mut self.x, self.sum) }
+            unsafe { add_row::<S, I>(self.g, self.inputs, row, dy, next, &mut self.x, self.sum) }
         }
     }
 }
 
-/// Adds what row `row` of dY contributes to the sum (k…, C). `soon`: rows like that one that will be read soon.
+/// Adds what row `row` of dY contributes to the sum (k…, width, C). `soon`: a row like that one that will be read soon.
 ///
 /// # Safety
 /// `dy` must be that row, and the processor have `S`'s instructions.
 #[inline(always)]
-pub(super) unsafe fn add_row<S: Simd>(
+unsafe fn add_row<S: Simd, I: Inputs>(
     g: &Geometry,
+    inputs: I,
     row: usize,
     dy: *const S::Elem,
-    soon: [*const S::Elem; 2],
+    soon: *const S::Elem,
     x: &mut Rows<S::Elem>,
     sum: &mut [S::Elem],
 ) where
@@ -58,7 +62,7 @@ pub(super) unsafe fn add_row<S: Simd>(
         let i = (o * g.stride[d] + k * g.dilation[d]).checked_sub(g.pad[d])?;
         (i < g.x[d]).then_some(i)
     };
-    let (row_sum, around) = (g.k[2] * g.c, x.around());
+    let (row_sum, around, steps) = (g.k[2] * g.cg() * g.c, x.around(), x.steps());
     for k0 in 0..g.k[0] {
         let Some(i0) = at(0, o0, k0) else { continue };
         let mut k1 = 0;
@@ -72,12 +76,12 @@ pub(super) unsafe fn add_row<S: Simd>(
                     // Three rows at a time, so that no sum waits for its last addition.
                     [Some(a), Some(b), Some(c)] => {
                         let x = [x.at(image, i0, a), x.at(image, i0, b), x.at(image, i0, c)];
-                        Correlation { g, dy, soon, x, around, sum }.row::<S>();
+                        Correlation { g, inputs, dy, soon, x, steps, around, sum }.row::<S>();
                         k1 += 3;
                     }
                     [Some(a), ..] => {
                         let x = [x.at(image, i0, a)];
-                        Correlation { g, dy, soon, x, around, sum }.row::<S>();
+                        Correlation { g, inputs, dy, soon, x, steps, around, sum }.row::<S>();
                         k1 += 1;
                     }
                     _ => k1 += 1,
@@ -88,19 +92,22 @@ pub(super) unsafe fn add_row<S: Simd>(
 }
 
 /// One row of dY with `R` rows of X.
-struct Correlation<'a, T, const R: usize> {
+struct Correlation<'a, T, I, const R: usize> {
     g: &'a Geometry,
+    inputs: I,
     dy: *const T,
-    /// Are fetched meanwhile.
-    soon: [*const T; 2],
+    /// Is fetched meanwhile.
+    soon: *const T,
     x: [*const T; R],
+    /// Of the rows of X.
+    steps: [usize; 2],
     /// Zeros that may be read before and after a row of X, in positions.
     around: [usize; 2],
-    /// (R, k, C)
+    /// (R, k, width, C)
     sum: *mut T,
 }
 
-impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
+impl<T: Vectors, I: Inputs, const R: usize> Correlation<'_, T, I, R> {
     /// All taps of a row, three at a time.
     #[inline(always)]
     unsafe fn row<S: Simd<Elem = T>>(&self) {
@@ -173,16 +180,30 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
         tap: usize,
         stretches: &[Range<usize>; 3],
     ) {
-        let c = self.g.c;
-        let mut channel = 0;
-        // SAFETY: the caller's promise; vectors end at the last channel.
-        unsafe {
-            while channel + S::LANES <= c {
-                self.vector::<S, K, true, SLIDES>(tap, stretches, channel, S::LANES);
-                channel += S::LANES;
-            }
-            if channel < c {
-                self.vector::<S, K, false, SLIDES>(tap, stretches, channel, c - channel);
+        let (c, width) = (self.g.c, self.g.cg());
+        for channel in (0..c).step_by(S::LANES) {
+            let lanes = S::LANES.min(c - channel);
+            for number in 0..if I::ALONE { 1 } else { width } {
+                // SAFETY: the caller's promise; vectors end at the last channel.
+                unsafe {
+                    let member = Member::new(width, number);
+                    match lanes == S::LANES {
+                        true => self.vector::<S, K, true, SLIDES>(
+                            tap,
+                            stretches,
+                            [channel, number],
+                            lanes,
+                            &member,
+                        ),
+                        false => self.vector::<S, K, false, SLIDES>(
+                            tap,
+                            stretches,
+                            [channel, number],
+                            lanes,
+                            &member,
+                        ),
+                    }
+                }
             }
         }
     }
@@ -192,27 +213,29 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
         &self,
         tap: usize,
         stretches: &[Range<usize>; 3],
-        channel: usize,
+        [channel, number]: [usize; 2],
         lanes: usize,
+        member: &Member<S>,
     ) {
-        let c = self.g.c;
-        let (sums, row) = (self.sum.wrapping_add(tap * c + channel), self.g.k[2] * c);
+        let (c, width) = (self.g.c, self.g.cg());
+        let (tap_sums, first) = (width * c, number * c + channel);
+        let (sums, row) = (self.sum.wrapping_add(tap * tap_sums + first), self.g.k[2] * tap_sums);
         // SAFETY: the caller's promise.
         unsafe {
             let mut acc = [[S::splat(T::zero()); K]; R];
             for r in 0..R {
                 for k in 0..K {
-                    acc[r][k] = load_lanes::<S, WHOLE>(sums.wrapping_add(r * row + k * c), lanes);
+                    acc[r][k] = load_lanes::<S, WHOLE>(sums.wrapping_add(r * row + k * tap_sums), lanes);
                 }
             }
             for stretch in stretches {
                 if !stretch.is_empty() {
-                    acc = self.add::<S, K, WHOLE, SLIDES>(tap, stretch.clone(), channel, lanes, acc);
+                    acc = self.add::<S, K, WHOLE, SLIDES>(tap, stretch.clone(), channel, lanes, member, acc);
                 }
             }
             for r in 0..R {
                 for k in 0..K {
-                    store_lanes::<S, WHOLE>(sums.wrapping_add(r * row + k * c), acc[r][k], lanes);
+                    store_lanes::<S, WHOLE>(sums.wrapping_add(r * row + k * tap_sums), acc[r][k], lanes);
                 }
             }
         }
@@ -225,13 +248,18 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
         positions: Range<usize>,
         channel: usize,
         lanes: usize,
+        member: &Member<S>,
         mut acc: [[S::V; K]; R],
     ) -> [[S::V; K]; R] {
         let g = self.g;
         let (c, o, count) = (g.c, positions.start, positions.len());
         let i = (o * g.stride[2] + tap * g.dilation[2]).wrapping_sub(g.pad[2]);
-        let first = i.wrapping_mul(c).wrapping_add(channel);
-        let (x_step, dilation) = (g.stride[2] * c, g.dilation[2] * c);
+        let (step, at) = match I::ALONE {
+            true => (c, channel),
+            false => (self.steps[0], strip_at(self.steps, channel)),
+        };
+        let first = i.wrapping_mul(step).wrapping_add(at);
+        let (x_step, dilation) = (g.stride[2] * step, g.dilation[2] * step);
         // SAFETY: the caller's promise.
         unsafe {
             let mut x = self.x;
@@ -242,12 +270,13 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
             // (Fetched in the order in which it lies, not in that in which it is read, and a line by one of its vectors.)
             let fetches = S::begins_line(channel);
             let soon = (o * c).wrapping_add(channel * count);
-            let mut soon = self.soon.map(|from| from.wrapping_add(soon));
+            let mut soon = self.soon.wrapping_add(soon);
             let mut near = [[S::splat(T::zero()); K]; R];
             if SLIDES {
                 for r in 0..R {
                     for k in 1..K {
-                        near[r][k] = load_lanes::<S, WHOLE>(x[r].wrapping_add((k - 1) * dilation), lanes);
+                        near[r][k] =
+                            self.inputs.of::<S, WHOLE>(x[r].wrapping_add((k - 1) * dilation), lanes, member);
                     }
                     x[r] = x[r].wrapping_add((K - 1) * dilation);
                 }
@@ -256,17 +285,17 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
                 let v = load_lanes::<S, WHOLE>(dy, lanes);
                 dy = dy.wrapping_add(c);
                 if fetches {
-                    for i in 0..2 {
-                        S::prefetch(soon[i]);
-                        soon[i] = soon[i].wrapping_add(S::LINE);
-                    }
+                    S::prefetch(soon);
+                    soon = soon.wrapping_add(S::LINE);
                 }
                 for r in 0..R {
                     for k in 0..K {
                         near[r][k] = match SLIDES {
                             true if k + 1 < K => near[r][k + 1],
-                            true => load_lanes::<S, WHOLE>(x[r], lanes),
-                            false => load_lanes::<S, WHOLE>(x[r].wrapping_add(k * dilation), lanes),
+                            true => self.inputs.of::<S, WHOLE>(x[r], lanes, member),
+                            false => {
+                                self.inputs.of::<S, WHOLE>(x[r].wrapping_add(k * dilation), lanes, member)
+                            }
                         };
                         acc[r][k] = S::fma(near[r][k], v, acc[r][k]);
                     }
@@ -280,14 +309,14 @@ impl<T: Vectors, const R: usize> Correlation<'_, T, R> {
 
 /// Elements of scratch that [`weight_grad`] needs, and more of it where X is not plain.
 pub fn weight_grad_scratch(g: &Geometry, plain: bool) -> usize {
-    SLABS * (g.taps() * g.c + Direction::forward(g).ring(plain))
+    SLABS * (g.taps() * g.cg() * g.c + Direction::forward(g).ring(plain))
 }
 
-/// dW (C, 1, k…) from dY and X, both (N, spatial…, C).
+/// dW (C, width, k…) from dY and X, both (N, spatial…, C).
 pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Operand<T>, dw: &mut [T], scratch: &mut [T]) {
     g.check_sizes(x.data.len(), dy.len());
     x.check();
-    let (total, size) = (g.n * g.y[0] * g.y[1], g.taps() * g.c);
+    let (total, size) = (g.n * g.y[0] * g.y[1], g.taps() * g.cg() * g.c);
     let slabs = (total * g.y[2] * size / WORK).clamp(1, SLABS.min(total));
     let (sums, rings) = scratch.split_at_mut(SLABS * size);
     let sums = &mut sums[..slabs * size];
@@ -298,22 +327,25 @@ pub fn weight_grad<T: Vectors>(g: &Geometry, dy: &[T], x: Operand<T>, dw: &mut [
         // SAFETY: the slab's own sum.
         let sum = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(slab * size), size) };
         let x = way.rows(x, ring);
-        // SAFETY: the extents were checked.
-        unsafe { T::dispatch(WeightGrad { g, dy, x, sum, rows }) }
+        with_inputs!(g, inputs => {
+            // SAFETY: the extents were checked.
+            unsafe { T::dispatch(WeightGrad { g, inputs, dy, x, sum, rows }) }
+        });
     });
     finish(g, sums, dw);
 }
 
-/// Adds the slabs' sums (k…, C) in order, for dW (C, 1, k…).
+/// Adds the slabs' sums (k…, width, C) in order, for dW (C, width, k…).
 pub(super) fn finish<T: Vectors>(g: &Geometry, sums: &mut [T], dw: &mut [T]) {
-    let size = g.taps() * g.c;
-    let (first, more) = sums.split_at_mut(size);
-    for sum in more.chunks_exact(size) {
+    let (taps, each) = (g.taps(), g.cg() * g.c);
+    let (first, more) = sums.split_at_mut(taps * each);
+    for sum in more.chunks_exact(taps * each) {
         first.iter_mut().zip(sum).for_each(|(a, b)| *a += *b);
     }
-    for (channel, dw) in dw.chunks_exact_mut(g.taps()).enumerate() {
+    for (i, dw) in dw.chunks_exact_mut(taps).enumerate() {
+        let at = i % g.cg() * g.c + i / g.cg();
         for (t, dw) in dw.iter_mut().enumerate() {
-            *dw = first[t * g.c + channel];
+            *dw = first[t * each + at];
         }
     }
 }
