@@ -408,7 +408,12 @@ impl<'a, T: Vectors> Rows<'a, T> {
         ring: &'a mut [T],
     ) -> Self {
         let (source, channels) = (Source::Operand(operand), operand.channels);
-        ring.fill(T::zero());
+        // Lanes beyond the last channel are not read.
+        let [before, after] = around.map(|positions| positions * WIDEST);
+        for strip in ring.chunks_exact_mut((before + extents[2] * WIDEST + after).max(1)) {
+            strip[..before].fill(T::zero());
+            strip[before + extents[2] * WIDEST..].fill(T::zero());
+        }
         let held = smallvec![usize::MAX; window[0] * window[1]];
         Rows { source, channels, extents, band: 1, window, around, ring, held, lie: Lie::Strips }
     }
